@@ -109,6 +109,7 @@ class ModelConfig:
     value_table_layers: tuple[int, ...] = ()
     # Numerics.
     init_std: float | None = None  # normal initialisation of every matrix: sqrt(2 / (5 dim))
+    output_init: float = 1.0  # times that: of the matrices that write to the residual stream (Parcae: 0)
     dtype: ComputeDtype = "auto"  # of activations; auto: bfloat16 on TPU and GPU, float32 on CPU
     remat: Remat = "none"  # what the backward pass recomputes in each loop: nothing, all, all but matmul outputs
 
@@ -127,9 +128,8 @@ class ModelConfig:
         self._check_attention()
         self._check_feed_forward()
         require(0 < self.act_threshold <= 1, "model.act_threshold", self.act_threshold, "a number in (0, 1]")
-        require(
-            self.loop_embedding_scale >= 0, "model.loop_embedding_scale", self.loop_embedding_scale, "a number >= 0"
-        )
+        for name in ["loop_embedding_scale", "output_init"]:
+            require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "a number >= 0")
         layers = self.prelude_layers + self.loop_layers + self.coda_layers
         for name in ["value_gate_layers", "value_table_layers"]:
             for index in getattr(self, name):
@@ -191,6 +191,12 @@ class ModelConfig:
     def std(self) -> float:
         """Standard deviation of initial weights; by default sqrt(2 / (5 D)), the "small init" of arXiv 1910.05895."""
         return self.init_std or math.sqrt(2 / (5 * self.dim))
+
+    @property
+    def output_std(self) -> float:
+        """Standard deviation of the initial weights that write to the residual stream: attention's and the
+        feed-forward's last matrices."""
+        return self.output_init * self.std
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class GroupedQueryAttention(nn.Module):
                 v_BTGK += opening_BTG[..., None] * value_BTGK
         memory, (k_BSGK, v_BSGK) = view.remember(memory, KV(k_BTGK, v_BTGK))
         out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, view.mask, K**-0.5)
-        return Linear((c.dim,), ("heads", "head_dim", "embed"), c.std, inputs=2, name="out")(out_BTHK), memory
+        return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHK), memory
 
     def _bias(self, name: str, kind: str, heads: int) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.zeros, (kind, "head_dim"))
@@ -114,7 +114,7 @@ class MultiHeadLatentAttention(nn.Module):
             v_BSHV = jnp.einsum("BSR,RHV->BSHV", latent_BSR, v_up_RHV)
             query, key = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1)
             out_BTHV = attend(query, key, v_BSHV, view.mask, scale)
-        return Linear((c.dim,), ("heads", "head_dim", "embed"), c.std, inputs=2, name="out")(out_BTHV), memory
+        return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHV), memory
 
     def _absorbed_is_cheaper(self, T: int, S: int) -> bool:
         """Compares multiply-adds per head: projections of T queries and S keys, then T x S scores and sums."""

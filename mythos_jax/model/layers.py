@@ -76,14 +76,16 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        def linear(width, *axes, name):
-            return Linear((width,), axes, self.config.std, name=name)
+        c = self.config
 
-        up_BTF = linear(self.hidden_dim, "embed", "mlp", name="up")(x_BTD)
-        if self.config.activation == "swiglu":
-            gate_BTF = linear(self.hidden_dim, "embed", "mlp", name="gate")(x_BTD)
+        def opening(name):
+            return Linear((self.hidden_dim,), ("embed", "mlp"), c.std, name=name)
+
+        up_BTF = opening("up")(x_BTD)
+        if c.activation == "swiglu":
+            gate_BTF = opening("gate")(x_BTD)
             hidden_BTF = nn.silu(gate_BTF) * up_BTF
         else:
             hidden_BTF = 0.5 * jnp.square(nn.relu(up_BTF))
         hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "act_mlp"))
-        return linear(self.config.dim, "mlp", "embed", name="down")(hidden_BTF)
+        return Linear((c.dim,), ("mlp", "embed"), c.output_std, name="down")(hidden_BTF)

@@ -60,12 +60,12 @@ class MoE(nn.Module):
             z=jnp.sum(z_N**2 * counted_N),
         )
 
-        def weight(name, shape, *axes):
-            return self.param(name, matrix_init(c.std, *axes), shape, jnp.float32).astype(x_BTD.dtype)
+        def weight(name, std, shape, *axes):
+            return self.param(name, matrix_init(std, *axes), shape, jnp.float32).astype(x_BTD.dtype)
 
-        gate_EDF = weight("gate", (E, D, F), "expert", "embed", "mlp")
-        up_EDF = weight("up", (E, D, F), "expert", "embed", "mlp")
-        down_EFD = weight("down", (E, F, D), "expert", "mlp", "embed")
+        gate_EDF = weight("gate", c.std, (E, D, F), "expert", "embed", "mlp")
+        up_EDF = weight("up", c.std, (E, D, F), "expert", "embed", "mlp")
+        down_EFD = weight("down", c.output_std, (E, F, D), "expert", "mlp", "embed")
 
         order = jnp.argsort(experts_NK.reshape(-1), stable=True)
         sizes_E = jnp.bincount(experts_NK.reshape(-1), length=E).astype(jnp.int32)

@@ -68,15 +68,17 @@ def to_model(fields: Fields) -> dict[str, Any]:
     dim, heads = fields.integer("n_embd"), fields.integer("n_heads")
     fields.fixed({"num_attention_heads": heads, "num_key_value_heads": heads})
     scale = Fields(fields.given.get("init_values") or {}, f"{fields.where}: init_values", ["embed_scale"])
+    prelude, coda = fields.integer("n_layers_in_prelude"), fields.integer("n_layers_in_coda")
+    layers, loops = fields.integer("n_layers_in_recurrent_block"), fields.integer("mean_recurrence")
     return {
         # The model class builds padded_vocab_size rows, and its config sets both alike.
         "vocab_size": fields.integer("padded_vocab_size", fields.integer("vocab_size")),
         "dim": dim,
         "max_seq_len": fields.integer("block_size"),
-        "prelude_layers": fields.integer("n_layers_in_prelude"),
-        "loop_layers": fields.integer("n_layers_in_recurrent_block"),
-        "coda_layers": fields.integer("n_layers_in_coda"),
-        "loops": fields.integer("mean_recurrence"),
+        "prelude_layers": prelude,
+        "loop_layers": layers,
+        "coda_layers": coda,
+        "loops": loops,
         "attention": "gqa",
         "n_heads": heads,
         "n_kv_heads": heads,
@@ -92,6 +94,7 @@ def to_model(fields: Fields) -> dict[str, Any]:
         "injection": "concat",
         "initial_state": STATES[fields.word("state_init", STATES, "like-init")],
         "readout": "last",
+        "output_init": 1 / math.sqrt(2 * (prelude + layers * loops + coda)),
     }
 
 

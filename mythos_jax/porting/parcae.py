@@ -115,6 +115,7 @@ def to_model(fields: Fields) -> dict[str, Any]:
         "injection": "parcae",
         "initial_state": STATES[fields.word("state_init", STATES, "like-init")],
         "readout": "last",
+        "output_init": 0.0,
         "value_gate_layers": gate_layers(*parts, loops, backward),
         "value_table_layers": table_layers(*parts),
     }

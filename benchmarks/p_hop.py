@@ -1,0 +1,115 @@
+"""p-hop induction: one layer in a loop against one pass of the same layer, over seeds.
+
+    .venv/bin/python -m benchmarks.p_hop
+
+Trains configs/tasks/p_hop.yaml as it is, and with one loop; prints exact match on the hardest difficulty trained and
+draws accuracy against loops. Runs that are done are not made again; five to ten minutes a run on two cores.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.runs import once
+from mythos_jax.config import Config, load_config
+from mythos_jax.evaluation.evaluate import evaluate_model
+from mythos_jax.runs import open_model
+from mythos_jax.training.train import train
+
+CONFIG = Path(__file__).parents[1] / "configs" / "tasks" / "p_hop.yaml"
+Results = list[dict[str, Any]]
+
+
+def run(config: Config, workdir: Path) -> Results:
+    """Exact match, by difficulty and loops."""
+    train(config, workdir)
+    results, _ = evaluate_model(open_model(workdir))
+    return [{"difficulty": r.difficulty, "loops": r.loops, "exact_match": r.exact_match} for r in results]
+
+
+def exact_match(runs: list[Results], difficulty: int, loops: int) -> np.ndarray:
+    """One number per seed, in percent."""
+    return np.array(
+        [
+            100 * r["exact_match"]
+            for results in runs
+            for r in results
+            if (r["difficulty"], r["loops"]) == (difficulty, loops)
+        ]
+    )
+
+
+def table(looped: list[Results], single: list[Results], config: Config) -> str:
+    """Markdown: a row per difficulty, mean and range over seeds."""
+
+    def cell(values: np.ndarray) -> str:
+        return f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})"
+
+    lines = [
+        f"| hops | one layer, {config.model.loops} loops | one pass of the same layer, trained alike |",
+        "|---|---|---|",
+    ]
+    for difficulty in config.evaluation.difficulties:
+        trained = "" if difficulty in config.data.task.difficulty else " (not trained on)"
+        looped_cell = cell(exact_match(looped, difficulty, config.model.loops))
+        lines.append(f"| {difficulty}{trained} | {looped_cell} | {cell(exact_match(single, difficulty, 1))} |")
+    return "\n".join(lines)
+
+
+def draw(looped: list[Results], single: list[Results], config: Config, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    depths = config.evaluation.loops
+    for difficulty in config.evaluation.difficulties:
+        trained = difficulty in config.data.task.difficulty
+        values = np.array([exact_match(looped, difficulty, loops) for loops in depths])
+        label = f"{difficulty} hops" + ("" if trained else " (not trained on)")
+        (line,) = axes.plot(
+            depths, values.mean(1), marker="o", markersize=4, linestyle="-" if trained else ":", label=label
+        )
+        axes.fill_between(depths, values.min(1), values.max(1), alpha=0.15, color=line.get_color(), linewidth=0)
+    hardest = max(config.data.task.difficulty)
+    axes.plot(
+        [1],
+        [exact_match(single, hardest, 1).mean()],
+        "kx",
+        markersize=8,
+        label=f"{hardest} hops, trained with one loop",
+    )
+    axes.axvline(config.model.loops, color="0.6", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(depths, [str(d) for d in depths])
+    axes.minorticks_off()
+    axes.set_ylim(-3, 103)
+    axes.set_xlabel("loops at evaluation (dashed: the depth trained at)")
+    axes.set_ylabel("exact match, %")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/p_hop"))
+    args = parser.parse_args()
+    looped, single = [], []
+    for seed in args.seeds:
+        for name, words, runs in [("looped", [], looped), ("single", ["--model.loops", "1"], single)]:
+            config = load_config(CONFIG, [*words, "--training.seed", str(seed)])
+            work = args.out / f"{name}_{seed}"
+            runs.append(once(work.with_suffix(".json"), partial(run, config, work)))
+    config = load_config(CONFIG)
+    print(table(looped, single, config))
+    draw(looped, single, config, args.out / "p_hop.png")
+
+
+if __name__ == "__main__":
+    main()
