@@ -2,7 +2,8 @@
 
     .venv/bin/python -m benchmarks.recipe [--only TEXT] [--seeds 0 1]
 
-Runs that are done are not made again, so it may be stopped at any time; four to ten minutes a run on one core.
+Half the steps of the config, so that there is time for more rows. Runs that are done are not made again, so it may be
+stopped at any time; two to five minutes a run on one core.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from benchmarks.runs import DEPTHS, HOUSE, once, ours, slug, table
 from mythos_jax.config import load_config
 
+STEPS = ["--training.steps", "750"]
 VARIANTS: dict[str, list[str]] = {
     "house": [],
     "no norm on the state": ["--model.state_norm", "false"],
@@ -28,6 +30,16 @@ VARIANTS: dict[str, list[str]] = {
     "concatenating injection (Huginn)": ["--model.injection", "concat"],
     "Muon": ["--training.optimizer", "muon"],
 }
+# ACT needs the output of every loop, so all have gradients.
+_ACT = ["--model.readout=act", *VARIANTS["fixed depth 8, all loops with gradient"]]
+ACT: dict[str, list[str]] = {
+    "ACT, nothing asked of it": _ACT,
+    "ACT, ponder prior": [
+        *_ACT,
+        "--training.objectives.ponder_prior=0.1",
+        "--training.objectives.ponder_prior_rate=0.1",
+    ],
+}
 
 
 def main() -> None:
@@ -37,16 +49,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     args = parser.parse_args()
     rows: dict[str, list[dict[str, float]]] = {}
-    for name, words in VARIANTS.items():
+    for name, words in {**VARIANTS, **ACT}.items():
         for seed in args.seeds:
             if args.only not in name:
                 continue
-            config = load_config(HOUSE, [*words, "--training.seed", str(seed), "--data.path", str(args.out / "data")])
+            run = ["--training.seed", str(seed), "--data.path", str(args.out / "data")]
+            config = load_config(HOUSE, [*STEPS, *words, *run])
             work = args.out / f"{slug(name)}_{seed}"
             rows.setdefault(name, []).append(once(work.with_suffix(".json"), partial(ours, config, work)))
     if not rows:
-        sys.exit(f"--only: got {args.only!r}, allowed: part of one of {', '.join(VARIANTS)}")
+        sys.exit(f"--only: got {args.only!r}, allowed: part of one of {', '.join([*VARIANTS, *ACT])}")
     print(table(rows, DEPTHS))
+    for name in (name for name in ACT if name in rows):
+        used = ", ".join(f"{run['used']:.2f}" for run in rows[name])
+        print(f"{name}: {used} loops contribute to a token")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from mythos_jax.training.train import train
 HOUSE = Path(__file__).parents[1] / "configs" / "house_tiny.yaml"
 DEPTHS = (1, 2, 4, 8, 16, 32)
 
-Losses = dict[int, float]  # depth -> held-out nats per token
+Losses = dict[int | str, float]  # depth -> held-out nats per token
 
 
 def slug(name: str) -> str:
@@ -25,10 +25,11 @@ def slug(name: str) -> str:
 
 
 def ours(config: Config, workdir: Path) -> Losses:
-    """Trains as `mythos train` does (a run that was interrupted goes on) and evaluates at `evaluation.loops`."""
+    """Trains as `mythos train` does (a run that was interrupted goes on) and evaluates at `evaluation.loops`; also
+    "used", the loops that contributed to a token, on average, of the deepest evaluation."""
     train(config, workdir)
     results, _ = evaluate_model(open_model(workdir))
-    return {r.loops: r.loss for r in results}
+    return {**{r.loops: r.loss for r in results}, "used": results[-1].mean_loops}
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:
