@@ -48,9 +48,10 @@ def train(
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints)
     with contextlib.closing(checkpoints):
         state = init_state(config, mesh)
-        if (newest := checkpoints.newest()) is not None:
-            _check_resume(config, data, checkpoints.meta(newest), workdir, newest)
-            state = checkpoints.restore_newest(state)
+        if checkpoints.newest() is not None:
+            now = run_meta(config, data)
+            state, saved = checkpoints.restore_newest(state, lambda saved: _check_resume(saved, now, workdir))
+            _announce_changes(saved, now, int(state.step))
             print(f"resuming {workdir} after step {int(state.step)}", file=sys.stderr)
         elif init_from is not None:
             state = state.replace(variables=_initial_variables(config, mesh, init_from))
@@ -211,16 +212,22 @@ def run_meta(config: Config, data: Data) -> dict[str, Any]:
 _FIXED = ("training.batch_size", "training.seed", "training.optimizer", "training.ema_decay")
 
 
-def _check_resume(config: Config, data: Data, saved: dict[str, Any], workdir: Path, step: int) -> None:
-    now = run_meta(config, data)
-    changed = differences({name: saved[name] for name in now}, now)
+def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    return differences({name: saved[name] for name in now}, now)
+
+
+def _check_resume(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    changed = _changes(saved, now)
     refused = {k: v for k, v in changed.items() if k.startswith(("model.", "data")) or k in _FIXED}
     if refused:
         fields = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in refused.items())
         raise ConfigError(
             f"{workdir}: cannot resume, the run was made with other settings ({fields}); use a new --workdir"
         )
-    for name, (old, new) in changed.items():
+
+
+def _announce_changes(saved: dict[str, Any], now: dict[str, Any], step: int) -> None:
+    for name, (old, new) in _changes(saved, now).items():
         note = ""
         if name == "training.steps":
             note = f": the learning rate's cosine now ends at step {new}, from step {step} on it follows that curve"

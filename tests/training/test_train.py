@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -42,11 +43,17 @@ def timeless(rows):
     return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "goodput")} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def kept_run(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
 @pytest.fixture
-def undisturbed(config, tmp_path):
-    """The run directory of a run that nothing interrupted."""
-    train(config, tmp_path / "undisturbed", progress=False)
-    return tmp_path / "undisturbed"
+def undisturbed(config, tmp_path, kept_run):
+    """The run directory of a run that nothing interrupted: a copy of one that is trained once."""
+    if not kept_run.exists():
+        train(config, kept_run, progress=False)
+    return Path(shutil.copytree(kept_run, tmp_path / "undisturbed"))
 
 
 def test_a_run_leaves_its_files_and_learns(config, undisturbed):
@@ -159,9 +166,26 @@ def keep_the_files_but_change_what_they_say(folder):
     shutil.copytree(folder.parent / "6" / "model", folder / "model")
 
 
+def cut_meta_short(folder):
+    file = folder / "meta" / "metadata"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def change_a_digit_of_meta(folder):
+    """Still JSON, but it says that the run was made with another model."""
+    file = folder / "meta" / "metadata"
+    text = file.read_text()
+    changed = text.replace("264", "265", 1)
+    assert json.loads(changed)["model"]["vocab_size"] == 265
+    file.write_text(changed)
+
+
 # Orbax and TensorStore leave the reads that failed to an event loop that is closed by then.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", [flip_bits, cut_short, keep_the_files_but_change_what_they_say])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_bits, cut_short, keep_the_files_but_change_what_they_say, cut_meta_short, change_a_digit_of_meta],
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(config, undisturbed, capsys, damage):
     whole, log = parameters(undisturbed), timeless(lines(undisturbed))
     damage(undisturbed / "checkpoints" / "8")
@@ -216,6 +240,7 @@ def test_resume_refuses_another_model_batch_seed_or_data(config, undisturbed, tm
     data = dataclasses.replace(config.data, path=str(tmp_path / "other"), held_out=0.5)
     with pytest.raises(ConfigError, match="data was"):
         train(dataclasses.replace(config, data=data), undisturbed, progress=False)
+    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["6", "8"]  # nothing is set aside
     assert_same(before, parameters(undisturbed))
 
 
