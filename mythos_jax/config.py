@@ -341,6 +341,7 @@ class DataConfig:
     seq_len: int = 128  # tokens a row predicts
     held_out: float = 0.05  # share of documents kept for evaluation, chosen by a hash of the name
     max_bytes: int = 0  # stop after this much text; 0: all of it
+    document_mask: bool = False  # tokens attend to their own document only, not to the others in their row
     # Instead of path and sources: several prepared folders and their weights. (Unhashed, so that a config is hashable.)
     mixture: dict[str, float] = field(default_factory=dict, hash=False)
     task: TaskConfig = field(default_factory=TaskConfig)  # or nothing is read at all
@@ -351,7 +352,7 @@ class DataConfig:
         require(0 <= self.held_out < 1, "data.held_out", self.held_out, "a fraction in [0, 1)")
         require(self.max_bytes >= 0, "data.max_bytes", self.max_bytes, "an integer >= 0")
         if self.task.name:
-            for name in ["path", "sources", "mixture"]:
+            for name in ["path", "sources", "mixture", "document_mask"]:
                 value = getattr(self, name)
                 require(not value, f"data.{name}", value, f"nothing, with data.task.name {self.task.name}")
         if self.mixture:
