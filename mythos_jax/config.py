@@ -36,7 +36,7 @@ Injection = Literal["openmythos", "parcae", "concat", "none"]
 InitialState = Literal["injected", "noise", "zeros"]
 ReadOut = Literal["last", "act"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "attention", "offload", "dots"]
 DepthDistribution = Literal["fixed", "uniform", "poisson", "lognormal_poisson"]
 DepthUnit = Literal["sequence", "batch"]
 Optimizer = Literal["adamw", "muon"]
@@ -110,7 +110,7 @@ class ModelConfig:
     # Numerics.
     init_std: float | None = None  # normal initialisation of every matrix: sqrt(2 / (5 dim))
     dtype: ComputeDtype = "auto"  # of activations; auto: bfloat16 on TPU and GPU, float32 on CPU
-    remat: Remat = "none"  # what the backward pass recomputes in each loop: nothing, all, all but matmul outputs
+    remat: Remat = "none"  # what the backward pass recomputes of each loop (docs/training.md has a table)
 
     def __post_init__(self):
         check_types(self, "model")

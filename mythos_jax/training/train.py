@@ -208,8 +208,10 @@ def run_meta(config: Config, data: Data) -> dict[str, Any]:
     }
 
 
-# Fields whose change on resume would make the run neither the old one nor a new one.
-_FIXED = ("training.batch_size", "training.seed", "training.optimizer", "training.ema_decay")
+# Fields whose change on resume would make the run neither the old one nor a new one (beginnings of their names), and
+# those among them that change nothing but speed and memory.
+_FIXED = ("model.", "data", "training.batch_size", "training.seed", "training.optimizer", "training.ema_decay")
+_FREE = ("model.remat",)
 
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 def _check_resume(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
     changed = _changes(saved, now)
-    refused = {k: v for k, v in changed.items() if k.startswith(("model.", "data")) or k in _FIXED}
+    refused = {k: v for k, v in changed.items() if k.startswith(_FIXED) and k not in _FREE}
     if refused:
         fields = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in refused.items())
         raise ConfigError(
