@@ -23,7 +23,7 @@ from mythos_jax.runs import open_model, place
 from mythos_jax.sharding import batch_sharding, check_batch, local_rows, make_mesh, to_global
 from mythos_jax.training.checkpoint import Checkpoints
 from mythos_jax.training.errors import BadStepError, Interrupted
-from mythos_jax.training.metrics import Goodput, open_writers, plain
+from mythos_jax.training.metrics import Goodput, check_writers, open_writers, plain
 from mythos_jax.training.step import TrainState, evaluated, init_state, make_train_step
 from mythos_jax.typed import differences, to_dict
 
@@ -40,6 +40,7 @@ def train(
     """
     workdir = Path(workdir)
     _check_workdir(workdir)
+    check_writers(config.training.writers)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.training.batch_size, "training.batch_size")
     data = open_data(config, progress)
@@ -71,15 +72,15 @@ class _Loop:
     def run(self, state: TrainState) -> dict[str, Any]:
         t, start = self.config.training, int(state.step)
         step_fn = make_train_step(self.config, self.mesh)
-        self.bar = tqdm(
-            total=t.steps, initial=start, desc=f"train {self.config.name}", unit="step", disable=not self.progress
-        )
         self.goodput, self.clock, self.tokens = Goodput(), time.perf_counter(), 0
         pending: tuple[int, dict[str, jax.Array]] | None = None
         with contextlib.ExitStack() as stack:
             writers = open_writers(t.writers, self.workdir, self.config.name, restored_step=start)
             self.writers = [stack.enter_context(contextlib.closing(writer)) for writer in writers]
-            stack.enter_context(self.bar)
+            title = f"train {self.config.name}"
+            self.bar = stack.enter_context(
+                tqdm(total=t.steps, initial=start, desc=title, unit="step", disable=not self.progress)
+            )
             stopped = stack.enter_context(_signals())
             profiler = stack.enter_context(_Profiler(t.profile_steps, self.workdir / "profile"))
             for step, batch in zip(range(start + 1, t.steps + 1), self._batches(start), strict=False):
