@@ -36,7 +36,7 @@ Injection = Literal["openmythos", "parcae", "concat", "none"]
 InitialState = Literal["injected", "noise", "zeros"]
 ReadOut = Literal["last", "act"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "attention", "offload", "dots"]
 DepthDistribution = Literal["fixed", "uniform", "poisson", "lognormal_poisson"]
 DepthUnit = Literal["sequence", "batch"]
 Optimizer = Literal["adamw", "muon"]
@@ -111,7 +111,7 @@ class ModelConfig:
     init_std: float | None = None  # normal initialisation of every matrix: sqrt(2 / (5 dim))
     output_init: float = 1.0  # times that: of the matrices that write to the residual stream (Parcae: 0)
     dtype: ComputeDtype = "auto"  # of activations; auto: bfloat16 on TPU and GPU, float32 on CPU
-    remat: Remat = "none"  # what the backward pass recomputes in each loop: nothing, all, all but matmul outputs
+    remat: Remat = "none"  # what the backward pass recomputes of each loop (docs/training.md has a table)
 
     def __post_init__(self):
         check_types(self, "model")
@@ -347,6 +347,7 @@ class DataConfig:
     seq_len: int = 128  # tokens a row predicts
     held_out: float = 0.05  # share of documents kept for evaluation, chosen by a hash of the name
     max_bytes: int = 0  # stop after this much text; 0: all of it
+    document_mask: bool = False  # tokens attend to their own document only, not to the others in their row
     # Instead of path and sources: several prepared folders and their weights. (Unhashed, so that a config is hashable.)
     mixture: dict[str, float] = field(default_factory=dict, hash=False)
     task: TaskConfig = field(default_factory=TaskConfig)  # or nothing is read at all
@@ -357,7 +358,7 @@ class DataConfig:
         require(0 <= self.held_out < 1, "data.held_out", self.held_out, "a fraction in [0, 1)")
         require(self.max_bytes >= 0, "data.max_bytes", self.max_bytes, "an integer >= 0")
         if self.task.name:
-            for name in ["path", "sources", "mixture"]:
+            for name in ["path", "sources", "mixture", "document_mask"]:
                 value = getattr(self, name)
                 require(not value, f"data.{name}", value, f"nothing, with data.task.name {self.task.name}")
         if self.mixture:

@@ -162,7 +162,7 @@ def test_overrides_are_laid_over_the_file(write):
         ("--model.feed_forward gated", "model.feed_forward: got 'gated', allowed: dense, moe"),
         ("--model.injection lti", "model.injection: got 'lti', allowed: openmythos, parcae, concat, none"),
         ("--model.readout ACT", "model.readout: got 'ACT', allowed: last, act"),
-        ("--model.remat true", "model.remat: got True, allowed: none, full, dots"),
+        ("--model.remat true", "model.remat: got True, allowed: none, full, attention, offload, dots"),
         ("--training.steps 0", "training.steps: got 0, allowed: an integer >= 1"),
         ("--training.seed -1", "training.seed: got -1, allowed: an integer >= 0"),
         ("--training.learning_rate 0", "training.learning_rate: got 0.0, allowed: a number > 0"),

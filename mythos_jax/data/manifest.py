@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer
 from mythos_jax.typed import ConfigError
 
 MANIFEST_FILE = "manifest.json"
@@ -109,12 +109,6 @@ def verify(folder: str | Path) -> Manifest:
         if file_sha256(file) != split.sha256:
             raise ConfigError(f"{file}: its checksum is not the manifest's; prepare the folder again")
     return manifest
-
-
-def prepared_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that a prepared folder was made with, from the folder itself."""
-    manifest = load_manifest(folder)
-    return load_tokenizer(ByteTokenizer.name if manifest.in_bytes else Path(folder) / TOKENIZER_FILE)
 
 
 def rows_file(folder: str | Path, split: str) -> Path:

@@ -8,12 +8,14 @@ import numpy as np
 from mythos_jax.config import Config
 from mythos_jax.data.prepare import ensure_prepared
 from mythos_jax.data.tasks import TaskData
+from mythos_jax.typed import ConfigError
 
 Batch = dict[str, np.ndarray]
 
 
 class Data(Protocol):
-    """Batches of tokens, targets int32 [B, T] and mask bool [B, T], in an order that is a function of (seed, step).
+    """Batches of tokens, targets int32 [B, T] and mask bool [B, T], in an order that is a function of (seed, step);
+    with `data.document_mask` also segment_ids int32 [B, T] (see `TokenRows`).
 
     identity: text or plain containers that name the data; a run that was made with others is not resumed.
     """
@@ -35,33 +37,47 @@ class TextData:
     """Rows of text, prepared first when they are missing."""
 
     def __init__(self, config: Config, progress: bool = True):
-        self.folder = config.data_path
-        self.identity = ensure_prepared(config, progress=progress).fingerprint
+        self.folder, self.document_mask = config.data_path, config.data.document_mask
+        fingerprint = ensure_prepared(config, progress=progress).fingerprint
+        self.identity = {"rows": fingerprint, "document_mask": True} if self.document_mask else fingerprint
 
     def train_batches(self, **keywords: Any) -> Iterator[Batch]:
         from mythos_jax.data.pipeline import train_batches
 
-        return train_batches(self.folder, **keywords)
+        return train_batches(self.folder, document_mask=self.document_mask, **keywords)
 
     def held_out_batches(self, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
         from mythos_jax.data.pipeline import eval_batches
 
-        return eval_batches(self.folder, batch_size=batch_size, max_rows=max_rows)
+        return eval_batches(self.folder, batch_size=batch_size, max_rows=max_rows, document_mask=self.document_mask)
 
 
 class MixtureData:
     """Rows of several prepared folders in turns, by their weights."""
 
     def __init__(self, config: Config):
-        self.weights = config.data.mixture
-        parts = {folder: ensure_prepared(config, path=folder) for folder in self.weights}
+        self.weights, self.document_mask = config.data.mixture, config.data.document_mask
+        self.parts = {folder: ensure_prepared(config, path=folder) for folder in self.weights}
         # In their order, which is that of the rows; where a folder lies does not matter.
-        self.identity = {"mixture": [[parts[folder].fingerprint, weight] for folder, weight in self.weights.items()]}
+        parts = [[self.parts[folder].fingerprint, weight] for folder, weight in self.weights.items()]
+        self.identity = {"mixture": parts} | ({"document_mask": True} if self.document_mask else {})
 
     def train_batches(self, **keywords: Any) -> Iterator[Batch]:
         from mythos_jax.data.pipeline import mixture_batches
 
-        return mixture_batches(list(self.weights), list(self.weights.values()), **keywords)
+        return mixture_batches(
+            list(self.weights), list(self.weights.values()), document_mask=self.document_mask, **keywords
+        )
+
+    def held_out_batches(self, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
+        """Of all parts that have rows held out; `max_rows` counts per part."""
+        from mythos_jax.data.pipeline import eval_batches
+
+        kept = [folder for folder, manifest in self.parts.items() if manifest.splits["held_out"].rows]
+        if not kept:
+            raise ConfigError(f"{', '.join(self.parts)}: no rows are held out to evaluate on")
+        for folder in kept:
+            yield from eval_batches(folder, batch_size=batch_size, max_rows=max_rows, document_mask=self.document_mask)
 
 
 def open_data(config: Config, progress: bool = True) -> Data:

@@ -25,12 +25,17 @@ class TokenRows:
 
     `rows[i]` is {"tokens": int32 [T], "targets": int32 [T], "mask": bool [T]}: targets are the tokens that follow,
     the mask is False on the padding (end-of-document tokens) of the short last row.
+
+    With `document_mask` also "segment_ids", int32 [T]: which of the row's documents, counted from 1, the target
+    belongs to; 0 on the padding. As a target an end-of-document token ends its document, as an input it starts the
+    next: a document in a row then sees what it sees alone, and what a prompt sees.
     """
 
-    def __init__(self, folder: str | Path, split: str):
+    def __init__(self, folder: str | Path, split: str, document_mask: bool = False):
         require(split in SPLITS, "split", split, ", ".join(SPLITS))
         self.manifest = load_manifest(folder)
         self.file = rows_file(folder, split)
+        self._document_mask = document_mask
         self._split = self.manifest.splits[split]
         self._dtype = np.dtype(self.manifest.dtype)
         # Rows are read at random, so reading ahead is waste.
@@ -49,7 +54,7 @@ class TokenRows:
         return {name: array[0] for name, array in self.read([index]).items()}
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """Rows by number, stacked: tokens and targets int32 [n, T], mask bool [n, T].
+        """Rows by number, stacked: tokens and targets int32 [n, T], mask bool [n, T], and any segment_ids int32 [n, T].
 
         Raises IndexError, and ConfigError where the file is damaged, naming file and row.
         """
@@ -65,7 +70,13 @@ class TokenRows:
                 raise self._damaged(i, f"got {len(record)} bytes")
             stream[place, : lengths[place]] = np.frombuffer(record, self._dtype)
         mask = np.arange(width - 1) < lengths[:, None] - 1
-        return {"tokens": stream[:, :-1], "targets": stream[:, 1:], "mask": mask}
+        batch = {"tokens": stream[:, :-1], "targets": stream[:, 1:], "mask": mask}
+        return batch | {"segment_ids": self._segments(batch)} if self._document_mask else batch
+
+    def _segments(self, batch: Batch) -> np.ndarray:
+        starts = batch["tokens"] == self.manifest.end_of_document
+        starts[:, :1] = True
+        return np.where(batch["mask"], np.cumsum(starts, axis=1, dtype=np.int32), np.int32(0))
 
     def _length(self, index: int) -> int:
         """Tokens in a row, one more than its targets."""
@@ -88,12 +99,12 @@ class TokenRows:
         return ConfigError(f"{self.file}, row {index}: damaged ({why}); prepare the folder again")
 
 
-def open_rows(folder: str | Path, split: str) -> TokenRows:
+def open_rows(folder: str | Path, split: str, document_mask: bool = False) -> TokenRows:
     """The rows of a split, "train" or "held_out", of a prepared folder.
 
     Raises ConfigError: no prepared folder, or a damaged one.
     """
-    return TokenRows(folder, split)
+    return TokenRows(folder, split, document_mask)
 
 
 def row_order(rows: int, seed: int | Sequence[int]) -> grain.MapDataset:
@@ -144,6 +155,7 @@ def mixture_batches(
     seed: int,
     start_step: int = 0,
     rows: slice | Sequence[int] | np.ndarray | None = None,
+    document_mask: bool = False,
     threads: int = 2,
     ahead: int = 4,
 ) -> Iterator[Batch]:
@@ -151,7 +163,7 @@ def mixture_batches(
 
     The folders have one tokenizer and one seq_len. Raises ConfigError: no rows, a damaged file, a tiny weight.
     """
-    sources = [_train_rows(folder) for folder in folders]
+    sources = [_train_rows(folder, document_mask) for folder in folders]
     orders = [row_order(len(source), [seed, part]) for part, source in enumerate(sources)]
     batches = _MixtureBatches(sources, orders, MixtureOrder(weights), batch_size, row_numbers(rows, batch_size))
     return prefetched(batches, start_step, threads=threads, ahead=ahead)
@@ -164,17 +176,19 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     rows: slice | Sequence[int] | np.ndarray | None = None,
+    document_mask: bool = False,
     threads: int = 2,
     ahead: int = 4,
 ) -> Iterator[Batch]:
     """The endless batches of a run from `start_step` on, arrays [B, T] as in `TokenRows.read`.
 
     `batch_size`: B, of the global batch. `rows`: which of its rows to read, by slice or numbers (default: all), for
-    a process whose devices hold just those. `threads` read `ahead` batches in advance; 0: read when asked.
+    a process whose devices hold just those. `document_mask`: with segment_ids, as in `TokenRows`. `threads` read
+    `ahead` batches in advance; 0: read when asked.
 
     Raises ConfigError: no rows, a damaged file.
     """
-    source = _train_rows(folder)
+    source = _train_rows(folder, document_mask)
     batches = _Batches(source, row_order(len(source), seed), batch_size, row_numbers(rows, batch_size))
     return prefetched(batches, start_step, threads=threads, ahead=ahead)
 
@@ -191,8 +205,8 @@ def row_numbers(rows: slice | Sequence[int] | np.ndarray | None, batch_size: int
     return np.arange(batch_size)[index]
 
 
-def _train_rows(folder: str | Path) -> TokenRows:
-    source = open_rows(folder, "train")
+def _train_rows(folder: str | Path, document_mask: bool) -> TokenRows:
+    source = open_rows(folder, "train", document_mask)
     if not len(source):
         raise ConfigError(f"{source.file}: has no rows to train on")
     return source
@@ -249,15 +263,16 @@ def eval_batches(
     batch_size: int,
     max_rows: int = 0,
     rows: slice | Sequence[int] | np.ndarray | None = None,
+    document_mask: bool = False,
 ) -> Iterator[Batch]:
     """The first `max_rows` (0: all) rows of a split, once, in order, arrays [B, T] as in `TokenRows.read`.
 
-    The last batch is filled up with rows of padding, mask False, so that shapes never change. `rows`: as in
-    `train_batches`.
+    The last batch is filled up with rows of padding, mask False, so that shapes never change. `rows`,
+    `document_mask`: as in `train_batches`.
 
     Raises ConfigError: no rows, a damaged file.
     """
-    source = open_rows(folder, split)
+    source = open_rows(folder, split, document_mask)
     if not len(source):
         raise ConfigError(f"{source.file}: has no rows to evaluate on")
     count = min(len(source), max_rows) if max_rows else len(source)
@@ -270,7 +285,7 @@ def _padded(source: TokenRows, indices: np.ndarray, count: int) -> Batch:
     read = source.read(indices[real])
     batch = {}
     for name, array in read.items():
-        fill = False if name == "mask" else source.manifest.end_of_document
+        fill = {"mask": False, "segment_ids": 0}.get(name, source.manifest.end_of_document)
         batch[name] = np.full((len(indices), source.manifest.seq_len), fill, array.dtype)
         batch[name][real] = array
     return batch

@@ -127,11 +127,6 @@ def examples(
     return batch
 
 
-def as_text(problem: Problem, tokens: np.ndarray) -> str:
-    """A row of tokens as people write it."""
-    return "".join(problem.symbols[token] for token in tokens)
-
-
 class _TrainBatches:
     """Element s: this process's rows of global batch s."""
 

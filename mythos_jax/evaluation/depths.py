@@ -50,7 +50,7 @@ def evaluate_depths(
 ) -> list[DepthResult]:
     """Loss on the same batches at each number of loops (with a halting policy: at most so many).
 
-    batches: numpy dicts of tokens, targets int32 [B, T] and mask [B, T], all of one shape.
+    batches: numpy dicts of tokens, targets int32 [B, T], mask [B, T] and any segment_ids, all of one shape.
     """
     sharding, size = batch_sharding(mesh), batches[0]["tokens"].shape[0]
     rows = local_rows(sharding, size)

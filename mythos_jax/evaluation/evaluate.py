@@ -57,7 +57,7 @@ def evaluate_model(
         batch
         for folder, split in zip(folders, kept, strict=True)
         if split.rows or len(folders) == 1  # a part of a mixture may have nothing held out
-        for batch in eval_batches(folder, batch_size=size, max_rows=most)
+        for batch in eval_batches(folder, batch_size=size, max_rows=most, document_mask=config.data.document_mask)
     ]
     if not batches:
         raise ConfigError(f"{', '.join(folders)}: no rows are held out to evaluate on")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.attention import View
+from mythos_jax.model.attention import SAVED, View
 from mythos_jax.model.block import TransformerBlock
 from mythos_jax.model.cache import Memory, empty_kv, fill_deeper
 from mythos_jax.model.halting import Halting, act_weight, check_halting, relative_change
@@ -21,7 +21,18 @@ from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
 from mythos_jax.model.layers import RMSNorm
 from mythos_jax.model.moe import RouterStats
 
-REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+# What the forward pass keeps of each loop beside the state it starts from (`none`: all that the backward pass reads).
+REMAT_POLICIES = {
+    "full": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[SAVED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @struct.dataclass

@@ -1,10 +1,12 @@
 """Saving and restoring, all of Orbax in one place.
 
-A checkpoint holds three items: `model` (params and balance), `optimizer`, and `meta` (what the run was, as JSON), so
-that evaluation reads the first alone. Orbax writes into a temporary directory and renames it when it is whole: a
-half-written checkpoint is never seen.
+A checkpoint holds three items: `model` (params and balance), `optimizer`, and `meta` (what the run was and the
+checksums of the arrays, as JSON, with a digest of itself), so that evaluation reads the first alone. Orbax writes into
+a temporary directory and renames it when it is whole: a half-written checkpoint is never seen.
 """
 
+import hashlib
+import json
 import logging
 import shutil
 import sys
@@ -61,6 +63,7 @@ class Checkpoints:
         trees = _items(state)
         sums = {name: jax.device_get(checksums(tree)) for name, tree in trees.items()}
         meta = {**meta, "checksums": {name: [int(x) for x in values] for name, values in sums.items()}}
+        meta["digest"] = _digest(meta)
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))))
 
@@ -68,18 +71,22 @@ class Checkpoints:
         """Blocks until what was saved is on disk; raises SaveError if it is not."""
         self._guard(self._manager.wait_until_finished)
 
-    def meta(self, step: int) -> dict[str, Any]:
-        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+    def restore_newest(
+        self, like: TrainState, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The newest state that is whole, with the shapes, dtypes and shardings of `like`, and its meta.
 
-    def restore_newest(self, like: TrainState) -> TrainState:
-        """The newest state that is whole, with the shapes, dtypes and shardings of `like`.
-
-        A checkpoint that cannot be read, or whose arrays do not have the checksums they were saved with, is set aside
-        as STEP.damaged with a warning, and the one before it is tried. Raises DamagedError when none is left.
+        check: is given the meta before any array is read, and raises ConfigError where the state is not for this run.
+        A checkpoint that cannot be read, or that does not have the checksums it was saved with, is set aside as
+        STEP.damaged with a warning, and the one before it is tried. Raises DamagedError when none is left.
         """
         for step in reversed(self.steps()):
             try:
-                return self._restore_state(step, like)
+                meta = self._meta(step)
+                check(meta)
+                return self._restore_state(step, like, meta["checksums"]), meta
+            except ConfigError:  # of a whole checkpoint
+                raise
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 why = " ".join(str(error).split())[:200]
                 print(f"warning: {self.directory / str(step)}: damaged, trying the one before ({why})", file=sys.stderr)
@@ -92,28 +99,33 @@ class Checkpoints:
         Raises DamagedError where the files do not hold what was saved.
         """
         try:
-            variables = self._restore_tree(step, "model", like)
-            if "average" in self.meta(step)["checksums"]:
-                variables = evaluated(variables, self._restore_tree(step, "average", like["params"]))
-        except DamagedError:
-            raise
+            sums = self._meta(step)["checksums"]
+            variables = self._restore_tree(step, "model", like, sums)
+            if "average" in sums:
+                variables = evaluated(variables, self._restore_tree(step, "average", like["params"], sums))
         except Exception as error:
             why = " ".join(str(error).split())[:200]
             raise DamagedError(f"{self.directory / str(step)}: damaged, cannot be restored ({why})") from error
         return variables
 
-    def _restore_state(self, step: int, like: TrainState) -> TrainState:
-        items = {name: self._restore_tree(step, name, tree) for name, tree in _items(like).items()}
+    def _meta(self, step: int) -> dict[str, Any]:
+        """What was saved as `meta`, compared with its digest."""
+        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        # Checkpoints of earlier versions have none.
+        if "digest" in meta and meta["digest"] != _digest(meta):
+            raise DamagedError("meta is damaged, its digest is not that of the save")
+        return meta
+
+    def _restore_state(self, step: int, like: TrainState, sums: dict[str, list[int]]) -> TrainState:
+        items = {name: self._restore_tree(step, name, tree, sums) for name, tree in _items(like).items()}
         at = jax.device_put(jnp.asarray(step, like.step.dtype), like.step.sharding)
         return like.replace(step=at, variables=items["model"], average=items.get("average"), **items["optimizer"])
 
-    def _restore_tree(self, step: int, name: str, like: Any) -> Any:
+    def _restore_tree(self, step: int, name: str, like: Any, sums: dict[str, list[int]]) -> Any:
         """One item, its checksums compared with those it was saved with."""
         tree = self._restore(step, **{name: ocp.args.StandardRestore(_abstract(like))})[name]
-        if jax.device_get(checksums(tree)).tolist() != self.meta(step)["checksums"][name]:
-            raise DamagedError(
-                f"{self.directory / str(step)}: {name} is damaged, its checksums are not those of the save"
-            )
+        if jax.device_get(checksums(tree)).tolist() != sums[name]:
+            raise DamagedError(f"{name} is damaged, its checksums are not those of the save")
         return tree
 
     def _set_aside(self, step: int) -> None:
@@ -152,6 +164,12 @@ def _items(state: TrainState) -> dict[str, Any]:
         "optimizer": {"optimizer": state.optimizer, "loss_mean": state.loss_mean, "skipped": state.skipped},
     }
     return items if state.average is None else {**items, "average": state.average}
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    """Of all of `meta` but its digest, as JSON has it."""
+    rest = {name: value for name, value in meta.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit

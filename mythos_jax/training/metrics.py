@@ -1,7 +1,9 @@
 """Where a run's numbers go: `metrics.jsonl` always, TensorBoard and Weights & Biases when asked for."""
 
+import importlib
 import json
 import os
+import secrets
 import statistics
 import time
 from collections import deque
@@ -43,29 +45,53 @@ class MetricsLog:
 
 
 class TensorBoardWriter:
-    """Scalars as TensorBoard event files."""
+    """Scalars as TensorBoard event files, a new one each start."""
 
-    def __init__(self, folder: Path):
-        from tensorboard.summary import Writer as EventWriter
+    def __init__(self, folder: Path, restored_step: int = 0):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventWriter(str(folder))
+        self._event, self._summary, self._file = Event, Summary, EventFileWriter(str(folder))
+        if restored_step:
+            # Tells readers to forget what earlier files say of later steps, which are about to run again.
+            start = SessionLog(status=SessionLog.START)
+            self._file.add_event(Event(wall_time=time.time(), step=restored_step + 1, session_log=start))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        for name, value in _scalars(metrics).items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in _scalars(metrics).items()]
+        self._file.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        self._file.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 class WandbWriter:
-    """Scalars to Weights & Biases; a resumed run goes on under the same id. WANDB_MODE=offline keeps it local."""
+    """Scalars to Weights & Biases, whose own variables choose the rest (WANDB_MODE=offline, WANDB_PROJECT, …).
+
+    Every start of a run goes on under the id that is kept in its folder. Raises ConfigError where W&B refuses.
+    """
 
     def __init__(self, folder: Path, name: str):
         import wandb
 
-        self._run = wandb.init(project="mythos_jax", name=name, id=folder.name, dir=str(folder), resume="allow")
+        kept = folder / "wandb_id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(8))
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "mythos_jax"),
+                name=name,
+                id=kept.read_text(),
+                dir=str(folder),
+                resume="allow",
+            )
+        except wandb.errors.Error as error:
+            why = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"training.writers: wandb refused ({why}); allowed: `wandb login`, or WANDB_MODE=offline"
+            ) from error
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         self._run.log(_scalars(metrics), step=step)
@@ -74,20 +100,24 @@ class WandbWriter:
         self._run.finish()
 
 
-def open_writers(names: tuple[str, ...], workdir: Path, run_name: str, restored_step: int) -> list[Writer]:
-    """The log and the writers asked for. Raises ConfigError where one is not installed."""
-    writers: list[Writer] = [MetricsLog(workdir / "metrics.jsonl", restored_step)]
+def check_writers(names: tuple[str, ...]) -> None:
+    """Raises ConfigError where one is not installed: to be asked before anything is done."""
     for name in names:
         try:
-            if name == "tensorboard":
-                writers.append(TensorBoardWriter(workdir / "tensorboard"))
-            else:
-                writers.append(WandbWriter(workdir, run_name))
+            importlib.import_module(name)
         except ImportError:
             raise ConfigError(
                 f"training.writers: {name} is not installed; allowed: pip install 'mythos-jax[{name}]'"
             ) from None
-    return writers
+
+
+def open_writers(names: tuple[str, ...], workdir: Path, run_name: str, restored_step: int) -> list[Writer]:
+    """The log and the writers asked for, which are installed (see `check_writers`)."""
+    makers = {
+        "tensorboard": lambda: TensorBoardWriter(workdir / "tensorboard", restored_step),
+        "wandb": lambda: WandbWriter(workdir, run_name),
+    }
+    return [MetricsLog(workdir / "metrics.jsonl", restored_step), *(makers[name]() for name in names)]
 
 
 def plain(value: Any) -> Any:

@@ -134,9 +134,7 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, 
         else:
             keywords |= {"loops": backprop_loops(config)}
         variables = {**state.variables, "params": params}
-        nats_BT, out = next_token_nats(
-            model, variables, {k: part[k] for k in ("tokens", "targets", "mask")}, **keywords
-        )
+        nats_BT, out = next_token_nats(model, variables, part, **keywords)
         extra = extra_objectives(weights, out.aux, part["mask"])
         loss = nats_BT.sum() / tokens
         loss += sum(getattr(weights, name) * value for name, value in extra.items()) / t.accumulation

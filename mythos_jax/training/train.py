@@ -23,7 +23,7 @@ from mythos_jax.runs import open_model, place
 from mythos_jax.sharding import batch_sharding, check_batch, local_rows, make_mesh, to_global
 from mythos_jax.training.checkpoint import Checkpoints
 from mythos_jax.training.errors import BadStepError, Interrupted
-from mythos_jax.training.metrics import Goodput, open_writers, plain
+from mythos_jax.training.metrics import Goodput, check_writers, open_writers, plain
 from mythos_jax.training.step import TrainState, evaluated, init_state, make_train_step
 from mythos_jax.typed import differences, to_dict
 
@@ -40,6 +40,7 @@ def train(
     """
     workdir = Path(workdir)
     _check_workdir(workdir)
+    check_writers(config.training.writers)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.training.batch_size, "training.batch_size")
     data = open_data(config, progress)
@@ -48,9 +49,10 @@ def train(
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints)
     with contextlib.closing(checkpoints):
         state = init_state(config, mesh)
-        if (newest := checkpoints.newest()) is not None:
-            _check_resume(config, data, checkpoints.meta(newest), workdir, newest)
-            state = checkpoints.restore_newest(state)
+        if checkpoints.newest() is not None:
+            now = run_meta(config, data)
+            state, saved = checkpoints.restore_newest(state, lambda saved: _check_resume(saved, now, workdir))
+            _announce_changes(saved, now, int(state.step))
             print(f"resuming {workdir} after step {int(state.step)}", file=sys.stderr)
         elif init_from is not None:
             state = state.replace(variables=_initial_variables(config, mesh, init_from))
@@ -70,15 +72,15 @@ class _Loop:
     def run(self, state: TrainState) -> dict[str, Any]:
         t, start = self.config.training, int(state.step)
         step_fn = make_train_step(self.config, self.mesh)
-        self.bar = tqdm(
-            total=t.steps, initial=start, desc=f"train {self.config.name}", unit="step", disable=not self.progress
-        )
         self.goodput, self.clock, self.tokens = Goodput(), time.perf_counter(), 0
         pending: tuple[int, dict[str, jax.Array]] | None = None
         with contextlib.ExitStack() as stack:
             writers = open_writers(t.writers, self.workdir, self.config.name, restored_step=start)
             self.writers = [stack.enter_context(contextlib.closing(writer)) for writer in writers]
-            stack.enter_context(self.bar)
+            title = f"train {self.config.name}"
+            self.bar = stack.enter_context(
+                tqdm(total=t.steps, initial=start, desc=title, unit="step", disable=not self.progress)
+            )
             stopped = stack.enter_context(_signals())
             profiler = stack.enter_context(_Profiler(t.profile_steps, self.workdir / "profile"))
             for step, batch in zip(range(start + 1, t.steps + 1), self._batches(start), strict=False):
@@ -207,20 +209,28 @@ def run_meta(config: Config, data: Data) -> dict[str, Any]:
     }
 
 
-# Fields whose change on resume would make the run neither the old one nor a new one.
-_FIXED = ("training.batch_size", "training.seed", "training.optimizer", "training.ema_decay")
+# Fields whose change on resume would make the run neither the old one nor a new one (beginnings of their names), and
+# those among them that change nothing but speed and memory.
+_FIXED = ("model.", "data", "training.batch_size", "training.seed", "training.optimizer", "training.ema_decay")
+_FREE = ("model.remat",)
 
 
-def _check_resume(config: Config, data: Data, saved: dict[str, Any], workdir: Path, step: int) -> None:
-    now = run_meta(config, data)
-    changed = differences({name: saved[name] for name in now}, now)
-    refused = {k: v for k, v in changed.items() if k.startswith(("model.", "data")) or k in _FIXED}
+def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    return differences({name: saved[name] for name in now}, now)
+
+
+def _check_resume(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    changed = _changes(saved, now)
+    refused = {k: v for k, v in changed.items() if k.startswith(_FIXED) and k not in _FREE}
     if refused:
         fields = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in refused.items())
         raise ConfigError(
             f"{workdir}: cannot resume, the run was made with other settings ({fields}); use a new --workdir"
         )
-    for name, (old, new) in changed.items():
+
+
+def _announce_changes(saved: dict[str, Any], now: dict[str, Any], step: int) -> None:
+    for name, (old, new) in _changes(saved, now).items():
         note = ""
         if name == "training.steps":
             note = f": the learning rate's cosine now ends at step {new}, from step {step} on it follows that curve"

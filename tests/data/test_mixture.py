@@ -144,17 +144,23 @@ def test_a_run_on_a_mixture(parts, tmp_path):
     from tests.training.conftest import MODEL
 
     a, b, _ = parts
-    config = Config(model=MODEL, data=DataConfig(mixture={a: 2, b: 1}, seq_len=T))
+    config = Config(model=MODEL, data=DataConfig(mixture={a: 2, b: 1}, seq_len=T, document_mask=True))
     config = dataclasses.replace(
         config,
-        training=dataclasses.replace(config.training, steps=3, batch_size=8, checkpoint_every=2),
+        training=dataclasses.replace(config.training, steps=3, batch_size=8, checkpoint_every=2, evaluate_every=3),
         evaluation=dataclasses.replace(config.evaluation, batch_size=8),
     )
     train(config, tmp_path / "run", progress=False)
     changed = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture={a: 1, b: 1}))
     with pytest.raises(ConfigError, match=r"cannot resume.*data\.mixture was \[\["):
         train(changed, tmp_path / "run", progress=False)
+    changed = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=False))
+    with pytest.raises(ConfigError, match=r"cannot resume.*data\.document_mask was True"):
+        train(changed, tmp_path / "run", progress=False)
     opened = open_model(tmp_path / "run")
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (trained,), _ = evaluate_model(opened, loops=[MODEL.loops], progress=False)
+    assert logged[-1] == {"step": 3, "held_out_loss": pytest.approx(trained.loss, abs=1e-5)}
     (whole,), _ = evaluate_model(opened, loops=[1], progress=False)
     alone = [evaluate_model(opened, data=part, loops=[1], progress=False)[0][0] for part in (a, b)]
     assert whole.tokens == sum(r.tokens for r in alone) > alone[0].tokens

@@ -74,6 +74,31 @@ def test_rows_are_the_stream(folder, stream):
             rows[bad]
 
 
+def test_segments_are_the_documents_of_the_targets(folder, stream):
+    """An end of document is a target of its own document, and the input before the first token of the next."""
+    rows = open_rows(folder, "train", document_mask=True)
+    batch = rows.read(range(len(rows)))
+    document, owners = 0, []
+    for target in stream[1:]:
+        owners.append(document)
+        document += target == EOD
+    for i, (segments, mask) in enumerate(zip(batch["segment_ids"], batch["mask"], strict=True)):
+        mine = owners[i * T : (i + 1) * T]
+        assert segments[mask].tolist() == [1 + owner - mine[0] for owner in mine]
+        assert not segments[~mask].any()
+    assert batch["segment_ids"].dtype == np.int32
+    assert (batch["segment_ids"].max(1) == 2).sum() > 5
+    plain = open_rows(folder, "train").read(range(len(rows)))
+    assert_equal([{name: batch[name] for name in plain}], [plain])
+    first = next(train_batches(folder, batch_size=8, seed=1, document_mask=True))
+    order = row_order(len(rows), seed=1)
+    np.testing.assert_array_equal(first["segment_ids"], batch["segment_ids"][[order[g] for g in range(8)]])
+    whole = list(eval_batches(folder, "train", batch_size=7, document_mask=True))
+    padded = np.concatenate([part["segment_ids"] for part in whole])
+    np.testing.assert_array_equal(padded[: len(rows)], batch["segment_ids"])
+    assert not padded[len(rows) :].any()
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 37])
 def test_an_epoch_has_each_row_once_and_epochs_differ(count):
     order = row_order(count, seed=3)

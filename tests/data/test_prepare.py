@@ -16,8 +16,9 @@ from mythos_jax.config import Config, ConfigError, DataConfig, ModelConfig
 from mythos_jax.data import prepare as prepare_module
 from mythos_jax.data import sources as sources_module
 from mythos_jax.data import units as units_module
-from mythos_jax.data.manifest import load_manifest, prepared_tokenizer, verify
+from mythos_jax.data.manifest import load_manifest, verify
 from mythos_jax.data.prepare import ensure_prepared, is_held_out, prepare
+from mythos_jax.data.tokenizer import load_tokenizer
 
 EOD = 256
 
@@ -167,7 +168,7 @@ def test_tokenizer_json(tmp_path, size, dtype):
     assert manifest.dtype == dtype
     assert (manifest.vocab_size, manifest.end_of_document) == (size + 1, size)
     assert read_rows(tmp_path / "out", "train") == [[size, 0, 1, size - 1, size]]
-    tokenizer = prepared_tokenizer(tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer.json")
     assert tokenizer.fingerprint == manifest.tokenizer_fingerprint
     assert tokenizer.encode("b a").tolist() == [1, 0]
     (tmp_path / "out" / "tokenizer.json").unlink()
@@ -185,7 +186,7 @@ def test_standard_library(tmp_path):
     manifest = prepare(["stdlib"], tmp_path / "out", seq_len=64, held_out=0.5, max_bytes=500_000)
     assert sum(split.text_bytes for split in manifest.splits.values()) == 500_000
     assert manifest.splits["held_out"].text_bytes > 0
-    assert prepared_tokenizer(tmp_path / "out").name == "bytes"
+    assert manifest.in_bytes
 
 
 def write(path, data):

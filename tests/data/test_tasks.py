@@ -12,7 +12,7 @@ import pytest
 
 from mythos_jax.config import Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig, TaskConfig, load_config
 from mythos_jax.data.open import open_data
-from mythos_jax.data.tasks import TaskData, as_text, examples, open_problem
+from mythos_jax.data.tasks import TaskData, examples, open_problem
 
 DATA = {
     "p_hop": DataConfig(task=TaskConfig("p_hop", (1, 2, 5), length=30, alphabet=5), seq_len=40),
@@ -27,6 +27,10 @@ def make(name, split="train", seed=0, indices=range(200), difficulties=None, **c
     difficulties = difficulties or data.task.difficulty
     problem = open_problem(data)
     return problem, examples(data, problem, split, seed, np.asarray(indices), difficulties)
+
+
+def as_text(problem, tokens):
+    return "".join(problem.symbols[token] for token in tokens)
 
 
 def hops_by_definition(text, p):

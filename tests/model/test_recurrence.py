@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.recurrence import REMAT_POLICIES
 from tests import reference
 from tests.tiny import (
     GQA,
@@ -97,7 +98,8 @@ def test_depth_by_row_equals_each_row_alone(family):
 
 
 def gradient(config, weight_TV):
-    """d sum(weight x logits) by the parameters, for the first tokens of the first row; and the matmuls it takes."""
+    """d sum(weight x logits) by the parameters, for the first tokens of the first row; and the matmuls and the bytes
+    of temporaries that it takes."""
 
     def loss(params):
         tokens = some_tokens()[:1, : len(weight_TV)]
@@ -105,7 +107,9 @@ def gradient(config, weight_TV):
         return (out.logits[0] * weight_TV).sum()
 
     traced = jax.jit(jax.grad(loss)).trace(variables(config)["params"])
-    return traced.lower().compile()(variables(config)["params"]), str(traced.jaxpr).count("dot_general")
+    compiled = traced.lower().compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return compiled(variables(config)["params"]), str(traced.jaxpr).count("dot_general"), temporaries
 
 
 @pytest.mark.parametrize("config", [GQA, replace(MLA, prelude_layers=0)], ids=["openmythos", "mla_last"])
@@ -113,7 +117,7 @@ def test_gradient_equals_finite_differences_of_reference(config):
     """One random direction for every parameter array; the reference is unrolled and in float64."""
     random = np.random.default_rng(1)
     weight_TV = random.standard_normal((5, V)) / 5
-    gradients, _ = gradient(config, weight_TV.astype(np.float32))
+    gradients, *_ = gradient(config, weight_TV.astype(np.float32))
     point = exact(variables(config))
 
     def loss(params):
@@ -137,12 +141,15 @@ def test_gradient_equals_finite_differences_of_reference(config):
 def test_rematerialised_gradients_are_the_same():
     config = replace(MLA, prelude_layers=0, coda_layers=0)
     weight_TV = np.random.default_rng(1).standard_normal((T, V)).astype(np.float32)
-    (plain, matmuls), counts = gradient(config, weight_TV), {}
-    for remat in ("full", "dots"):  # `variables` draws alike for all three
-        again, counts[remat] = gradient(replace(config, remat=remat), weight_TV)
+    plain, matmuls, size = gradient(config, weight_TV)
+    counts, sizes = {"none": matmuls}, {"none": size}
+    for remat in REMAT_POLICIES:  # `variables` draws alike for all
+        again, counts[remat], sizes[remat] = gradient(replace(config, remat=remat), weight_TV)
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * np.abs(a).max())
-    assert counts["full"] > counts["dots"] >= matmuls  # it does recompute
+    # What is kept is not computed again. (The CPU has one memory, so there `offload` is `attention`.)
+    assert counts["full"] > counts["attention"] == counts["offload"] > counts["dots"] >= counts["none"]
+    assert sizes["full"] < sizes["attention"] < sizes["dots"] < sizes["none"]
 
 
 def test_loops_below_one_are_refused():

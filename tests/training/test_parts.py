@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.config import ModelConfig, TrainingConfig
+from mythos_jax.config import ConfigError, ModelConfig, TrainingConfig
 from mythos_jax.model.mythos import abstract_variables
 from mythos_jax.ops.cross_entropy import cross_entropy
-from mythos_jax.training.metrics import MetricsLog, plain
+from mythos_jax.training.metrics import MetricsLog, TensorBoardWriter, check_writers, plain
 from mythos_jax.training.optimizer import decays, make_optimizer, path_names, schedule
 
 
@@ -93,3 +95,26 @@ def test_the_log_is_cut_back_to_the_restored_step(tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["expert_load"] == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_writer_that_is_not_installed_is_named(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=rf"{name} is not installed; allowed: pip install 'mythos-jax\[{name}\]'"):
+        check_writers((name,))
+
+
+def test_tensorboard_reads_each_step_once(tmp_path):
+    """After a resume from step 2, what the first start said of step 3 is forgotten."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for restored, steps, loss in [(0, [1, 2, 3], 1.0), (2, [3, 4], 2.0)]:
+        writer = TensorBoardWriter(tmp_path, restored)
+        for step in steps:
+            writer.write(step, {"loss": loss + step, "expert_load": [[0.5, 0.5]]})
+        writer.close()
+        time.sleep(1.1)  # files are read in the order of their names, which tell the second
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 3.0), (3, 5.0), (4, 6.0)]

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from mythos_jax.config import Config, DepthConfig, MeshConfig, ObjectivesConfig, TrainingConfig
+from mythos_jax.model.likelihood import next_token_nats
+from mythos_jax.model.mythos import Mythos
 from mythos_jax.sharding import batch_sharding, make_mesh, to_global
+from mythos_jax.training.depth import draw_depths
 from mythos_jax.training.objectives import contraction, ponder_cost, ponder_prior
 from mythos_jax.training.optimizer import optimizer_groups
 from mythos_jax.training.step import init_state, make_train_step
@@ -69,6 +72,26 @@ def test_depths_do_not_depend_on_the_devices():
     for a, b in zip(one, four, strict=True):
         assert a["mean_loops"] == b["mean_loops"]
         np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-5)
+
+
+def test_documents_in_one_row_are_as_if_alone():
+    """Two documents of six tokens a row, at random depth, accumulated and sharded: the loss is that of the documents
+    in rows of their own; positions go on through the row, since RoPE turns by their differences alone."""
+    dense = dataclasses.replace(RANDOM.model, feed_forward="dense")
+    config = dataclasses.replace(RANDOM, model=dense, training=dataclasses.replace(RANDOM.training, accumulation=2))
+    mesh = make_mesh(MESH, jax.local_devices()[:4])
+    state, step = init_state(config, mesh), make_train_step(config, mesh)
+    (batch,) = batches(1)
+    batch["segment_ids"] = np.where(batch["mask"], np.arange(12) // 6 + 1, 0).astype(np.int32)
+    split = {name: array.reshape(32, 6) for name, array in batch.items() if name != "segment_ids"}
+    loops = draw_depths(config, jnp.int32(0), 16)
+    model, variables = Mythos(config.model), jax.device_get(state.variables)
+    nats_of = jax.jit(lambda batch, loops: next_token_nats(model, variables, batch, loops=loops)[0])
+    alone = np.asarray(nats_of(split, jnp.repeat(loops, 2))).reshape(16, 12)
+    np.testing.assert_allclose(nats_of(batch, loops), alone, atol=1e-5)
+    assert np.abs(nats_of({**batch, "segment_ids": np.ones((16, 12), np.int32)}, loops) - alone)[:, 6:].max() > 1e-3
+    _, metrics = step(state, to_global(batch_sharding(mesh), 16, np.arange(16), batch))
+    assert metrics["loss"] == pytest.approx(alone.sum() / batch["mask"].sum(), abs=1e-5)
 
 
 def test_average_of_weights():

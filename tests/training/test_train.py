@@ -4,49 +4,34 @@ import dataclasses
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mythos_jax.config import ConfigError, MeshConfig, load_config, save_config
+from mythos_jax.config import ConfigError, MeshConfig, load_config
 from mythos_jax.runs import open_model
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.checkpoint import Checkpoints, checksums
 from mythos_jax.training.errors import BadStepError
 from mythos_jax.training.train import train
+from tests.survival import assert_same, lines, parameters, start, stop, timeless, wait_for_step, with_training
 from tests.training.conftest import use_devices
 
 
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def with_training(config, **fields):
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, **fields))
-
-
-def parameters(workdir):
-    return jax.device_get(open_model(workdir).variables)
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def timeless(rows):
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "goodput")} for row in rows]
+@pytest.fixture(scope="module")
+def kept_run(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "run"
 
 
 @pytest.fixture
-def undisturbed(config, tmp_path):
-    """The run directory of a run that nothing interrupted."""
-    train(config, tmp_path / "undisturbed", progress=False)
-    return tmp_path / "undisturbed"
+def undisturbed(config, tmp_path, kept_run):
+    """The run directory of a run that nothing interrupted: a copy of one that is trained once."""
+    if not kept_run.exists():
+        train(config, kept_run, progress=False)
+    return Path(shutil.copytree(kept_run, tmp_path / "undisturbed"))
 
 
 def test_a_run_leaves_its_files_and_learns(config, undisturbed):
@@ -73,42 +58,20 @@ def test_resume_equals_an_uninterrupted_run(config, undisturbed, tmp_path):
     assert timeless(lines(workdir)) == timeless(lines(undisturbed))
 
 
-def start(config, workdir, tmp_path, within=()):
-    """`mythos train` in a process of its own, on one device as a user has it."""
-    file = tmp_path / f"{workdir.name}.yaml"
-    save_config(config, file)
-    command = [*within, sys.executable, "-m", "mythos_jax.cli", "train", str(file), "--workdir", str(workdir)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def wait_for_step(workdir, step, process, seconds=120):
-    """Until the log of a run shows a step."""
-    end = time.time() + seconds
-    while time.time() < end and process.poll() is None:
-        log = workdir / "metrics.jsonl"
-        if log.exists() and f'"step": {step},' in log.read_text():
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 42), (signal.SIGINT, 130)])
-def test_a_run_that_is_stopped_goes_on_as_if_nothing_happened(config, tmp_path, number, code):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_goes_on_as_if_nothing_happened(config, tmp_path, number):
     config = with_training(config, steps=60, checkpoint_every=20)
     train(config, tmp_path / "undisturbed", progress=False)
     workdir = tmp_path / "stopped"
-    process = start(config, workdir, tmp_path)
+    process = start(config, workdir)
     wait_for_step(workdir, 25, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+    errors = stop(process, number)
     saved = Checkpoints(workdir / "checkpoints", read_only=True).newest()
     if number == signal.SIGKILL:
         assert saved in (None, 20, 40)
     else:
         assert 25 <= saved < 60
         assert f"stopped by {signal.Signals(number).name} after step {saved}, saved" in errors
-        assert "Traceback" not in errors
     train(config, workdir, progress=False)
     assert_same(parameters(tmp_path / "undisturbed"), parameters(workdir))
     assert timeless(lines(workdir)) == timeless(lines(tmp_path / "undisturbed"))
@@ -121,7 +84,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(config, tmp_path):
 
     config = with_training(config, steps=6, checkpoint_every=6)
     limited = ["bash", "-c", "trap '' XFSZ; ulimit -f 8; exec \"$@\"", "-"]
-    _, errors = (process := start(config, workdir, tmp_path, limited)).communicate(timeout=120)
+    _, errors = (process := start(config, workdir, limited)).communicate(timeout=120)
     assert process.returncode == 1, errors
     assert "checkpoint could not be written" in errors
     assert "Traceback" not in errors
@@ -159,9 +122,26 @@ def keep_the_files_but_change_what_they_say(folder):
     shutil.copytree(folder.parent / "6" / "model", folder / "model")
 
 
+def cut_meta_short(folder):
+    file = folder / "meta" / "metadata"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def change_a_digit_of_meta(folder):
+    """Still JSON, but it says that the run was made with another model."""
+    file = folder / "meta" / "metadata"
+    text = file.read_text()
+    changed = text.replace("264", "265", 1)
+    assert json.loads(changed)["model"]["vocab_size"] == 265
+    file.write_text(changed)
+
+
 # Orbax and TensorStore leave the reads that failed to an event loop that is closed by then.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", [flip_bits, cut_short, keep_the_files_but_change_what_they_say])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_bits, cut_short, keep_the_files_but_change_what_they_say, cut_meta_short, change_a_digit_of_meta],
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(config, undisturbed, capsys, damage):
     whole, log = parameters(undisturbed), timeless(lines(undisturbed))
     damage(undisturbed / "checkpoints" / "8")
@@ -216,6 +196,7 @@ def test_resume_refuses_another_model_batch_seed_or_data(config, undisturbed, tm
     data = dataclasses.replace(config.data, path=str(tmp_path / "other"), held_out=0.5)
     with pytest.raises(ConfigError, match="data was"):
         train(dataclasses.replace(config, data=data), undisturbed, progress=False)
+    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["6", "8"]  # nothing is set aside
     assert_same(before, parameters(undisturbed))
 
 

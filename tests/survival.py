@@ -1,0 +1,221 @@
+"""Runs that are killed, or moved to other devices, against one that nothing disturbs.
+
+    python -m tests.survival                       20 SIGKILLs and SIGTERMs at random moments
+    python -m tests.survival --devices 1,2,8       as many devices (of the CPU, made up) one after the other
+
+The helpers serve the short versions of this in `tests/training/test_train.py` too.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mythos_jax.config import Config, DataConfig, DepthConfig, TrainingConfig, save_config
+from mythos_jax.data.open import open_data
+from mythos_jax.runs import open_model
+from mythos_jax.sharding import batch_sharding, local_rows, make_mesh, to_global
+from mythos_jax.training.checkpoint import Checkpoints
+
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 42, signal.SIGINT: 130}
+# Moved runs, in nats per token: over the first steps after a restore, against the same checkpoint continued on the
+# devices it comes from; and at any step, against the run that never moved.
+FIRST, FIRST_BOUND, DRIFT_BOUND = 5, 1e-5, 1e-4
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "goodput")} for row in rows]
+
+
+def with_training(config, **fields):
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **fields))
+
+
+def parameters(workdir):
+    return jax.device_get(open_model(workdir).variables)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def start(config, workdir, within=(), devices=1):
+    """`mythos train` in a process of its own, as a user has it."""
+    file = workdir.parent / f"{workdir.name}.yaml"
+    save_config(config, file)
+    command = [*within, sys.executable, "-m", "mythos_jax.cli", "train", str(file), "--workdir", str(workdir)]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_step(workdir, step, process, seconds=300):
+    """Until the log of a run shows a step."""
+    end = time.time() + seconds
+    while time.time() < end and process.poll() is None:
+        log = workdir / "metrics.jsonl"
+        if log.exists() and f'"step": {step},' in log.read_text():
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def stop(process, number):
+    """Sends the signal; returns the standard error of the process, whose exit code must be the documented one."""
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == CODES[number], errors
+    assert "Traceback" not in errors, errors
+    return errors
+
+
+def finish(config, workdir, devices=1):
+    process = start(config, workdir, devices=devices)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+def last_step(workdir):
+    """The last step whose line in the log is whole; 0: there is none."""
+    if not (workdir / "metrics.jsonl").exists():
+        return 0
+    rows = (workdir / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
+    return json.loads(rows[-1])["step"] if rows else 0
+
+
+def kill_often(config, folder, kills, seed):
+    """A run stopped at `kills` random moments, and one that was not: arrays, optimizer and log are the same."""
+    draw = random.Random(seed)
+    undisturbed, workdir = folder / "undisturbed", folder / "killed"
+    finish(config, undisturbed)
+    print(f"{'':>3} {'signal':>8} {'after step':>10} {'newest checkpoint':>18}")
+    for i, step in enumerate(sorted(draw.sample(range(1, config.training.steps * 9 // 10), kills))):
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+        last, process = last_step(workdir), start(config, workdir)
+        if last and draw.random() < 0.2:  # while it starts; before the loop SIGTERM is as good as SIGKILL
+            number = signal.SIGKILL
+            time.sleep(draw.uniform(0, 3))
+        else:
+            wait_for_step(workdir, max(step, last + 1), process)
+            time.sleep(draw.uniform(0, 0.1))  # somewhere in a step or a save
+        stop(process, number)
+        saved = Checkpoints(workdir / "checkpoints", read_only=True).newest() if last_step(workdir) else None
+        print(f"{i + 1:>3} {number.name:>8} {last_step(workdir):>10} {saved!s:>18}", flush=True)
+    finish(config, workdir)
+    a, b = ({"variables": parameters(path), "log": timeless(lines(path))} for path in (undisturbed, workdir))
+    assert_same(a["variables"], b["variables"])
+    assert a["log"] == b["log"]
+    sums = [final_checksums(path, config.training.steps) for path in (undisturbed, workdir)]
+    assert sums[0] == sums[1]
+    arrays = sum(map(len, sums[0].values()))
+    print(f"{kills} kills in {config.training.steps} steps: {arrays} arrays, with the optimizer's, are bit-identical")
+
+
+def final_checksums(workdir, step):
+    return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["checksums"]
+
+
+def move(config, folder, counts):
+    """A run that goes on at equal intervals on other numbers of devices, and one that stays on the first."""
+    still, workdir = folder / "still", folder / "moved"
+    finish(config, still, counts[0])
+    total = config.training.steps
+    ends = [total * (i + 1) // len(counts) for i in range(len(counts))]
+    print(f"{'devices':>8} {'from step':>10} {f'first {FIRST} steps':>14} {'largest drift':>14}")
+    for i, (devices, end) in enumerate(zip(counts, ends, strict=True)):
+        begin = Checkpoints(workdir / "checkpoints", read_only=True).newest() if i else 0
+        stayed = folder / f"stayed_{i}"
+        if i:
+            shutil.copytree(workdir, stayed)
+            finish(with_training(config, steps=begin + FIRST), stayed, counts[i - 1])
+        process = start(config, workdir, devices=devices)
+        if end < total:
+            wait_for_step(workdir, end, process, seconds=900)
+            stop(process, signal.SIGTERM)
+        else:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
+        here, there = loss_by_step(workdir), loss_by_step(still)
+        drift = max(abs(here[s] - there[s]) for s in here if s > begin)
+        first = 0.0
+        if i:
+            before = loss_by_step(stayed)
+            first = max(abs(here[s] - before[s]) for s in range(begin + 1, begin + FIRST + 1))
+        print(f"{devices:>8} {begin:>10} {first:>14.1e} {drift:>14.1e}", flush=True)
+        assert_same_batches(config, counts, begin)
+        assert first <= FIRST_BOUND
+        assert drift <= DRIFT_BOUND
+    # Depths are drawn for the global batch, and the mean counts its tokens.
+    loops = [[row["mean_loops"] for row in lines(path)] for path in (still, workdir)]
+    np.testing.assert_allclose(*loops, rtol=1e-6)
+    print(f"bounds: {FIRST_BOUND} on the first {FIRST} steps after a restore, {DRIFT_BOUND} throughout")
+
+
+def loss_by_step(workdir):
+    return {row["step"]: row["loss"] for row in lines(workdir)}
+
+
+def assert_same_batches(config, counts, step):
+    """The global batch after a step, put together on each number of devices."""
+    data, size = open_data(config, progress=False), config.training.batch_size
+    found = []
+    for count in counts:
+        sharding = batch_sharding(make_mesh(config.mesh, jax.local_devices()[:count]))
+        rows = local_rows(sharding, size)
+        batch = next(data.train_batches(batch_size=size, seed=config.training.seed, start_step=step, rows=rows))
+        found.append(jax.device_get(to_global(sharding, size, rows, batch)))
+    for other in found[1:]:
+        assert_same(found[0], other)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--devices", help="for example 1,2,8: move instead of kill")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
+    arguments = parser.parse_args()
+    import tests.conftest  # noqa: F401  eight devices, and one compilation cache for this process and those it starts
+    from tests.training.conftest import MODEL
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = Config(
+            name="survival",
+            model=MODEL,
+            training=TrainingConfig(
+                steps=arguments.steps,
+                batch_size=8,
+                checkpoint_every=20,
+                log_every=1,
+                warmup_steps=10,
+                schedule="constant",
+                ema_decay=0.9,
+                depth=DepthConfig(distribution="poisson", backprop_loops=2),
+            ),
+            data=DataConfig(
+                path=str(folder / "data"), sources=("stdlib",), max_bytes=300_000, held_out=0.0, seq_len=16
+            ),
+        )
+        if arguments.devices:
+            move(config, folder, [int(count) for count in arguments.devices.split(",")])
+        else:
+            kill_often(config, folder, arguments.kills, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
