@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from mythos_jax.config import Config, ConfigError, DataConfig, ModelConfig, load_config
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.paths import to_path
 from mythos_jax.porting.pretrained import variables_of
 from mythos_jax.porting.reading import Source, VariablesSource
 from mythos_jax.sharding import make_mesh, shardings
@@ -43,7 +44,7 @@ class Opened:
 
 def is_run(path: str | Path) -> bool:
     """Whether this is the directory of a training run."""
-    return (Path(path) / "config.yaml").is_file()
+    return (to_path(path) / "config.yaml").is_file()
 
 
 def open_model(path: str | Path, step: int | None = None, config: str | None = None) -> Opened:
@@ -53,7 +54,7 @@ def open_model(path: str | Path, step: int | None = None, config: str | None = N
     checkpoint, files that are damaged or do not fit.
     """
     if is_run(path):
-        return _open_run(Path(path), step)
+        return _open_run(to_path(path), step)
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
@@ -75,14 +76,16 @@ def open_model(path: str | Path, step: int | None = None, config: str | None = N
 def place(model_config: ModelConfig, mesh: Mesh, variables: dict[str, Any]) -> dict[str, Any]:
     """Host arrays onto the mesh, each where its logical axes say; `balance` is {} where the model has no router."""
     where = shardings(mesh, abstract_variables(model_config))
-    return {"balance": {}, **jax.device_put({name: variables[name] for name in where}, where)}
+    # Not `device_put`: with several processes it compares the whole weights between them.
+    chosen = {name: variables[name] for name in where}
+    return {"balance": {}, **jax.tree.map(lambda x, at: jax.make_array_from_callback(x.shape, at, x.__getitem__), chosen, where)}
 
 
 def open_source(path: str | Path, config: str | None = None) -> Source:
     """A run or a pretrained model as a source of tensors, for `convert`."""
     if not is_run(path):
         return Source(str(path), config)
-    run = _open_run(Path(path), None)
+    run = _open_run(to_path(path), None)
     spec = run.tokenizer_spec
     file = Path(spec) if spec and Path(spec).is_file() else None
     return VariablesSource(run.config.model, run.variables, path, file)

@@ -34,9 +34,9 @@ class Data(Protocol):
 class TextData:
     """Rows of text, prepared first when they are missing."""
 
-    def __init__(self, config: Config, progress: bool = True):
+    def __init__(self, config: Config, progress: bool = True, prepare: bool = True):
         self.folder = config.data_path
-        self.identity = ensure_prepared(config, progress=progress).fingerprint
+        self.identity = ensure_prepared(config, progress=progress, prepare_missing=prepare).fingerprint
 
     def train_batches(self, **keywords: Any) -> Iterator[Batch]:
         from mythos_jax.data.pipeline import train_batches
@@ -64,10 +64,13 @@ class MixtureData:
         return mixture_batches(list(self.weights), list(self.weights.values()), **keywords)
 
 
-def open_data(config: Config, progress: bool = True) -> Data:
-    """The data of a config. Raises ConfigError where it cannot be used, as `ensure_prepared` and `TaskData` do."""
+def open_data(config: Config, progress: bool = True, prepare: bool = True) -> Data:
+    """The data of a config; `prepare`: make it where it is missing, rather than refuse.
+
+    Raises ConfigError where it cannot be used, as `ensure_prepared` and `TaskData` do.
+    """
     if config.data.task.name:
         return TaskData(config)
     if config.data.mixture:
         return MixtureData(config)
-    return TextData(config, progress)
+    return TextData(config, progress, prepare)

@@ -103,10 +103,12 @@ def prepare(
         raise ConfigError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
-def ensure_prepared(config: Config, *, progress: bool = True, path: str | None = None) -> Manifest:
+def ensure_prepared(
+    config: Config, *, progress: bool = True, path: str | None = None, prepare_missing: bool = True
+) -> Manifest:
     """The manifest of the data that a config trains on; prepares `config.data_path` first when it is not there.
 
-    path: another folder, such as a part of a mixture.
+    path: another folder, such as a part of a mixture. prepare_missing: False where another process has prepared it.
     Raises ConfigError: as `prepare` does; nothing there and no `data.sources`; a folder prepared with another
     seq_len, tokenizer or (where the config names sources) from other text; a damaged folder; a tokenizer whose
     vocabulary exceeds the model's.
@@ -122,6 +124,8 @@ def ensure_prepared(config: Config, *, progress: bool = True, path: str | None =
             asked |= {"sources": data.sources, "held_out": data.held_out, "max_bytes": data.max_bytes}
         _require_same(manifest, folder, tokenizer, asked, "data.")
         return manifest
+    if not prepare_missing:
+        raise ConfigError(f"data.path: nothing prepared at {folder}; allowed: a folder that all processes share")
     if not data.sources:
         if data.mixture:
             raise ConfigError(f"data.mixture: nothing prepared at {folder}; allowed: what `mythos data prepare` made")
