@@ -44,7 +44,8 @@ def _end_together(error: Exception, code: int | None, debug: bool) -> int:
     from mythos_jax.training.errors import Interrupted
 
     if lost_a_process(error):
-        code, error = RESTART, RuntimeError(f"another process of this run is gone ({' '.join(str(error).split())[:200]})")
+        cause = " ".join(str(error).split())[:200]
+        code, error = RESTART, RuntimeError(f"another process of this run is gone ({cause})")
     stopped = isinstance(error, Interrupted)  # all processes are here, at the same step
     if is_alone() and (debug or code is None):
         raise error
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument("--processes", type=int, metavar="N", help="how many there are (or JAX_NUM_PROCESSES)")
         group.add_argument("--process-id", type=int, metavar="I", help="which this one is, from 0 (or JAX_PROCESS_ID)")
         group.add_argument(
-            "--connect-timeout", type=int, default=300, metavar="S", help="seconds to wait for all to come (default 300)"
+            "--connect-timeout", type=int, default=300, metavar="S", help="seconds to wait for all (default 300)"
         )
         group.add_argument(
             "--heartbeat-timeout",

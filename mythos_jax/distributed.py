@@ -88,7 +88,7 @@ def _check(coordinator: str | None, processes: int, process_id: int | None) -> N
 
 
 def _slurm(environment: Mapping[str, str], coordinator: str | None) -> Cluster:
-    """The step that `srun` started us in. (Left to itself, jax gives a process one GPU, also if it is alone on a node.)"""
+    """The step that `srun` started us in. (Left to itself, jax gives each process one GPU, alone on a node or not.)"""
     tasks, node_tasks = int(environment["SLURM_STEP_NUM_TASKS"]), environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     if coordinator is None:
         # node7 · node7,other1 · node[07-09],other1; a port of the job's own, where other jobs share the node.

@@ -7,7 +7,7 @@ from typing import Any
 
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path names an object store: gs://, s3://, az://."""
-    return "://" in str(path) or hasattr(path, "as_uri") and not isinstance(path, Path)
+    return "://" in str(path)
 
 
 def to_path(path: str | os.PathLike) -> Any:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mythos_jax.pod", description="A pod of CPU processes on one machine.")
+    parser = argparse.ArgumentParser("python -m mythos_jax.pod", description="A pod of CPU processes on one machine.")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="default 2")
     parser.add_argument("--devices", type=int, default=4, metavar="M", help="CPU devices of each (default 4)")
     parser.add_argument("--restarts", type=int, default=3, metavar="R", help="at most so many (default 3)")

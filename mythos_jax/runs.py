@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mythos_jax.config import Config, ConfigError, DataConfig, ModelConfig, load_config
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -74,11 +74,17 @@ def open_model(path: str | Path, step: int | None = None, config: str | None = N
 
 
 def place(model_config: ModelConfig, mesh: Mesh, variables: dict[str, Any]) -> dict[str, Any]:
-    """Host arrays onto the mesh, each where its logical axes say; `balance` is {} where the model has no router."""
+    """Arrays onto the mesh, each where its logical axes say; `balance` is {} where the model has no router."""
     where = shardings(mesh, abstract_variables(model_config))
-    # Not `device_put`: with several processes it compares the whole weights between them.
     chosen = {name: variables[name] for name in where}
-    return {"balance": {}, **jax.tree.map(lambda x, at: jax.make_array_from_callback(x.shape, at, x.__getitem__), chosen, where)}
+
+    def put(x: Any, at: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array):
+            return jax.device_put(x, at)
+        # Not `device_put`: of arrays on the hosts it would first compare all that the processes have.
+        return jax.make_array_from_callback(x.shape, at, x.__getitem__)
+
+    return {"balance": {}, **jax.tree.map(put, chosen, where)}
 
 
 def open_source(path: str | Path, config: str | None = None) -> Source:
@@ -106,7 +112,7 @@ def _open_run(directory: Path, step: int | None) -> Opened:
     )
     variables = checkpoints.restore_variables(step, {"balance": {}, **like})
     checkpoints.close()
-    prepared = Path(config.data_path) / TOKENIZER_FILE
+    prepared = to_path(config.data_path) / TOKENIZER_FILE
     spec = str(prepared) if prepared.is_file() else config.data.tokenizer
     if config.data.task.name:
         spec = None  # its tokens are no text

@@ -22,11 +22,22 @@ from mythos_jax.training.checkpoint import Checkpoints
 from mythos_jax.training.step import init_state
 from mythos_jax.training.train import train
 from mythos_jax.typed import ConfigError
+from tests.training.conftest import use_devices
 
 CONFIG = Config(
     name="pod",
-    model=ModelConfig(vocab_size=16, dim=16, max_seq_len=32, loops=2, n_heads=2, n_kv_heads=2, hidden_dim=16),
-    training=TrainingConfig(steps=12, batch_size=8, checkpoint_every=100, log_every=1, warmup_steps=2),
+    model=ModelConfig(
+        vocab_size=16,
+        dim=16,
+        max_seq_len=32,
+        prelude_layers=0,
+        coda_layers=0,
+        loops=2,
+        n_heads=2,
+        n_kv_heads=2,
+        hidden_dim=16,
+    ),
+    training=TrainingConfig(steps=8, batch_size=8, checkpoint_every=100, log_every=1, warmup_steps=2),
     data=DataConfig(task=TaskConfig("parity", (16,)), seq_len=32),
 )
 
@@ -47,14 +58,14 @@ def plain_checksums(tree):
     return sums
 
 
-def test_sigterm_to_one_process_stops_both_and_the_pod_goes_on(tmp_path):
+def test_sigterm_to_one_process_stops_both_and_the_pod_goes_on(tmp_path, monkeypatch):
     file, workdir = tmp_path / "pod.yaml", tmp_path / "run"
     save_config(CONFIG, file)
     command = [sys.executable, "-m", "mythos_jax.pod", "--processes", "2", "--devices", "4", "--restarts", "1"]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         process = subprocess.Popen([*command, "train", str(file), "--workdir", str(workdir)], stdout=out, stderr=err)
     end = time.time() + 200
-    while 2 not in losses(workdir) and process.poll() is None and time.time() < end:
+    while 1 not in losses(workdir) and process.poll() is None and time.time() < end:
         time.sleep(0.01)
     second = re.search(r"pod: started \d+, (\d+)", (tmp_path / "err").read_text())[1]
     os.kill(int(second), signal.SIGTERM)
@@ -66,35 +77,34 @@ def test_sigterm_to_one_process_stops_both_and_the_pod_goes_on(tmp_path):
     assert "starting again, 1 of at most 1 times" in errors
     steps = Checkpoints(workdir / "checkpoints", read_only=True).steps()
     assert len(steps) == 2
-    assert 2 < steps[0] < steps[1] == CONFIG.training.steps
+    assert 1 < steps[0] < steps[1] == CONFIG.training.steps
     assert f"stopped by SIGTERM after step {steps[0]}, saved" in errors
     assert f"resuming {workdir} after step {steps[0]}" in errors
     assert "Traceback" not in errors
     # One process speaks.
-    assert output.count("trained to step 12") == 1
+    assert output.count("trained to step 8") == 1
     assert errors.count("resuming") == 1
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == list(range(1, 13))
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 9))
 
-    train(CONFIG, tmp_path / "alone", progress=False)  # on this process's eight devices, uninterrupted
+    use_devices(monkeypatch, 1)
+    train(CONFIG, tmp_path / "alone", progress=False)  # one process, one device, uninterrupted
     pairs = zip(losses(workdir).values(), losses(tmp_path / "alone").values(), strict=True)
     assert max(abs(a - b) for a, b in pairs) < 1e-5
 
     # On one process of two devices, and of one: to the bit what the eight wrote.
     restored = []
     for count in (2, 1):
-        mesh = make_mesh(MeshConfig(), jax.devices()[:count])
+        mesh = make_mesh(MeshConfig(), jax.local_devices()[:count])
         checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
         like = init_state(CONFIG, mesh)
         state = checkpoints.restore_newest(like)
-        assert int(state.step) == 12
+        assert int(state.step) == 8
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(state.variables)} == {count}
         restored.append(jax.device_get(state))
-        sums = checkpoints.meta(12)["checksums"]
+        sums = checkpoints.meta(8)["checksums"]
         assert plain_checksums(state.variables) == sums["model"]
     jax.tree.map(np.testing.assert_array_equal, *restored)
-    fresh = jax.device_get(like.variables)
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves(restored[0].variables), strict=True))
 
 
 STEP = {
@@ -156,8 +166,8 @@ def test_the_pod_restarts_what_can_go_on():
 
 
 def test_dry_run_starts_nothing(capsys, tmp_path):
-    command = ["--processes", "2", "--topology", "v5e:2x4", "--dry-run", "train", "c.yaml", "--workdir", str(tmp_path / "w")]
-    assert pod(command) == 0
+    about = ["--processes", "2", "--topology", "v5e:2x4", "--dry-run"]
+    assert pod([*about, "train", "c.yaml", "--workdir", str(tmp_path / "w")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("compile c.yaml --topology v5e:2x4")
     assert [f"JAX_PROCESS_ID={i}" in line for i, line in enumerate(lines[1:3])] == [True, True]

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mythos_jax.config import Config
+from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.prepare import ensure_prepared
 from mythos_jax.data.tasks import TaskData
 
@@ -35,8 +36,9 @@ class TextData:
     """Rows of text, prepared first when they are missing."""
 
     def __init__(self, config: Config, progress: bool = True, prepare: bool = True):
-        self.folder = config.data_path
-        self.identity = ensure_prepared(config, progress=progress, prepare_missing=prepare).fingerprint
+        self.folder = local_folder(config.data_path)
+        manifest = ensure_prepared(config, progress=progress, path=self.folder, prepare_missing=prepare)
+        self.identity = manifest.fingerprint
 
     def train_batches(self, **keywords: Any) -> Iterator[Batch]:
         from mythos_jax.data.pipeline import train_batches
@@ -53,7 +55,7 @@ class MixtureData:
     """Rows of several prepared folders in turns, by their weights."""
 
     def __init__(self, config: Config):
-        self.weights = config.data.mixture
+        self.weights = {local_folder(folder): weight for folder, weight in config.data.mixture.items()}
         parts = {folder: ensure_prepared(config, path=folder) for folder in self.weights}
         # In their order, which is that of the rows; where a folder lies does not matter.
         self.identity = {"mixture": [[parts[folder].fingerprint, weight] for folder, weight in self.weights.items()]}

@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections import deque
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from mythos_jax.config import ConfigError
+from mythos_jax.paths import is_remote
 
 
 class Writer(Protocol):
     """Takes the numbers of a step; values are numbers or nested lists."""
 
     def write(self, step: int, metrics: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...  # before a checkpoint is saved: a resumed run does not write these steps again
 
     def close(self) -> None: ...
 
@@ -38,14 +42,44 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         self._file.close()
+
+
+class RemoteMetricsLog:
+    """A log in an object store, where nothing can be appended: kept on this disk, copied there as a whole."""
+
+    EVERY = 60  # seconds between two copies
+
+    def __init__(self, path: Any, restored_step: int = 0):
+        self.path, self._folder = path, tempfile.TemporaryDirectory(prefix="mythos-log-")
+        local = Path(self._folder.name) / path.name
+        if path.exists():
+            local.write_bytes(path.read_bytes())
+        self._log, self._copied = MetricsLog(local, restored_step), time.monotonic()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._log.write(step, metrics)
+        if time.monotonic() - self._copied > self.EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        self.path.write_bytes(self._log.path.read_bytes())
+        self._copied = time.monotonic()
+
+    def close(self) -> None:
+        self._log.close()
+        self.flush()
+        self._folder.cleanup()
 
 
 class TensorBoardWriter:
     """Scalars as TensorBoard event files."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Any):
         from tensorboard.summary import Writer as EventWriter
 
         self._writer = EventWriter(str(folder))
@@ -55,6 +89,9 @@ class TensorBoardWriter:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         self._writer.close()
 
@@ -62,21 +99,26 @@ class TensorBoardWriter:
 class WandbWriter:
     """Scalars to Weights & Biases; a resumed run goes on under the same id. WANDB_MODE=offline keeps it local."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Any, name: str):
         import wandb
 
-        self._run = wandb.init(project="mythos_jax", name=name, id=folder.name, dir=str(folder), resume="allow")
+        local = None if is_remote(folder) else str(folder)  # None: under the working directory
+        self._run = wandb.init(project="mythos_jax", name=name, id=folder.name, dir=local, resume="allow")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         self._run.log(_scalars(metrics), step=step)
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         self._run.finish()
 
 
-def open_writers(names: tuple[str, ...], workdir: Path, run_name: str, restored_step: int) -> list[Writer]:
+def open_writers(names: tuple[str, ...], workdir: Any, run_name: str, restored_step: int) -> list[Writer]:
     """The log and the writers asked for. Raises ConfigError where one is not installed."""
-    writers: list[Writer] = [MetricsLog(workdir / "metrics.jsonl", restored_step)]
+    log = RemoteMetricsLog if is_remote(workdir) else MetricsLog
+    writers: list[Writer] = [log(workdir / "metrics.jsonl", restored_step)]
     for name in names:
         try:
             if name == "tensorboard":

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -18,7 +19,7 @@ from mythos_jax.data.open import Batch, Data, open_data
 from mythos_jax.distributed import StopSignal, first_then_rest, is_first, say
 from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.model.mythos import Mythos, abstract_variables
-from mythos_jax.paths import to_path
+from mythos_jax.paths import copy_tree, is_remote, to_path
 from mythos_jax.runs import open_model, place
 from mythos_jax.sharding import batch_sharding, check_batch, local_rows, make_mesh, to_global
 from mythos_jax.training.checkpoint import Checkpoints
@@ -116,6 +117,8 @@ class _Loop:
                 if evaluates:
                     self._write(step, {"held_out_loss": self._evaluate(state)})
                 if saves:
+                    for writer in self.writers:
+                        writer.flush()
                     self.checkpoints.save(state, self.meta)
                 if stopped:
                     self.checkpoints.wait()
@@ -180,8 +183,9 @@ class _Loop:
 class _Profiler:
     """A profiler trace of the steps from `first` to `last`, for TensorBoard or Perfetto; of none if `span` is ()."""
 
-    def __init__(self, span: tuple[int, ...], folder: Path):
+    def __init__(self, span: tuple[int, ...], folder: Any):
         self.span, self.folder, self.running = span, folder, False
+        self.local = Path(tempfile.mkdtemp(prefix="mythos-profile-")) if span and is_remote(folder) else folder
 
     def __enter__(self):
         return self
@@ -189,17 +193,19 @@ class _Profiler:
     def __exit__(self, *_: Any) -> None:
         if self.running:
             jax.profiler.stop_trace()
+            self.running = False
+            if self.local != self.folder:
+                copy_tree(self.local, self.folder)
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
         if self.span and self.span[0] <= step <= self.span[1] and not self.running:
-            jax.profiler.start_trace(str(self.folder))
+            jax.profiler.start_trace(str(self.local))
             self.running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
         if self.running and step >= self.span[1]:
             self.__exit__()
-            self.running = False
 
 
 def _initial_variables(config: Config, mesh: Mesh, path: str | Path) -> dict[str, Any]:
