@@ -25,13 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("pod: got --processes or --devices below 1, allowed: integers >= 1", file=sys.stderr)
         return WRONG_INPUT
     command = [sys.executable, "-m", "mythos_jax.cli", *arguments.command]
-    preflight = _preflight(arguments)
     if arguments.dry_run:
-        for line in _described(arguments, command, preflight):
+        for line in _described(arguments, command):
             print(line)
         return 0
-    if preflight and (code := subprocess.run(preflight).returncode):
-        return code
     for attempt in range(arguments.restarts + 1):
         if attempt:
             print(f"pod: starting again, {attempt} of at most {arguments.restarts} times", file=sys.stderr)
@@ -50,17 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--grace", type=float, default=120, metavar="S", help="seconds between the first to end badly and the last"
     )
-    parser.add_argument("--topology", metavar="NAME", help="ask `mythos compile` first whether it fits this TPU slice")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND …", help="as after `mythos`")
     return parser
-
-
-def _preflight(arguments: argparse.Namespace) -> list[str]:
-    if not arguments.topology:
-        return []
-    config = next((word for word in arguments.command if word.endswith((".yaml", ".yml"))), "")
-    return [sys.executable, "-m", "mythos_jax.cli", "compile", config, "--topology", arguments.topology]
 
 
 def _environment(port: int, processes: int, process_id: int, devices: int) -> dict[str, str]:
@@ -74,8 +63,8 @@ def _environment(port: int, processes: int, process_id: int, devices: int) -> di
     }
 
 
-def _described(arguments: argparse.Namespace, command: list[str], preflight: list[str]) -> list[str]:
-    lines = [shlex.join(preflight)] if preflight else []
+def _described(arguments: argparse.Namespace, command: list[str]) -> list[str]:
+    lines = []
     for i in range(arguments.processes):
         setting = _environment(0, arguments.processes, i, arguments.devices) | {COORDINATOR: "127.0.0.1:PORT"}
         lines.append(" ".join(f"{name}={value}" for name, value in setting.items()) + f" {shlex.join(command)} &")

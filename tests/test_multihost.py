@@ -166,9 +166,7 @@ def test_the_pod_restarts_what_can_go_on():
 
 
 def test_dry_run_starts_nothing(capsys, tmp_path):
-    about = ["--processes", "2", "--topology", "v5e:2x4", "--dry-run"]
-    assert pod([*about, "train", "c.yaml", "--workdir", str(tmp_path / "w")]) == 0
+    assert pod(["--processes", "2", "--dry-run", "train", "c.yaml", "--workdir", str(tmp_path / "w")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("compile c.yaml --topology v5e:2x4")
-    assert [f"JAX_PROCESS_ID={i}" in line for i, line in enumerate(lines[1:3])] == [True, True]
+    assert [f"JAX_PROCESS_ID={i}" in line for i, line in enumerate(lines[:2])] == [True, True]
     assert not (tmp_path / "w").exists()
