@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,10 +229,13 @@ def test_the_batch_script_requeues_what_can_go_on(tmp_path, code, restarts, requ
     assert calls.count("scontrol requeue 7") == requeued
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_shellcheck():
     scripts = [*LAUNCH.glob("*.sh"), *LAUNCH.glob("tests/*.sh"), LAUNCH / "slurm.sbatch"]
-    done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=LAUNCH.parent)
+    done = subprocess.run([SHELLCHECK, "-x", *scripts], capture_output=True, text=True, cwd=LAUNCH.parent)
     assert done.returncode == 0, done.stdout
 
 

@@ -48,6 +48,7 @@ def train(
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints)
     with contextlib.closing(checkpoints):
+        first_then_rest(f"{workdir}/checkpoints", checkpoints.steps, identity=str)
         state = init_state(config, mesh)
         if (newest := checkpoints.newest()) is not None:
             _check_resume(config, data, checkpoints.meta(newest), workdir, newest)
