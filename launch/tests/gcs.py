@@ -75,7 +75,8 @@ def check(folder: Path) -> int:
     here = folder / "runs"
     for steps in ("4", "8"):
         mythos(*train, str(folder / "data"), "--workdir", str(here), "--training.steps", steps)
-    logs = [[json.loads(line)["loss"] for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (run, here)]
+    texts = [(place / "metrics.jsonl").read_text() for place in (run, here)]
+    logs = [[json.loads(line)["loss"] for line in text.splitlines()] for text in texts]
     print("gs:// ", sorted(str(path.relative_to(run)) for path in run.iterdir()), "compiled programs:", end=" ")
     print(len(list(to_path("gs://bucket/compiled").iterdir())))
     print("losses", logs)
