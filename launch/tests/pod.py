@@ -72,7 +72,7 @@ def main() -> int:
     print(f"losses apart by at most {first:.1e} over steps 1 to 6, {max(apart.values()):.1e} over all")
     for start in resumed:
         after = [abs(one[step] - two[step]) for step in range(start + 1, start + 7)]
-        print(f"went on after step {start}: apart by {apart[start]:.1e} there, at most {max(after):.1e} over six steps more")
+        print(f"went on after step {start}: apart by {apart[start]:.1e} there, at most {max(after):.1e} over six more")
     return 0 if good else 1
 
 
