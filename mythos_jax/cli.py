@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03"
     )
     sub.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+    processes(sub)
 
     sub = command("generate", _generate, "Continue a prompt.")
     sub.add_argument("model", metavar="RUN|MODEL")
@@ -214,14 +215,19 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
+    from mythos_jax.distributed import is_first
     from mythos_jax.evaluation.evaluate import as_json, evaluate_model, format_table
     from mythos_jax.evaluation.report import write_report
     from mythos_jax.runs import open_model
 
+    _connect(arguments)
     opened = open_model(arguments.model, arguments.step)
+    progress = not arguments.json and is_first()
     results, about = evaluate_model(
-        opened, data=arguments.data, loops=arguments.loops, halting=arguments.halting, progress=not arguments.json
+        opened, data=arguments.data, loops=arguments.loops, halting=arguments.halting, progress=progress
     )
+    if not is_first():
+        return
     # A pretrained model may lie in a cache that is not ours to write to.
     folder = Path("reports") / opened.config.name if opened.step is None else opened.directory / "report"
     numbers, picture = write_report(folder, results, about)
