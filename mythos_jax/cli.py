@@ -1,11 +1,12 @@
-"""`mythos`: one subcommand per job. Exit codes: 0 done, 1 failed, 2 wrong input, 42 stopped by SIGTERM and saved,
-130 stopped by Ctrl-C."""
+"""`mythos`: one subcommand per job. Exit codes: 0 done, 1 failed, 2 wrong input, 42 start the same command again
+(stopped by SIGTERM and saved, or another process of the run was lost), 130 stopped by Ctrl-C."""
 
 import argparse
 import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,10 +30,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         code = _exit_code(error)
+        if "jax" in sys.modules:
+            return _end_together(error, code, arguments.debug)
         if arguments.debug or code is None:
             raise
         print(f"mythos: {error}", file=sys.stderr)
         return code
+
+
+def _end_together(error: Exception, code: int | None, debug: bool) -> int:
+    """As `main` ends with an error; of several processes none waits for others that may be waiting for it."""
+    from mythos_jax.distributed import is_alone, is_first, leave, lost_a_process, name_of_process
+    from mythos_jax.training.errors import Interrupted
+
+    if lost_a_process(error):
+        cause = " ".join(str(error).split())[:200]
+        code, error = RESTART, RuntimeError(f"another process of this run is gone ({cause})")
+    stopped = isinstance(error, Interrupted)  # all processes are here, at the same step
+    if is_alone() and (debug or code is None):
+        raise error
+    if debug or code is None:
+        traceback.print_exception(error)
+    elif is_first() or not stopped:
+        print(f"mythos: {name_of_process()}{error}", file=sys.stderr)
+    if not stopped:
+        leave(FAILED if code is None else code)
+    return FAILED if code is None else code
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -57,10 +80,33 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
+    def processes(sub: argparse.ArgumentParser) -> None:
+        """Flags of a command that several processes can run as one."""
+        group = sub.add_argument_group("several processes", "not needed under Slurm and on TPUs; see docs/multihost.md")
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 (or JAX_COORDINATOR_ADDRESS)")
+        group.add_argument("--processes", type=int, metavar="N", help="how many there are (or JAX_NUM_PROCESSES)")
+        group.add_argument("--process-id", type=int, metavar="I", help="which this one is, from 0 (or JAX_PROCESS_ID)")
+        group.add_argument(
+            "--connect-timeout", type=int, default=300, metavar="S", help="seconds to wait for all (default 300)"
+        )
+        group.add_argument(
+            "--heartbeat-timeout",
+            type=int,
+            default=100,
+            metavar="S",
+            help="seconds after which a silent process counts as dead and the others end (default 100)",
+        )
+        sub.add_argument(
+            "--compilation-cache",
+            metavar="DIR",
+            help="keep compiled programs here, also gs://… (or JAX_COMPILATION_CACHE_DIR; default: nowhere)",
+        )
+
     sub = command("train", _train, "Train a model, or go on with a run. Any field: --section.field value.")
     sub.add_argument("config", metavar="CONFIG.yaml")
     sub.add_argument("--workdir", metavar="DIR", help="the run directory (default runs/NAME)")
     sub.add_argument("--init-from", metavar="MODEL", help="start from the weights of a run or a pretrained model")
+    processes(sub)
     sub.set_defaults(takes_overrides=True)
 
     sub = command("eval", _eval, "Evaluate a run or a pretrained model on held-out rows at several depths.")
@@ -72,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03"
     )
     sub.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+    processes(sub)
 
     sub = command("generate", _generate, "Continue a prompt.")
     sub.add_argument("model", metavar="RUN|MODEL")
@@ -139,29 +186,48 @@ def _halting(text: str):
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _connect(arguments: argparse.Namespace) -> None:
+    """Joins the other processes of this command, if there are any, and sets up the compilation cache."""
+    from mythos_jax.distributed import cache_compilations, connect, find_cluster
+
+    cache_compilations(arguments.compilation_cache)
+    cluster = find_cluster(os.environ, arguments.coordinator, arguments.processes, arguments.process_id)
+    connect(cluster, arguments.connect_timeout, arguments.heartbeat_timeout)
+
+
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from mythos_jax.config import load_config
+    from mythos_jax.distributed import is_first
+    from mythos_jax.paths import to_path
     from mythos_jax.training.checkpoint import quiet_background_errors
     from mythos_jax.training.train import train
 
     if not arguments.debug:
         quiet_background_errors()
     config = load_config(arguments.config, overrides)
-    workdir = Path(arguments.workdir or Path("runs") / config.name)
+    _connect(arguments)
+    workdir = to_path(arguments.workdir or Path("runs") / config.name)
     last = train(config, workdir, init_from=arguments.init_from)
+    if not is_first():
+        return
     print(f"trained to step {last['step']}, loss {last['loss']:.4f} nats per token")
     print(f"checkpoints: {workdir / 'checkpoints'}\nlog: {workdir / 'metrics.jsonl'}")
 
 
 def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
+    from mythos_jax.distributed import is_first
     from mythos_jax.evaluation.evaluate import as_json, evaluate_model, format_table
     from mythos_jax.evaluation.report import write_report
     from mythos_jax.runs import open_model
 
+    _connect(arguments)
     opened = open_model(arguments.model, arguments.step)
+    progress = not arguments.json and is_first()
     results, about = evaluate_model(
-        opened, data=arguments.data, loops=arguments.loops, halting=arguments.halting, progress=not arguments.json
+        opened, data=arguments.data, loops=arguments.loops, halting=arguments.halting, progress=progress
     )
+    if not is_first():
+        return
     # A pretrained model may lie in a cache that is not ours to write to.
     folder = Path("reports") / opened.config.name if opened.step is None else opened.directory / "report"
     numbers, picture = write_report(folder, results, about)

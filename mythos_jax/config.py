@@ -13,6 +13,7 @@ from typing import Literal
 
 import yaml
 
+from mythos_jax.paths import to_path
 from mythos_jax.typed import ConfigError, apply_overrides, check_types, from_dict, read_yaml, require, some, to_dict
 
 __all__ = [
@@ -475,4 +476,4 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config as YAML."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    to_path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))

@@ -6,11 +6,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mythos_jax.config import Config, ConfigError, DataConfig, ModelConfig, load_config
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.paths import to_path
 from mythos_jax.porting.pretrained import variables_of
 from mythos_jax.porting.reading import Source, VariablesSource
 from mythos_jax.sharding import make_mesh, shardings
@@ -43,7 +44,7 @@ class Opened:
 
 def is_run(path: str | Path) -> bool:
     """Whether this is the directory of a training run."""
-    return (Path(path) / "config.yaml").is_file()
+    return (to_path(path) / "config.yaml").is_file()
 
 
 def open_model(path: str | Path, step: int | None = None, config: str | None = None) -> Opened:
@@ -53,7 +54,7 @@ def open_model(path: str | Path, step: int | None = None, config: str | None = N
     checkpoint, files that are damaged or do not fit.
     """
     if is_run(path):
-        return _open_run(Path(path), step)
+        return _open_run(to_path(path), step)
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
@@ -73,16 +74,24 @@ def open_model(path: str | Path, step: int | None = None, config: str | None = N
 
 
 def place(model_config: ModelConfig, mesh: Mesh, variables: dict[str, Any]) -> dict[str, Any]:
-    """Host arrays onto the mesh, each where its logical axes say; `balance` is {} where the model has no router."""
+    """Arrays onto the mesh, each where its logical axes say; `balance` is {} where the model has no router."""
     where = shardings(mesh, abstract_variables(model_config))
-    return {"balance": {}, **jax.device_put({name: variables[name] for name in where}, where)}
+    chosen = {name: variables[name] for name in where}
+
+    def put(x: Any, at: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array):
+            return jax.device_put(x, at)
+        # Not `device_put`: of arrays on the hosts it would first compare all that the processes have.
+        return jax.make_array_from_callback(x.shape, at, x.__getitem__)
+
+    return {"balance": {}, **jax.tree.map(put, chosen, where)}
 
 
 def open_source(path: str | Path, config: str | None = None) -> Source:
     """A run or a pretrained model as a source of tensors, for `convert`."""
     if not is_run(path):
         return Source(str(path), config)
-    run = _open_run(Path(path), None)
+    run = _open_run(to_path(path), None)
     spec = run.tokenizer_spec
     file = Path(spec) if spec and Path(spec).is_file() else None
     return VariablesSource(run.config.model, run.variables, path, file)
@@ -103,7 +112,7 @@ def _open_run(directory: Path, step: int | None) -> Opened:
     )
     variables = checkpoints.restore_variables(step, {"balance": {}, **like})
     checkpoints.close()
-    prepared = Path(config.data_path) / TOKENIZER_FILE
+    prepared = to_path(config.data_path) / TOKENIZER_FILE
     spec = str(prepared) if prepared.is_file() else config.data.tokenizer
     if config.data.task.name:
         spec = None  # its tokens are no text

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
+from mythos_jax.paths import to_path
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line, fit to be shown to the user as it is."""
@@ -33,7 +35,7 @@ def some(values: Sequence[int], most: int = 12) -> str:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises ConfigError when there is none."""
-    path = Path(path)
+    path = to_path(path)
     try:
         tree = yaml.load(path.read_text(), _Loader)
     except OSError as error:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mythos_jax.config import Config
+from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.prepare import ensure_prepared
 from mythos_jax.data.tasks import TaskData
 from mythos_jax.typed import ConfigError
@@ -36,10 +37,11 @@ class Data(Protocol):
 class TextData:
     """Rows of text, prepared first when they are missing."""
 
-    def __init__(self, config: Config, progress: bool = True):
-        self.folder, self.document_mask = config.data_path, config.data.document_mask
-        fingerprint = ensure_prepared(config, progress=progress).fingerprint
-        self.identity = {"rows": fingerprint, "document_mask": True} if self.document_mask else fingerprint
+    def __init__(self, config: Config, progress: bool = True, prepare: bool = True):
+        self.folder, self.document_mask = local_folder(config.data_path), config.data.document_mask
+        manifest = ensure_prepared(config, progress=progress, path=self.folder, prepare_missing=prepare)
+        rows = manifest.fingerprint
+        self.identity = {"rows": rows, "document_mask": True} if self.document_mask else rows
 
     def train_batches(self, **keywords: Any) -> Iterator[Batch]:
         from mythos_jax.data.pipeline import train_batches
@@ -56,7 +58,8 @@ class MixtureData:
     """Rows of several prepared folders in turns, by their weights."""
 
     def __init__(self, config: Config):
-        self.weights, self.document_mask = config.data.mixture, config.data.document_mask
+        self.weights = {local_folder(folder): weight for folder, weight in config.data.mixture.items()}
+        self.document_mask = config.data.document_mask
         self.parts = {folder: ensure_prepared(config, path=folder) for folder in self.weights}
         # In their order, which is that of the rows; where a folder lies does not matter.
         parts = [[self.parts[folder].fingerprint, weight] for folder, weight in self.weights.items()]
@@ -75,15 +78,18 @@ class MixtureData:
 
         kept = [folder for folder, manifest in self.parts.items() if manifest.splits["held_out"].rows]
         if not kept:
-            raise ConfigError(f"{', '.join(self.parts)}: no rows are held out to evaluate on")
+            raise ConfigError(f"{', '.join(map(str, self.parts))}: no rows are held out to evaluate on")
         for folder in kept:
             yield from eval_batches(folder, batch_size=batch_size, max_rows=max_rows, document_mask=self.document_mask)
 
 
-def open_data(config: Config, progress: bool = True) -> Data:
-    """The data of a config. Raises ConfigError where it cannot be used, as `ensure_prepared` and `TaskData` do."""
+def open_data(config: Config, progress: bool = True, prepare: bool = True) -> Data:
+    """The data of a config; `prepare`: make it where it is missing, rather than refuse.
+
+    Raises ConfigError where it cannot be used, as `ensure_prepared` and `TaskData` do.
+    """
     if config.data.task.name:
         return TaskData(config)
     if config.data.mixture:
         return MixtureData(config)
-    return TextData(config, progress)
+    return TextData(config, progress, prepare)

@@ -28,6 +28,7 @@ from mythos_jax.data.manifest import MANIFEST_FILE, SPLITS, Manifest, Split, fil
 from mythos_jax.data.sources import Input, find_inputs
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.data.units import UNIT_BYTES, Tokeniser, Tokens, is_held_out, tokenised
+from mythos_jax.paths import is_remote
 from mythos_jax.typed import ConfigError, require
 
 __all__ = ["ensure_prepared", "is_held_out", "prepare"]
@@ -58,6 +59,8 @@ def prepare(
     require(max_bytes >= 0, "max_bytes", max_bytes, "an integer >= 0")
     require(workers >= 0, "workers", workers, "an integer >= 0")
     require(len(sources) > 0, "sources", list(sources), "files, folders, or stdlib")
+    if is_remote(out):
+        raise ConfigError(f"{out}: rows are prepared on a disk; allowed: a local folder, which you then copy there")
     sources = tuple(str(source) for source in sources)
     out, encoder = Path(out), load_tokenizer(tokenizer)
     there = load_manifest(out) if (out / MANIFEST_FILE).exists() else None
@@ -103,10 +106,12 @@ def prepare(
         raise ConfigError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
-def ensure_prepared(config: Config, *, progress: bool = True, path: str | None = None) -> Manifest:
+def ensure_prepared(
+    config: Config, *, progress: bool = True, path: str | Path | None = None, prepare_missing: bool = True
+) -> Manifest:
     """The manifest of the data that a config trains on; prepares `config.data_path` first when it is not there.
 
-    path: another folder, such as a part of a mixture.
+    path: another folder, such as a part of a mixture. prepare_missing: False where another process has prepared it.
     Raises ConfigError: as `prepare` does; nothing there and no `data.sources`; a folder prepared with another
     seq_len, tokenizer or (where the config names sources) from other text; a damaged folder; a tokenizer whose
     vocabulary exceeds the model's.
@@ -122,6 +127,8 @@ def ensure_prepared(config: Config, *, progress: bool = True, path: str | None =
             asked |= {"sources": data.sources, "held_out": data.held_out, "max_bytes": data.max_bytes}
         _require_same(manifest, folder, tokenizer, asked, "data.")
         return manifest
+    if not prepare_missing:
+        raise ConfigError(f"data.path: nothing prepared at {folder}; allowed: a folder that all processes share")
     if not data.sources:
         if data.mixture:
             raise ConfigError(f"data.mixture: nothing prepared at {folder}; allowed: what `mythos data prepare` made")

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mythos_jax.paths import to_path
 from mythos_jax.typed import ConfigError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -96,7 +97,7 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str | Path):
         from tokenizers import Tokenizer as Backend
 
-        path = Path(path)
+        path = to_path(path)
         try:
             self._json = path.read_bytes()
             # Of the content, not the bytes: the same tokenizer written by another program is the same tokenizer.

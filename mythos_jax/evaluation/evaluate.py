@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from mythos_jax.config import ConfigError
+from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import Split, load_manifest
 from mythos_jax.data.pipeline import eval_batches
 from mythos_jax.data.tasks import TaskData
@@ -50,7 +52,8 @@ def evaluate_model(
             opened.model, opened.variables, examples, depths, mesh=mesh, halting=halting, progress=progress
         )
         return task_results, about | {"task": config.data.task.name, "trained_on": list(config.data.task.difficulty)}
-    folders = [data] if data else list(config.data.mixture) or [config.data_path]
+    named = [data] if data else list(config.data.mixture) or [config.data_path]
+    folders = [local_folder(folder) for folder in named]
     kept = [_held_out(opened, folder) for folder in folders]
     size, most = config.evaluation.batch_size, config.evaluation.max_rows
     batches = [
@@ -60,7 +63,7 @@ def evaluate_model(
         for batch in eval_batches(folder, batch_size=size, max_rows=most, document_mask=config.data.document_mask)
     ]
     if not batches:
-        raise ConfigError(f"{', '.join(folders)}: no rows are held out to evaluate on")
+        raise ConfigError(f"{', '.join(named)}: no rows are held out to evaluate on")
     results = evaluate_depths(
         opened.model,
         opened.variables,
@@ -74,7 +77,7 @@ def evaluate_model(
     return results, about
 
 
-def _held_out(opened: Opened, folder: str) -> Split:
+def _held_out(opened: Opened, folder: Path) -> Split:
     """What is held out in a prepared folder. Raises ConfigError where it is not for this model."""
     manifest, model = load_manifest(folder), opened.config.model
     if opened.tokenizer_spec and manifest.tokenizer_fingerprint != opened.tokenizer().fingerprint:

@@ -8,6 +8,7 @@ from typing import Any
 from mythos_jax.evaluation.depths import DepthResult
 from mythos_jax.evaluation.evaluate import as_json
 from mythos_jax.evaluation.exact_match import TaskResult
+from mythos_jax.paths import to_path
 
 
 def write_report(
@@ -18,7 +19,7 @@ def write_report(
     about: name, step (or None), loops (the trained depth), parameters, halting (text or None); of a task also its
     name and the difficulties trained on, `task` and `trained_on`.
     """
-    folder = Path(folder)
+    folder = to_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     of_task = isinstance(results[0], TaskResult)
     numbers = folder / "evaluation.json"
@@ -57,7 +58,8 @@ def _plot(path: Path, draw: Any, results: Sequence[Any], about: dict[str, Any]) 
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png")
 
 
 def _draw_loss(axes: Any, results: Sequence[DepthResult], about: dict[str, Any]) -> None:

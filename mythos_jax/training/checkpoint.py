@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from mythos_jax.config import ConfigError
+from mythos_jax.distributed import all_or_none, first_then_rest, is_first, say
+from mythos_jax.paths import is_remote, to_path
 from mythos_jax.training.errors import DamagedError, SaveError
 from mythos_jax.training.step import TrainState, evaluated
 
@@ -33,7 +35,7 @@ class Checkpoints:
     """The checkpoints of one run directory, written in the background, the newest few kept."""
 
     def __init__(self, directory: str | Path, keep: int = 2, read_only: bool = False):
-        self.directory = Path(directory).absolute()
+        self.directory = to_path(directory) if is_remote(directory) else Path(directory).absolute()
         if read_only and not self.directory.is_dir():
             raise ConfigError(
                 f"{self.directory.parent}: has no checkpoints; allowed: the directory of a run that saved one"
@@ -82,14 +84,14 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             try:
-                meta = self._meta(step)
+                meta = all_or_none(lambda step=step: self._meta(step))
                 check(meta)
                 return self._restore_state(step, like, meta["checksums"]), meta
             except ConfigError:  # of a whole checkpoint
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 why = " ".join(str(error).split())[:200]
-                print(f"warning: {self.directory / str(step)}: damaged, trying the one before ({why})", file=sys.stderr)
+                say(f"warning: {self.directory / str(step)}: damaged, trying the one before ({why})")
                 self._set_aside(step)
         raise DamagedError(f"{self.directory}: no checkpoint is whole; they were set aside as STEP.damaged")
 
@@ -123,15 +125,18 @@ class Checkpoints:
 
     def _restore_tree(self, step: int, name: str, like: Any, sums: dict[str, list[int]]) -> Any:
         """One item, its checksums compared with those it was saved with."""
-        tree = self._restore(step, **{name: ocp.args.StandardRestore(_abstract(like))})[name]
+        tree = all_or_none(lambda: self._restore(step, **{name: ocp.args.StandardRestore(_abstract(like))}))[name]
         if jax.device_get(checksums(tree)).tolist() != sums[name]:
             raise DamagedError(f"{name} is damaged, its checksums are not those of the save")
         return tree
 
     def _set_aside(self, step: int) -> None:
         self._manager.wait_until_finished()
-        (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+        first_then_rest("checkpoint", lambda: is_first() and self._rename(step))
         self._manager.reload()
+
+    def _rename(self, step: int) -> None:
+        (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
 
     def close(self) -> None:
         self._manager.close()
@@ -141,6 +146,8 @@ class Checkpoints:
 
     def _check_space(self, state: TrainState) -> None:
         """Refuses a save that cannot fit on a local disk, before it has written half of it."""
+        if is_remote(self.directory):
+            return
         needed = sum(x.nbytes for x in jax.tree.leaves(state)) // 2**20
         free = shutil.disk_usage(self.directory).free // 2**20
         if needed >= free:

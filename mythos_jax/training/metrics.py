@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import statistics
+import tempfile
 import time
 from collections import deque
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from mythos_jax.config import ConfigError
+from mythos_jax.paths import is_remote
 
 
 class Writer(Protocol):
     """Takes the numbers of a step; values are numbers or nested lists."""
 
     def write(self, step: int, metrics: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...  # before a checkpoint is saved: a resumed run does not write these steps again
 
     def close(self) -> None: ...
 
@@ -40,14 +44,44 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         self._file.close()
+
+
+class RemoteMetricsLog:
+    """A log in an object store, where nothing can be appended: kept on this disk, copied there as a whole."""
+
+    EVERY = 60  # seconds between two copies
+
+    def __init__(self, path: Any, restored_step: int = 0):
+        self.path, self._folder = path, tempfile.TemporaryDirectory(prefix="mythos-log-")
+        local = Path(self._folder.name) / path.name
+        if path.exists():
+            local.write_bytes(path.read_bytes())
+        self._log, self._copied = MetricsLog(local, restored_step), time.monotonic()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._log.write(step, metrics)
+        if time.monotonic() - self._copied > self.EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        self.path.write_bytes(self._log.path.read_bytes())
+        self._copied = time.monotonic()
+
+    def close(self) -> None:
+        self._log.close()
+        self.flush()
+        self._folder.cleanup()
 
 
 class TensorBoardWriter:
     """Scalars as TensorBoard event files, a new one each start."""
 
-    def __init__(self, folder: Path, restored_step: int = 0):
+    def __init__(self, folder: Any, restored_step: int = 0):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -63,6 +97,9 @@ class TensorBoardWriter:
         self._file.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
         self._file.flush()
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         self._file.close()
 
@@ -73,7 +110,7 @@ class WandbWriter:
     Every start of a run goes on under the id that is kept in its folder. Raises ConfigError where W&B refuses.
     """
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Any, name: str):
         import wandb
 
         kept = folder / "wandb_id"
@@ -84,7 +121,7 @@ class WandbWriter:
                 project=os.environ.get("WANDB_PROJECT", "mythos_jax"),
                 name=name,
                 id=kept.read_text(),
-                dir=str(folder),
+                dir=None if is_remote(folder) else str(folder),  # None: under the working directory
                 resume="allow",
             )
         except wandb.errors.Error as error:
@@ -95,6 +132,9 @@ class WandbWriter:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         self._run.log(_scalars(metrics), step=step)
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         self._run.finish()
@@ -111,13 +151,14 @@ def check_writers(names: tuple[str, ...]) -> None:
             ) from None
 
 
-def open_writers(names: tuple[str, ...], workdir: Path, run_name: str, restored_step: int) -> list[Writer]:
+def open_writers(names: tuple[str, ...], workdir: Any, run_name: str, restored_step: int) -> list[Writer]:
     """The log and the writers asked for, which are installed (see `check_writers`)."""
     makers = {
         "tensorboard": lambda: TensorBoardWriter(workdir / "tensorboard", restored_step),
         "wandb": lambda: WandbWriter(workdir, run_name),
     }
-    return [MetricsLog(workdir / "metrics.jsonl", restored_step), *(makers[name]() for name in names)]
+    log = RemoteMetricsLog if is_remote(workdir) else MetricsLog
+    return [log(workdir / "metrics.jsonl", restored_step), *(makers[name]() for name in names)]
 
 
 def plain(value: Any) -> Any:

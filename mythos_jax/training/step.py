@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mythos_jax.config import Config, TrainingConfig
 from mythos_jax.model.likelihood import next_token_nats
@@ -109,7 +109,8 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
             kept = state.replace(step=new.step, skipped=state.skipped + 1)
             new = jax.tree.map(lambda a, b: jnp.where(bad, a, b), kept, new)
             metrics["skipped"] = new.skipped
-        return new, metrics
+        # Whole on every device: each process reads them.
+        return new, jax.lax.with_sharding_constraint(metrics, NamedSharding(mesh, PartitionSpec()))
 
     jitted = jax.jit(step, donate_argnums=0)
 

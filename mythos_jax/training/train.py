@@ -2,8 +2,7 @@
 
 import contextlib
 import math
-import signal
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,8 +16,10 @@ from tqdm import tqdm
 
 from mythos_jax.config import Config, ConfigError, ModelConfig, save_config
 from mythos_jax.data.open import Batch, Data, open_data
+from mythos_jax.distributed import StopSignal, first_then_rest, is_first, say
 from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.paths import copy_tree, is_remote, to_path
 from mythos_jax.runs import open_model, place
 from mythos_jax.sharding import batch_sharding, check_batch, local_rows, make_mesh, to_global
 from mythos_jax.training.checkpoint import Checkpoints
@@ -33,31 +34,49 @@ def train(
 ) -> dict[str, Any]:
     """Trains until `training.steps`, from the run's newest checkpoint where there is one.
 
-    Prepares the data first when it is missing. Writes config.yaml, metrics.jsonl and checkpoints/ into `workdir`.
+    Prepares the data first when it is missing. Writes config.yaml, metrics.jsonl and checkpoints/ into `workdir`, a
+    path that may be remote (gs://…). Called by all processes of a run (see distributed.py), it trains on all their
+    devices; the first one prepares, prints and logs.
     init_from: a run or a pretrained model whose weights a run without checkpoints starts from.
     Returns the metrics of the last step. Raises ConfigError (what the user can mend), BadStepError, SaveError,
     Interrupted.
     """
-    workdir = Path(workdir)
-    _check_workdir(workdir)
+    workdir = to_path(workdir)
     check_writers(config.training.writers)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.training.batch_size, "training.batch_size")
-    data = open_data(config, progress)
+    data = first_then_rest("data", lambda: _open(config, workdir, progress), identity=lambda data: str(data.identity))
 
-    workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints)
     with contextlib.closing(checkpoints):
+        first_then_rest(f"{workdir}/checkpoints", checkpoints.steps, identity=str)
         state = init_state(config, mesh)
         if checkpoints.newest() is not None:
             now = run_meta(config, data)
             state, saved = checkpoints.restore_newest(state, lambda saved: _check_resume(saved, now, workdir))
             _announce_changes(saved, now, int(state.step))
-            print(f"resuming {workdir} after step {int(state.step)}", file=sys.stderr)
+            say(f"resuming {workdir} after step {int(state.step)}")
         elif init_from is not None:
             state = state.replace(variables=_initial_variables(config, mesh, init_from))
-        save_config(config, workdir / "config.yaml")
-        return _Loop(config, mesh, data, checkpoints, workdir, progress).run(state)
+        if is_first():
+            save_config(config, workdir / "config.yaml")
+        return _Loop(config, mesh, data, checkpoints, workdir, progress and is_first()).run(state)
+
+
+def _open(config: Config, workdir: Any, progress: bool) -> Data:
+    """The data, prepared by the first process where it is missing; also makes the run directory."""
+    first = is_first()
+    if first:
+        _check_workdir(workdir)
+    elif not workdir.is_dir():
+        raise ConfigError(
+            f"{workdir}: process {jax.process_index()} does not see it, process 0 has made it; allowed: a --workdir "
+            "that all processes share"
+        )
+    data = open_data(config, progress and first, prepare=first)
+    if first:
+        workdir.mkdir(parents=True, exist_ok=True)
+    return data
 
 
 class _Loop:
@@ -75,13 +94,15 @@ class _Loop:
         self.goodput, self.clock, self.tokens = Goodput(), time.perf_counter(), 0
         pending: tuple[int, dict[str, jax.Array]] | None = None
         with contextlib.ExitStack() as stack:
-            writers = open_writers(t.writers, self.workdir, self.config.name, restored_step=start)
+            writers = []
+            if is_first():
+                writers = open_writers(t.writers, self.workdir, self.config.name, restored_step=start)
             self.writers = [stack.enter_context(contextlib.closing(writer)) for writer in writers]
             title = f"train {self.config.name}"
             self.bar = stack.enter_context(
                 tqdm(total=t.steps, initial=start, desc=title, unit="step", disable=not self.progress)
             )
-            stopped = stack.enter_context(_signals())
+            stop = stack.enter_context(StopSignal().watching())
             profiler = stack.enter_context(_Profiler(t.profile_steps, self.workdir / "profile"))
             for step, batch in zip(range(start + 1, t.steps + 1), self._batches(start), strict=False):
                 with profiler.step(step):
@@ -89,6 +110,7 @@ class _Loop:
                 if pending:
                     self._read(*pending)
                 pending = (step, metrics)
+                stopped = stop.reached(step)
                 saves = step % t.checkpoint_every == 0 or step == t.steps or stopped
                 evaluates = t.evaluate_every and step % t.evaluate_every == 0
                 if saves or evaluates:
@@ -98,10 +120,12 @@ class _Loop:
                 if evaluates:
                     self._write(step, {"held_out_loss": self._evaluate(state)})
                 if saves:
+                    for writer in self.writers:
+                        writer.flush()
                     self.checkpoints.save(state, self.meta)
                 if stopped:
                     self.checkpoints.wait()
-                    raise Interrupted(stopped[0], step)
+                    raise Interrupted(stopped, step)
             self.checkpoints.wait()
         return self.last
 
@@ -162,8 +186,9 @@ class _Loop:
 class _Profiler:
     """A profiler trace of the steps from `first` to `last`, for TensorBoard or Perfetto; of none if `span` is ()."""
 
-    def __init__(self, span: tuple[int, ...], folder: Path):
+    def __init__(self, span: tuple[int, ...], folder: Any):
         self.span, self.folder, self.running = span, folder, False
+        self.local = Path(tempfile.mkdtemp(prefix="mythos-profile-")) if span and is_remote(folder) else folder
 
     def __enter__(self):
         return self
@@ -171,17 +196,19 @@ class _Profiler:
     def __exit__(self, *_: Any) -> None:
         if self.running:
             jax.profiler.stop_trace()
+            self.running = False
+            if self.local != self.folder:
+                copy_tree(self.local, self.folder)
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
         if self.span and self.span[0] <= step <= self.span[1] and not self.running:
-            jax.profiler.start_trace(str(self.folder))
+            jax.profiler.start_trace(str(self.local))
             self.running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
         if self.running and step >= self.span[1]:
             self.__exit__()
-            self.running = False
 
 
 def _initial_variables(config: Config, mesh: Mesh, path: str | Path) -> dict[str, Any]:
@@ -192,7 +219,7 @@ def _initial_variables(config: Config, mesh: Mesh, path: str | Path) -> dict[str
         fields = "; ".join(f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items())
         raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
     for name, (old, new) in changed.items():
-        print(f"{name} is {old!r} in {path}, {new!r} here", file=sys.stderr)
+        say(f"{name} is {old!r} in {path}, {new!r} here")
     return place(config.model, mesh, opened.variables)
 
 
@@ -234,36 +261,13 @@ def _announce_changes(saved: dict[str, Any], now: dict[str, Any], step: int) -> 
         note = ""
         if name == "training.steps":
             note = f": the learning rate's cosine now ends at step {new}, from step {step} on it follows that curve"
-        print(f"{name} was {old!r}, is now {new!r}{note}", file=sys.stderr)
+        say(f"{name} was {old!r}, is now {new!r}{note}")
 
 
-def _check_workdir(workdir: Path) -> None:
+def _check_workdir(workdir: Any) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"{workdir}: is a file; allowed: a run directory, or a path that is free")
     if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / "config.yaml").is_file():
         raise ConfigError(
             f"{workdir}: holds files but no run (no config.yaml); allowed: a run directory, or a path that is free"
         )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM put their number into; the loop looks at it between steps. A second Ctrl-C acts
-    at once."""
-    caught: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are the caller's
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,85 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced by the launchers: settings that they share, the preflight, dry runs.
+#
+# TOPOLOGY   TPU slice as `mythos compile` names it, for example v6e:4x4
+# SLICES     how many of them, connected over the data centre's network (default 1)
+# BUCKET     gs://… : runs, compiled programs and prepared data lie below it
+# NAME       of the job and its run directory (default: the config's name)
+# IMAGE      what launch/Dockerfile.tpu or Dockerfile.gpu was built and pushed as
+# RESTARTS   after exit code 42, or a process that died, at most so many times (default 20)
+# GRACE      seconds between SIGTERM and SIGKILL, for the last save (default 180)
+# MYTHOS     the command that runs the preflight (default: mythos)
+# PREFLIGHT  0: skip it
+
+set -euo pipefail
+
+SLICES=${SLICES:-1} RESTARTS=${RESTARTS:-20} GRACE=${GRACE:-180} MYTHOS=${MYTHOS:-mythos} PREFLIGHT=${PREFLIGHT:-1}
+DRY_RUN=0
+
+fail() {
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    exit 2
+}
+
+# Reads [--dry-run] CONFIG.yaml [--section.field value …] into DRY_RUN, CONFIG, OVERRIDES and NAME.
+read_arguments() {
+    if [ "${1:-}" = --dry-run ]; then
+        DRY_RUN=1
+        shift
+    fi
+    case ${1:-} in
+    *.yaml | *.yml) CONFIG=$1 ;;
+    *) fail "got '${1:-}', allowed: [--dry-run] CONFIG.yaml [--section.field value …]; settings stand at the top of the script" ;;
+    esac
+    shift
+    OVERRIDES=("$@")
+    NAME=${NAME:-$(basename "${CONFIG%.*}" | tr '_.' '--')}
+}
+
+require() {
+    for name in "$@"; do
+        [ -n "${!name:-}" ] || fail "$name is not set; see the top of the script"
+    done
+}
+
+shared_storage() {
+    case ${BUCKET:-} in
+    gs://*) ;;
+    *) fail "BUCKET: got '${BUCKET:-}', allowed: gs://… , a place that all hosts see" ;;
+    esac
+    BUCKET=${BUCKET%/}
+    export RUN=$BUCKET/runs/$NAME CACHE=$BUCKET/compiled
+}
+
+# Runs a command, or with --dry-run prints it.
+run() {
+    if [ "$DRY_RUN" = 1 ]; then
+        printf '%s\n' "${*@Q}"
+    else
+        "$@"
+    fi
+}
+
+# Refuses to go on where the train step does not fit (exit code 1) or the input is wrong (2).
+preflight() {
+    [ "$PREFLIGHT" = 1 ] || return 0
+    run "$MYTHOS" compile "$CONFIG" --topology "$TOPOLOGY" --slices "$SLICES" "${OVERRIDES[@]}"
+}
+
+# GENERATION, SHAPE, CHIPS and HOSTS of one slice, four chips a host.
+read_topology() {
+    GENERATION=${TOPOLOGY%%:*} SHAPE=${TOPOLOGY#*:}
+    [[ $TOPOLOGY =~ ^(v5e|v5p|v6e):[0-9]+(x[0-9]+)+$ ]] || fail "TOPOLOGY: got '$TOPOLOGY', allowed: v5e:AxB, v6e:AxB or v5p:AxBxC"
+    CHIPS=$((${SHAPE//x/*}))
+    HOSTS=$(((CHIPS + 3) / 4))
+}
+
+# A JSON list of words.
+json_list() {
+    local out='' word
+    for word in "$@"; do
+        word=${word//\\/\\\\}
+        out+=", \"${word//\"/\\\"}\""
+    done
+    printf '[%s]' "${out#, }"
+}

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# GKE: jobset.yaml through Kueue.
+#
+#     TOPOLOGY=v6e:4x4 BUCKET=gs://b IMAGE=… launch/gke.sh [--dry-run] configs/mythos_1b.yaml --data.path gs://b/data/web
+#
+# QUEUE: Kueue's LocalQueue (default multislice-queue). The other settings stand in common.sh. --dry-run prints the
+# JobSet and applies nothing. The config is read inside the image, at the same path.
+# shellcheck source=launch/common.sh disable=SC2034
+source "$(dirname "$0")/common.sh"
+
+read_arguments "$@"
+require TOPOLOGY IMAGE
+read_topology
+shared_storage
+QUEUE=${QUEUE:-multislice-queue}
+case $GENERATION in
+v5e) ACCELERATOR=tpu-v5-lite-podslice ;;
+v5p) ACCELERATOR=tpu-v5p-slice ;;
+v6e) ACCELERATOR=tpu-v6e-slice ;;
+esac
+ARGS=$(json_list train "$CONFIG" --workdir "$RUN" "${OVERRIDES[@]}")
+
+jobset() {
+    local text name
+    text=$(grep -v '^#' "$(dirname "$0")/jobset.yaml")
+    for name in NAME QUEUE RESTARTS SLICES HOSTS GRACE ACCELERATOR SHAPE IMAGE ARGS CACHE; do
+        text=${text//"\${$name}"/"${!name}"}
+    done
+    printf '%s\n' "$text"
+}
+
+if [ "$DRY_RUN" = 1 ]; then
+    preflight | sed 's/^/# /'
+    jobset
+else
+    preflight
+    jobset | kubectl apply -f -
+fi

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# A pod on this machine: PROCESSES (2) processes of DEVICES (4) CPU devices each, connected over gloo.
+#
+#     launch/local.sh [--dry-run] configs/quickstart.yaml --training.steps 50
+#
+# SHARED: where runs/NAME and compiled programs go (default: the current folder). With TOPOLOGY set, `mythos compile`
+# is asked first. RESTARTS, GRACE and NAME as in common.sh; PYTHON: the interpreter that has mythos_jax.
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+
+read_arguments "$@"
+SHARED=${SHARED:-$PWD}
+dry=()
+[ "$DRY_RUN" = 0 ] || dry=(--dry-run)
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$SHARED/compiled}
+
+[ -z "${TOPOLOGY:-}" ] || preflight
+exec "${PYTHON:-python3}" -m mythos_jax.pod --processes "${PROCESSES:-2}" --devices "${DEVICES:-4}" \
+    --restarts "$RESTARTS" --grace "$GRACE" "${dry[@]}" \
+    train "$CONFIG" --workdir "$SHARED/runs/$NAME" "${OVERRIDES[@]}"

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# SkyPilot: a managed job that moves to other nodes when its own are taken away.
+#
+#     BUCKET=gs://b launch/skypilot.sh [--dry-run] CONFIG.yaml …
+#
+# NODES and GPUS (H100:8) override those of skypilot.yaml. The preflight is `mythos info` (is the config sound?), or
+# `mythos compile` if TOPOLOGY names a TPU slice to compare with. The other settings stand in common.sh. The grace time
+# is the cloud's own (a spot node's notice); SkyPilot has no setting for it, so mind training.checkpoint_every.
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+
+read_arguments "$@"
+shared_storage
+for word in "${OVERRIDES[@]}"; do
+    [[ $word != *[[:space:]\"\'\$]* ]] || fail "got '$word', allowed here: overrides without blanks and quotes"
+done
+
+if [ -n "${TOPOLOGY:-}" ]; then
+    preflight
+elif [ "$PREFLIGHT" = 1 ]; then
+    run "$MYTHOS" info "$CONFIG" "${OVERRIDES[@]}"
+fi
+run sky jobs launch --yes --name "$NAME" ${NODES:+--num-nodes "$NODES"} ${GPUS:+--gpus "$GPUS"} \
+    --env "CONFIG=$CONFIG" --env "OVERRIDES=${OVERRIDES[*]}" --env "RUN=$RUN" --env "JAX_COMPILATION_CACHE_DIR=$CACHE" \
+    "$(dirname "$0")/skypilot.yaml"

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# A real Slurm of one node on this machine runs launch/slurm.sh: two tasks, CPU, gloo, the quickstart shortened; one of
+# them gets SIGTERM on the way, so the job goes through the queue twice. Needs root and Debian's slurm-wlm and munge:
+#
+#     apt-get install slurm-wlm munge && launch/tests/slurm.sh [FOLDER]
+#
+# PYTHON: the interpreter that has mythos_jax (default: .venv/bin/python).
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+folder=${1:-$(mktemp -d)}
+mkdir -p "$folder"/{state,spool,shared}
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+
+# munge wants a key and a socket of its own, owned by who runs it.
+chmod 755 "$folder"
+dd if=/dev/urandom of="$folder/munge.key" bs=1024 count=1 status=none
+chmod 400 "$folder/munge.key"
+munged --foreground --force --key-file "$folder/munge.key" --socket "$folder/munge.socket" --pid-file "$folder/munged.pid" \
+    --log-file "$folder/munged.log" --seed-file "$folder/munge.seed" &
+pids+=($!)
+
+host=$(hostname -s)
+cat > "$folder/slurm.conf" <<CONF
+ClusterName=test
+SlurmctldHost=$host(127.0.0.1)
+SlurmUser=root
+SlurmctldPort=16817
+SlurmdPort=16818
+AuthType=auth/munge
+AuthInfo=socket=$folder/munge.socket
+CryptoType=crypto/munge
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.pid
+SlurmctldLogFile=$folder/slurmctld.log
+SlurmdLogFile=$folder/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+MpiDefault=none
+NodeName=$host NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE State=UP
+CONF
+export SLURM_CONF=$folder/slurm.conf
+sleep 1
+slurmctld -D &
+pids+=($!)
+slurmd -D -N "$host" &
+pids+=($!)
+for _ in $(seq 60); do
+    sinfo -h -o %T 2>/dev/null | grep -q idle && break
+    sleep 1
+done
+sinfo
+
+# The command that slurm.sh and the job call.
+mythos=$folder/mythos
+printf '#!/bin/sh\nexec "%s" -m mythos_jax.cli "$@"\n' "$python" > "$mythos"
+chmod +x "$mythos"
+export MYTHOS=$mythos PYTHONPATH=$root JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 SHARED=$folder/shared NAME=quickstart
+cd "$folder"
+submitted=$(NODES=1 TASKS=2 GPUS=0 RESTARTS=2 GRACE=60 "$root/launch/slurm.sh" "$root/configs/quickstart.yaml" \
+    --data.path "$folder/data" --data.max_bytes 1000000 --training.steps 12 --training.log_every 1 \
+    --training.warmup_steps 2 --model.loops 2)
+echo "$submitted"
+job=$(grep -o 'job [0-9]*' <<<"$submitted" | grep -o '[0-9]*')
+log=$folder/shared/runs/quickstart/metrics.jsonl
+
+for _ in $(seq 600); do
+    grep -qs '"step": 3,' "$log" && break
+    sleep 0.5
+done
+victim=$(pgrep -f "mythos_jax.cli train $root/configs/quickstart.yaml --workdir $folder" | tail -n 1)
+echo "SIGTERM to $victim"
+kill -TERM "$victim"
+
+seconds=0
+until state=$(scontrol show job "$job" | grep -o 'JobState=[A-Z_]*') && [[ $state =~ COMPLETED|FAILED|CANCELLED|TIMEOUT ]]; do
+    # Slurm holds a requeued job for two minutes; the test does not wait for that.
+    scontrol update job "$job" StartTime=now 2>/dev/null || true
+    sleep 2
+    seconds=$((seconds + 2))
+    [ "$seconds" -lt 900 ] || break
+done
+scontrol show job "$job" | grep -o 'JobState=[A-Z]*\|Restarts=[0-9]*\|ExitCode=[0-9:]*\|NumTasks=[0-9]*'
+tr '\r' '\n' < "$folder/quickstart-$job.log" | grep -v 'step/s\|Gloo' || true
+steps=$(grep -o '"step": [0-9]*' "$log" | tr '\n' ' ')
+echo "logged: $steps"
+[ "$state" = JobState=COMPLETED ]
+[ "$(grep -c . "$log")" = 12 ]
+grep -q 'stopped by SIGTERM after step' "$folder/quickstart-$job.log"
+grep -q 'resuming' "$folder/quickstart-$job.log"
+echo "slurm: passed"

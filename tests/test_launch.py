@@ -1,0 +1,250 @@
+"""What the launchers of launch/ write and run, with stand-ins for the clouds' commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+CONFIG = "configs/mythos_1b.yaml"
+SETTINGS = {
+    "TOPOLOGY": "v5p:2x2x4",
+    "SLICES": "2",
+    "BUCKET": "gs://bucket/",
+    "IMAGE": "registry/image:1",
+    "ZONE": "zone-a",
+    "CLUSTER": "cluster",
+    "LOCATION": "place",
+    "RESTARTS": "2",
+    "GRACE": "200",
+}
+CLOUD = ["gke", "gcluster", "tpu_vm", "skypilot"]
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs a launcher; `stand_ins` maps a command's name to the body of a bash script, all calls are written down."""
+
+    def run(name, *words, stand_ins=None, **settings):
+        folder, calls = tmp_path / "bin", tmp_path / "calls"
+        folder.mkdir(exist_ok=True)
+        for command in ["mythos", "kubectl", "gcluster", "gcloud", "sky", "sbatch", "sleep"]:
+            body = (stand_ins or {}).get(command, "exit 0")
+            stdin = f"cat > {tmp_path}/stdin\n" if command == "kubectl" else ""
+            (folder / command).write_text(
+                f'#!/bin/bash\n{stdin}echo "{command} $*" >> {calls}\ncd {tmp_path}\n{body}\n'
+            )
+            (folder / command).chmod(0o755)
+        environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(tmp_path), **SETTINGS, **settings}
+        done = subprocess.run(
+            ["bash", LAUNCH / f"{name}.sh", *words], env=environment, capture_output=True, text=True, timeout=60
+        )
+        done.calls = calls.read_text().splitlines() if calls.exists() else []
+        return done
+
+    return run
+
+
+def test_the_jobset_field_by_field(launch):
+    done = launch("gke", "--dry-run", CONFIG, "--training.steps", "7", "--data.sources", '["a b"]')
+    assert done.returncode == 0, done.stderr
+    assert done.calls == []
+    jobset = yaml.safe_load(done.stdout)
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert jobset["metadata"]["name"] == "mythos-1b"
+    assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "multislice-queue"}
+    assert jobset["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    assert jobset["spec"]["failurePolicy"] == {
+        "maxRestarts": 2,
+        "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    }
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert replicated["replicas"] == 2
+    job = replicated["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (4, 4, 0)  # 16 chips, 4 a host
+    assert job["completionMode"] == "Indexed"
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": "mythos", "operator": "In", "values": [1, 2]}}
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    assert pod["terminationGracePeriodSeconds"] == 200
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "2x2x4",
+    }
+    (container,) = pod["containers"]
+    assert container["name"] == rule["onExitCodes"]["containerName"]
+    assert "command" not in container  # the image's entry point is process 1 and gets the SIGTERM
+    assert container["image"] == "registry/image:1"
+    run = ["train", CONFIG, "--workdir", "gs://bucket/runs/mythos-1b"]
+    assert container["args"] == [*run, "--training.steps", "7", "--data.sources", '["a b"]']
+    assert {e["name"]: e["value"] for e in container["env"]} == {
+        "JAX_COMPILATION_CACHE_DIR": "gs://bucket/compiled",
+        "MYTHOS_DATA_CACHE": "/data",
+    }
+    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+
+
+def test_gke_applies_what_the_dry_run_shows(launch, tmp_path):
+    shown = launch("gke", "--dry-run", CONFIG).stdout
+    done = launch("gke", CONFIG)
+    assert done.calls == [f"mythos compile {CONFIG} --topology v5p:2x2x4 --slices 2", "kubectl apply -f -"]
+    assert yaml.safe_load((tmp_path / "stdin").read_text()) == yaml.safe_load(shown)
+
+
+def test_the_skypilot_job_field_by_field():
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert task["num_nodes"] == 2
+    assert task["resources"]["use_spot"] is True
+    assert task["resources"]["accelerators"] == "H100:8"
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [42, 134], "max_restarts_on_errors": 0}
+    assert set(task["envs"]) == {"CONFIG", "OVERRIDES", "RUN", "JAX_COMPILATION_CACHE_DIR"}
+    assert (LAUNCH.parent / task["envs"]["CONFIG"]).is_file()
+    # What `run` hands to mythos, on the second of two nodes.
+    script = task["run"].replace("exec mythos", "echo $JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID")
+    sky = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    envs = {"CONFIG": CONFIG, "OVERRIDES": "--training.steps 5", "RUN": "gs://b/r", "PATH": os.environ["PATH"]}
+    done = subprocess.run(["bash", "-c", script], env=sky | envs, capture_output=True, text=True)
+    assert done.stdout == f"10.0.0.1:8476 2 1 train {CONFIG} --workdir gs://b/r --training.steps 5\n"
+
+
+def test_skypilot_sets_every_variable_of_the_job(launch):
+    done = launch("skypilot", CONFIG, "--training.steps", "5", TOPOLOGY="")
+    assert done.calls[0] == f"mythos info {CONFIG} --training.steps 5"
+    for name in yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["envs"]:
+        assert f"--env {name}=" in done.calls[1]
+    assert "RUN=gs://bucket/runs/mythos-1b" in done.calls[1]
+
+
+def test_gcluster_names_slices_as_google_does(launch):
+    for topology, kind in [("v5p:2x2x4", "v5p-32"), ("v6e:4x4", "v6e-16"), ("v5e:16x16", "v5litepod-256")]:
+        call = launch("gcluster", CONFIG, TOPOLOGY=topology).calls[-1]
+        assert f"--compute-type {kind} --num-slices 2 --restarts 2 --grace-period 200" in call
+        assert "--env JAX_COMPILATION_CACHE_DIR=gs://bucket/compiled" in call
+        assert "--command exec mythos train" in call
+
+
+@pytest.mark.parametrize("name", [*CLOUD, "slurm"])
+@pytest.mark.parametrize("code", [1, 2])
+def test_nothing_is_launched_that_does_not_fit(launch, name, code):
+    done = launch(name, CONFIG, stand_ins={"mythos": f"exit {code}"})
+    assert done.returncode == code
+    assert done.calls == [f"mythos compile {CONFIG} --topology v5p:2x2x4 --slices 2"]
+
+
+@pytest.mark.parametrize("name", [*CLOUD, "slurm", "local"])
+def test_a_dry_run_shows_the_preflight_and_calls_nothing(launch, name):
+    done = launch(name, "--dry-run", CONFIG, PYTHON="/bin/true")
+    assert done.returncode == 0, done.stderr
+    assert "'mythos' 'compile' 'configs/mythos_1b.yaml' '--topology' 'v5p:2x2x4'" in done.stdout
+    assert done.calls == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"BUCKET": "/mnt/disk"}, "BUCKET: got '/mnt/disk', allowed: gs://"),
+        ({"TOPOLOGY": "v5p-32"}, "TOPOLOGY: got 'v5p-32', allowed: v5e:AxB"),
+        ({"IMAGE": ""}, "IMAGE is not set"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(launch, settings, message):
+    done = launch("gke", CONFIG, **settings)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.calls == []
+
+
+# A queued resource that is there at once, and workers whose exit codes are the lines of `codes`.
+GCLOUD = """
+case "$*" in
+*describe*) [ -e slice ] && cat slice || exit 1 ;;
+*create*) echo ACTIVE > slice ;;
+*delete*) rm -f slice ;;
+*"cat /tmp/mythos.code"*) head -n 1 codes; sed -i 1d codes ;;
+*"docker run"*) [ -e taken ] && mv taken slice; exit 0 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "end", "runs"),
+    [([0], 0, 1), ([42, "lost", 0], 0, 3), ([42, 1, 0], 1, 2), ([2, 0], 2, 1), ([42, 42, 42, 0], 42, 3)],
+)
+def test_tpu_vms_start_again_after_42_at_most_so_often(launch, tmp_path, codes, end, runs):
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+    done = launch("tpu_vm", CONFIG, stand_ins={"gcloud": GCLOUD}, SLICES="1")
+    assert done.returncode == end, done.stderr
+    assert sum("docker run" in call for call in done.calls) == runs
+    assert sum("queued-resources create" in call for call in done.calls) == 1
+    assert "queued-resources delete" in done.calls[-1]
+
+
+def test_a_slice_that_was_taken_away_is_asked_for_again(launch, tmp_path):
+    (tmp_path / "codes").write_text("lost\n0\n")
+    (tmp_path / "taken").write_text("SUSPENDED\n")
+    done = launch("tpu_vm", CONFIG, stand_ins={"gcloud": GCLOUD})
+    assert done.returncode == 0, done.stderr
+    creates = [call for call in done.calls if "queued-resources create" in call]
+    assert len(creates) == 2
+    assert "--node-count 2 --node-prefix mythos-1b --spot --accelerator-type v5p-32" in creates[0]
+
+
+def test_slurm_submits_the_batch_script(launch):
+    done = launch(
+        "slurm", CONFIG, "--training.steps", "5", BUCKET="", TOPOLOGY="", SHARED="/shared", NODES="4", GPUS="8"
+    )
+    assert done.calls[0] == f"mythos info {CONFIG} --training.steps 5"
+    expected = "sbatch --job-name mythos-1b --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --signal TERM@200"
+    assert done.calls[1] == f"{expected} {LAUNCH}/slurm.sbatch {CONFIG} --training.steps 5"
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"), [(0, 0, 0), (1, 0, 0), (2, 0, 0), (42, 0, 1), (137, 1, 1), (42, 2, 0)]
+)
+def test_the_batch_script_requeues_what_can_go_on(tmp_path, code, restarts, requeued):
+    for command, body in {"srun": f"exit {code}", "squeue": "echo RUNNING", "scontrol": "", "sleep": ""}.items():
+        (tmp_path / command).write_text(f'#!/bin/bash\necho "{command} $*" >> {tmp_path}/calls\n{body}\n')
+        (tmp_path / command).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "RUN": "/r",
+        "CACHE": "/c",
+        "RESTARTS": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
+    done = subprocess.run(["bash", LAUNCH / "slurm.sbatch", "c.yaml"], env=environment, capture_output=True, text=True)
+    calls = (tmp_path / "calls").read_text()
+    assert done.returncode == code
+    assert "train c.yaml --workdir /r" in calls
+    assert calls.count("scontrol requeue 7") == requeued
+
+
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
+def test_shellcheck():
+    scripts = [*LAUNCH.glob("*.sh"), *LAUNCH.glob("tests/*.sh"), LAUNCH / "slurm.sbatch"]
+    done = subprocess.run([SHELLCHECK, "-x", *scripts], capture_output=True, text=True, cwd=LAUNCH.parent)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("tpu", "tpu"), ("gpu", "cuda")])
+def test_dockerfiles_copy_what_is_there_and_install_a_known_extra(kind, extra):
+    lines = (LAUNCH / f"Dockerfile.{kind}").read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY"):
+            assert all((LAUNCH.parent / name).exists() for name in line.split()[1:-1])
+    assert f".[{extra}]" in "\n".join(lines)
+    assert f"\n{extra} = [" in (LAUNCH.parent / "pyproject.toml").read_text()
+    assert lines[-1] == 'ENTRYPOINT ["mythos"]'

@@ -1,0 +1,172 @@
+"""Two processes of four devices each, as one run: started, stopped, started again, and read elsewhere."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig, TrainingConfig, save_config
+from mythos_jax.distributed import Cluster, find_cluster
+from mythos_jax.pod import main as pod
+from mythos_jax.pod import verdict
+from mythos_jax.sharding import make_mesh
+from mythos_jax.training.checkpoint import Checkpoints
+from mythos_jax.training.step import init_state
+from mythos_jax.training.train import train
+from mythos_jax.typed import ConfigError
+from tests.training.conftest import use_devices
+
+CONFIG = Config(
+    name="pod",
+    model=ModelConfig(
+        vocab_size=16,
+        dim=16,
+        max_seq_len=32,
+        prelude_layers=0,
+        coda_layers=0,
+        loops=2,
+        n_heads=2,
+        n_kv_heads=2,
+        hidden_dim=16,
+    ),
+    training=TrainingConfig(steps=8, batch_size=8, checkpoint_every=100, log_every=1, warmup_steps=2),
+    data=DataConfig(task=TaskConfig("parity", (16,)), seq_len=32),
+)
+
+
+def losses(workdir):
+    log = Path(workdir) / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def plain_checksums(tree):
+    """What the processes wrote beside the checkpoint, in numpy."""
+    sums = []
+    for x in map(np.asarray, jax.tree.leaves(tree)):
+        words = np.ascontiguousarray(x).view(np.uint32).ravel().astype(np.uint64)
+        odd = 2 * np.arange(words.size, dtype=np.uint64) + 1
+        sums.append(int((words * odd % 2**32).sum() % 2**32))
+    return sums
+
+
+def test_sigterm_to_one_process_stops_both_and_the_pod_goes_on(tmp_path, monkeypatch):
+    file, workdir = tmp_path / "pod.yaml", tmp_path / "run"
+    save_config(CONFIG, file)
+    command = [sys.executable, "-m", "mythos_jax.pod", "--processes", "2", "--devices", "4", "--restarts", "1"]
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        process = subprocess.Popen([*command, "train", str(file), "--workdir", str(workdir)], stdout=out, stderr=err)
+    end = time.time() + 200
+    while 1 not in losses(workdir) and process.poll() is None and time.time() < end:
+        time.sleep(0.01)
+    second = re.search(r"pod: started \d+, (\d+)", (tmp_path / "err").read_text())[1]
+    os.kill(int(second), signal.SIGTERM)
+    process.wait(timeout=200)
+    output, errors = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
+
+    assert process.returncode == 0, errors
+    assert "pod: processes ended with 42, 42" in errors
+    assert "starting again, 1 of at most 1 times" in errors
+    steps = Checkpoints(workdir / "checkpoints", read_only=True).steps()
+    assert len(steps) == 2
+    assert 1 < steps[0] < steps[1] == CONFIG.training.steps
+    assert f"stopped by SIGTERM after step {steps[0]}, saved" in errors
+    assert f"resuming {workdir} after step {steps[0]}" in errors
+    assert "Traceback" not in errors
+    # One process speaks.
+    assert output.count("trained to step 8") == 1
+    assert errors.count("resuming") == 1
+    rows = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 9))
+
+    use_devices(monkeypatch, 1)
+    train(CONFIG, tmp_path / "alone", progress=False)  # one process, one device, uninterrupted
+    pairs = zip(losses(workdir).values(), losses(tmp_path / "alone").values(), strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 1e-5
+
+    # On one process of two devices, and of one: to the bit what the eight wrote.
+    restored = []
+    for count in (2, 1):
+        mesh = make_mesh(MeshConfig(), jax.local_devices()[:count])
+        checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+        like = init_state(CONFIG, mesh)
+        state = checkpoints.restore_newest(like)
+        assert int(state.step) == 8
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(state.variables)} == {count}
+        restored.append(jax.device_get(state))
+        sums = checkpoints.meta(8)["checksums"]
+        assert plain_checksums(state.variables) == sums["model"]
+    jax.tree.map(np.testing.assert_array_equal, *restored)
+
+
+STEP = {
+    "SLURM_JOB_ID": "5000",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+    "SLURM_STEP_NODELIST": "gpu[007-009,11]",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+    "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+}
+
+
+def test_slurm_says_who_we_are():
+    assert find_cluster(STEP) == Cluster("slurm", "gpu007:62344", 4, 2, None)  # 5000 mod 4096 + 61440
+    shared = STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1"}
+    assert find_cluster(shared).local_devices == (1,)
+    assert find_cluster(shared | {"CUDA_VISIBLE_DEVICES": "0"}).local_devices is None  # bound to one by Slurm
+    for nodes, first in [("a1,b2", "a1"), ("a1", "a1"), ("rack-2-n[3,5-9]", "rack-2-n3")]:
+        assert find_cluster(STEP | {"SLURM_STEP_NODELIST": nodes}).coordinator == f"{first}:62344"
+    assert find_cluster(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+def test_flags_come_before_variables_and_variables_before_slurm():
+    variables = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    assert find_cluster({}) is None
+    assert find_cluster(variables | STEP) == Cluster("flags", "a:1", 2, 1)
+    assert find_cluster(variables, "b:2", 3, 0) == Cluster("flags", "b:2", 3, 0)
+    assert find_cluster({}, processes=1) is None
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"processes": 2}, r"--process-id: got None, allowed: 0 to 1"),
+        ({"processes": 2, "process_id": 2}, r"--process-id: got 2, allowed: 0 to 1"),
+        ({"processes": 2, "process_id": 0}, r"--coordinator: got None, allowed: HOST:PORT"),
+        ({"processes": 2, "process_id": 0, "coordinator": "a"}, r"--coordinator: got a, allowed: HOST:PORT"),
+        ({"process_id": 0}, r"--process-id: got 0 without --processes"),
+        ({"coordinator": "a:1"}, r"--coordinator: got a:1 without --processes"),
+        ({"processes": 0}, r"--processes: got 0, allowed: an integer >= 1"),
+    ],
+)
+def test_half_a_cluster_is_one_line(keywords, message):
+    with pytest.raises(ConfigError, match=message):
+        find_cluster({}, **keywords)
+
+
+def test_a_variable_that_is_no_number_is_named():
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES: got 'two'"):
+        find_cluster({"JAX_NUM_PROCESSES": "two"})
+
+
+def test_the_pod_restarts_what_can_go_on():
+    assert verdict([0, 0]) == 0
+    assert verdict([42, 42]) == verdict([-9, 42]) == verdict([0, -6]) == 42
+    assert verdict([42, 1]) == 1
+    assert verdict([2, 1, -9]) == 2
+
+
+def test_dry_run_starts_nothing(capsys, tmp_path):
+    assert pod(["--processes", "2", "--dry-run", "train", "c.yaml", "--workdir", str(tmp_path / "w")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [f"JAX_PROCESS_ID={i}" in line for i, line in enumerate(lines[:2])] == [True, True]
+    assert not (tmp_path / "w").exists()
