@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", default="", help="run just the variants whose name has this in it")
     parser.add_argument("--out", type=Path, default=Path("runs/depth_extrapolation"))
+    parser.add_argument("--made", action="store_true", help="train nothing: the table of the runs that are made")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as it likes")
     args = parser.parse_args()
     if args.threads:
@@ -111,6 +112,8 @@ def main() -> None:
                 continue
             config = load_config(HOUSE, ["--training.seed", str(seed), "--data.path", str(args.out / "data")])
             work = args.out / f"{slug(name)}_{seed}"
+            if args.made and not work.with_suffix(".json").is_file():
+                continue
             rows.setdefault(name, []).append(once(work.with_suffix(".json"), partial(make, config, work)))
     if not rows:
         sys.exit(f"--only: got {args.only!r}, allowed: part of one of {', '.join(VARIANTS)}")

@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", default="", help="run just the variants whose name has this in it")
+    parser.add_argument("--made", action="store_true", help="train nothing: the table of the runs that are made")
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     args = parser.parse_args()
     rows: dict[str, list[dict[str, float]]] = {}
@@ -56,6 +57,8 @@ def main() -> None:
             run = ["--training.seed", str(seed), "--data.path", str(args.out / "data")]
             config = load_config(HOUSE, [*STEPS, *words, *run])
             work = args.out / f"{slug(name)}_{seed}"
+            if args.made and not work.with_suffix(".json").is_file():
+                continue
             rows.setdefault(name, []).append(once(work.with_suffix(".json"), partial(ours, config, work)))
     if not rows:
         sys.exit(f"--only: got {args.only!r}, allowed: part of one of {', '.join([*VARIANTS, *ACT])}")
