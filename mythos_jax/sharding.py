@@ -1,7 +1,7 @@
 """Where arrays live: the device mesh, the one table from logical axis names to mesh axes, and placement by it.
 
-Weights and activations carry logical names (`embed`, `heads`, `batch`, …) in the model, which knows no mesh: `constrain`
-and `axis_size` look at the one in use. The table is explained in docs/sharding.md.
+Weights and activations carry logical names (`embed`, `heads`, `batch`, …) in the model. `constrain` and `axis_size`
+look at the mesh in use; without one they do nothing. The table is explained in docs/sharding.md.
 """
 
 import contextlib
@@ -144,11 +144,11 @@ def initialise(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
 
 def shardings(mesh: Mesh, boxed: Any) -> Any:
     """The place of each array of a tree whose leaves carry logical axes, by the rules."""
-    return jax.tree.map(
-        lambda leaf: NamedSharding(mesh, placement(*_shape_and_names(leaf), mesh.shape, RULES)),
-        boxed,
-        is_leaf=_is_boxed,
-    )
+
+    def place(leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, placement(*_shape_and_names(leaf), mesh.shape, RULES))
+
+    return jax.tree.map(place, boxed, is_leaf=_is_boxed)
 
 
 def check_sharded(mesh: Mesh, boxed: Any) -> None:

@@ -58,15 +58,14 @@ class MoE(nn.Module):
             load_E=jnp.zeros(E).at[experts_BTK].add(jnp.broadcast_to(counted_BT[..., None], experts_BTK.shape)),
             z=jnp.sum(z_BT**2 * counted_BT),
         )
-        names = {
-            "gate": ("expert", "embed", "mlp"),
-            "up": ("expert", "embed", "mlp"),
-            "down": ("expert", "mlp", "embed"),
-        }
-        shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
-        # On a mesh, weights that are still cut along D are gathered with the tokens.
+        # On a mesh, weights that it cuts along D are gathered together with the tokens.
         weights = tuple(
-            weight(self, name, shapes[name], names[name], c.std, x_BTD.dtype, whole=not in_use()) for name in names
+            weight(self, name, shape, axes, c.std, x_BTD.dtype, whole=not in_use())
+            for name, shape, axes in [
+                ("gate", (E, D, F), ("expert", "embed", "mlp")),
+                ("up", (E, D, F), ("expert", "embed", "mlp")),
+                ("down", (E, F, D), ("expert", "mlp", "embed")),
+            ]
         )
         if in_use():
             width = "act_embed" if self.has_variable("whole", "gate") else "embed"

@@ -257,7 +257,7 @@ def abstract_variables(config: ModelConfig) -> dict[str, Any]:
     """The model's variables as boxed shapes and dtypes, with their logical axes; nothing is allocated."""
     # Shapes of weights depend neither on the tokens nor on what the backward pass keeps.
     model = Mythos(dataclasses.replace(config, remat="none"))
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
 
 
 def with_whole_loop(config: ModelConfig, variables: dict[str, Any]) -> dict[str, Any]:
