@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from mythos_jax.config import Config, TrainingConfig
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.moe import balanced
-from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.mythos import Mythos, with_whole_loop
 from mythos_jax.sharding import abstract, initialise, use_mesh
 from mythos_jax.training.depth import backprop_loops, draw_depths, is_static
 from mythos_jax.training.objectives import extra_objectives
@@ -149,6 +149,10 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, 
         else:
             keywords |= {"loops": backprop_loops(config)}
         variables = {**state.variables, "params": params}
+        if config.mesh.gather == "once":
+            variables = with_whole_loop(config.model, variables)
+        else:
+            keywords["gather_per_loop"] = True
         nats_BT, out = next_token_nats(
             model, variables, {k: part[k] for k in ("tokens", "targets", "mask")}, **keywords
         )
