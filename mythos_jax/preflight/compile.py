@@ -88,7 +88,7 @@ def for_tpu(config: Config) -> Config:
 def compile_train(config: Config, topology: Topology) -> Program:
     """The train step for the config's global batch."""
     config = for_tpu(config)
-    mesh = make_mesh(config.mesh, topology_devices(topology))
+    mesh = _mesh(config, topology)
     rows, length = config.training.batch_size, config.data.seq_len
     check_batch(mesh, rows, "training.batch_size")
     parts = rows // config.training.accumulation
@@ -107,7 +107,7 @@ def compile_train(config: Config, topology: Topology) -> Program:
 def compile_decode(config: Config, topology: Topology) -> Program:
     """Decoding token by token at full depth: `evaluation.batch_size` rows that may grow to `data.seq_len` tokens."""
     config = for_tpu(config)
-    mesh = make_mesh(config.mesh, topology_devices(topology))
+    mesh = _mesh(config, topology)
     rows, length = config.evaluation.batch_size, config.data.seq_len
     check_batch(mesh, rows, "evaluation.batch_size")
 
@@ -143,6 +143,10 @@ def compile_decode(config: Config, topology: Topology) -> Program:
     with use_mesh(mesh):
         lowered = generate.decode.lower(setup, state, place(jax.ShapeDtypeStruct((), jnp.int32), None))
     return _compile(lowered, mesh, {"parameters": variables, "cache": cache})
+
+
+def _mesh(config: Config, topology: Topology) -> Mesh:
+    return make_mesh(dataclasses.replace(config.mesh, slices=topology.slices), topology_devices(topology))
 
 
 def chip_bytes(tree: Any) -> int:
