@@ -1,4 +1,4 @@
-"""What one execution of a compiled program costs a chip: FLOPs of its matrix products and bytes between HBM and core."""
+"""What a compiled program costs a chip: FLOPs of its matrix products, and bytes between HBM and core."""
 
 import math
 import re

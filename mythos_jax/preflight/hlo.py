@@ -25,7 +25,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclass(frozen=True)
 class Array:
-    """One array of an instruction's type. in_hbm: not in the chip's fast memory (memory space 0)."""
+    """One array of an instruction's type. in_hbm: not a scalar, nor in the chip's fast memory, S(1)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Instruction:
     def arrays(self) -> list[Array]:
         """Those of its type: one, or the elements of its tuple."""
         return [
-            Array(dtype, tuple(int(n) for n in sizes.split(",") if n), "S(" not in (layout or ""))
+            Array(dtype, tuple(int(n) for n in sizes.split(",") if n), bool(sizes) and "S(" not in (layout or ""))
             for dtype, sizes, layout in _SHAPE.findall(self.type)
         ]
 
