@@ -142,6 +142,14 @@ def initialise(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
         return jax.jit(lambda *a: nn.unbox(make(*a)), out_shardings=placed)(*arguments)
 
 
+def abstract(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
+    """What `initialise` would return, as shapes and dtypes with their places; nothing runs."""
+    with use_mesh(mesh):
+        placed = shardings(mesh, jax.eval_shape(make, *arguments))
+        arrays = jax.eval_shape(lambda *a: nn.unbox(make(*a)), *arguments)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, placed)
+
+
 def shardings(mesh: Mesh, boxed: Any) -> Any:
     """The place of each array of a tree whose leaves carry logical axes, by the rules."""
 
