@@ -37,8 +37,9 @@ def weight(
     kept = module.param(name, matrix_init(std, *axes), shape, jnp.float32)
     if module.has_variable("whole", name):
         return stand_in(kept, module.get_variable("whole", name))
-    names = ("act_embed" if axis == "embed" and whole else axis for axis in axes)
-    return constrain(kept.astype(dtype), *names)
+    # Cast where it lies, so that half the bytes travel.
+    cut = constrain(kept.astype(dtype), *axes)
+    return constrain(cut, *("act_embed" if axis == "embed" else axis for axis in axes)) if whole else cut
 
 
 @jax.custom_vjp

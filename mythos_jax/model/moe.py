@@ -7,7 +7,7 @@ from flax import struct
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.layers import FeedForward, matrix_init, weight
-from mythos_jax.ops.expert_parallel import experts_on_mesh
+from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
 from mythos_jax.ops.grouped_matmul import grouped_matmul
 from mythos_jax.sharding import in_use
 
@@ -30,13 +30,13 @@ class Router(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x: [..., D]. Returns float32 gates [..., k], int32 experts [..., k], and the logits' log-partition [...]."""
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns float32 gates [B, T, k], int32 experts [B, T, k], and the logits' log-partition [B, T]."""
         c = self.config
         kernel = self.param("kernel", matrix_init(c.std, "embed", None), (c.dim, c.n_experts), jnp.float32)
         bias = self.variable("balance", "bias", jnp.zeros, (c.n_experts,), jnp.float32)
-        logits = x.astype(jnp.float32) @ kernel
-        _, experts = jax.lax.top_k(logits + bias.value, c.experts_per_token)
+        logits = x_BTD.astype(jnp.float32) @ kernel
+        experts = choose_experts(logits + bias.value, c.experts_per_token)
         gates = jnp.take_along_axis(jax.nn.softmax(logits), experts, axis=-1)
         # The bias can choose experts whose probabilities all underflow.
         total = jnp.maximum(gates.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)

@@ -253,10 +253,14 @@ OneLoop = Callable[[RecurrentCell, Carry, jax.Array, LoopInputs], tuple[Carry, T
 
 
 def _tied(cell: RecurrentCell, carry: Carry, loop_index_B: jax.Array, inputs: LoopInputs) -> tuple[Carry, Trace]:
-    """One loop with weights that seem to depend on it, so that no compiler gathers them before the first."""
+    """One loop with weights that seem to depend on it, so that no compiler gathers them before the first.
+
+    XLA moves what is the same in every loop out of it, past an optimization barrier too (seen on CPU and TPU).
+    """
+    never = (carry.loops_BT < 0).any()
 
     def tie(variables):
-        return jax.lax.optimization_barrier((variables, loop_index_B))[0]
+        return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), variables)
 
     return nn.map_variables(RecurrentCell.__call__, "params", trans_in_fn=tie)(cell, carry, loop_index_B, inputs)
 

@@ -6,16 +6,16 @@ stay bounded, and each device multiplies as many rows as were sent to its expert
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mythos_jax.ops.grouped_matmul import grouped_matmul
-from mythos_jax.sharding import axis_size, constrain, mesh_axes, placement
+from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, placement
 
 # Tokens gathered at a time: so many that an expert has this many rows on average, which keeps a chip's matrix units
 # busy rather than its memory.
@@ -24,6 +24,15 @@ ROWS_PER_EXPERT = 512
 SLACK = 1.25
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
+
+
+def choose_experts(scores_BTE: jax.Array, k: int) -> jax.Array:
+    """The k best-scored experts of each token, int32 [B, T, k]; on a mesh each device sorts its own tokens only."""
+    if not in_use():
+        return jax.lax.top_k(scores_BTE, k)[1]
+    spec = placement(scores_BTE.shape, ("batch", "length", None))
+    scores_BTE = jax.lax.stop_gradient(scores_BTE)
+    return jax.shard_map(lambda scores: jax.lax.top_k(scores, k)[1], in_specs=spec, out_specs=spec)(scores_BTE)
 
 
 def experts_on_mesh(
@@ -47,9 +56,6 @@ def experts_on_mesh(
 
     def region(x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, *weights: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
-        # From here on every value is one device's own; what was the same on several is summed in the backward pass.
-        x_BTD, gates_BTK, experts_BTK = (_vary(a, axes - token_axes) for a in (x_BTD, gates_BTK, experts_BTK))
-        weights = [_vary(w, axes - mesh_axes(spec)) for w, spec in zip(weights, specs, strict=True)]
         for axis in width_axes:
             weights = [jax.lax.all_gather(w, axis, axis=i, tiled=True) for w, i in zip(weights, (1, 1, 2), strict=True)]
         first = jax.lax.axis_index("expert") * (n_experts // ways) if ways > 1 else 0
@@ -66,7 +72,7 @@ def experts_on_mesh(
             if gathers:
                 tokens = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), tokens)
             x_ND, gates_NK, experts_NK = tokens
-            y_ND = _local_experts(_Shape(rows, frozenset(axes)), x_ND, gates_NK, experts_NK - first, *weights)
+            y_ND = _local_experts(rows, x_ND, gates_NK, experts_NK - first, *weights)
             return jax.lax.psum_scatter(y_ND, "expert", tiled=True) if gathers else y_ND
 
         def cut(a: jax.Array, fill: int = 0) -> jax.Array:
@@ -77,7 +83,7 @@ def experts_on_mesh(
         tokens = cut(x_BTD), cut(gates_BTK), cut(experts_BTK, n_experts)
         y = jax.lax.map(chunk, tokens) if n_chunks > 1 else chunk(jax.tree.map(lambda a: a[0], tokens))
         # Devices with the same tokens have other experts, or other parts of the hidden width.
-        y = jax.lax.psum(y, tuple(sorted(axes - token_axes)))
+        y = _sum(tuple(sorted(axes - token_axes)), y)
         return y.reshape(-1, D)[: B * T].reshape(B, T, D)
 
     # Unchecked: the TPU kernel does not say along which axes its result differs.
@@ -89,21 +95,22 @@ def _names(width: str) -> tuple[tuple[str, str, str], ...]:
     return ("expert", width, "mlp"), ("expert", width, "mlp"), ("expert", "mlp", width)
 
 
-def _vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
-    """x, now typed as differing along these manual mesh axes too."""
-    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying")
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum(axes: tuple[str, ...], x: jax.Array) -> jax.Array:
+    """The sum over devices along these axes, which all of them get and hand out of the region as one value.
+
+    Unchecked, `shard_map` gives each of them its part, 1 / n, of that value's gradient; the whole of it is the same
+    everywhere, so that nothing has to be sent.
+    """
+    return jax.lax.psum(x, axes)
 
 
-class _Shape(NamedTuple):
-    """rows: multiplied at a time. axes: the manual mesh axes along which values differ."""
-
-    rows: int
-    axes: frozenset[str]
+_sum.defvjp(lambda axes, x: (_sum(axes, x), None), lambda axes, _, ct: (ct * math.prod(map(axis_size, axes)),))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _local_experts(
-    shape: _Shape, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array, *weights: jax.Array
+    rows: int, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array, *weights: jax.Array
 ) -> jax.Array:
     """The sum over a token's experts among this device's, 0 … E - 1; others are passed over."""
 
@@ -111,15 +118,15 @@ def _local_experts(
         out_RD = _feed_forward(x_ND[token_R], gates_NK.reshape(-1)[choice_R], weights, sizes_E, real_R)
         return y_ND.at[token_R].add(jnp.where(real_R[:, None], out_RD, 0).astype(jnp.float32))
 
-    y_ND = _rounds(shape.rows, experts_NK, weights[0].shape[0], add, _zeros(x_ND, shape))
+    y_ND = _rounds(rows, experts_NK, weights[0].shape[0], add, _zeros(x_ND))
     return y_ND.astype(x_ND.dtype)
 
 
-def _forward(shape: _Shape, *arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _local_experts(shape, *arguments), arguments
+def _forward(rows: int, *arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _local_experts(rows, *arguments), arguments
 
 
-def _backward(shape: _Shape, kept: tuple[jax.Array, ...], dy_ND: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(rows: int, kept: tuple[jax.Array, ...], dy_ND: jax.Array) -> tuple[jax.Array | None, ...]:
     x_ND, gates_NK, experts_NK, *weights = kept
 
     def add(sums: Any, choice_R: jax.Array, token_R: jax.Array, sizes_E: jax.Array, real_R: jax.Array):
@@ -136,8 +143,8 @@ def _backward(shape: _Shape, kept: tuple[jax.Array, ...], dy_ND: jax.Array) -> t
             [total + dw.astype(jnp.float32) for total, dw in zip(dweights, new, strict=True)],
         )
 
-    sums = _zeros(x_ND, shape), _zeros(gates_NK.reshape(-1), shape), [_zeros(w, shape) for w in weights]
-    dx_ND, dgates, dweights = _rounds(shape.rows, experts_NK, weights[0].shape[0], add, sums)
+    sums = _zeros(x_ND), _zeros(gates_NK.reshape(-1)), [_zeros(w) for w in weights]
+    dx_ND, dgates, dweights = _rounds(rows, experts_NK, weights[0].shape[0], add, sums)
     dweights = [dw.astype(w.dtype) for dw, w in zip(dweights, weights, strict=True)]
     return dx_ND.astype(x_ND.dtype), dgates.reshape(gates_NK.shape), None, *dweights
 
@@ -177,6 +184,6 @@ def _feed_forward(
     return grouped_matmul(hidden, down, sizes_E)
 
 
-def _zeros(x: jax.Array, shape: _Shape) -> jax.Array:
+def _zeros(x: jax.Array) -> jax.Array:
     """Float32 zeros to add to, of the shape of x."""
-    return _vary(jnp.zeros(x.shape, jnp.float32), shape.axes)
+    return jnp.zeros(x.shape, jnp.float32)

@@ -20,7 +20,7 @@ from mythos_jax.data.open import Batch, Data, open_data
 from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.model.mythos import Mythos, abstract_variables
 from mythos_jax.runs import open_model, place
-from mythos_jax.sharding import batch_sharding, check_batch, local_rows, make_mesh, to_global
+from mythos_jax.sharding import batch_sharding, check_batch, check_sharded, local_rows, make_mesh, to_global
 from mythos_jax.training.checkpoint import Checkpoints
 from mythos_jax.training.errors import BadStepError, Interrupted
 from mythos_jax.training.metrics import Goodput, open_writers, plain
@@ -41,6 +41,7 @@ def train(
     workdir = Path(workdir)
     _check_workdir(workdir)
     mesh = make_mesh(config.mesh)
+    check_sharded(mesh, abstract_variables(config.model))
     check_batch(mesh, config.training.batch_size, "training.batch_size")
     data = open_data(config, progress)
 
