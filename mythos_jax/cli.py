@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16 or v5p:4x4x8")
     sub.add_argument("--slices", type=int, default=1, metavar="N", help="slices joined by the data centre network")
     sub.add_argument("--decode", action="store_true", help="the decode step instead of the train step")
+    sub.add_argument("--quick", action="store_true", help="a fifth of the compile time; speeds are rougher")
     sub.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else")
     sub.set_defaults(takes_overrides=True)
 
@@ -224,7 +225,8 @@ def _compile(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.config import load_config
     from mythos_jax.preflight.report import as_json, as_text, preflight
 
-    report = preflight(load_config(arguments.config, overrides), topology, decode=arguments.decode)
+    config = load_config(arguments.config, overrides)
+    report = preflight(config, topology, decode=arguments.decode, quick=arguments.quick)
     print(json.dumps(as_json(report)) if arguments.json else as_text(report))
     return 0 if report.fits else FAILED
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from mythos_jax.config import Config, ConfigError
 from mythos_jax.inference import generate
@@ -19,7 +19,7 @@ from mythos_jax.inference.sampling import Sampling
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.preflight.topology import GIB, Topology
-from mythos_jax.sharding import BATCH_AXES, batch_sharding, check_batch, make_mesh, use_mesh
+from mythos_jax.sharding import RULES, batch_sharding, check_batch, make_mesh, placement, use_mesh
 from mythos_jax.training.step import abstract_state, jitted_step
 
 # libtpu asks the metadata server of a TPU VM what it runs on, and logs that there is none.
@@ -30,6 +30,10 @@ _ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
+
+
+# For `quick`: the compiler searches less for fast code. Memory and FLOPs stay within a few percent (docs/pods.md).
+_QUICK = {"exec_time_optimization_effort": -1.0}
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def for_tpu(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
 
 
-def compile_train(config: Config, topology: Topology) -> Program:
+def compile_train(config: Config, topology: Topology, quick: bool = False) -> Program:
     """The train step for the config's global batch."""
     config = for_tpu(config)
     mesh = _mesh(config, topology)
@@ -101,34 +105,37 @@ def compile_train(config: Config, topology: Topology) -> Program:
     kept = {"parameters": state.variables, "optimizer": state.optimizer, "average": state.average, "batch": batch}
     with use_mesh(mesh):
         lowered = jitted_step(config).lower(state, batch)
-    return _compile(lowered, mesh, kept)
+    return _compile(lowered, mesh, kept, quick)
 
 
-def compile_decode(config: Config, topology: Topology) -> Program:
+def compile_decode(config: Config, topology: Topology, quick: bool = False) -> Program:
     """Decoding token by token at full depth: `evaluation.batch_size` rows that may grow to `data.seq_len` tokens."""
     config = for_tpu(config)
     mesh = _mesh(config, topology)
     rows, length = config.evaluation.batch_size, config.data.seq_len
     check_batch(mesh, rows, "evaluation.batch_size")
 
-    def place(tree: Any, axis: int | None) -> Any:
-        """Abstract arrays with rows along `axis` cut over the mesh; None: whole everywhere."""
+    def place(tree: Any, *names: str) -> Any:
+        """Abstract arrays, placed by the logical names of their first axes."""
 
         def one(x: Any) -> jax.ShapeDtypeStruct:
-            spec = PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, BATCH_AXES)
+            spec = placement(x.shape, (*names, *(None,) * (len(x.shape) - len(names))), mesh.shape, RULES)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
         return jax.tree.map(one, tree)
 
     variables = abstract_state(config, mesh).variables
     cache = jax.eval_shape(lambda: init_cache(config.model, rows, length))
-    cache = place(cache, 1).replace(length_B=place(cache.length_B, 0))
+    heads = "latent" if config.model.attention == "mla" else "kv_heads"
+    cache = place(cache.replace(length_B=None), "slots", "batch", "keys", heads).replace(
+        length_B=place(cache.length_B, "batch")
+    )
     by_row, grid = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(rows,), (rows, length)])
     state = generate.State(
         cache=cache,
-        done_B=place(jax.ShapeDtypeStruct((rows,), jnp.bool_), 0),
-        step=place(jax.ShapeDtypeStruct((), jnp.int32), None),
-        result=place(generate.GenerateResult(tokens=grid, lengths=by_row, loops=grid), 0),
+        done_B=place(jax.ShapeDtypeStruct((rows,), jnp.bool_), "batch"),
+        step=place(jax.ShapeDtypeStruct((), jnp.int32)),
+        result=place(generate.GenerateResult(tokens=grid, lengths=by_row, loops=grid), "batch"),
     )
     scalars = (np.float32(0), np.int32(0), np.float32(1))
     setup = generate.Setup(
@@ -137,12 +144,12 @@ def compile_decode(config: Config, topology: Topology) -> Program:
         initial_state=None,
         variables=variables,
         halting=None,
-        sampling=Sampling(*place(scalars, None), place(jax.ShapeDtypeStruct((rows,), jnp.uint32), 0)),
-        stop_tokens=place(jax.ShapeDtypeStruct((1,), jnp.int32), None),
+        sampling=Sampling(*place(scalars), place(jax.ShapeDtypeStruct((rows,), jnp.uint32), "batch")),
+        stop_tokens=place(jax.ShapeDtypeStruct((1,), jnp.int32)),
     )
     with use_mesh(mesh):
-        lowered = generate.decode.lower(setup, state, place(jax.ShapeDtypeStruct((), jnp.int32), None))
-    return _compile(lowered, mesh, {"parameters": variables, "cache": cache})
+        lowered = generate.decode.lower(setup, state, place(jax.ShapeDtypeStruct((), jnp.int32)))
+    return _compile(lowered, mesh, {"parameters": variables, "cache": cache}, quick)
 
 
 def _mesh(config: Config, topology: Topology) -> Mesh:
@@ -157,9 +164,9 @@ def chip_bytes(tree: Any) -> int:
     )
 
 
-def _compile(lowered: Any, mesh: Mesh, state: dict[str, Any]) -> Program:
+def _compile(lowered: Any, mesh: Mesh, state: dict[str, Any], quick: bool) -> Program:
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=_QUICK if quick else None)
     except jax.errors.JaxRuntimeError as error:
         refusal = read_refusal(str(error))
         if refusal is None:

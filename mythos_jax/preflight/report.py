@@ -43,9 +43,12 @@ class Report:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def preflight(config: Config, topology: Topology, decode: bool = False) -> Report:
-    """Compiles and reads. Raises ConfigError for a mesh, batch or topology that cannot be."""
-    program = (compile_decode if decode else compile_train)(config, topology)
+def preflight(config: Config, topology: Topology, decode: bool = False, quick: bool = False) -> Report:
+    """Compiles and reads. quick: with less of the compiler's search for fast code.
+
+    Raises ConfigError for a mesh, batch or topology that cannot be.
+    """
+    program = (compile_decode if decode else compile_train)(config, topology, quick)
     chips = program.mesh.size
     hbm = {name: float(chip_bytes(tree)) for name, tree in program.state.items() if tree is not None}
     tokens = config.evaluation.batch_size if decode else config.training.batch_size * config.data.seq_len
