@@ -1,6 +1,7 @@
 # make demo    train the quickstart model on real text, evaluate it, print a sample
 # make test    run the tests (on the CPU, whatever the machine has)
 # make test-torch   compare with the PyTorch original, in an environment of its own
+# make test-tpu     compile for TPUs, without TPUs, in an environment of its own
 # make lint, make format, make clean
 #
 # EXTRA=cuda or EXTRA=tpu installs that accelerator's jax for the demo; the CPU's is the default.
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-torch lint format clean constraints
+.PHONY: demo test test-torch test-tpu lint format clean constraints
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed$(addprefix -,$(EXTRA))
@@ -46,6 +47,20 @@ $(TORCH_VENV)/.installed: pyproject.toml constraints.txt
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps open-mythos==0.5.0
 	@touch $@
 
+# The TPU compiler comes with jax[tpu], too large to have everybody install it.
+TPU_VENV ?= .venv-tpu
+
+test-tpu: $(TPU_VENV)/.installed
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -n 2 tests_tpu $(ARGS)
+
+$(TPU_VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing mythos_jax[tpu] into $(TPU_VENV) (once; some minutes)"
+	@test -n "$(PYTHON)" || { echo "mythos_jax needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(TPU_VENV)
+	@$(TPU_VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt \
+		-e '.[tpu]' pytest pytest-timeout pytest-xdist
+	@touch $@
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,7 +76,7 @@ constraints: $(BIN)/python
 		--no-annotate -q --custom-compile-command "make constraints" -o constraints.txt
 
 clean:
-	rm -rf $(VENV) $(TORCH_VENV) .cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(TORCH_VENV) $(TPU_VENV) .cache .pytest_cache .ruff_cache build dist *.egg-info
 	find mythos_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

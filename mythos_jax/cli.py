@@ -142,6 +142,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.set_defaults(takes_overrides=True)
 
+    sub = command("compile", _compile, "Compile for TPUs that are not there: does it fit, and what bounds a step?")
+    sub.add_argument("config", metavar="CONFIG.yaml")
+    sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16 or v5p:4x4x8")
+    sub.add_argument("--slices", type=int, default=1, metavar="N", help="slices joined by the data centre network")
+    sub.add_argument("--decode", action="store_true", help="the decode step instead of the train step")
+    sub.add_argument("--quick", action="store_true", help="a fifth of the compile time; speeds are rougher")
+    sub.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else")
+    sub.set_defaults(takes_overrides=True)
+
     sub = command("convert", _convert, "Write a model in another format, with a report of every tensor.")
     sub.add_argument("source", metavar="SRC", help="a run, a directory, a .safetensors, .pt or .bin file, a hub id")
     sub.add_argument("target", metavar="DST", help="a directory that does not exist yet")
@@ -271,6 +280,21 @@ def _info(arguments: argparse.Namespace, overrides: list[str]) -> None:
         source = Source(arguments.config)
         name, model = source.path.stem, source.config
     print(describe(name, model, arguments.context))
+
+
+def _compile(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.preflight.topology import parse_topology
+
+    topology = parse_topology(arguments.topology, arguments.slices)
+    # Before jax starts: no TPU is looked for, and if there is one it is not taken from those who train on it.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from mythos_jax.config import load_config
+    from mythos_jax.preflight.report import as_json, as_text, preflight
+
+    config = load_config(arguments.config, overrides)
+    report = preflight(config, topology, decode=arguments.decode, quick=arguments.quick)
+    print(json.dumps(as_json(report)) if arguments.json else as_text(report))
+    return 0 if report.fits else FAILED
 
 
 def _convert(arguments: argparse.Namespace, _: list[str]) -> int:

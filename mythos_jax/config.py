@@ -4,7 +4,6 @@ YAML in, command-line overrides on top, resolved YAML out (`typed.py` does the r
 raises `ConfigError`, one line that names the field, what it got, and what is allowed.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +43,7 @@ Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "constant"]
 BadSteps = Literal["stop", "skip"]
 Writer = Literal["tensorboard", "wandb"]
+Gather = Literal["once", "per_loop"]
 
 
 @dataclass(frozen=True)
@@ -389,19 +389,23 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1 and takes what the others leave."""
+    """Devices along each mesh axis; one axis may be -1 and takes what the others leave (docs/sharding.md)."""
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
     expert: int = 1
     sequence: int = 1
+    slices: int = 1  # TPU slices that `data` spans, joined by the data centre network; of all devices, not times them
+    gather: Gather = "once"  # the loop's weights, cut by fsdp, are made whole once a step, or anew in every loop
 
     def __post_init__(self):
         check_types(self, "mesh")
-        for axis, size in dataclasses.asdict(self).items():
+        sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor", "expert", "sequence")}
+        for axis, size in sizes.items():
             require(size == -1 or size >= 1, f"mesh.{axis}", size, "an integer >= 1, or -1 for the rest")
-        free = [axis for axis, size in dataclasses.asdict(self).items() if size == -1]
+        require(self.slices >= 1, "mesh.slices", self.slices, "an integer >= 1")
+        free = [axis for axis, size in sizes.items() if size == -1]
         require(len(free) <= 1, f"mesh.{free[-1] if free else ''}", -1, "-1 on one axis only")
 
 
@@ -425,6 +429,12 @@ class Config:
             f"at most model.max_seq_len, {self.model.max_seq_len}",
         )
         self._check_depth()
+        require(
+            self.mesh.gather == "once" or self.model.remat != "none",
+            "mesh.gather",
+            self.mesh.gather,
+            "once with model.remat none (the backward pass would keep the whole weights of every loop)",
+        )
 
     def _check_depth(self) -> None:
         depth, act = self.training.depth, self.model.readout == "act"

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import jax
 
-from mythos_jax.config import ModelConfig
+from mythos_jax.config import Config, ModelConfig, mean_loops
 from mythos_jax.model.layers import compute_dtype
 from mythos_jax.model.mythos import abstract_variables
+from mythos_jax.training.depth import backprop_loops
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -45,6 +46,17 @@ def forward_flops(config: ModelConfig, context: int) -> Flops:
         coda=c.coda_layers * dense + (2 * c.dim**2 if c.readout_projection else 0),
         head=2 * c.dim * c.vocab_size,
     )
+
+
+def training_flops(config: Config) -> int:
+    """FLOPs of one optimizer step on the global batch, without what is computed twice to save memory.
+
+    The backward pass costs twice the forward; loops without gradient cost the forward alone. Attention is causal.
+    """
+    flops, mean = forward_flops(config.model, context=max(config.data.seq_len // 2, 1)), mean_loops(config)
+    learning = min(mean, backprop_loops(config))
+    per_token = 3 * flops.at(learning) + (mean - learning) * flops.loop
+    return config.training.batch_size * config.data.seq_len * per_token
 
 
 def cache_bytes(config: ModelConfig, loops: int) -> int:

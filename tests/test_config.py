@@ -137,7 +137,7 @@ def test_overrides_are_laid_over_the_file(write):
         ("--model.lops 3", "model.lops: unknown key; did you mean model.loops?"),
         ("--modle.loops 3", "modle: unknown key; did you mean model?"),
         ("--qqq 3", "qqq: unknown key; allowed: name, model, training, data, evaluation, mesh"),
-        ("--mesh.zz 3", "mesh.zz: unknown key; allowed: data, fsdp, tensor, expert, sequence"),
+        ("--mesh.zz 3", "mesh.zz: unknown key; allowed: data, fsdp, tensor, expert, sequence, slices, gather"),
         ("steps 3", "steps: got a stray word, allowed: --section.field value"),
         ("--training.steps 3 4", "4: got a stray word, allowed: --section.field value"),
         ("--training.steps", "--training.steps: got no value, allowed: --training.steps value"),
@@ -255,6 +255,6 @@ def test_a_file_that_is_no_config(tmp_path, write):
 
 
 def test_a_section_that_is_no_mapping(write):
-    expected = "mesh: got 3, allowed: a mapping with data, fsdp, tensor, expert, sequence"
+    expected = "mesh: got 3, allowed: a mapping with data, fsdp, tensor, expert, sequence, slices, gather"
     assert message(load_config, write("mesh: 3\n")) == expected
     assert message(load_config, write("data: {3: x}\n")).startswith("data.3: unknown key; allowed: path, sources, ")

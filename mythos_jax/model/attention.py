@@ -8,8 +8,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.cache import KV, Memory, remember
-from mythos_jax.model.layers import Linear, RMSNorm, apply_rope, matrix_init, rms_norm
+from mythos_jax.model.layers import Linear, RMSNorm, apply_rope, matrix_init, rms_norm, weight
 from mythos_jax.ops.attention import Mask, attend
+from mythos_jax.sharding import constrain
 
 # What rematerialisation policies call the result of attention, before its output projection.
 SAVED = "attention"
@@ -93,16 +94,17 @@ class MultiHeadLatentAttention(nn.Module):
         q_latent = Linear((c.q_lora_rank,), ("embed", "latent"), c.std, name="q_down")(x_BTD)
         q_latent = RMSNorm(c.norm_eps, name="q_norm")(q_latent)
         q_BTHK = Linear((H, nope + rope), ("latent", "heads", "head_dim"), c.std, name="q_up")(q_latent)
+        q_BTHK = constrain(q_BTHK, "batch", "length", "heads", "head_dim")
         q_nope, q_rope = q_BTHK[..., :nope], apply_rope(q_BTHK[..., nope:], view.rope)
 
         down = Linear((R + rope,), ("embed", "latent"), c.std, name="kv_down")(x_BTD)
         latent_BTR = RMSNorm(c.norm_eps, name="kv_norm")(down[..., :R])
         k_rope = apply_rope(down[..., None, R:], view.rope)[:, :, 0]
         memory, (seen, _) = view.remember(memory, KV(jnp.concatenate([latent_BTR, k_rope], axis=-1), None))
+        # Queries cut by `sequence` look at all latents: those travel, not the keys and values made of them.
+        seen = constrain(seen, "batch", "keys", "latent")
 
-        kv_up = self.param(
-            "kv_up", matrix_init(c.std, "latent", "heads", "head_dim"), (R, H, nope + V), jnp.float32
-        ).astype(x_BTD.dtype)
+        kv_up = weight(self, "kv_up", (R, H, nope + V), ("latent", "heads", "head_dim"), c.std, x_BTD.dtype)
         k_up_RHK, v_up_RHV = kv_up[..., :nope], kv_up[..., nope:]
         scale = (nope + rope) ** -0.5
         absorb = self._absorbed_is_cheaper(x_BTD.shape[1], seen.shape[1]) if self.absorb is None else self.absorb
@@ -116,6 +118,7 @@ class MultiHeadLatentAttention(nn.Module):
             k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], rope))
             v_BSHV = jnp.einsum("BSR,RHV->BSHV", latent_BSR, v_up_RHV)
             query, key = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1)
+            key, v_BSHV = (constrain(x, "batch", "keys", "heads", "head_dim") for x in (key, v_BSHV))
             out_BTHV = attend(query, key, v_BSHV, view.mask, scale)
         out_BTHV = checkpoint_name(out_BTHV, SAVED)
         return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHV), memory

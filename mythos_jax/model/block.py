@@ -8,6 +8,7 @@ from mythos_jax.model.attention import GroupedQueryAttention, MultiHeadLatentAtt
 from mythos_jax.model.cache import Memory
 from mythos_jax.model.layers import FeedForward, RMSNorm
 from mythos_jax.model.moe import MoE, RouterStats
+from mythos_jax.sharding import constrain
 
 
 class TransformerBlock(nn.Module):
@@ -55,4 +56,4 @@ class TransformerBlock(nn.Module):
         x_BTD = x_BTD + y
         if c.norm == "sandwich":
             x_BTD = norm(x_BTD, "feed_forward_out_norm")
-        return nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed")), memory, stats
+        return constrain(x_BTD, "batch", "length", "act_embed"), memory, stats

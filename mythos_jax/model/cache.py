@@ -4,6 +4,7 @@ One structure serves three needs: a key-value cache for decoding (one slot per l
 and values of a token's previous loop (kept while its state is frozen), both, or neither.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from flax import struct
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.layers import compute_dtype
+from mythos_jax.sharding import constrain
 
 
 class KV(NamedTuple):
@@ -54,6 +56,13 @@ def empty_kv(config: ModelConfig, *shape: int) -> KV:
     return KV(*(jnp.zeros((*shape, config.n_kv_heads, config.gqa_head_dim), dtype) for _ in range(2)))
 
 
+def placed(kv: KV) -> KV:
+    """A cache [slots, B, S, ...] where the mesh in use wants it: rows over the batch axes, heads over tensor."""
+    names = ("slots", "batch", "keys", "latent") if kv.values is None else ("slots", "batch", "keys", "kv_heads", None)
+    return jax.tree.map(lambda x: constrain(x, *names), kv)
+
+
+@partial(jax.jit, static_argnums=range(5), static_argnames=("loops", "loop_cache_slots"))
 def init_cache(
     config: ModelConfig, batch: int, capacity: int, loops: int | None = None, loop_cache_slots: int | None = None
 ) -> Cache:
@@ -65,7 +74,7 @@ def init_cache(
     slots = loop_cache_slots or loops or config.loops
 
     def layers(n: int, slots: int) -> tuple[Memory, ...]:
-        return tuple(Memory(cache=empty_kv(config, slots, batch, capacity)) for _ in range(n))
+        return tuple(Memory(cache=placed(empty_kv(config, slots, batch, capacity))) for _ in range(n))
 
     return Cache(
         prelude=layers(config.prelude_layers, 1),
@@ -92,6 +101,7 @@ def remember(
         return memory, new
     rows = jnp.arange(index_BT.shape[0])[:, None]
     cache = jax.tree.map(lambda c, n: c.at[slot, rows, index_BT].set(n.astype(c.dtype), mode="drop"), memory.cache, new)
+    cache = placed(cache)
     seen = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, slot, keepdims=False), cache)
     return memory.replace(cache=cache), seen
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.sharding import constrain
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -19,6 +20,37 @@ def matrix_init(std: float, *axes: str):
     return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
 
 
+def weight(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    std: float,
+    dtype: jnp.dtype,
+    whole: bool = True,
+) -> jax.Array:
+    """A matrix parameter, float32 where it is kept, as a product uses it: in `dtype`, and whole along `embed`.
+
+    The loop's weights may come with a copy that is so already, in the collection `whole` (see `sharding.loop_whole`).
+    whole: false to leave a weight that has no such copy cut as it is kept.
+    """
+    kept = module.param(name, matrix_init(std, *axes), shape, jnp.float32)
+    if module.has_variable("whole", name):
+        return stand_in(kept, module.get_variable("whole", name))
+    # Cast where it lies, so that half the bytes travel.
+    cut = constrain(kept.astype(dtype), *axes)
+    return constrain(cut, *("act_embed" if axis == "embed" else axis for axis in axes)) if whole else cut
+
+
+@jax.custom_vjp
+def stand_in(kept: jax.Array, copy: jax.Array) -> jax.Array:
+    """The copy's value; the gradient is that of what it is a copy of, and adds up in its dtype."""
+    return copy
+
+
+stand_in.defvjp(lambda kept, copy: (copy, None), lambda _, ct: (ct.astype(jnp.float32), None))
+
+
 class Linear(nn.Module):
     """y = x W, no bias, over the last `inputs` axes of x. W is float32, [*in, *features], cast to x's dtype."""
 
@@ -30,8 +62,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
-        kernel = self.param("kernel", matrix_init(self.std, *self.axes), shape, jnp.float32)
-        return jnp.tensordot(x, kernel.astype(x.dtype), self.inputs)
+        kernel = weight(self, "kernel", shape, self.axes, self.std, x.dtype)
+        return jnp.tensordot(x, kernel, self.inputs)
 
 
 def rms_norm(x: jax.Array, eps: float) -> jax.Array:
@@ -87,5 +119,5 @@ class FeedForward(nn.Module):
             hidden_BTF = nn.silu(gate_BTF) * up_BTF
         else:
             hidden_BTF = 0.5 * jnp.square(nn.relu(up_BTF))
-        hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "act_mlp"))
+        hidden_BTF = constrain(hidden_BTF, "batch", "length", "act_mlp")
         return Linear((c.dim,), ("mlp", "embed"), c.output_std, name="down")(hidden_BTF)

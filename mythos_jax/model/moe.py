@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.layers import FeedForward, matrix_init
+from mythos_jax.model.layers import FeedForward, matrix_init, weight
+from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
 from mythos_jax.ops.grouped_matmul import grouped_matmul
+from mythos_jax.sharding import in_use
 
 
 @struct.dataclass
@@ -28,21 +30,21 @@ class Router(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns float32 gates [N, k], int32 experts [N, k], and the logits' log-partition, float32 [N]."""
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns float32 gates [B, T, k], int32 experts [B, T, k], and the logits' log-partition [B, T]."""
         c = self.config
         kernel = self.param("kernel", matrix_init(c.std, "embed", None), (c.dim, c.n_experts), jnp.float32)
         bias = self.variable("balance", "bias", jnp.zeros, (c.n_experts,), jnp.float32)
-        logits_NE = x_ND.astype(jnp.float32) @ kernel
-        _, experts_NK = jax.lax.top_k(logits_NE + bias.value, c.experts_per_token)
-        gates_NK = jnp.take_along_axis(jax.nn.softmax(logits_NE), experts_NK, axis=-1)
+        logits = x_BTD.astype(jnp.float32) @ kernel
+        experts = choose_experts(logits + bias.value, c.experts_per_token)
+        gates = jnp.take_along_axis(jax.nn.softmax(logits), experts, axis=-1)
         # The bias can choose experts whose probabilities all underflow.
-        total_N1 = jnp.maximum(gates_NK.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-        return gates_NK / total_N1, experts_NK, jax.nn.logsumexp(logits_NE, axis=-1)
+        total = jnp.maximum(gates.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        return gates / total, experts, jax.nn.logsumexp(logits, axis=-1)
 
 
 class MoE(nn.Module):
-    """Sort by expert, one grouped matmul per weight, unsort; plus shared experts that every token passes."""
+    """Routed experts, each token's k of them; plus shared experts that every token passes."""
 
     config: ModelConfig
 
@@ -50,33 +52,45 @@ class MoE(nn.Module):
     def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
         """Returns [B, T, D], and statistics over the tokens `counted_BT`."""
         c = self.config
-        B, T, D = x_BTD.shape
-        E, K, F = c.n_experts, c.experts_per_token, c.expert_dim
-        x_ND = x_BTD.reshape(B * T, D)
-        gates_NK, experts_NK, z_N = Router(c, name="router")(x_ND)
-        counted_N = counted_BT.reshape(-1)
+        D, E, F = c.dim, c.n_experts, c.expert_dim
+        gates_BTK, experts_BTK, z_BT = Router(c, name="router")(x_BTD)
         stats = RouterStats(
-            load_E=jnp.zeros(E).at[experts_NK].add(jnp.broadcast_to(counted_N[:, None], experts_NK.shape)),
-            z=jnp.sum(z_N**2 * counted_N),
+            load_E=jnp.zeros(E).at[experts_BTK].add(jnp.broadcast_to(counted_BT[..., None], experts_BTK.shape)),
+            z=jnp.sum(z_BT**2 * counted_BT),
         )
-
-        def weight(name, std, shape, *axes):
-            return self.param(name, matrix_init(std, *axes), shape, jnp.float32).astype(x_BTD.dtype)
-
-        gate_EDF = weight("gate", c.std, (E, D, F), "expert", "embed", "mlp")
-        up_EDF = weight("up", c.std, (E, D, F), "expert", "embed", "mlp")
-        down_EFD = weight("down", c.output_std, (E, F, D), "expert", "mlp", "embed")
-
-        order = jnp.argsort(experts_NK.reshape(-1), stable=True)
-        sizes_E = jnp.bincount(experts_NK.reshape(-1), length=E).astype(jnp.int32)
-        rows = x_ND[order // K]
-        hidden = nn.silu(grouped_matmul(rows, gate_EDF, sizes_E)) * grouped_matmul(rows, up_EDF, sizes_E)
-        out = grouped_matmul(hidden, down_EFD, sizes_E)
-        out_NKD = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(B * T, K, D)
-        y_BTD = jnp.einsum("NKD,NK->ND", out_NKD, gates_NK.astype(out.dtype)).reshape(B, T, D)
+        # On a mesh, weights that it cuts along D are gathered together with the tokens.
+        weights = tuple(
+            weight(self, name, shape, axes, std, x_BTD.dtype, whole=not in_use())
+            for name, std, shape, axes in [
+                ("gate", c.std, (E, D, F), ("expert", "embed", "mlp")),
+                ("up", c.std, (E, D, F), ("expert", "embed", "mlp")),
+                ("down", c.output_std, (E, F, D), ("expert", "mlp", "embed")),
+            ]
+        )
+        if in_use():
+            width = "act_embed" if self.has_variable("whole", "gate") else "embed"
+            y_BTD = experts_on_mesh(x_BTD, gates_BTK, experts_BTK, weights, width)
+        else:
+            y_BTD = sorted_experts(x_BTD, gates_BTK, experts_BTK, weights)
         for i in range(c.n_shared_experts):
             y_BTD += FeedForward(c, c.shared_expert_dim or c.expert_dim, name=f"shared_{i}")(x_BTD)
         return y_BTD, stats
+
+
+def sorted_experts(
+    x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array]
+) -> jax.Array:
+    """The chosen experts on one device: sort by expert, one grouped matmul per weight, unsort."""
+    gate_EDF, up_EDF, down_EFD = weights
+    D, K = x_BTD.shape[-1], experts_BTK.shape[-1]
+    experts = experts_BTK.reshape(-1)
+    order = jnp.argsort(experts, stable=True)
+    sizes_E = jnp.bincount(experts, length=gate_EDF.shape[0]).astype(jnp.int32)
+    rows = x_BTD.reshape(-1, D)[order // K]
+    hidden = nn.silu(grouped_matmul(rows, gate_EDF, sizes_E)) * grouped_matmul(rows, up_EDF, sizes_E)
+    out = grouped_matmul(hidden, down_EFD, sizes_E)
+    out = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(*experts_BTK.shape, D)
+    return jnp.einsum("BTKD,BTK->BTD", out, gates_BTK.astype(out.dtype))
 
 
 def balanced(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:

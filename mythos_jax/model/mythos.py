@@ -19,6 +19,7 @@ from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init,
 from mythos_jax.model.moe import RouterStats
 from mythos_jax.model.recurrence import RecurrentBlock
 from mythos_jax.ops.attention import Mask
+from mythos_jax.sharding import axis_size, constrain
 
 
 @struct.dataclass
@@ -86,6 +87,7 @@ class Mythos(nn.Module):
           loops          Python int (default: the config's), traced integer, or int32 [B]; with a Python int and no
                          halting the loop is a scan and can be differentiated, otherwise a while loop
           backprop_loops Python int, for training with loops [B]: a row's last so many loops have gradients
+          gather_per_loop for training: weights that the mesh cuts are gathered in each loop (docs/sharding.md)
           halting        a `Halting` policy: tokens may stop before `loops`
           initial_state  [B, T, D], or "zeros"; needed as such, or as rngs={"state": key}, where the config says noise
           positions      int32 [B, T] for RoPE; default: 0, 1, … or, with a cache, on from what it holds
@@ -104,9 +106,9 @@ class Mythos(nn.Module):
 
     def head(self, features_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] through the tied embedding."""
-        table_VD = self.embedding.astype(features_BTD.dtype)
+        table_VD = constrain(self.embedding.astype(features_BTD.dtype), "vocab", "act_embed")
         logits_BTV = jnp.einsum("BTD,VD->BTV", features_BTD, table_VD, preferred_element_type=jnp.float32)
-        return nn.with_logical_constraint(logits_BTV, ("batch", "length", "act_vocab"))
+        return constrain(logits_BTV, "batch", "length", "act_vocab")
 
     def trunk(
         self,
@@ -114,6 +116,7 @@ class Mythos(nn.Module):
         *,
         loops: int | jax.Array | None = None,
         backprop_loops: int | None = None,
+        gather_per_loop: bool = False,
         halting: Halting | None = None,
         initial_state: jax.Array | str | None = None,
         positions: jax.Array | None = None,
@@ -129,8 +132,9 @@ class Mythos(nn.Module):
         active_BT = jnp.ones_like(tokens_BT, bool) if segment_ids is None else segment_ids != 0
         view = self._view(tokens_BT, positions, segment_ids, cache)
 
-        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(compute_dtype(c)) * c.embedding_scale
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
+        table_VD = constrain(self.embedding.astype(compute_dtype(c)), "vocab", "act_embed")
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) * c.embedding_scale
+        x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         x_BTD, prelude_memory = self._run(self.prelude, x_BTD, view, cache and cache.prelude, active_BT, tokens_BT)
         if c.prelude_norm:
             x_BTD = self.prelude_norm(x_BTD)
@@ -142,6 +146,7 @@ class Mythos(nn.Module):
             self._initial_state(injected_BTD, initial_state),
             loops=loops,
             backprop_loops=backprop_loops,
+            gather_per_loop=gather_per_loop,
             halting=halting,
             view=view,
             memory=cache.loop if cache else [Memory()] * c.loop_layers,
@@ -252,7 +257,35 @@ def abstract_variables(config: ModelConfig) -> dict[str, Any]:
     """The model's variables as boxed shapes and dtypes, with their logical axes; nothing is allocated."""
     # Shapes of weights depend neither on the tokens nor on what the backward pass keeps.
     model = Mythos(dataclasses.replace(config, remat="none"))
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+
+
+def with_whole_loop(config: ModelConfig, variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables whose loop weights, where the mesh in use cuts them by fsdp, are made whole before the first loop.
+
+    Products use a copy in the compute dtype (collection `whole`); the float32 weight itself is whole only as the place
+    where gradients of all loops add up, so that they are summed over devices once.
+    """
+    if axis_size("fsdp") == 1:
+        return variables
+    params = variables["params"]
+    loop = nn.unbox(params["recurrence"]["cell"])
+
+    def gather(boxed: Any, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        names = boxed.names if isinstance(boxed, nn.LogicallyPartitioned) else (None,) * x.ndim
+        return constrain(x.astype(dtype), *("act_embed" if name == "embed" else name for name in names))
+
+    def all_as(dtype: jnp.dtype) -> Any:
+        boxed = abstract_variables(config)["params"]["recurrence"]["cell"]
+        is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+        return jax.tree.map(lambda b, x: gather(b, x, dtype), boxed, loop, is_leaf=is_box)
+
+    copies = jax.lax.stop_gradient(all_as(compute_dtype(config)))
+    return {
+        **variables,
+        "params": {**params, "recurrence": {**params["recurrence"], "cell": all_as(jnp.float32)}},
+        "whole": {"recurrence": {"cell": copies}},
+    }
 
 
 def initial_noise(config: ModelConfig, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

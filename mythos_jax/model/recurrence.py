@@ -5,7 +5,7 @@ at a fixed depth (differentiable, gives a `Trace` of every loop), with `nn.while
 differs by row, or tokens may halt. Both broadcast `params` and `balance`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ from mythos_jax.model.halting import Halting, act_weight, check_halting, relativ
 from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
 from mythos_jax.model.layers import RMSNorm
 from mythos_jax.model.moe import RouterStats
+from mythos_jax.sharding import constrain
 
 # What the forward pass keeps of each loop beside the state it starts from (`none`: all that the backward pass reads).
 REMAT_POLICIES = {
@@ -33,6 +34,9 @@ REMAT_POLICIES = {
     ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+# What all loops share: parameters, router biases, and whole copies of parameters that the mesh cuts (`layers.weight`).
+SHARED = ("params", "balance", "whole")
 
 
 @struct.dataclass
@@ -102,7 +106,7 @@ class RecurrentCell(nn.Module):
         if c.loop_embedding:
             wave_B1D = c.loop_embedding_scale * loop_embedding(loop_index_B, c.dim)
             conditioned_BTD = e_BTD + wave_B1D.astype(e_BTD.dtype)
-        x_BTD = injection.enter(old_BTD, conditioned_BTD)
+        x_BTD = constrain(injection.enter(old_BTD, conditioned_BTD), "batch", "length", "act_embed")
         memories, stats = [], []
         for i, memory in enumerate(carry.memory):
             block = TransformerBlock(c, c.prelude_layers + i, in_loop=True, name=f"layer_{i}")
@@ -117,6 +121,7 @@ class RecurrentCell(nn.Module):
         trace = Trace(relative_change(new_BTD, old_BTD))
         if inputs.freeze:
             new_BTD = jnp.where(frozen_BT[..., None], old_BTD, new_BTD)
+        new_BTD = constrain(new_BTD, "batch", "length", "act_embed")
 
         done_B1 = loop_index_B[:, None] + 1 >= inputs.limit
         may_halt_B1 = loop_index_B[:, None] + 1 >= (1 if inputs.halting is None else inputs.halting.min_loops)
@@ -181,6 +186,7 @@ class RecurrentBlock(nn.Module):
         *,
         loops: int | jax.Array,
         backprop_loops: int | None,
+        gather_per_loop: bool,
         halting: Halting | None,
         view: View,
         memory: Sequence[Memory],
@@ -191,6 +197,7 @@ class RecurrentBlock(nn.Module):
     ) -> tuple[jax.Array, Carry, Trace | None]:
         """loops: a Python int, a traced integer, or int32 [B] (each row its own depth).
         backprop_loops: for training without a cache or halting; a row's last so many loops have gradients.
+        gather_per_loop: weights that the mesh cuts are made whole in every loop, never before (docs/sharding.md).
 
         Returns the read-out [B, T, D], the final carry, and the trace [L, B, T] of the loops that have gradients.
         """
@@ -230,21 +237,21 @@ class RecurrentBlock(nn.Module):
             readout_BTD=jnp.zeros((B, T, c.dim)) if act else None,
             probability_BT=jnp.zeros((B, T)) if act else None,
         )
-        cell_class = RecurrentCell
+        cell = RecurrentCell(c, name="cell")
+        one_loop = _tied if gather_per_loop else RecurrentCell.__call__
         if c.remat != "none":
-            cell_class = nn.remat(RecurrentCell, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-        cell = cell_class(c, name="cell")
+            one_loop = nn.remat(one_loop, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
 
         trace = None
         if self.is_initializing():
             # Parameters cannot be made inside a while loop; one call makes them all.
             carry, _ = cell(carry, jnp.zeros(B, jnp.int32), inputs)
         elif isinstance(loops, int) and halting is None:
-            carry, trace = _scan(cell, carry, jnp.zeros(B, jnp.int32), loops, inputs)
+            carry, trace = _scan(one_loop, cell, carry, jnp.zeros(B, jnp.int32), loops, inputs)
         elif backprop_loops is not None:
-            carry, trace = _truncated(cell, carry, limit, backprop_loops, inputs)
+            carry, trace = _truncated(one_loop, cell, carry, limit, backprop_loops, inputs)
         else:
-            carry, ran = _while(cell, carry, limit, inputs)
+            carry, ran = _while(one_loop, cell, carry, limit, inputs)
             if freeze and slots is not None and not bounded:
                 carry = carry.replace(memory=tuple(fill_deeper(m, ran, view.index_BT) for m in carry.memory))
         if freeze:
@@ -253,15 +260,29 @@ class RecurrentBlock(nn.Module):
         return readout_BTD, carry, trace
 
 
-def _scan(cell: RecurrentCell, carry: Carry, first_B: jax.Array, loops: int, inputs: LoopInputs) -> tuple[Carry, Trace]:
+OneLoop = Callable[[RecurrentCell, Carry, jax.Array, LoopInputs], tuple[Carry, Trace]]
+
+
+def _tied(cell: RecurrentCell, carry: Carry, loop_index_B: jax.Array, inputs: LoopInputs) -> tuple[Carry, Trace]:
+    """One loop with weights that seem to depend on it, so that no compiler gathers them before the first.
+
+    XLA moves what is the same in every loop out of it, past an optimization barrier too (seen on CPU and TPU).
+    """
+    never = (carry.loops_BT < 0).any()
+
+    def tie(variables):
+        return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), variables)
+
+    return nn.map_variables(RecurrentCell.__call__, "params", trans_in_fn=tie)(cell, carry, loop_index_B, inputs)
+
+
+def _scan(
+    one_loop: OneLoop, cell: RecurrentCell, carry: Carry, first_B: jax.Array, loops: int, inputs: LoopInputs
+) -> tuple[Carry, Trace]:
     """`loops` loops, each row's from `first_B` on; reverse mode works."""
-
-    def body(cell, carry, loop_index_B, inputs):
-        return cell(carry, loop_index_B, inputs)
-
     scan = nn.scan(
-        body,
-        variable_broadcast=("params", "balance"),
+        one_loop,
+        variable_broadcast=SHARED,
         split_rngs={"params": False},
         in_axes=(0, nn.broadcast),
         length=loops,
@@ -270,7 +291,7 @@ def _scan(cell: RecurrentCell, carry: Carry, first_B: jax.Array, loops: int, inp
 
 
 def _truncated(
-    cell: RecurrentCell, carry: Carry, limit_B: jax.Array, k: int, inputs: LoopInputs
+    one_loop: OneLoop, cell: RecurrentCell, carry: Carry, limit_B: jax.Array, k: int, inputs: LoopInputs
 ) -> tuple[Carry, Trace]:
     """Truncated backpropagation through depth (Huginn, arXiv 2502.05171, section 3.3): each row's loops but the last
     k without gradient, under a while loop of traced length, then k with. Rows that are done are carried unchanged.
@@ -279,7 +300,7 @@ def _truncated(
     """
     first_B = jnp.maximum(limit_B - k, 0)
     if carry.readout_BTD is None:
-        before, _ = _while(cell, carry, first_B, inputs.replace(limit=first_B[:, None]))
+        before, _ = _while(one_loop, cell, carry, first_B, inputs.replace(limit=first_B[:, None]))
         before = jax.lax.stop_gradient(before)
         carry = before.replace(
             # Rows whose every loop has a gradient keep that of the state they start from.
@@ -287,10 +308,12 @@ def _truncated(
             # `halted` says who reached the limit of the first phase; in the second nobody has yet.
             halted_BT=carry.halted_BT,
         )
-    return _scan(cell, carry, first_B, k, inputs)
+    return _scan(one_loop, cell, carry, first_B, k, inputs)
 
 
-def _while(cell: RecurrentCell, carry: Carry, limit: jax.Array, inputs: LoopInputs) -> tuple[Carry, jax.Array]:
+def _while(
+    one_loop: OneLoop, cell: RecurrentCell, carry: Carry, limit: jax.Array, inputs: LoopInputs
+) -> tuple[Carry, jax.Array]:
     """Up to max(limit) loops, ending early when every token has halted; also returns how many ran."""
     rows = carry.loops_BT.shape[0]
     # Without a policy every row runs its limit: tokens whose ACT has halted still have keys and values to remember.
@@ -303,7 +326,7 @@ def _while(cell: RecurrentCell, carry: Carry, limit: jax.Array, inputs: LoopInpu
 
     def body(cell, state):
         t, carry = state
-        carry, _ = cell(carry, jnp.full(rows, t, jnp.int32), inputs)
+        carry, _ = one_loop(cell, carry, jnp.full(rows, t, jnp.int32), inputs)
         return t + 1, carry
 
     t, carry = nn.while_loop(
@@ -311,7 +334,7 @@ def _while(cell: RecurrentCell, carry: Carry, limit: jax.Array, inputs: LoopInpu
         body,
         cell,
         (jnp.int32(0), carry),
-        broadcast_variables=("params", "balance"),
+        broadcast_variables=SHARED,
         split_rngs={"params": False},
     )
     return carry, t

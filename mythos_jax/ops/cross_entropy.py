@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from mythos_jax.sharding import constrain
+
 # Above this vocabulary the logits of a whole sequence are too large to keep.
 WHOLE_VOCAB = 8192
 CHUNK = 256
@@ -20,9 +22,9 @@ def cross_entropy(
     chunk = min(T, chunk or (T if V <= WHOLE_VOCAB else CHUNK))
 
     def nats(features, targets):
-        logits = jnp.einsum(
-            "BTD,VD->BTV", features, table_VD.astype(features.dtype), preferred_element_type=jnp.float32
-        )
+        table = constrain(table_VD.astype(features.dtype), "vocab", "act_embed")
+        logits = jnp.einsum("BTD,VD->BTV", features, table, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", "length", "act_vocab")
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
@@ -33,8 +35,8 @@ def cross_entropy(
 
     def cut(x):
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], n, chunk, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunk, n, *x.shape[2:]), 2, 0)
 
-    # Cut along positions, so that a batch sharded over devices stays where it is.
+    # Part i takes positions i, i + n, i + 2 n, …: rows and positions cut over devices stay where they are.
     parts = jax.lax.map(jax.checkpoint(lambda part: nats(*part)), (cut(features_BTD), cut(targets_BT)))
-    return jnp.moveaxis(parts, 0, 1).reshape(features_BTD.shape[0], n * chunk)[:, :T]
+    return jnp.moveaxis(parts, 0, 2).reshape(features_BTD.shape[0], n * chunk)[:, :T]

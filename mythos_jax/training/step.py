@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from mythos_jax.config import Config, TrainingConfig
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.moe import balanced
-from mythos_jax.model.mythos import Mythos
-from mythos_jax.sharding import initialise, use_mesh
+from mythos_jax.model.mythos import Mythos, with_whole_loop
+from mythos_jax.sharding import abstract, initialise, use_mesh
 from mythos_jax.training.depth import backprop_loops, draw_depths, is_static
 from mythos_jax.training.objectives import extra_objectives
 from mythos_jax.training.optimizer import make_optimizer, schedule
@@ -43,6 +43,15 @@ class TrainState:
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
     """A fresh state drawn from the seed, each array made straight in its shards."""
+    return initialise(_fresh_state(config), mesh, jax.random.key(config.training.seed))
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """The shapes, dtypes and places of the state, for compiling ahead of time; the devices need not be there."""
+    return abstract(_fresh_state(config), mesh, jax.eval_shape(jax.random.key, config.training.seed))
+
+
+def _fresh_state(config: Config) -> Callable[[jax.Array], TrainState]:
     model, optimizer = Mythos(config.model), make_optimizer(config.training)
 
     def make(key: jax.Array) -> TrainState:
@@ -57,7 +66,7 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
             skipped=jnp.int32(0),
         )
 
-    return initialise(make, mesh, jax.random.key(config.training.seed))
+    return make
 
 
 def evaluated(variables: dict[str, Any], average: Any) -> dict[str, Any]:
@@ -66,7 +75,19 @@ def evaluated(variables: dict[str, Any], average: Any) -> dict[str, Any]:
 
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step: (state, batch) -> (state, metrics). The state is donated.
+    """`jitted_step` on a mesh."""
+    jitted = jitted_step(config)
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with use_mesh(mesh):
+            return jitted(state, batch)
+
+    return run
+
+
+def jitted_step(config: Config) -> Any:
+    """The jitted step: (state, batch) -> (state, metrics), to be called or lowered inside `use_mesh`. The state is
+    donated.
 
     Metrics, float32: loss (nats per token), learning_rate, gradient_norm, tokens, mean_loops, `skipped` (updates left
     out so far, 0 or 1 for this one in `bad`), each objective that is on, and with mixture of experts expert_load
@@ -110,15 +131,9 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
             new = jax.tree.map(lambda a, b: jnp.where(bad, a, b), kept, new)
             metrics["skipped"] = new.skipped
         # Whole on every device: each process reads them.
-        return new, jax.lax.with_sharding_constraint(metrics, NamedSharding(mesh, PartitionSpec()))
+        return new, jax.lax.with_sharding_constraint(metrics, PartitionSpec())
 
-    jitted = jax.jit(step, donate_argnums=0)
-
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with use_mesh(mesh):
-            return jitted(state, batch)
-
-    return run
+    return jax.jit(step, donate_argnums=0)
 
 
 def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, dict[str, Any]]]:
@@ -135,6 +150,10 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, 
         else:
             keywords |= {"loops": backprop_loops(config)}
         variables = {**state.variables, "params": params}
+        if config.mesh.gather == "once":
+            variables = with_whole_loop(config.model, variables)
+        else:
+            keywords["gather_per_loop"] = True
         nats_BT, out = next_token_nats(model, variables, part, **keywords)
         extra = extra_objectives(weights, out.aux, part["mask"])
         loss = nats_BT.sum() / tokens

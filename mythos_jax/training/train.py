@@ -21,7 +21,7 @@ from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.model.mythos import Mythos, abstract_variables
 from mythos_jax.paths import copy_tree, is_remote, to_path
 from mythos_jax.runs import open_model, place
-from mythos_jax.sharding import batch_sharding, check_batch, local_rows, make_mesh, to_global
+from mythos_jax.sharding import batch_sharding, check_batch, check_sharded, local_rows, make_mesh, to_global
 from mythos_jax.training.checkpoint import Checkpoints
 from mythos_jax.training.errors import BadStepError, Interrupted
 from mythos_jax.training.metrics import Goodput, check_writers, open_writers, plain
@@ -44,6 +44,7 @@ def train(
     workdir = to_path(workdir)
     check_writers(config.training.writers)
     mesh = make_mesh(config.mesh)
+    check_sharded(mesh, abstract_variables(config.model))
     check_batch(mesh, config.training.batch_size, "training.batch_size")
     data = first_then_rest("data", lambda: _open(config, workdir, progress), identity=lambda data: str(data.identity))
 

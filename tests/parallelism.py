@@ -1,0 +1,113 @@
+"""Every kind of model on every mesh of eight fake devices: loss and gradients are those of one device.
+
+    JAX_PLATFORMS=cpu python -m tests.parallelism [model or mesh …]
+
+The suite runs a few pairs of these (test_sharding.py).
+"""
+
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
+from mythos_jax.sharding import batch_sharding, make_mesh, to_global
+from mythos_jax.training.step import init_state, make_train_step
+
+B, T = 8, 16
+
+# Weights of a size that gives every part of the model a say; one layer each in prelude and loop.
+GQA = ModelConfig(
+    vocab_size=64,
+    dim=32,
+    max_seq_len=T,
+    coda_layers=0,
+    loops=2,
+    n_heads=8,
+    n_kv_heads=8,
+    hidden_dim=64,
+    lora_rank=4,
+    init_std=0.2,
+    remat="full",
+)
+MLA = dataclasses.replace(
+    GQA, attention="mla", q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10
+)
+MOE: dict[str, Any] = dict(feed_forward="moe", n_experts=8, experts_per_token=2, expert_dim=16, n_shared_experts=1)
+
+MODELS = {
+    "gqa dense": GQA,
+    "gqa moe": dataclasses.replace(GQA, **MOE),
+    "mla dense": MLA,
+    "mla moe": dataclasses.replace(MLA, **MOE, readout="act"),
+}
+MESHES = {
+    "data": MeshConfig(data=8, fsdp=1),
+    "fsdp": MeshConfig(fsdp=8),
+    "fsdp per loop": MeshConfig(fsdp=8, gather="per_loop"),
+    "tensor": MeshConfig(fsdp=1, tensor=8),
+    "expert": MeshConfig(fsdp=1, expert=8),
+    "sequence": MeshConfig(fsdp=1, sequence=8),
+    "fsdp tensor expert": MeshConfig(fsdp=2, tensor=2, expert=2),
+    "data expert sequence": MeshConfig(data=2, fsdp=1, expert=2, sequence=2, slices=2),
+    "fsdp tensor sequence per loop": MeshConfig(fsdp=2, tensor=2, sequence=2, gather="per_loop"),
+}
+
+
+def config_of(model: ModelConfig, mesh: MeshConfig) -> Config:
+    # Without clipping, the first moments after one step are the gradients, up to a factor.
+    training = TrainingConfig(steps=4, batch_size=B, gradient_clip=0.0)
+    return Config(model=model, training=training, data=DataConfig(seq_len=T), mesh=mesh)
+
+
+def loss_and_gradients(
+    model: ModelConfig, mesh_config: MeshConfig, devices: list[jax.Device] | None = None
+) -> dict[str, Any]:
+    """Of the first step of training on this mesh: loss, expert load, and the gradient of every weight, on the host."""
+    config, mesh = config_of(model, mesh_config), make_mesh(mesh_config, devices)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((B, T), bool)}
+    placed = to_global(batch_sharding(mesh), B, np.arange(B), batch)
+    state, metrics = make_train_step(config, mesh)(init_state(config, mesh), placed)
+    gradients = jax.tree.map(lambda m: np.asarray(m) / (1 - config.training.b1), state.optimizer[1][0].mu)
+    return {"loss": metrics["loss"], "expert_load": metrics.get("expert_load"), "gradients": gradients}
+
+
+def on_one_device(model: ModelConfig) -> dict[str, Any]:
+    return loss_and_gradients(model, MeshConfig(), jax.devices()[:1])
+
+
+def worst(one: Any, other: Any) -> tuple[float, str]:
+    """The largest absolute difference between two such results, and where."""
+    found = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), one, other)
+    path, value = max(jax.tree_util.tree_leaves_with_path(found), key=lambda item: item[1])
+    return value, jax.tree_util.keystr(path)
+
+
+def main(words: list[str]) -> int:
+    """Prints a line for each pair; returns 1 if any differs by more than 1e-5."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    failed = 0
+    for name, model in MODELS.items():
+        if words and name not in words and not set(words) & set(MESHES):
+            continue
+        one = on_one_device(model)
+        largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(one["gradients"]))
+        print(f"{name}: loss {float(one['loss']):.4f}, largest gradient {largest:.3f}", flush=True)
+        for mesh_name, mesh in MESHES.items():
+            if words and name not in words and mesh_name not in words:
+                continue
+            start = time.perf_counter()
+            value, where = worst(one, loss_and_gradients(model, mesh))
+            failed += value > 1e-5
+            verdict = "ok  " if value <= 1e-5 else "FAIL"
+            seconds = time.perf_counter() - start
+            print(f"  {verdict} {mesh_name:30} {value:.1e} at {where} ({seconds:.0f} s)", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,201 @@
+"""Preflight without a TPU compiler: topologies, reading HLO, counting bytes and FLOPs. Compiling is in tests_tpu/."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from mythos_jax import cli
+from mythos_jax.preflight.collectives import bytes_sent, read_collectives, replica_groups
+from mythos_jax.preflight.compile import read_refusal
+from mythos_jax.preflight.cost import cost, matmul_flops
+from mythos_jax.preflight.hlo import Instruction, parse
+from mythos_jax.preflight.topology import CHIPS, GIB, parse_topology
+from mythos_jax.typed import ConfigError
+
+# Two loops, one inside the other, of 3 and 5 rounds; cut down from what the TPU compiler prints.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%add.1 (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inner_body (p.1: (s32[], bf16[8,16], bf16[16,4])) -> (s32[], bf16[8,16], bf16[16,4]) {
+  %p.1 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[16,4]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x.1 = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=1
+  %w.1 = bf16[16,4]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p.1), index=2
+  %y.1 = f32[8,4]{1,0:T(8,128)} convolution(%x.1, %w.1), dim_labels=bf_io->bf, metadata={op_name="jit(step)/while/body/dot"}
+  %all = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%w.1), channel_id=1, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={1}, metadata={op_name="jit(step)/while/body/gather"}
+  ROOT %t.1 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[16,4]{1,0:T(8,128)(2,1)S(1)}) tuple(%i.1, %x.1, %w.1)
+}
+
+%inner_condition (p.2: (s32[], bf16[8,16], bf16[16,4])) -> pred[] {
+  %p.2 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[16,4]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %bound.2 = s32[]{:T(128)} constant(5)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  ROOT %less.2 = pred[]{:T(512)} compare(%i.2, %bound.2), direction=LT
+}
+
+%outer_body (p.3: (s32[], bf16[8,16], bf16[16,4])) -> (s32[], bf16[8,16], bf16[16,4]) {
+  %p.3 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[16,4]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %x.3 = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%p.3), index=1
+  %reduced = bf16[8,16]{1,0:T(8,128)(2,1)} all-reduce(%x.3), channel_id=2, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add.1
+  ROOT %while.3 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[16,4]{1,0:T(8,128)(2,1)S(1)}) while(%p.3), condition=%inner_condition, body=%inner_body
+}
+
+%outer_condition (p.4: (s32[], bf16[8,16], bf16[16,4])) -> pred[] {
+  %p.4 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[16,4]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %bound.4 = s32[]{:T(128)} constant(3)
+  %i.4 = s32[]{:T(128)} get-tuple-element(%p.4), index=0
+  ROOT %less.4 = pred[]{:T(512)} compare(%i.4, %bound.4), direction=LT
+}
+
+ENTRY %main (s.5: (s32[], bf16[8,16], bf16[16,4])) -> (s32[], bf16[8,16], bf16[16,4]) {
+  %s.5 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[16,4]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  ROOT %while.5 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[16,4]{1,0:T(8,128)(2,1)S(1)}) while(%s.5), condition=%outer_condition, body=%outer_body
+}
+"""  # noqa: E501
+
+
+def mesh(*slices, **sizes):
+    """A stand-in for a mesh of TPUs: `slices[i]` is the slice of device i (default: one slice)."""
+    devices = np.empty(tuple(sizes.values()), object)
+    for i in range(devices.size):
+        devices.flat[i] = types.SimpleNamespace(slice_index=slices[i] if slices else 0)
+    return types.SimpleNamespace(devices=devices, axis_names=tuple(sizes), size=devices.size)
+
+
+def instruction(attributes="", opcode="all-reduce", operands=(), type="f32[]"):
+    return Instruction("i", opcode, type, operands, attributes, "main")
+
+
+def test_instructions_count_as_often_as_their_loops_run():
+    program = parse(PROGRAM)
+    assert {name: runs for name, runs in program.runs.items() if "body" in name} == {"outer_body": 3, "inner_body": 15}
+    # 8 x 16 by 16 x 4, a multiply-add as two.
+    assert cost(program).flops == 15 * 2 * 8 * 16 * 4
+
+
+def test_collectives_have_bytes_axes_and_slices():
+    """The gather joins 4 chips of the inner axis, the reduction 2 of the outer, here one a slice."""
+    reduce, gather = sorted(
+        read_collectives(parse(PROGRAM), mesh(*[0] * 4, *[1] * 4, data=2, fsdp=4)), key=lambda c: c.runs
+    )
+    assert (gather.kind, gather.axes, gather.runs) == ("all-gather", ("fsdp",), 15)
+    assert (gather.ici, gather.dcn) == (15 * 3 * 16 * 4 * 2, 0)
+    assert (reduce.kind, reduce.axes, reduce.runs) == ("all-reduce", ("data",), 3)
+    assert (reduce.ici, reduce.dcn) == (0, 3 * 2 * (8 * 16 * 2) / 2)
+
+
+def test_only_hbm_counts_as_moved():
+    """The weights of PROGRAM lie in fast memory, memory space 1; the product reads x and writes y, in float32."""
+    program = parse(PROGRAM)
+    gather, product = 15 * 16 * 16 * 2, 15 * (8 * 16 * 2 + 8 * 4 * 4)
+    assert cost(program).hbm_bytes == gather + product + 3 * 2 * 8 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("spelling", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
+        ("source_target_pairs={{0,1},{1,2},{2,3}}", [[0, 1], [1, 2], [2, 3]]),
+    ],
+)
+def test_groups_in_every_spelling(spelling, groups):
+    assert sorted(replica_groups(instruction(f"channel_id=1, {spelling}, to_apply=%add"), 4)) == groups
+
+
+def test_bytes_of_a_ring():
+    """What each chip sends, by simulating the ring: n - 1 rounds of one n-th (gather: of one part)."""
+    n, size = 8, 800
+    assert bytes_sent("reduce-scatter", size, n) == ((n - 1) * size / n, 0)
+    assert bytes_sent("all-gather", size / n, n) == ((n - 1) * size / n, 0)
+    assert bytes_sent("all-reduce", size, n) == (2 * (n - 1) * size / n, 0)
+    assert bytes_sent("all-to-all", size, n) == ((n - 1) * size / n, 0)
+    # Two slices of 4: inside a ring of 4, then a quarter of it between the two.
+    assert bytes_sent("all-reduce", size, n, slices=2) == (2 * 3 / 4 * size, 2 * 1 / 2 * size / 4)
+    assert bytes_sent("all-reduce", size, 1) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "out", "attributes", "flops"),
+    [
+        ("bf16[8,16]", "bf16[16,4]", "f32[8,4]", "dim_labels=bf_io->bf", 2 * 8 * 16 * 4),
+        ("bf16[8,16]", "bf16[4,16]", "f32[8,4]", "dim_labels=bf_oi->bf", 2 * 8 * 16 * 4),
+        # A batch of 64 products, written as a window of which one tap each meets an element.
+        (
+            "bf16[64,32,8]", "bf16[64,32,16]", "bf16[64,8,16]",
+            "window={size=64 stride=63 lhs_dilate=64}, dim_labels=0fb_0io->0bf", 2 * 64 * 32 * 8 * 16,
+        ),
+        # A convolution proper: 6 outputs, 3 taps, of which the padding takes one at each end.
+        ("f32[6,1,5]", "f32[3,5,7]", "f32[6,1,7]", "window={size=3 pad=1_1}, dim_labels=0bf_0io->0bf", 2 * 16 * 5 * 7),
+    ],
+)  # fmt: skip
+def test_flops_of_products(left, right, out, attributes, flops):
+    text = (
+        f"ENTRY %main (x: {left}, w: {right}) -> {out} {{\n  %x = {left} parameter(0)\n  %w = {right} parameter(1)\n"
+        f"  ROOT %y = {out} convolution(%x, %w), {attributes}\n}}\n"
+    )
+    assert cost(parse(text)).flops == flops
+
+
+def test_a_kernel_counts_what_it_says():
+    attributes = 'custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"123","x":"4"}}'
+    assert matmul_flops(None, instruction(attributes, opcode="custom-call")) == 123
+
+
+def test_refusals_are_read():
+    message = """\
+RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. CompileTimeHbmOom: Ran out of memory in memory space
+hbm. Used 20.51G of 15.75G hbm. Exceeded hbm capacity by 4.76G.
+
+Largest program allocations in hbm:
+
+  1. Size: 8.00G
+     Operator: op_name="jit(step)/moe/dot_general" source_file="moe.py"
+     Shape: f32[2,1024,1048576]{2,1,0:T(8,128)}
+     Unpadded size: 8.00G
+  2. Size: 512.0M
+     Shape: bf16[268435456]{0}
+"""
+    found = read_refusal(message)
+    assert found.needed == 20.51 * GIB
+    assert [(b.bytes, b.source) for b in found.biggest] == [(8 * GIB, "jit(step)/moe/dot_general"), (GIB / 2, "")]
+    assert found.biggest[0].type.startswith("f32[2,1024,1048576]")
+    short = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (446.61G) "
+    assert read_refusal(short + "exceeds available HBM (15.75G).").needed == 446.61 * GIB
+    assert read_refusal("INTERNAL: something else") is None
+
+
+def test_topologies():
+    found = parse_topology("v5p:4x4x8", slices=2)
+    assert (found.chip, found.name) == (CHIPS["v5p"], "v5p:4x4x8 x 2")
+    for name in ["v5e:3x3", "v5p:4x4", "v5e", "h100:8"]:
+        with pytest.raises(ConfigError, match=r"allowed: .*v5[ep]:"):
+            parse_topology(name)
+    with pytest.raises(ConfigError, match="--slices: got 0"):
+        parse_topology("v5e:4x4", slices=0)
+
+
+def test_the_command_refuses_wrong_input_in_one_line(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("name: c\n")
+    assert cli.main(["compile", str(path), "--topology", "v9:1x1"]) == 2
+    error = capsys.readouterr().err
+    assert "v9:1x1" in error
+    assert "v5e:16x16" in error
+    assert error.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    assert cli.main(["compile", str(path), "--topology", "v5e:2x2"]) == 2
+    assert "pip install 'mythos-jax[tpu]'" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Compiles the train step of mythos_1b … mythos_1t, each for its slice, and writes the table in docs/pods.md.
+
+    .venv-tpu/bin/python -m tests_tpu.all_sizes [--full] [NAME …]
+
+With names, only their rows are made anew. `--full`: with the compiler's whole search (some five times as long).
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import re
+import time
+from pathlib import Path
+
+SLICES = {
+    "mythos_1b": "v5e:4x4",
+    "mythos_3b": "v5e:8x8",
+    "mythos_10b": "v6e:8x8",
+    "mythos_50b": "v5p:4x4x8",
+    "mythos_100b": "v5p:4x8x8",
+    "mythos_500b": "v5p:8x8x16",
+    "mythos_1t": "v5p:16x16x16",
+}
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "pods.md"
+HEAD = (
+    "| config | slice | mesh | tokens a step | state | temporaries | peak of | fits | compiled / model FLOPs "
+    "| at best | bound by | compiled in |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+def row(name: str, quick: bool) -> str:
+    """One line of the table."""
+    from mythos_jax.config import load_config
+    from mythos_jax.preflight.report import preflight
+    from mythos_jax.preflight.topology import GIB, parse_topology
+
+    config, topology = load_config(ROOT / "configs" / f"{name}.yaml"), parse_topology(SLICES[name])
+    start = time.process_time()
+    report = preflight(config, topology, quick=quick)
+    took = time.process_time() - start
+    mesh = " × ".join(f"{axis} {size}" for axis, size in report.mesh.items())
+    cells = [
+        name,
+        topology.name,
+        mesh + (", gather per loop" if config.mesh.gather == "per_loop" else ""),
+        f"{report.tokens / 1e6:.1f} M in {config.training.accumulation}",
+    ]
+    if report.fits:
+        temporaries = report.hbm["temporaries"] + report.hbm["code"]
+        model, seconds = report.flops["model"], report.step_seconds
+        cells += [
+            f"{(report.needed - temporaries) / GIB:.1f} GiB",
+            f"{temporaries / GIB:.1f} GiB",
+            f"{report.needed / GIB:.1f} of {topology.chip.hbm_bytes / GIB:.1f} GiB",
+            "yes",
+            f"{report.flops['compiled'] / model:.2f}",
+            f"{seconds:.3g} s, {report.tokens / seconds:,.0f} tokens/s",
+            report.bound,
+        ]
+    else:
+        cells += ["", "", f"{report.needed / GIB:.1f} of {topology.chip.hbm_bytes / GIB:.1f} GiB", "**no**", "", "", ""]
+    return "| " + " | ".join([*cells, f"{took:.0f} s"]) + " |"
+
+
+def write(rows: dict[str, str], quick: bool) -> None:
+    """Replaces rows of the table, and says when and with what they were made."""
+    page = PAGE.read_text()
+    table = re.search(r"<!-- all sizes -->\n(.*?)<!-- end -->", page, flags=re.DOTALL)
+    kept = dict(re.findall(r"^(\| (mythos_\w+) .*)$", table.group(1), flags=re.MULTILINE))
+    kept = {name: line for line, name in kept.items()} | rows
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
+    made = f"Made on {datetime.date.today():%-d %B %Y} with {versions}{', --quick' if quick else ''}."
+    body = HEAD + "".join(f"{kept[name]}\n" for name in SLICES if name in kept)
+    PAGE.write_text(page[: table.start(1)] + made + "\n\n" + body + page[table.end(1) :])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*SLICES, []], help=f"of {', '.join(SLICES)}")
+    parser.add_argument("--full", action="store_true", help="with the compiler's whole search")
+    arguments = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name in arguments.names or SLICES:
+        line = row(name, quick=not arguments.full)
+        print(line, flush=True)
+        write({name: line}, quick=not arguments.full)
+
+
+if __name__ == "__main__":
+    main()

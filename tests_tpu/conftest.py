@@ -1,0 +1,5 @@
+"""These tests compile for TPUs with libtpu, on a CPU; nothing runs on a device."""
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")

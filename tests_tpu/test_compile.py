@@ -1,0 +1,136 @@
+"""`mythos compile` with the TPU compiler itself: what fits, what does not, and what the compiled programs hold."""
+
+import dataclasses
+import json
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mythos_jax.cli import main
+from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig, load_config
+from mythos_jax.flops import count_parameters
+from mythos_jax.ops.cross_entropy import CHUNK
+from mythos_jax.ops.grouped_matmul import grouped_matmul, tile_rows
+from mythos_jax.preflight.collectives import read_collectives
+from mythos_jax.preflight.compile import compile_train, topology_devices
+from mythos_jax.preflight.cost import cost
+from mythos_jax.preflight.hlo import parse
+from mythos_jax.preflight.report import preflight
+from mythos_jax.preflight.topology import CHIPS, parse_topology
+from mythos_jax.sharding import make_mesh, use_mesh
+
+# Sizes that are all different, so that an array's shape tells what it is.
+MOE = ModelConfig(
+    vocab_size=32000, dim=256, max_seq_len=512, loops=2, n_heads=4, n_kv_heads=2, hidden_dim=640, remat="full",
+    feed_forward="moe", n_experts=16, experts_per_token=2, expert_dim=384, n_shared_experts=1, dtype="bfloat16",
+)  # fmt: skip
+SMALL = Config(
+    name="small", model=MOE, training=TrainingConfig(batch_size=16), data=DataConfig(seq_len=512),
+    mesh=MeshConfig(fsdp=2, tensor=2, expert=4),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("topology", "mesh"), [("v5e:4x4", (4, 4)), ("v5p:2x2x2", (4, 2))])
+def test_the_smallest_size_fits(topology, mesh):
+    config = load_config("configs/mythos_1b.yaml")
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=mesh[0], expert=mesh[1]))
+    report = preflight(config, parse_topology(topology), quick=True)
+    assert report.fits
+    # Experts are cut by both axes, the rest by fsdp; nothing is whole but norms.
+    parameters = 4 * count_parameters(config.model)
+    assert parameters / (mesh[0] * mesh[1]) < report.hbm["parameters"] < parameters / mesh[0]
+    assert report.hbm["optimizer"] == pytest.approx(2 * report.hbm["parameters"], rel=0.01)
+    # The loop forward twice (remat), backward once, and attention's upper half: at most some 4/3 and a little.
+    assert 1.2 < report.flops["compiled"] / report.flops["model"] < 1.7
+    assert sum(c.ici for c in report.collectives) > 0
+    assert report.seconds["DCN"] == 0
+
+
+@cache
+def small_program():
+    return compile_train(SMALL, parse_topology("v5e:4x4"), quick=True)
+
+
+def test_expert_weights_do_not_travel_along_the_expert_axis():
+    program = small_program()
+    gathers = [c for c in read_collectives(parse(program.text), program.mesh) if c.kind == "all-gather"]
+    hidden = {MOE.expert_dim, MOE.expert_dim // SMALL.mesh.tensor}
+    of_weights = [c for c in gathers if any(hidden & set(a.shape) for a in c.arrays)]
+    assert any(c.axes == ("fsdp",) for c in of_weights)  # they are told by their width: fsdp does gather them
+    assert not any("expert" in c.axes for c in of_weights)
+    assert any("expert" in c.axes for c in gathers)  # tokens do
+
+
+def test_logits_are_nowhere_whole():
+    """Vocabulary over tensor, rows over the rest; and so for the table and its gradient."""
+    vocabulary, ways = MOE.vocab_size, SMALL.mesh.fsdp * SMALL.mesh.expert
+    arrays = {a for i, _ in parse(small_program().text).walk() for a in i.arrays}
+    assert not any(vocabulary in a.shape for a in arrays)
+    part = [a for a in arrays if vocabulary // SMALL.mesh.tensor in a.shape]
+    most = max(SMALL.training.batch_size // ways * CHUNK, MOE.dim) * vocabulary // SMALL.mesh.tensor
+    assert part
+    assert max(a.bytes for a in part) <= 4 * most
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+def test_expert_products_cost_the_ideal_on_each_generation(topology):
+    """Forward and both gradients, 3 x 2 N D F FLOPs; and rows in tiles that are never half empty on average."""
+    N, D, F, E = 8192, 512, 1024, 64
+    mesh = make_mesh(MeshConfig(), topology_devices(parse_topology(topology)))
+    rows, whole = PartitionSpec("fsdp"), PartitionSpec()
+
+    def loss(x, w, sizes):
+        run = jax.shard_map(grouped_matmul, in_specs=(rows, whole, rows), out_specs=rows, check_vma=False)
+        return run(x, w, sizes).astype(jnp.float32).sum()
+
+    def array(dtype, spec, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    arguments = array(jnp.bfloat16, rows, N * 4, D), array(jnp.bfloat16, whole, E, D, F), array(jnp.int32, rows, E * 4)
+    with use_mesh(mesh):
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
+    assert cost(parse(compiled.as_text())).flops == pytest.approx(3 * 2 * N * D * F, rel=0.01)
+    m = tile_rows(N, E)
+    assert (N // m + E - 1) * m <= 2 * N
+
+
+def test_what_does_not_fit_is_said_plainly(tmp_path, capsys):
+    path = tmp_path / "big.yaml"
+    path.write_text(
+        "model: {vocab_size: 32000, dim: 512, max_seq_len: 16384, loops: 2, n_heads: 8, n_kv_heads: 8}\n"
+        "training: {batch_size: 64}\ndata: {seq_len: 16384}\n"
+    )
+    assert main(["compile", str(path), "--topology", "v5e:2x2", "--quick"]) == 1
+    out, err = capsys.readouterr()
+    assert "DOES NOT FIT: the compiler asks for" in out
+    assert "of 15.75 GiB" in out
+    assert "to change: set model.remat to full" in out
+    assert "Traceback" not in out + err
+    assert main(["compile", str(path), "--topology", "v5e:2x2", "--quick", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["hbm"]["peak"] > found["hbm"]["capacity"]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_topology_is_known_to_the_compiler(chip):
+    for shape in CHIPS[chip].shapes:
+        devices = topology_devices(parse_topology(f"{chip}:{shape}"))
+        sides = [int(side) for side in shape.split("x")]
+        assert len(devices) == sides[0] * sides[1] * (sides[2] if len(sides) == 3 else 1)
+
+
+def test_slices_are_joined_by_the_data_axis():
+    mesh = make_mesh(MeshConfig(data=2, slices=2), topology_devices(parse_topology("v5e:2x2", slices=2)))
+    assert dict(mesh.shape)["data"] == 2
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+
+
+def test_an_unknown_topology_lists_the_known(capsys):
+    assert main(["compile", "configs/quickstart.yaml", "--topology", "v5e:5x5"]) == 2
+    error = capsys.readouterr().err
+    assert "'v5e:5x5'" in error
+    assert "v5e:16x16" in error
