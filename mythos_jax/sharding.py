@@ -61,7 +61,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(f"mesh: got {wanted}, allowed: sizes whose product is the number of devices, {len(devices)}")
-    slices = _slices(config.slices, devices)
+    slices = in_slices(config.slices, devices)
     if sizes["data"] % len(slices):
         raise ConfigError(f"mesh.data: got {sizes['data']}, allowed: a multiple of mesh.slices, {len(slices)}")
     inside = (sizes["data"] // len(slices), *list(sizes.values())[1:])
@@ -70,8 +70,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _slices(n: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-    """The devices of each slice. Where devices do not say (CPU, GPU), equal parts in their order stand for slices."""
+def in_slices(n: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each of n slices. Where they do not say (CPU, GPU), equal parts in their order stand for them."""
     told = sorted({device.slice_index for device in devices if hasattr(device, "slice_index")})
     if told and len(told) != n:
         raise ConfigError(f"mesh.slices: got {n}, allowed: {len(told)}, the slices that the devices are on")
@@ -124,7 +124,7 @@ def placement(
     for size, axes in zip(shape, nn.logical_to_mesh_axes(tuple(names), rules), strict=True):
         kept: tuple[str, ...] = ()
         for axis in (axes,) if isinstance(axes, str) else axes or ():
-            if axis in mesh and size % (mesh[axis] * math.prod(mesh[a] for a in kept)) == 0:
+            if mesh.get(axis, 1) > 1 and size % (mesh[axis] * math.prod(mesh[a] for a in kept)) == 0:
                 kept += (axis,)
         cuts.append(kept[0] if len(kept) == 1 else kept or None)
     return PartitionSpec(*cuts)

@@ -1,15 +1,32 @@
 """The mesh, and where arrays come to lie on it."""
 
 import dataclasses
+import functools
+import re
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mythos_jax.config import Config, ConfigError, MeshConfig, ModelConfig, TrainingConfig
-from mythos_jax.sharding import batch_sharding, check_batch, local_rows, make_mesh, to_global
-from mythos_jax.training.step import init_state, make_train_step
+from mythos_jax.inference.generate import generate
+from mythos_jax.model.cache import init_cache
+from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.sharding import (
+    batch_sharding,
+    check_batch,
+    check_sharded,
+    in_slices,
+    local_rows,
+    make_mesh,
+    shardings,
+    to_global,
+    use_mesh,
+)
+from mythos_jax.training.step import abstract_state, init_state, jitted_step
+from tests import parallelism
 
 MODEL = ModelConfig(vocab_size=64, dim=32, max_seq_len=128, loops=2, n_heads=4, n_kv_heads=2, hidden_dim=64)
 
@@ -34,9 +51,9 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
 
 def test_weights_and_optimizer_state_are_made_in_their_shards():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-    state = init_state(Config(model=MODEL), mesh)
+    state = init_state(Config(model=MODEL, training=TrainingConfig(ema_decay=0.9)), mesh)
     expected = {"q": PartitionSpec("fsdp", "tensor"), "out": PartitionSpec("tensor", None, "fsdp")}
-    for tree in [state.variables["params"], state.optimizer[1][0].mu]:
+    for tree in [state.variables["params"], state.optimizer[1][0].mu, state.optimizer[1][0].nu, state.average]:
         for name, spec in expected.items():
             kernel = tree["prelude_0"]["attention"][name]["kernel"]
             assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, spec), kernel.ndim)
@@ -49,24 +66,118 @@ def test_initial_weights_do_not_depend_on_the_mesh():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(eight))
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_step_on_eight_devices_is_the_step_on_one(sizes):
-    moe = dict(feed_forward="moe", n_experts=4, experts_per_token=2, expert_dim=16)
-    config = Config(model=dataclasses.replace(MODEL, **moe), training=TrainingConfig(steps=4, batch_size=8))
-    tokens = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((8, 16), bool)}
+BARE = dataclasses.replace(
+    parallelism.GQA, prelude_layers=0, lora_rank=0, injection="none", activation="relu2", n_kv_heads=2
+)
 
-    def losses(mesh):
-        state, step, found = init_state(config, mesh), make_train_step(config, mesh), []
-        placed = to_global(batch_sharding(mesh), 8, np.arange(8), batch)
-        for _ in range(3):
-            state, metrics = step(state, placed)
-            found.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
-        return np.array(found)
+reference = functools.cache(parallelism.on_one_device)
 
-    one = losses(make_mesh(MeshConfig(), jax.devices()[:1]))
-    np.testing.assert_allclose(losses(make_mesh(MeshConfig(**sizes))), one, atol=1e-5)
-    assert one[2, 0] < one[0, 0]
+
+@pytest.mark.parametrize(
+    ("model", "mesh"),
+    [
+        ("mla moe", "fsdp tensor expert"),
+        ("mla moe", "data expert sequence"),
+        ("gqa dense", "fsdp tensor sequence per loop"),
+    ],
+)
+def test_a_step_on_eight_devices_is_the_step_on_one(model, mesh):
+    """Loss, expert load and every gradient. (All pairs: `python -m tests.parallelism`.)"""
+    model = parallelism.MODELS[model]
+    one = reference(model)
+    assert max(np.abs(g).max() for g in jax.tree.leaves(one["gradients"])) > 0.1
+    difference, where = parallelism.worst(one, parallelism.loss_and_gradients(model, parallelism.MESHES[mesh]))
+    assert difference < 1e-5, where
+
+
+def in_loops(hlo):
+    """How many all-gathers stand in bodies of loops, and how many elsewhere."""
+    bodies, counts, name = set(re.findall(r"body=%?([\w.-]+)", hlo)), [0, 0], None
+    for line in hlo.splitlines():
+        if found := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            name = found[1]
+        if re.search(r" all-gather(-start)?\(", line):
+            counts[name not in bodies] += 1
+    return counts
+
+
+def test_the_loops_weights_are_gathered_once_or_in_every_loop():
+    """XLA would move any gathering of weights out of the loop, or JAX keep its result for the backward pass."""
+    counts = {}
+    for gather in ["once", "per_loop"]:
+        config = parallelism.config_of(BARE, MeshConfig(fsdp=8, gather=gather))
+        mesh = make_mesh(config.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((parallelism.B, parallelism.T), dtype, sharding=batch_sharding(mesh))
+            for name, dtype in [("tokens", np.int32), ("targets", np.int32), ("mask", bool)]
+        }
+        with use_mesh(mesh):
+            hlo = jitted_step(config).lower(abstract_state(config, mesh), batch).compile().as_text()
+        counts[gather] = in_loops(hlo)
+    matrices = 6  # q, k, v, out; up, down
+    assert counts["once"][0] == 0
+    assert counts["per_loop"][0] == 2 * matrices  # and again in the backward pass
+    assert counts["once"][1] == counts["per_loop"][1] + matrices
+
+
+def test_data_spans_slices_and_all_else_stays_inside():
+    mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2, slices=2))
+    assert {d.id for d in mesh.devices[:2].flat} == {0, 1, 2, 3}
+    with pytest.raises(ConfigError, match=r"mesh\.data: got 1, allowed: a multiple of mesh\.slices, 2"):
+        make_mesh(MeshConfig(slices=2))
+    with pytest.raises(ConfigError, match=r"mesh\.slices: got 3, allowed: a divisor of the number of devices, 8"):
+        make_mesh(MeshConfig(slices=3))
+
+
+def test_devices_that_name_their_slice_are_grouped_by_it():
+    @dataclasses.dataclass(frozen=True)
+    class Chip:
+        id: int
+        slice_index: int
+        device_kind: str = "none"
+        platform: str = "none"
+        process_index: int = 0
+
+    chips = [Chip(i, slice_index=i % 2) for i in range(8)]
+    assert [[chip.slice_index for chip in part] for part in in_slices(2, chips)] == [[0] * 4, [1] * 4]
+    with pytest.raises(ConfigError, match=r"mesh\.slices: got 1, allowed: 2, the slices that the devices are on"):
+        in_slices(1, chips)
+
+
+def test_a_start_that_would_replicate_weights_is_refused():
+    good, mesh = abstract_variables(MODEL), make_mesh(MeshConfig(fsdp=4, tensor=2))
+    check_sharded(mesh, good)
+    odd = abstract_variables(dataclasses.replace(MODEL, hidden_dim=61, dim=36, n_heads=3, n_kv_heads=3))
+    check_sharded(mesh, odd)  # fsdp cuts the width, so nothing is whole on every device
+    none = abstract_variables(dataclasses.replace(MODEL, hidden_dim=61, dim=30, n_heads=3, n_kv_heads=3, vocab_size=67))
+    expected = (
+        r"mesh: 99.0% of .* allowed: 2%; the largest is params\.embedding \[67, 30\], which fsdp 4, tensor 2 does"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        check_sharded(mesh, none)
+    check_sharded(make_mesh(MeshConfig(data=8, fsdp=1)), none)  # a mesh that is not there to cut weights
+    unnamed = {"params": {**good["params"], "extra": jax.ShapeDtypeStruct((64, 64), np.float32)}}
+    with pytest.raises(ConfigError, match=r"the largest is params\.extra \[64, 64\]"):
+        check_sharded(mesh, unnamed)
+
+
+def test_generation_on_a_mesh_gives_the_same_tokens():
+    """Drawn, not greedy: so that they depend on every logit. The cache lies cut by rows and heads."""
+    shapes = jax.eval_shape(lambda: nn.unbox(Mythos(BARE).init(jax.random.key(0), np.zeros((1, 1), np.int32))))
+    random = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: random.normal(1, 0.2, x.shape).astype(np.float32), shapes)
+    prompts = random.integers(0, BARE.vocab_size, (2, 4))
+
+    def run(variables):
+        return generate(Mythos(BARE), variables, prompts, [4, 2], 5, temperature=1.0, seed=[0, 1]).tokens
+
+    expected = run(variables)
+    with use_mesh(mesh := make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))):
+        keys = init_cache(BARE, 2, 9).loop[0].cache.keys
+        assert keys.sharding.shard_shape(keys.shape) == (BARE.loops, 1, 9, 1, BARE.gqa_head_dim)
+        found = run(jax.device_put(variables, shardings(mesh, abstract_variables(BARE))))
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) > 4
 
 
 def test_a_process_reads_the_rows_its_devices_hold():

@@ -1,0 +1,67 @@
+"""Experts spread over a mesh against the same experts on one device, however the tokens are routed."""
+
+import jax
+import numpy as np
+
+from mythos_jax.config import MeshConfig
+from mythos_jax.model.moe import sorted_experts
+from mythos_jax.ops import expert_parallel
+from mythos_jax.ops.expert_parallel import experts_on_mesh
+from mythos_jax.sharding import make_mesh, use_mesh
+
+B, T, D, F, E, K = 4, 8, 12, 16, 8, 2
+
+
+def inputs(skew, shape=(B, T)):
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return random.standard_normal(shape).astype(np.float32)
+
+    scores = normal(*shape, E) + skew * np.arange(E)
+    experts = np.argsort(-scores, axis=-1)[..., :K].astype(np.int32)
+    weights = normal(E, D, F) / 3, normal(E, D, F) / 3, normal(E, F, D) / 4
+    return normal(*shape, D), np.abs(normal(*shape, K)), experts, weights, normal(*shape, D)
+
+
+def value_and_gradients(layer):
+    def run(x, gates, experts, weights, cotangent):
+        y, backward = jax.vjp(lambda x, gates, weights: layer(x, gates, experts, weights), x, gates, weights)
+        return y, backward(cotangent)
+
+    return jax.jit(run)
+
+
+def test_equals_one_device(monkeypatch):
+    """Two chunks; with skewed routing all tokens go to one device's experts, in several rounds."""
+    monkeypatch.setattr(expert_parallel, "ROWS_PER_EXPERT", 2)
+    on_one, on_mesh = value_and_gradients(sorted_experts), value_and_gradients(experts_on_mesh)
+    for skew in [0, 5]:
+        arguments = inputs(skew)
+        expected = on_one(*arguments)
+        with use_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))):
+            found = on_mesh(*arguments)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
+    assert (arguments[2] >= E // 2).mean() > 0.95
+
+
+def test_a_batch_that_the_mesh_does_not_divide():
+    arguments = inputs(0, (1, 3))
+    with use_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))):
+        found = jax.jit(experts_on_mesh)(*arguments[:4])
+    np.testing.assert_allclose(found, jax.jit(sorted_experts)(*arguments[:4]), rtol=0, atol=1e-5)
+
+
+def test_other_devices_experts_cost_nothing():
+    """A round multiplies what an even load sends a device, and a bounded padding; all rows would be 8 times that.
+
+    XLA counts a loop's body once; the weights are never sent.
+    """
+    x, gates, experts, weights, _ = inputs(0, (64, 16))
+    with use_mesh(make_mesh(MeshConfig(expert=8, fsdp=1))):
+        program = jax.jit(experts_on_mesh).lower(x, gates, experts, weights).compile()
+    ideal = 3 * 2 * (x.shape[0] * x.shape[1] * K / 8) * D * F
+    assert 0.9 * ideal < program.cost_analysis()["flops"] < 2.5 * ideal
+    gathered = [line for line in program.as_text().splitlines() if " all-gather(" in line]
+    assert any(f"{64 * 16},{D}]" in line for line in gathered)
+    assert not any(f"{D},{F}]" in line or f"{F},{D}]" in line for line in gathered)
