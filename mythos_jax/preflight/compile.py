@@ -72,11 +72,12 @@ def topology_devices(topology: Topology) -> list[Any]:
         raise ConfigError("mythos compile: needs the TPU compiler; install it: pip install 'mythos-jax[tpu]'")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.shape == "1x1":
+        options["chips_per_host_bounds"] = (1, 1, 1)  # else a host has four
+    name = f"{topology.chip.name}:{topology.shape}"
     try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{topology.chip.name}:{topology.shape}", **slices
-        )
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise ConfigError(f"--topology: {topology.name} is unknown to this libtpu ({_one_line(error)})") from None
     return list(described.devices)
