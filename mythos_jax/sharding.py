@@ -153,7 +153,9 @@ def abstract(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
 def shardings(mesh: Mesh, boxed: Any) -> Any:
     """The place of each array of a tree whose leaves carry logical axes, by the rules."""
 
-    def place(leaf: Any) -> NamedSharding:
+    def place(leaf: Any) -> Any:
+        if _is_boxed(leaf) and not jax.tree.leaves(leaf.value):
+            return leaf.value  # optax's mark for a weight that another optimizer moves
         return NamedSharding(mesh, placement(*_shape_and_names(leaf), mesh.shape, RULES))
 
     return jax.tree.map(place, boxed, is_leaf=_is_boxed)
