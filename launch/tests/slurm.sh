@@ -72,7 +72,7 @@ echo "$submitted"
 job=$(grep -o 'job [0-9]*' <<<"$submitted" | grep -o '[0-9]*')
 log=$folder/shared/runs/quickstart/metrics.jsonl
 
-for _ in $(seq 600); do
+for _ in $(seq 2400); do
     grep -qs '"step": 3,' "$log" && break
     sleep 0.5
 done
@@ -86,7 +86,7 @@ until state=$(scontrol show job "$job" | grep -o 'JobState=[A-Z_]*') && [[ $stat
     [ "$state" != JobState=PENDING ] || scontrol update job "$job" StartTime=now
     sleep 2
     seconds=$((seconds + 2))
-    [ "$seconds" -lt 900 ] || break
+    [ "$seconds" -lt 2400 ] || break
 done
 scontrol show job "$job" | grep -o 'JobState=[A-Z]*\|Restarts=[0-9]*\|ExitCode=[0-9:]*\|NumTasks=[0-9]*'
 tr '\r' '\n' < "$folder/quickstart-$job.log" | grep -v 'step/s\|Gloo' || true
