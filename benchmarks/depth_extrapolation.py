@@ -76,9 +76,10 @@ def draw(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
 
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
+    colours = iter(["C1", "C2", "C3", "C4"])
     for name, runs in rows.items():
         losses = np.array([[run[str(d)] for d in DEPTHS] for run in runs])
-        style: dict[str, Any] = {"color": "#1f5fa8", "linewidth": 2.2} if name == "ours" else {"linewidth": 1.2}
+        style: dict[str, Any] = {"color": "#1f5fa8", "linewidth": 2.2} if name == "ours" else {"color": next(colours)}
         (line,) = axes.plot(DEPTHS, losses.mean(0), marker="o", markersize=4, label=name, **style)
         axes.fill_between(DEPTHS, losses.min(0), losses.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
     axes.axvline(8, color="0.6", linestyle="--", linewidth=1)

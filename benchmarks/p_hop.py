@@ -68,7 +68,7 @@ def draw(looped: list[Results], single: list[Results], config: Config, path: Pat
     for difficulty in config.evaluation.difficulties:
         trained = difficulty in config.data.task.difficulty
         values = np.array([exact_match(looped, difficulty, loops) for loops in depths])
-        label = f"{difficulty} hops" + ("" if trained else " (not trained on)")
+        label = f"{difficulty} hop{'s' if difficulty > 1 else ''}" + ("" if trained else " (not trained on)")
         (line,) = axes.plot(
             depths, values.mean(1), marker="o", markersize=4, linestyle="-" if trained else ":", label=label
         )
