@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
 from mythos_jax.sharding import batch_sharding, make_mesh, to_global
-from mythos_jax.training.step import init_state, make_train_step
+from mythos_jax.training.step import TrainState, abstract_state, make_train_step
 
 B, T = 8, 16
 
-# Weights of a size that gives every part of the model a say; one layer each in prelude and loop.
+# One layer each in prelude and loop.
 GQA = ModelConfig(
     vocab_size=64,
     dim=32,
@@ -30,7 +31,6 @@ GQA = ModelConfig(
     n_kv_heads=8,
     hidden_dim=64,
     lora_rank=4,
-    init_std=0.2,
     remat="full",
 )
 MLA = dataclasses.replace(
@@ -63,15 +63,27 @@ def config_of(model: ModelConfig, mesh: MeshConfig) -> Config:
     return Config(model=model, training=training, data=DataConfig(seq_len=T), mesh=mesh)
 
 
+def some_state(config: Config, mesh: Mesh) -> TrainState:
+    """The same weights on every mesh, of a size that gives each part of the model a say."""
+    random = np.random.default_rng(0)
+
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        is_weight = any(getattr(key, "name", getattr(key, "key", "")) == "params" for key in path)
+        value = random.normal(0, 0.2, leaf.shape) if is_weight else np.zeros(leaf.shape)
+        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract_state(config, mesh))
+
+
 def loss_and_gradients(
     model: ModelConfig, mesh_config: MeshConfig, devices: list[jax.Device] | None = None
 ) -> dict[str, Any]:
-    """Of the first step of training on this mesh: loss, expert load, and the gradient of every weight, on the host."""
+    """Of one training step on this mesh: loss, expert load, and the gradient of every weight, on the host."""
     config, mesh = config_of(model, mesh_config), make_mesh(mesh_config, devices)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((B, T), bool)}
     placed = to_global(batch_sharding(mesh), B, np.arange(B), batch)
-    state, metrics = make_train_step(config, mesh)(init_state(config, mesh), placed)
+    state, metrics = make_train_step(config, mesh)(some_state(config, mesh), placed)
     gradients = jax.tree.map(lambda m: np.asarray(m) / (1 - config.training.b1), state.optimizer[1][0].mu)
     return {"loss": metrics["loss"], "expert_load": metrics.get("expert_load"), "gradients": gradients}
 
