@@ -287,7 +287,8 @@ def _compile(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     topology = parse_topology(arguments.topology, arguments.slices)
     # Before jax starts: no TPU is looked for, and if there is one it is not taken from those who train on it.
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    # A program for a device that is not there cannot come from the cache either.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     from mythos_jax.config import load_config
     from mythos_jax.preflight.report import as_json, as_text, preflight
 

@@ -3,3 +3,4 @@
 import jax
 
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_compilation_cache", False)

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mythos_jax.cli import main
-from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig, load_config
-from mythos_jax.flops import count_parameters
+from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, TrainingConfig, load_config
+from mythos_jax.flops import cache_bytes, count_parameters
 from mythos_jax.ops.cross_entropy import CHUNK
 from mythos_jax.ops.grouped_matmul import grouped_matmul, tile_rows
 from mythos_jax.preflight.collectives import read_collectives
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_said_plainly(tmp_path, capsys):
     )
     assert main(["compile", str(path), "--topology", "v5e:2x2", "--quick"]) == 1
     out, err = capsys.readouterr()
-    assert "DOES NOT FIT: the compiler asks for" in out
+    assert "DOES NOT FIT: it needs" in out
     assert "of 15.75 GiB" in out
     assert "to change: set model.remat to full" in out
     assert "Traceback" not in out + err
@@ -113,6 +113,16 @@ def test_what_does_not_fit_is_said_plainly(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] is False
     assert found["hbm"]["peak"] > found["hbm"]["capacity"]
+
+
+def test_decode_holds_parameters_and_cache():
+    model = dataclasses.replace(MOE, feed_forward="dense", n_experts=0)
+    config = Config(model=model, data=DataConfig(seq_len=512), evaluation=EvaluationConfig(batch_size=64))
+    report = preflight(config, parse_topology("v5e:2x2"), decode=True, quick=True)
+    assert report.fits
+    assert report.hbm["cache"] == 64 * 512 * cache_bytes(model, model.loops) / 4 + 64 * 4 / 4
+    assert report.hbm["parameters"] == pytest.approx(4 * count_parameters(model) / 4, rel=0.01)
+    assert report.tokens == 64
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -71,26 +71,28 @@ def preflight(config: Config, topology: Topology, decode: bool = False, quick: b
             seconds={},
             fits=False,
         )
-    hbm |= {"temporaries": float(program.temporaries), "code": float(program.code)}
+    # What is more than the compiler's own count (it may lay one buffer over another) errs to the safe side.
+    peak = sum(hbm.values()) + program.temporaries + program.code
+    fits = peak <= topology.chip.hbm_bytes
     module = parse(program.text)
     collectives = tuple(read_collectives(module, program.mesh))
     found, chip = cost(module), topology.chip
     ideal = tokens * forward_flops(config.model, config.data.seq_len // 2).at(config.model.loops)
     return Report(
         **common,
-        hbm=hbm,
-        needed=sum(hbm.values()),
+        hbm=hbm | {"temporaries": float(program.temporaries), "code": float(program.code)},
+        needed=peak,
         biggest=(),
-        advice="",
-        flops={"model": float(ideal if decode else training_flops(config)), "compiled": found.flops * chips},
+        advice="" if fits else advice(config, program, hbm, topology, decode),
+        flops={"model": float(ideal if decode else training_flops(config)), "compiled": float(found.flops * chips)},
         collectives=collectives,
         seconds={
-            "compute": found.flops / chip.flops,
+            "compute": float(found.flops / chip.flops),
             "HBM": found.hbm_bytes / chip.hbm_bandwidth,
             "ICI": sum(c.ici for c in collectives) / chip.ici_bandwidth,
             "DCN": sum(c.dcn for c in collectives) / chip.dcn_bandwidth,
         },
-        fits=sum(hbm.values()) <= chip.hbm_bytes,
+        fits=fits,
     )
 
 
@@ -162,7 +164,7 @@ def as_text(report: Report) -> str:
         lines.append(f"  {'peak':<12} {report.needed / GIB:>9.2f} GiB")
     lines += ["", "FITS" if report.fits else "DOES NOT FIT"]
     if not report.fits:
-        lines[-1] += f": the compiler asks for {report.needed / GIB:.2f} GiB"
+        lines[-1] += f": it needs {report.needed / GIB:.2f} GiB"
         if report.biggest:
             lines += ["  biggest buffers:"]
             lines += [f"  {b.bytes / GIB:>9.2f} GiB  {b.type}  {b.source}" for b in report.biggest[:6]]
