@@ -62,7 +62,7 @@ def placed(kv: KV) -> KV:
     return jax.tree.map(lambda x: constrain(x, *names), kv)
 
 
-@partial(jax.jit, static_argnums=range(5), static_argnames=("loops", "loop_cache_slots"))
+@partial(jax.jit, static_argnames=("config", "batch", "capacity", "loops", "loop_cache_slots"))
 def init_cache(
     config: ModelConfig, batch: int, capacity: int, loops: int | None = None, loop_cache_slots: int | None = None
 ) -> Cache:
