@@ -2,12 +2,13 @@
 (stopped by SIGTERM and saved, or another process of the run was lost), 130 stopped by Ctrl-C."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mythos_jax.typed import ConfigError
@@ -204,6 +205,25 @@ def _connect(arguments: argparse.Namespace) -> None:
     connect(cluster, arguments.connect_timeout, arguments.heartbeat_timeout)
 
 
+@contextlib.contextmanager
+def _restart_on_sigterm() -> Iterator[None]:
+    """Until the training loop takes the signal over there is nothing to save, but the exit code is the same."""
+
+    def end(*_):
+        print("mythos: stopped by SIGTERM outside the training loop; the same command goes on", file=sys.stderr)
+        raise SystemExit(RESTART)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not in the main thread: signals are the caller's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from mythos_jax.config import load_config
     from mythos_jax.distributed import is_first
@@ -214,9 +234,10 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if not arguments.debug:
         quiet_background_errors()
     config = load_config(arguments.config, overrides)
-    _connect(arguments)
-    workdir = to_path(arguments.workdir or Path("runs") / config.name)
-    last = train(config, workdir, init_from=arguments.init_from)
+    with _restart_on_sigterm():
+        _connect(arguments)
+        workdir = to_path(arguments.workdir or Path("runs") / config.name)
+        last = train(config, workdir, init_from=arguments.init_from)
     if not is_first():
         return
     print(f"trained to step {last['step']}, loss {last['loss']:.4f} nats per token")

@@ -1,6 +1,9 @@
 """The command line as a user meets it: results, one-line errors, exit codes."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import jax
@@ -128,3 +131,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(place, capsys, words, line):
 def test_debug_shows_where(capsys):
     with pytest.raises(ValueError, match="cannot be read"):
         main(["train", "missing.yaml", "--debug"])
+
+
+def test_sigterm_before_the_first_step_means_start_again(place, tmp_path, capsys, monkeypatch):
+    def train(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("mythos_jax.training.train.train", train)
+    before = signal.getsignal(signal.SIGTERM)
+    line = fails(capsys, ["train", place / "tiny.yaml", "--workdir", tmp_path / "run"], code=42)
+    assert "stopped by SIGTERM outside the training loop" in line
+    assert signal.getsignal(signal.SIGTERM) == before
