@@ -25,6 +25,7 @@ from mythos_jax.training.step import abstract_state, jitted_step
 # libtpu asks the metadata server of a TPU VM what it runs on, and logs that there is none.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another compile on this machine holds no chip
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3",
