@@ -31,13 +31,15 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
     ("slots", None),  # of a cache
-    # Weights: fsdp cuts the model width, tensor cuts heads, hidden width and vocabulary, expert cuts experts.
+    # Weights: fsdp cuts the model width, tensor cuts heads, hidden width and vocabulary, expert cuts experts. What is no
+    # expert has its width cut by the expert axis too: else each expert group would keep all of it.
+    ("expert", "expert"),
+    ("embed", ("fsdp", "expert")),
     ("embed", "fsdp"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
-    ("expert", "expert"),
     ("head_dim", None),
     ("latent", None),
     ("lora", None),

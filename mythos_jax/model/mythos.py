@@ -261,12 +261,12 @@ def abstract_variables(config: ModelConfig) -> dict[str, Any]:
 
 
 def with_whole_loop(config: ModelConfig, variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables whose loop weights, where the mesh in use cuts them by fsdp, are made whole before the first loop.
+    """Variables whose loop weights, where the mesh in use cuts their width, are made whole before the first loop.
 
     Products use a copy in the compute dtype (collection `whole`); the float32 weight itself is whole only as the place
     where gradients of all loops add up, so that they are summed over devices once.
     """
-    if axis_size("fsdp") == 1:
+    if axis_size("fsdp") * axis_size("expert") == 1:
         return variables
     params = variables["params"]
     loop = nn.unbox(params["recurrence"]["cell"])
