@@ -56,6 +56,8 @@ def experts_on_mesh(
 
     def region(x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, *weights: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
+        if width_axes:
+            weights = [_fenced(w) for w in weights]
         for axis in width_axes:
             weights = [jax.lax.all_gather(w, axis, axis=i, tiled=True) for w, i in zip(weights, (1, 1, 2), strict=True)]
         first = jax.lax.axis_index("expert") * (n_experts // ways) if ways > 1 else 0
@@ -93,6 +95,16 @@ def experts_on_mesh(
 
 def _names(width: str) -> tuple[tuple[str, str, str], ...]:
     return ("expert", width, "mlp"), ("expert", width, "mlp"), ("expert", "mlp", width)
+
+
+@jax.custom_vjp
+def _fenced(w: jax.Array) -> jax.Array:
+    """w, whose gradient stays where it is made. The compiler's pass that moves sums over devices out of loops takes a
+    scattered sum that is then cast for one it can move, and ends in an internal error (libtpu 0.0.42.1)."""
+    return w
+
+
+_fenced.defvjp(lambda w: (w, None), lambda _, ct: (jax.lax.optimization_barrier(ct),))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
