@@ -65,7 +65,7 @@ printf '#!/bin/sh\nexec "%s" -m mythos_jax.cli "$@"\n' "$python" > "$mythos"
 chmod +x "$mythos"
 export MYTHOS=$mythos PYTHONPATH=$root JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 SHARED=$folder/shared NAME=tiny
 cd "$folder"
-steps=1500 every=50
+steps=600 every=50
 cat > tiny.yaml <<YAML
 model: {vocab_size: 264, dim: 32, max_seq_len: 32, loops: 2, n_heads: 2, n_kv_heads: 1, hidden_dim: 48}
 training: {steps: $steps, batch_size: 8, log_every: $every, checkpoint_every: 1000, warmup_steps: 2}
