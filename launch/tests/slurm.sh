@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A real Slurm of one node on this machine runs launch/slurm.sh: two tasks, CPU, gloo, the quickstart shortened; one of
-# them gets SIGTERM on the way, so the job goes through the queue twice. Needs root and Debian's slurm-wlm and munge:
+# A real Slurm of one node on this machine runs launch/slurm.sh: two tasks, CPU, gloo, a tiny model; one of them gets
+# SIGTERM on the way, so the job goes through the queue twice. Needs root and Debian's slurm-wlm and munge:
 #
 #     apt-get install slurm-wlm munge && launch/tests/slurm.sh [FOLDER]
 #
@@ -63,20 +63,25 @@ sinfo
 mythos=$folder/mythos
 printf '#!/bin/sh\nexec "%s" -m mythos_jax.cli "$@"\n' "$python" > "$mythos"
 chmod +x "$mythos"
-export MYTHOS=$mythos PYTHONPATH=$root JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 SHARED=$folder/shared NAME=quickstart
+export MYTHOS=$mythos PYTHONPATH=$root JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 SHARED=$folder/shared NAME=tiny
 cd "$folder"
-submitted=$(NODES=1 TASKS=2 GPUS=0 RESTARTS=2 GRACE=60 "$root/launch/slurm.sh" "$root/configs/quickstart.yaml" \
-    --data.path "$folder/data" --data.max_bytes 1000000 --training.steps 12 --training.log_every 1 \
-    --training.warmup_steps 2 --model.loops 2)
+steps=600 every=50
+cat > tiny.yaml <<YAML
+model: {vocab_size: 264, dim: 32, max_seq_len: 32, loops: 2, n_heads: 2, n_kv_heads: 1, hidden_dim: 48}
+training: {steps: $steps, batch_size: 8, log_every: $every, checkpoint_every: 1000, warmup_steps: 2}
+evaluation: {batch_size: 8, max_rows: 16, loops: [1, 2]}
+data: {sources: [$root/docs], path: $folder/data, seq_len: 16, held_out: 0.2}
+YAML
+submitted=$(NODES=1 TASKS=2 GPUS=0 RESTARTS=2 GRACE=60 "$root/launch/slurm.sh" "$folder/tiny.yaml")
 echo "$submitted"
 job=$(grep -o 'job [0-9]*' <<<"$submitted" | grep -o '[0-9]*')
-log=$folder/shared/runs/quickstart/metrics.jsonl
+log=$folder/shared/runs/tiny/metrics.jsonl
 
 for _ in $(seq 2400); do
-    grep -qs '"step": 3,' "$log" && break
-    sleep 0.5
+    grep -qs "\"step\": $every," "$log" && break
+    sleep 0.1
 done
-victim=$(pgrep -f "mythos_jax.cli train $root/configs/quickstart.yaml --workdir $folder" | tail -n 1)
+victim=$(pgrep -f "mythos_jax.cli train $folder/tiny.yaml --workdir $folder" | tail -n 1)
 echo "SIGTERM to $victim"
 kill -TERM "$victim"
 
@@ -89,11 +94,11 @@ until state=$(scontrol show job "$job" | grep -o 'JobState=[A-Z_]*') && [[ $stat
     [ "$seconds" -lt 2400 ] || break
 done
 scontrol show job "$job" | grep -o 'JobState=[A-Z]*\|Restarts=[0-9]*\|ExitCode=[0-9:]*\|NumTasks=[0-9]*'
-tr '\r' '\n' < "$folder/quickstart-$job.log" | grep -v 'step/s\|Gloo' || true
-steps=$(grep -o '"step": [0-9]*' "$log" | tr '\n' ' ')
-echo "logged: $steps"
+tr '\r' '\n' < "$folder/tiny-$job.log" | grep -v 'step/s\|Gloo' || true
+logged=$(grep -o '"step": [0-9]*' "$log" | tr -dc '0-9\n')
+tr "\n" " " <<<"logged: $logged"; echo
 [ "$state" = JobState=COMPLETED ]
-[ "$(grep -c . "$log")" = 12 ]
-grep -q 'stopped by SIGTERM after step' "$folder/quickstart-$job.log"
-grep -q 'resuming' "$folder/quickstart-$job.log"
+[ "$logged" = "$(seq "$every" "$every" "$steps")" ]
+grep -q 'stopped by SIGTERM after step' "$folder/tiny-$job.log"
+grep -q 'resuming' "$folder/tiny-$job.log"
 echo "slurm: passed"
