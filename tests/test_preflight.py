@@ -80,6 +80,19 @@ def test_instructions_count_as_often_as_their_loops_run():
     assert cost(program).flops == 15 * 2 * 8 * 16 * 4
 
 
+def test_a_traced_depth_is_told_and_a_sampler_runs_once():
+    """The inner loop compares with a value, or stops for another reason than its largest integer."""
+    bound = "  %bound.2 = s32[]{:T(128)} constant(5)\n"
+    traced = PROGRAM.replace(bound, "  %bound.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0\n")
+    assert traced != PROGRAM
+    loop = "while(%p.3), condition=%inner_condition, body=%inner_body"
+    named = traced.replace(loop, loop + ', metadata={op_name="jit(step)/jvp(Mythos.trunk)/recurrence/while"}')
+    assert parse(traced, traced_depth=7).runs["inner_body"] == 3
+    assert parse(named, traced_depth=7).runs["inner_body"] == 3 * 7
+    sampler = PROGRAM.replace(bound, bound.replace("(5)", "(2147483647)"))
+    assert parse(sampler, traced_depth=7).runs["inner_body"] == 3
+
+
 def test_collectives_have_bytes_axes_and_slices():
     """The gather joins 4 chips of the inner axis, the reduction 2 of the outer, here one a slice."""
     reduce, gather = sorted(

@@ -11,8 +11,12 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 folder=${1:-$(mktemp -d)}
 mkdir -p "$folder"/{state,spool,shared}
-pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+pids=() job=
+end() {
+    [ -z "$job" ] || { scancel "$job" && sleep 2; } 2>/dev/null || true
+    kill "${pids[@]}" 2>/dev/null || true
+}
+trap end EXIT
 
 # munge wants a key and a socket of its own, owned by who runs it.
 chmod 755 "$folder"
@@ -98,7 +102,7 @@ tr '\r' '\n' < "$folder/tiny-$job.log" | grep -v 'step/s\|Gloo' || true
 logged=$(grep -o '"step": [0-9]*' "$log" | tr -dc '0-9\n')
 tr "\n" " " <<<"logged: $logged"; echo
 [ "$state" = JobState=COMPLETED ]
-[ "$logged" = "$(seq "$every" "$every" "$steps")" ]
+[ "$logged" = "$(echo 1 && seq "$every" "$every" "$steps")" ]
 grep -q 'stopped by SIGTERM after step' "$folder/tiny-$job.log"
 grep -q 'resuming' "$folder/tiny-$job.log"
 echo "slurm: passed"

@@ -77,10 +77,12 @@ class Instruction:
 
 @dataclass
 class Module:
-    """A parsed program. computations: name to instructions, in order."""
+    """A parsed program. computations: name to instructions, in order. traced_depth: how often the recurrence runs where
+    the program does not say."""
 
     computations: dict[str, list[Instruction]] = field(default_factory=dict)
     entry: str = ""
+    traced_depth: float = 1
 
     @cached_property
     def by_name(self) -> dict[tuple[str, str], Instruction]:
@@ -102,18 +104,22 @@ class Module:
                         counts[target] += counts[name] * times
         return counts
 
-    def trips(self, loop: Instruction) -> int:
-        """The bound that a loop's condition compares with; 1 where it is no constant (a traced depth)."""
+    def trips(self, loop: Instruction) -> float:
+        """The constant that a loop's condition compares with. Where it is none: `traced_depth` for the recurrence, 1
+        for other loops (further rounds of experts under an uneven load, draws of a sampler)."""
         told = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if told:
             return int(told.group(1))
-        condition = loop.called()["condition"][0]
-        constants = [
-            int(i.operands[0])
-            for i in self.computations[condition]
+        condition = self.computations[loop.called()["condition"][0]]
+        constants = {
+            i.name: int(i.operands[0])
+            for i in condition
             if i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.type) and i.operands[0].lstrip("-").isdigit()
-        ]
-        return constants[0] if len(constants) == 1 else 1
+        }
+        bounds = [constants[name] for name in condition[-1].operands if name in constants]
+        if len(bounds) == 1 and bounds[0] < 2**31 - 1:
+            return bounds[0]
+        return self.traced_depth if loop.op_name.endswith("recurrence/while") else 1
 
     def walk(self) -> Iterator[tuple[Instruction, float]]:
         """Every instruction with how often it runs, those inside of fusions too."""
@@ -139,9 +145,9 @@ class Module:
         return order[::-1]
 
 
-def parse(text: str) -> Module:
+def parse(text: str, traced_depth: float = 1) -> Module:
     """HLO text, as `compiled.as_text()` gives it."""
-    module, current = Module(), None
+    module, current = Module(traced_depth=traced_depth), None
     for line in text.splitlines():
         if current is None:
             header = _HEADER.match(line)

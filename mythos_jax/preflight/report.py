@@ -11,6 +11,7 @@ from mythos_jax.preflight.compile import Buffer, Program, chip_bytes, compile_de
 from mythos_jax.preflight.cost import cost
 from mythos_jax.preflight.hlo import parse
 from mythos_jax.preflight.topology import GIB, Topology
+from mythos_jax.training.depth import loops_without_gradient
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def preflight(config: Config, topology: Topology, decode: bool = False, quick: b
         )
     peak = sum(hbm.values()) + program.temporaries + program.code
     fits = peak <= topology.chip.hbm_bytes
-    module = parse(program.text)
+    module = parse(program.text, traced_depth=1 if decode else loops_without_gradient(config))
     collectives = tuple(read_collectives(module, program.mesh))
     found, chip = cost(module), topology.chip
     ideal = tokens * forward_flops(config.model, config.data.seq_len // 2).at(config.model.loops)

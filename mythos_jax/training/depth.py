@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import Config, DepthConfig, max_loops, mean_loops
+from mythos_jax.sharding import constrain
 
 
 def draw_depths(config: Config, step: jax.Array, rows: int) -> jax.Array:
@@ -16,12 +17,23 @@ def draw_depths(config: Config, step: jax.Array, rows: int) -> jax.Array:
     # Apart from the keys that initialise the weights, which are drawn from the seed directly.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.training.seed), 0x6465), step)
     drawn = _DRAWS[depth.distribution](key, mean, (rows if depth.per == "sequence" else 1,))
+    # By every device for itself: else all of them wait for each other in each round of a sampler.
+    drawn = constrain(drawn, None)
     return jnp.broadcast_to(jnp.clip(drawn, 1, max_loops(config)).astype(jnp.int32), (rows,))
 
 
 def backprop_loops(config: Config) -> int:
     """Loops with gradient, static: by default all that a row can run."""
     return min(config.training.depth.backprop_loops or max_loops(config), max_loops(config))
+
+
+def loops_without_gradient(config: Config, steps: int = 32) -> float:
+    """How many loops the first phase of a step runs, as many as the row that draws most: the mean over some steps at
+    full depth, for estimates."""
+    rows = config.training.batch_size // config.training.accumulation
+    late = config.training.depth.curriculum_steps + jnp.arange(steps)
+    drawn = jax.vmap(lambda step: draw_depths(config, step, rows).max())(late)
+    return float(jnp.maximum(drawn - backprop_loops(config), 0).mean())
 
 
 def is_static(config: Config) -> bool:
