@@ -217,8 +217,12 @@ def _halting(text: str):
 
     criterion, _, threshold = text.partition(":")
     try:
-        return Halting(criterion, float(threshold) if threshold else None)
-    except ValueError as error:
+        number = float(threshold) if threshold else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: CRITERION:THRESHOLD, such as latent:0.03") from None
+    try:
+        return Halting(criterion, number)
+    except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 

@@ -55,14 +55,14 @@ def test_eval_prints_a_table_and_leaves_a_report(place, capsys):
     assert main(["eval", str(place / "run"), "--loops", "1,3"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out[:3]] == ["loops", "1", "3"]
-    assert (place / "run" / "report" / "loss_by_loops.png").exists()
+    assert (place / "run" / "report" / "index.html").exists()
 
 
 def test_eval_json_is_all_there_is_on_standard_output(place, capsys):
     assert main(["eval", str(place / "run"), "--loops", "2", "--halting", "latent:0.5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["halting"] == "latent"
-    assert 1 <= result["results"][0]["mean_loops"] <= 2
+    assert [(r["halting"], r["threshold"]) for r in result["results"]] == [(None, None), ("latent", 0.5)]
+    assert 1 <= result["results"][1]["mean_loops"] <= result["results"][0]["mean_loops"] == 2
 
 
 def test_generate_and_info(place, capsys):
@@ -112,6 +112,8 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
         (["eval", "{run}", "--loops", "1,x"], "got '1,x', allowed: integers >= 1 with commas between"),
         (["eval", "{run}", "--halting", "entropy"], "got 'entropy', allowed: act, latent"),
         (["eval", "{run}", "--halting", "act"], "allowed with readout last: latent"),
+        (["eval", "{run}", "--halting", "latent:0.1,latent:x"], "got 'latent:x', allowed: CRITERION:THRESHOLD"),
+        (["eval", "{run}", "--loops", "4-1"], "got '4-1', allowed: integers >= 1"),
         (["eval", "{run}", "--data", "{text}"], "has no manifest.json"),
         (["eval", "{run}", "--nonsense"], "'--nonsense', which `mythos eval` does not know"),
         (["generate", "{run}", "x" * 40], "max_seq_len"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +61,7 @@ def _measured(model, variables, batch, loops, halting):
     """Of a batch: sums; of each row its loops on average over the answer; of each token its loops."""
     rngs = {"state": jax.random.key(0)}  # models that start from noise: the same at every depth
     nats_BT, out = next_token_nats(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
-    best_BT = best_tokens(out.features, variables["params"]["embedding"])
+    best_BT = best_tokens(out.features, nn.unbox(variables["params"]["embedding"]))
     right_BT = (best_BT == batch["targets"]) | ~batch["mask"]
     asked_B = batch["mask"].any(-1)
     exact = (right_BT.all(-1) & asked_B).sum()

@@ -53,9 +53,11 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         end, sequences = [self.eot_token_id], []
         for _, context, continuation in requests:
-            kept = continuation[-self.max_length :]
-            tokens = (context if context[:1] == end else end + context) + kept
-            sequences.append((tokens[-(self.max_length + 1) :], len(kept)))
+            if not 1 <= len(continuation) <= self.max_length:
+                allowed = f"1 to {self.max_length}, the model's context"
+                raise ConfigError(f"--tasks: got an answer of {len(continuation)} tokens to score, allowed: {allowed}")
+            tokens = (context if context[:1] == end else end + context) + continuation
+            sequences.append((tokens[-(self.max_length + 1) :], len(continuation)))
         return self._count(sequences)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:

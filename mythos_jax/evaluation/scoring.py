@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ class Score:
 def _scores(model, variables, batch, loops, halting):
     rngs = {"state": jax.random.key(0)}
     nats_BT, out = next_token_nats(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
-    table_VD = variables["params"]["embedding"]
+    table_VD = nn.unbox(variables["params"]["embedding"])
     right_BT = (best_tokens(out.features, table_VD) == batch["targets"]) | ~batch["mask"]
     found = -nats_BT.sum(-1), right_BT.all(-1), batch["mask"].sum(-1), (out.loops * batch["mask"]).sum(-1)
     return jax.lax.with_sharding_constraint(found, PartitionSpec())  # whole on every process

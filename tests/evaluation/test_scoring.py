@@ -1,0 +1,75 @@
+"""Likelihoods and continuations of ragged sequences against one call a sequence."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig
+from mythos_jax.evaluation import scoring
+from mythos_jax.evaluation.policies import Setting
+from mythos_jax.evaluation.scoring import bucket, extend, in_batches, score
+from mythos_jax.inference.generate import generate
+from mythos_jax.model.halting import Halting
+from mythos_jax.model.mythos import Mythos
+from mythos_jax.runs import Opened
+from mythos_jax.sharding import make_mesh
+from tests.tiny import GQA_LAST, variables
+
+MODEL = GQA_LAST  # 40 tokens, 16 positions
+
+
+@pytest.fixture(scope="module")
+def opened():
+    config = Config(model=MODEL, data=DataConfig(seq_len=8), evaluation=EvaluationConfig(batch_size=8))
+    return Opened(Path("x"), config, Mythos(MODEL), variables(MODEL), None, make_mesh(MeshConfig()), None)
+
+
+def test_batches_have_few_widths():
+    lengths = [3, 100, 40, 31, 33, 64, 1, 70, 99]
+    found = list(in_batches(lengths, 3, 90))
+    assert sorted(i for numbers, _ in found for i in numbers) == list(range(9))
+    for numbers, width in found:
+        assert len(numbers) <= 3
+        assert all(bucket(lengths[i], 90) == width for i in numbers)
+    assert {width for _, width in found} == {32, 64, 90}
+
+
+@pytest.mark.parametrize("halting", [None, Halting("latent", 0.4)])
+def test_scores_are_those_of_single_calls(opened, halting, monkeypatch):
+    monkeypatch.setattr(scoring, "SHORTEST", 4)
+    rng = np.random.default_rng(0)
+    sequences = [(rng.integers(0, 40, n).tolist(), k) for n, k in [(17, 16), (5, 2), (9, 1), (2, 1), (12, 5)] * 2]
+    run = jax.jit(lambda tokens: opened.model.apply(opened.variables, tokens, loops=jax.numpy.int32(3), halting=halting))
+    best = np.asarray(run(np.array([sequences[1][0][:-1]])).logits[0, -2:]).argmax(-1)
+    sequences[1] = sequences[1][0][:-2] + best[:1].tolist() + sequences[1][0][-1:], 2  # its first scored token is right
+    found = score(opened, sequences, Setting(3, halting), progress=False)
+    for (tokens, k), got in zip(sequences[:5], found, strict=False):
+        out = run(np.array([tokens[:-1]]))
+        logits = np.asarray(out.logits[0, -k:], np.float64)
+        wanted = np.array(tokens[-k:])
+        nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(k), wanted]
+        assert got.log_likelihood == pytest.approx(-nats.sum(), abs=1e-4)
+        assert got.greedy == bool((logits.argmax(-1) == wanted).all())
+        assert (got.tokens, got.loops) == (k, int(out.loops[0, -k:].sum()))
+    for tokens in ([1], list(range(18))):
+        with pytest.raises(ValueError, match=r"allowed: 1 <= n < tokens <= 17"):
+            score(opened, [(tokens, 1)], Setting(3), progress=False)
+
+
+def test_continuations_are_those_of_single_prompts(opened):
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 40, n).tolist() for n in (3, 5, 12, 2)]  # the third loses four tokens
+    alone = []
+    for prompt in prompts:
+        result = generate(opened.model, opened.variables, np.array([prompt[-8:]]), max_new_tokens=8, loops=3)
+        alone.append((result.tokens[0].tolist(), int(result.loops.sum())))
+    stop = alone[1][0][3]
+    found = extend(opened, prompts, Setting(3), max_new_tokens=8, stop_tokens=(stop,), progress=False)
+    for (tokens, loops), got in zip(alone, found, strict=True):
+        until = tokens.index(stop) if stop in tokens else 8
+        assert got.tokens == tokens[:until]
+        assert got.drawn == min(until + 1, 8)
+        assert got.loops == loops * got.drawn / 8
+    assert len(found[1].tokens) <= 3
