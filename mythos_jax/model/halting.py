@@ -1,4 +1,4 @@
-"""Deciding per token when its loops end: learned (ACT), or zero-shot, by how much the state or the logits still move."""
+"""Deciding per token when its loops end: learned (ACT), or zero-shot, by how far state or logits still move."""
 
 import math
 import operator
