@@ -4,11 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.halting import DEFAULT_THRESHOLDS, Halting, check_halting
-
-# These read the logits after each loop. In decode they are exact; in a full forward pass the coda sees the
-# neighbours' current states, so that what they cost and give is an estimate (docs/model.md).
-READS_LOGITS = frozenset({"kl", "entropy", "argmax"})
+from mythos_jax.model.halting import Halting, check_halting
 
 # Thresholds of a policy that names none: from "nearly every loop runs" to "nearly none does".
 SWEEPS: dict[str, tuple[float, ...]] = {
@@ -38,8 +34,9 @@ class Setting:
 
     @property
     def approximate(self) -> bool:
-        """Whether decoding token by token may give something else than the full forward pass that is measured."""
-        return self.criterion in READS_LOGITS
+        """Whether decoding token by token may give something else than the full forward pass that is measured: the
+        coda then sees its neighbours' current states (docs/model.md)."""
+        return self.halting is not None and self.halting.reads_logits
 
 
 def fixed(depths: Iterable[int]) -> list[Setting]:
@@ -56,14 +53,9 @@ def settings(config: ModelConfig, depths: Sequence[int], policies: Sequence[Halt
     chosen = fixed(sorted(set(depths)))
     for policy in policies:
         check_halting(config, policy, cached=False)
-        sweep = default_sweep(policy.criterion) if policy.threshold is None else (policy.threshold,)
+        sweep = SWEEPS[policy.criterion] if policy.threshold is None else (policy.threshold,)
         chosen += [Setting(max(depths), policy.replace(threshold=float(threshold))) for threshold in sweep]
     return list(dict.fromkeys(chosen))
-
-
-def default_sweep(criterion: str) -> tuple[float, ...]:
-    """Thresholds for a criterion, from the strictest on; around its default where no others are known."""
-    return SWEEPS.get(criterion) or tuple(DEFAULT_THRESHOLDS[criterion] * factor for factor in (0.1, 0.3, 1, 3, 10, 30))
 
 
 def default_depths(trained: int) -> list[int]:

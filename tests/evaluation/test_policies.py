@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from mythos_jax.config import ConfigError, ModelConfig
 from mythos_jax.evaluation.depths import DepthResult
 from mythos_jax.evaluation.pareto import Panel, Point, panels, pooled, savings
-from mythos_jax.evaluation.policies import default_depths, default_sweep, settings
+from mythos_jax.evaluation.policies import SWEEPS, default_depths, settings
 from mythos_jax.evaluation.ranks import by_parts, rank_correlation
 from mythos_jax.model.halting import CRITERIA, Halting
 
@@ -27,14 +27,14 @@ def test_policies_follow_the_depths_and_may_sweep():
     assert {s.loops for s in found[2:]} == {4}
     thresholds = [s.threshold for s in found[2:]]
     assert thresholds[0] == 0.2
-    assert sorted(thresholds) == sorted(default_sweep("latent"))  # 0.2 is in the sweep, and runs once
+    assert sorted(thresholds) == sorted(SWEEPS["latent"])  # 0.2 is in the sweep, and runs once
     with pytest.raises(ConfigError, match="allowed with readout last"):
         settings(MODEL, [1], [Halting("act")])
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_has_a_sweep(criterion):
-    sweep = default_sweep(criterion)
+    sweep = SWEEPS[criterion]
     assert len(set(sweep)) == len(sweep) >= 5
 
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig
+from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig
 from mythos_jax.evaluation import scoring
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.scoring import bucket, extend, in_batches, score
@@ -15,15 +16,16 @@ from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs import Opened
 from mythos_jax.sharding import make_mesh
-from tests.tiny import GQA_LAST, variables
+from tests.tiny import variables
 
-MODEL = GQA_LAST  # 40 tokens, 16 positions
+MODEL = ModelConfig(vocab_size=40, dim=32, max_seq_len=16, loops=3, n_heads=2, n_kv_heads=1, hidden_dim=48)
 
 
 @pytest.fixture(scope="module")
 def opened():
     config = Config(model=MODEL, data=DataConfig(seq_len=8), evaluation=EvaluationConfig(batch_size=8))
-    return Opened(Path("x"), config, Mythos(MODEL), variables(MODEL), None, make_mesh(MeshConfig()), None)
+    weights = jax.tree.map(jnp.asarray, variables(MODEL))
+    return Opened(Path("x"), config, Mythos(MODEL), weights, None, make_mesh(MeshConfig()), None)
 
 
 def test_batches_have_few_widths():
@@ -36,15 +38,19 @@ def test_batches_have_few_widths():
     assert {width for _, width in found} == {32, 64, 90}
 
 
-@pytest.mark.parametrize("halting", [None, Halting("latent", 0.4)])
+@pytest.mark.parametrize("halting", [None, Halting("latent", 0.2)])
 def test_scores_are_those_of_single_calls(opened, halting, monkeypatch):
     monkeypatch.setattr(scoring, "SHORTEST", 4)
     rng = np.random.default_rng(0)
     sequences = [(rng.integers(0, 40, n).tolist(), k) for n, k in [(17, 16), (5, 2), (9, 1), (2, 1), (12, 5)] * 2]
-    run = jax.jit(lambda tokens: opened.model.apply(opened.variables, tokens, loops=jax.numpy.int32(3), halting=halting))
-    best = np.asarray(run(np.array([sequences[1][0][:-1]])).logits[0, -2:]).argmax(-1)
-    sequences[1] = sequences[1][0][:-2] + best[:1].tolist() + sequences[1][0][-1:], 2  # its first scored token is right
-    found = score(opened, sequences, Setting(3, halting), progress=False)
+    run = jax.jit(lambda tokens: opened.model.apply(opened.variables, tokens, loops=jnp.int32(5), halting=halting))
+    for place, k in (1, 2), (2, 1):  # make the first scored token right: of two, and the only one
+        tokens = sequences[place][0]
+        best = run(np.array([tokens[:-1]])).logits[0, -k].argmax()
+        sequences[place] = [*tokens[:-k], int(best), *tokens[len(tokens) - k + 1 :]], k
+    found = score(opened, sequences, Setting(5, halting), progress=False)
+    assert len({s.loops / s.tokens for s in found}) > (1 if halting else 0)
+    assert len({s.greedy for s in found}) == 2
     for (tokens, k), got in zip(sequences[:5], found, strict=False):
         out = run(np.array([tokens[:-1]]))
         logits = np.asarray(out.logits[0, -k:], np.float64)
