@@ -110,7 +110,7 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
         (["eval", "nothing-here"], "nothing-here: no such file or directory"),
         (["eval", "{run}", "--step", "7"], "no checkpoint of step 7; allowed: 2"),
         (["eval", "{run}", "--loops", "1,x"], "got '1,x', allowed: integers >= 1 with commas between"),
-        (["eval", "{run}", "--halting", "entropy"], "got 'entropy', allowed: act, latent"),
+        (["eval", "{run}", "--halting", "luck"], "got 'luck', allowed: act, latent"),
         (["eval", "{run}", "--halting", "act"], "allowed with readout last: latent"),
         (["eval", "{run}", "--halting", "latent:0.1,latent:x"], "got 'latent:x', allowed: CRITERION:THRESHOLD"),
         (["eval", "{run}", "--loops", "4-1"], "got '4-1', allowed: integers >= 1"),

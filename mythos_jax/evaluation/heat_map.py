@@ -24,7 +24,6 @@ def text_map(trace: TokenTrace, says: Says) -> str:
             at = places[group]
             loops, nats = trace.loops_NT[row, at].mean(), trace.nats_NT[row, at].sum()
             spans.append(_span(text, loops, deepest, f"{loops:g} loops, {nats:.2f} nats"))
-        spans.append("\n")
         if shown >= SHOWN:
             break
     mean = trace.loops_NT[trace.mask_NT].mean()

@@ -44,6 +44,7 @@ tr + tr td { border-top: 1px solid var(--line) }
 .key { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem; margin: .5rem 0; font-size: .88rem }
 .swatch { min-width: 1.9rem; padding: 0 .3rem; text-align: center; border-radius: 3px }
 .cell { background: rgb(var(--heat) / var(--h)) } details { margin-top: .8rem } summary { cursor: pointer }
+@media (max-width: 30rem) { th, td { padding: .28rem .38rem } table { font-size: .82rem } }
 footer { margin-top: 2.5rem; font-size: .88rem }
 """
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ ESTIMATE = (
     "A star: this criterion reads the logits. In a full forward pass the coda sees its neighbours' current states, so "
     "the number is an estimate of what decoding does."
 )
+
+TICKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of loops, on a logarithmic axis
 
 
 def write_report(folder: str | Path, evaluation: Evaluation, command: str) -> tuple[Path, Path]:
@@ -155,7 +158,7 @@ def _pareto(panel: Panel, trained: int) -> str:
         series.append(Series(name + star, [(p.mean_loops, p.value) for p in points], i, notes))
     picture = line_chart(
         series,
-        Axis("mean loops a token", log=True, ticks=range(1, max(p.loops for p in panel.points) + 1)),
+        Axis("mean loops a token", log=True, ticks=TICKS),
         _quality_axis(panel.measure),
         alt=f"{panel.measure} against mean loops, a line for fixed depths and one for each policy. {_in_words(panel)}",
         level=reference.value,
@@ -175,22 +178,48 @@ def _pareto(panel: Panel, trained: int) -> str:
         f"{better} is better), and the share of its loops that they save. Over fixed: the value less what fixed depths "
         "give at the same mean loops."
     )
-    heading = f"<h3>{panel.group}</h3>" if panel.group else ""
-    return heading + pair(picture, kept + f'<p class="quiet">{words}</p>')
+    heading = f"<h3>{escape(panel.group)}</h3>" if panel.group else ""
+    return heading + pair(picture, kept + f'<p class="quiet">{escape(words)}</p>' + _against_fixed(panel))
+
+
+def _against_fixed(panel: Panel) -> str:
+    """How far each policy is from fixed depths of the same cost: what the whole range is too coarse to show."""
+    series = []
+    for i, (name, points) in enumerate(panel.policies.items()):
+        inside = [p for p in points if panel.fixed[0].loops <= p.mean_loops <= panel.fixed[-1].loops]
+        notes = [f"{setting_name(p)}: {p.value - panel.at(p.mean_loops):+.3g}" for p in inside]
+        over = [(p.mean_loops, p.value - panel.at(p.mean_loops)) for p in inside]
+        series.append(Series(name + ("*" if points[0].approximate else ""), over, i, notes))
+    series = [s for s in series if s.points]
+    if not series:
+        return ""
+    best = (max if panel.higher_is_better else min)((y, s.name) for s in series for _, y in s.points)
+    picture = line_chart(
+        series,
+        Axis("mean loops a token", log=True, ticks=TICKS),
+        Axis(f"{panel.measure}, over fixed"),
+        alt=f"Each policy less fixed depths at the same mean loops; at best {best[0]:+.3g}, by {best[1]}.",
+        level=0.0,
+    )
+    better = "above" if panel.higher_is_better else "below"
+    return f"<figure>{picture}</figure><p class=quiet>Less fixed depths at the same cost: {better} 0 is better.</p>"
 
 
 def _heat_maps(evaluation: Evaluation) -> str:
     """One heat map for each criterion, the first one open."""
     parts = []
-    for i, (name, trace) in enumerate(most_telling(evaluation.traces).items()):
+    for i, trace in enumerate(most_telling(evaluation.traces).values()):
         draw = text_map if isinstance(trace, TokenTrace) else problem_map
         title = f"{setting_name(trace.setting)}, at most {trace.setting.loops} loops"
         parts.append(
-            f"<details{' open' if i == 0 else ''} data-criterion={name}><summary>{title}</summary>"
-            f"{draw(trace, evaluation.says)}</details>"
+            f"<details{' open' if i == 0 else ''}><summary>{title}</summary>{draw(trace, evaluation.says)}</details>"
         )
     if isinstance(evaluation.traces[0], TokenTrace):
-        words = "Held-out text; each token in the colour of the loops that were spent on predicting it."
+        length = evaluation.traces[0].rows_NT.shape[1]
+        words = (
+            "Held-out text; each token in the colour of the loops that were spent on predicting it. Every "
+            f"{length} tokens the context begins anew."
+        )
     else:
         words = "The first problem of each difficulty; each symbol in the colour of the loops that its place took."
     words += " Shown of each criterion is the threshold at which loops differ most. Point at a token for its numbers."
@@ -203,11 +232,13 @@ def _harder(evaluation: Evaluation) -> str:
     for i, trace in enumerate(most_telling(evaluation.traces).values()):
         if isinstance(trace, TokenTrace):
             hard, loops = trace.nats_NT[trace.mask_NT], trace.loops_NT[trace.mask_NT]
-            x, y = by_parts(hard, loops)
+            nats, y = by_parts(hard, loops)
+            x = np.arange(1, len(y) + 1)
+            notes = [f"{a:.3g} nats: {b:.2f} loops" for a, b in zip(nats, y, strict=True)]
         else:
             x = np.unique(trace.difficulty_N)
             y = np.array([trace.loops_N[trace.difficulty_N == d].mean() for d in x])
-        notes = [f"{a:.3g}: {b:.2f} loops" for a, b in zip(x, y, strict=True)]
+            notes = [f"difficulty {a}: {b:.2f} loops" for a, b in zip(x, y, strict=True)]
         series.append(Series(setting_name(trace.setting), list(zip(x.tolist(), y.tolist(), strict=True)), i, notes))
     for trace in evaluation.traces:
         if isinstance(trace, ExampleTrace):
@@ -216,8 +247,8 @@ def _harder(evaluation: Evaluation) -> str:
             rank = _rank_of(evaluation, trace)
             mean = trace.loops_NT[trace.mask_NT].mean()
         rows.append([setting_name(trace.setting), f"{mean:.2f}", "all alike" if rank is None else f"{rank:+.3f}"])
-    hardness = "loss at the deepest fixed depth, nats (tenths of the tokens)" if of_text else "difficulty"
-    x_axis = Axis(hardness) if of_text else Axis(hardness, ticks=[p[0] for p in series[0].points])
+    hardness = "tenth of the tokens, by loss, the easiest first" if of_text else "difficulty"
+    x_axis = Axis(hardness, ticks=[p[0] for p in series[0].points])
     told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
     picture = line_chart(series, x_axis, Axis("mean loops"), alt=f"Mean loops against {hardness}: {told}.")
     words = (

@@ -7,7 +7,7 @@ from html import escape
 
 # Drawn small, so that letters stay legible where a phone shrinks the picture.
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 14, 46
 COLOURS = 6  # classes c0 … c5 of the style sheet; `base` is the grey one
 MARKS = ("circle", "square", "diamond", "up", "down", "cross")
 
@@ -49,13 +49,13 @@ def line_chart(
     xs = [p[0] for s in series for p in s.points]
     ys = [p[1] for s in series for p in s.points] + [v for s in series for b in s.band for v in b[1:]]
     place_x, x_ticks = _scale(x, [*xs, *([marker[0]] if marker else [])], LEFT + 10, WIDTH - RIGHT - 10)
-    place_y, y_ticks = _scale(y, ys, HEIGHT - BOTTOM - 8, TOP + 8)
+    place_y, y_ticks = _scale(y, [*ys, *([level] if math.isfinite(level) else [])], HEIGHT - BOTTOM - 8, TOP + 8)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">']
     parts += [_row(place_y(value), "grid", y.text(value)) for value in y_ticks]
     parts += [_column(place_x(value), "grid", x.text(value)) for value in _apart(x_ticks, place_x)]
     parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 8, "middle", x.label, "label"))
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<g transform="translate(13 {middle}) rotate(-90)">{_text(0, 0, "middle", y.label, "label")}</g>')
+    parts.append(f'<g transform="translate(12 {middle}) rotate(-90)">{_text(0, 0, "middle", y.label, "label")}</g>')
     if math.isfinite(level):
         parts.append(_row(place_y(level), "mark"))
     if marker:

@@ -25,7 +25,7 @@ def columns(results: Sequence[Result]) -> list[Column]:
     halting = [Column("halting", policy)] if any(r.halting for r in results) else []
     if isinstance(first, DepthResult):
         rank = Column(
-            "loss ~ loops", lambda r: "" if r.rank_correlation is None else f"{r.rank_correlation:+.2f}"
+            "rank corr.", lambda r: "" if r.rank_correlation is None else f"{r.rank_correlation:+.2f}"
         )  # Spearman's
         return [
             loops,
