@@ -120,7 +120,7 @@ def evaluate_on_tasks(
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise ConfigError("--tasks: needs lm-evaluation-harness; pip install 'mythos-jax[lm_eval]'") from None
+        raise ConfigError("--tasks: needs lm-evaluation-harness; pip install 'mythos-jax[lm-eval]'") from None
     check_batch(opened.mesh, opened.config.evaluation.batch_size, "evaluation.batch_size")
     chosen = chosen_settings(opened, loops or [opened.config.model.loops], halting)
     results = evaluate_tasks(

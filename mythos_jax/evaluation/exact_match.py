@@ -17,7 +17,7 @@ from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.ranks import rank_correlation
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.ops.cross_entropy import best_tokens
+from mythos_jax.ops.best_tokens import best_tokens
 from mythos_jax.sharding import batch_sharding, local_rows, to_global, use_mesh
 
 

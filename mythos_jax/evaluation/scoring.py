@@ -16,7 +16,7 @@ from mythos_jax.config import ConfigError
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.likelihood import next_token_nats
-from mythos_jax.ops.cross_entropy import best_tokens
+from mythos_jax.ops.best_tokens import best_tokens
 from mythos_jax.runs import Opened
 from mythos_jax.sharding import batch_sharding, local_rows, to_global, use_mesh
 

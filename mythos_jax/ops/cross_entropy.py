@@ -1,6 +1,4 @@
-"""Next-token cross-entropy, and the likeliest next tokens, without ever holding all logits at once."""
-
-from collections.abc import Callable
+"""Next-token cross-entropy that never holds all logits at once."""
 
 import jax
 import jax.numpy as jnp
@@ -20,45 +18,25 @@ def cross_entropy(
     chunk: positions whose logits exist at a time (default: all for a small vocabulary, else 256); the backward pass
     computes them again. The table's gradient is summed in its own dtype, float32.
     """
+    T, V = features_BTD.shape[1], table_VD.shape[0]
+    chunk = min(T, chunk or (T if V <= WHOLE_VOCAB else CHUNK))
 
     def nats(features, targets):
-        logits = _logits(features, table_VD)
+        table = constrain(table_VD.astype(features.dtype), "vocab", "act_embed")
+        logits = jnp.einsum("BTD,VD->BTV", features, table, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", "length", "act_vocab")
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
-    return _in_parts(nats, (features_BTD, targets_BT), table_VD.shape[0], chunk)
-
-
-def best_tokens(features_BTD: jax.Array, table_VD: jax.Array, chunk: int | None = None) -> jax.Array:
-    """The likeliest token of each position, int32 [B, T]; arguments as in `cross_entropy`."""
-
-    def best(features):
-        return jnp.argmax(_logits(features, table_VD), axis=-1).astype(jnp.int32)
-
-    return _in_parts(best, (features_BTD,), table_VD.shape[0], chunk)
-
-
-def _logits(features_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
-    table_VD = constrain(table_VD.astype(features_BTD.dtype), "vocab", "act_embed")
-    logits_BTV = jnp.einsum("BTD,VD->BTV", features_BTD, table_VD, preferred_element_type=jnp.float32)
-    return constrain(logits_BTV, "batch", "length", "act_vocab")
-
-
-def _in_parts(
-    run: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], vocabulary: int, chunk: int | None
-) -> jax.Array:
-    """`run` of arrays [B, T, …] to [B, T], on `chunk` positions at a time."""
-    B, T = arrays[0].shape[:2]
-    chunk = min(T, chunk or (T if vocabulary <= WHOLE_VOCAB else CHUNK))
     if chunk == T:
-        return run(*arrays)
+        return nats(features_BTD, targets_BT)
     pad = -T % chunk
     n = (T + pad) // chunk
 
     def cut(x):
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, chunk, n, *x.shape[2:]), 2, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunk, n, *x.shape[2:]), 2, 0)
 
     # Part i takes positions i, i + n, i + 2 n, …: rows and positions cut over devices stay where they are.
-    parts = jax.lax.map(jax.checkpoint(lambda part: run(*part)), tuple(map(cut, arrays)))
-    return jnp.moveaxis(parts, 0, 2).reshape(B, n * chunk)[:, :T]
+    parts = jax.lax.map(jax.checkpoint(lambda part: nats(*part)), (cut(features_BTD), cut(targets_BT)))
+    return jnp.moveaxis(parts, 0, 2).reshape(features_BTD.shape[0], n * chunk)[:, :T]
