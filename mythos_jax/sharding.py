@@ -31,8 +31,8 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
     ("slots", None),  # of a cache
-    # Weights: fsdp cuts the model width, tensor cuts heads, hidden width and vocabulary, expert cuts experts. What is no
-    # expert has its width cut by the expert axis too: else each expert group would keep all of it.
+    # Weights: fsdp cuts the model width, tensor cuts heads, hidden width and vocabulary, expert cuts experts. What is
+    # no expert has its width cut by the expert axis too: else each expert group would keep all of it.
     ("expert", "expert"),
     ("embed", ("fsdp", "expert")),
     ("embed", "fsdp"),

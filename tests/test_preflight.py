@@ -91,6 +91,18 @@ def test_collectives_have_bytes_axes_and_slices():
     assert (reduce.ici, reduce.dcn) == (0, 3 * 2 * (8 * 16 * 2) / 2)
 
 
+def test_the_pieces_of_one_collective_count_once():
+    """The compiler spreads a gather over several fusions; its pieces share a chain."""
+    line = next(line for line in PROGRAM.splitlines() if " all-gather(" in line)
+    piece = line.replace("channel_id=1", 'channel_id=1, frontend_attributes={chain_id="7"}')
+    for program, count in [
+        (PROGRAM.replace(line, piece + "\n" + piece.replace("%all ", "%all.2 ")), 1),
+        (PROGRAM.replace(line, line + "\n" + line.replace("%all ", "%all.2 ")), 2),
+    ]:
+        found = read_collectives(parse(program), mesh(*[0] * 8, data=2, fsdp=4))
+        assert sum(c.kind == "all-gather" for c in found) == count
+
+
 def test_only_hbm_counts_as_moved():
     """The weights of PROGRAM lie in fast memory, memory space 1; the product reads x and writes y, in float32."""
     program = parse(PROGRAM)

@@ -6,6 +6,7 @@ import re
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -14,6 +15,7 @@ from mythos_jax.config import Config, ConfigError, MeshConfig, ModelConfig, Trai
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.ops.cross_entropy import cross_entropy
 from mythos_jax.sharding import (
     batch_sharding,
     check_batch,
@@ -88,6 +90,25 @@ def test_a_step_on_eight_devices_is_the_step_on_one(model, mesh):
     assert max(np.abs(g).max() for g in jax.tree.leaves(one["gradients"])) > 0.1
     difference, where = parallelism.worst(one, parallelism.loss_and_gradients(model, parallelism.MESHES[mesh]))
     assert difference < 1e-5, where
+
+
+def test_the_loss_on_a_mesh_is_that_on_one_device():
+    """In parts, with vocabulary, width, rows and positions all cut; and with rows that the mesh does not divide."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    table = jax.random.normal(keys[1], (40, 8))
+
+    def both(features, table, targets):
+        return jax.value_and_grad(lambda f, t: jnp.sin(cross_entropy(f, t, targets, chunk=4)).sum(), (0, 1))(
+            features, table
+        )
+
+    for rows, mesh in [(4, MeshConfig(fsdp=2, tensor=2, sequence=2)), (3, MeshConfig(data=2, fsdp=2, tensor=2))]:
+        features = jax.random.normal(keys[0], (rows, 14, 8))
+        targets = jax.random.randint(keys[2], (rows, 14), 0, 40)
+        expected = both(features, table, targets)
+        with use_mesh(make_mesh(mesh)):
+            found = jax.jit(both)(features, table, targets)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
 
 
 def in_loops(hlo):

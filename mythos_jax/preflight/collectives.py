@@ -30,11 +30,16 @@ class Collective:
 
 def read_collectives(module: Module, mesh: Mesh) -> list[Collective]:
     """Every collective that runs, in the order of the program text."""
-    found = []
+    found, chains = [], set()
     for instruction, runs in module.walk():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
+        # The TPU compiler writes a collective that other work is fused into once for each piece of that work.
+        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+        if chain and chain[1] in chains:
+            continue
+        chains.add(chain and chain[1])
         # The TPU compiler writes a reduce-scatter as an all-reduce in a computation of this name.
         if kind == "all-reduce" and instruction.computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"

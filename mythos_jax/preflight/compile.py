@@ -57,7 +57,8 @@ class OutOfMemory:
 @dataclass(frozen=True)
 class Program:
     """What was compiled. state: abstract arrays by part of the state (parameters, optimizer, …). text: the optimised
-    HLO. temporaries, code: bytes on a chip. refusal: why it does not fit, and then the others are empty."""
+    HLO. temporaries: bytes on a chip beside the state, at the worst moment. code: bytes on a chip. refusal: why it does
+    not fit, and then the others are empty."""
 
     mesh: Mesh
     state: dict[str, Any]
@@ -179,7 +180,8 @@ def _compile(lowered: Any, mesh: Mesh, state: dict[str, Any], quick: bool) -> Pr
         mesh,
         state,
         text=compiled.as_text(),
-        temporaries=memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        # At the worst moment, as the compiler counts to accept a program; `temp_size` is the sum of all it ever holds.
+        temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
     )
 

@@ -71,7 +71,6 @@ def preflight(config: Config, topology: Topology, decode: bool = False, quick: b
             seconds={},
             fits=False,
         )
-    # What is more than the compiler's own count (it may lay one buffer over another) errs to the safe side.
     peak = sum(hbm.values()) + program.temporaries + program.code
     fits = peak <= topology.chip.hbm_bytes
     module = parse(program.text)
