@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.sharding import batch_sharding, local_rows, to_global, use_mesh
@@ -39,7 +39,7 @@ def _changes(model, variables, batch, loops):
         method="trunk",
     )
     change_LBT = jnp.where(batch["mask"], out.aux.change_LBT, jnp.nan)
-    return jnp.nanquantile(change_LBT, jnp.array(QUANTILES), axis=(1, 2)).T
+    return _whole(jnp.nanquantile(change_LBT, jnp.array(QUANTILES), axis=(1, 2)).T)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -52,7 +52,12 @@ def _load(model, variables, batch, loops):
         rngs={"state": jax.random.key(0)},
         method="trunk",
     )
-    return out.aux.expert_load
+    return _whole(out.aux.expert_load)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """So that every process can read all of it."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def trace_loops(model: Mythos, variables: Any, batch: dict[str, np.ndarray], loops: int, *, mesh: Mesh) -> LoopTrace:
