@@ -21,7 +21,8 @@ h3 { font-size: 1rem; margin: 1rem 0 .3rem } p { margin: .3rem 0 .8rem; max-widt
 section { margin-top: 2.2rem; padding-top: 1.4rem; border-top: 1px solid var(--line) }
 .pair { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem 2rem; align-items: start }
 @media (min-width: 60rem) { .pair { grid-template-columns: minmax(0, 11fr) minmax(0, 9fr) } }
-figure { margin: 0 } figure > svg { display: block; width: 100%; max-width: 40rem; height: auto }
+figure { margin: 0 } .pair + .pair { margin-top: 1rem }
+svg[role] { display: block; width: 100%; max-width: 40rem; height: auto }
 svg text { font-size: 13px; fill: var(--quiet); font-variant-numeric: tabular-nums } svg .label { fill: var(--ink) }
 svg .halo { paint-order: stroke; stroke: var(--back); stroke-width: 4px }
 svg .grid { stroke: var(--line) } svg .mark { stroke: var(--base); stroke-dasharray: 4 4 }
@@ -76,9 +77,9 @@ def section(title: str, words: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2><p>{escape(words)}</p>{''.join(parts)}</section>"
 
 
-def pair(picture: str, numbers: str) -> str:
-    """A picture, and beside it (on a phone: below) its numbers."""
-    return f'<div class="pair"><figure>{picture}</figure><div>{numbers}</div></div>'
+def pair(left: str, right: str) -> str:
+    """Two things side by side, on a phone one below the other."""
+    return f'<div class="pair"><div>{left}</div><div>{right}</div></div>'
 
 
 def page(title: str, facts: Sequence[str], command: str, sections: Sequence[str], footer: str) -> str:

@@ -179,7 +179,7 @@ def _pareto(panel: Panel, trained: int) -> str:
         "give at the same mean loops."
     )
     heading = f"<h3>{escape(panel.group)}</h3>" if panel.group else ""
-    return heading + pair(picture, kept + f'<p class="quiet">{escape(words)}</p>' + _against_fixed(panel))
+    return heading + pair(picture, _against_fixed(panel)) + pair(kept, f'<p class="quiet">{escape(words)}</p>')
 
 
 def _against_fixed(panel: Panel) -> str:
@@ -202,7 +202,8 @@ def _against_fixed(panel: Panel) -> str:
         level=0.0,
     )
     better = "above" if panel.higher_is_better else "below"
-    return f"<figure>{picture}</figure><p class=quiet>Less fixed depths at the same cost: {better} 0 is better.</p>"
+    words = f"The same, less what fixed depths give at that cost: {better} 0 is better."
+    return f'<figure>{picture}</figure><p class="quiet">{words}</p>'
 
 
 def _heat_maps(evaluation: Evaluation) -> str:
@@ -246,7 +247,7 @@ def _harder(evaluation: Evaluation) -> str:
         else:
             rank = _rank_of(evaluation, trace)
             mean = trace.loops_NT[trace.mask_NT].mean()
-        rows.append([setting_name(trace.setting), f"{mean:.2f}", "all alike" if rank is None else f"{rank:+.3f}"])
+        rows.append([setting_name(trace.setting), f"{mean:.2f}", "–" if rank is None else f"{rank:+.3f}"])
     hardness = "tenth of the tokens, by loss, the easiest first" if of_text else "difficulty"
     x_axis = Axis(hardness, ticks=[p[0] for p in series[0].points])
     told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
