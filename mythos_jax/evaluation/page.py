@@ -24,7 +24,6 @@ section { margin-top: 2.2rem; padding-top: 1.4rem; border-top: 1px solid var(--l
 figure { margin: 0 } .pair + .pair { margin-top: 1rem }
 svg[role] { display: block; width: 100%; max-width: 40rem; height: auto }
 svg text { font-size: 13px; fill: var(--quiet); font-variant-numeric: tabular-nums } svg .label { fill: var(--ink) }
-svg .halo { paint-order: stroke; stroke: var(--back); stroke-width: 4px }
 svg .grid { stroke: var(--line) } svg .mark { stroke: var(--base); stroke-dasharray: 4 4 }
 .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round } .dashed { stroke-dasharray: 2 5 }
 .dot { fill: currentColor; stroke: var(--back); stroke-width: 1 } .band { fill: currentColor; opacity: .16 }

@@ -52,10 +52,16 @@ def as_html(evaluation: Evaluation, command: str) -> str:
         if evaluation.inside.expert_share_LGE is not None:
             sections.append(_experts(evaluation.inside))
     made = f"Made by mythos_jax on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; the same numbers are in evaluation.json."
-    return page(f"{about['name']}: what depth buys", _facts(about), command, sections, made)
+    return page(
+        f"{about['name']}: what depth buys",
+        _facts(about, getattr(evaluation.results[0], "tokens", 0)),
+        command,
+        sections,
+        made,
+    )
 
 
-def _facts(about: dict[str, Any]) -> list[str]:
+def _facts(about: dict[str, Any], tokens: int) -> list[str]:
     facts = [f"{about['parameters']:,} parameters", f"trained with {about['loops']} loops"]
     if about["step"] is not None:
         facts += [f"step {about['step']:,}", f"seed {about['seed']}"]
@@ -65,7 +71,7 @@ def _facts(about: dict[str, Any]) -> list[str]:
         facts.append(f"tasks {', '.join(about['tasks'])}, seed {about['task_seed']}")
     elif "data" in about:
         parts = [about["data"]] if isinstance(about["data"], str) else about["data"]
-        facts.append(f"held-out text of {', '.join(parts)}")
+        facts.append(f"{tokens:,} tokens of held-out text of {', '.join(parts)}")
     return facts
 
 
@@ -108,7 +114,10 @@ def _by_depth(evaluation: Evaluation, measured: Sequence[Panel]) -> str:
         rows = [[c.text(r) for c in shown] for r in evaluation.results if r.halting is None]
         return table([c.name for c in shown], rows, "Loss at each depth")
     several = len({panel.measure for panel in measured}) > 1
-    names = [f"{panel.group}: {panel.measure}" if several else panel.group for panel in measured]
+    names = [
+        f"{panel.group}: {panel.measure}" if several else panel.group.replace("difficulty", "diff.")
+        for panel in measured
+    ]
     depths = [p.loops for p in measured[0].fixed]
     rows = [[str(depth), *(f"{panel.fixed[i].value:.4g}" for panel in measured)] for i, depth in enumerate(depths)]
     return table(["loops", *names], rows, f"{measured[0].measure} at each depth")
@@ -124,7 +133,7 @@ def _halting(evaluation: Evaluation, measured: Sequence[Panel]) -> list[str]:
         if len(trained) < len(measured):
             wanted.append(pooled(measured, "all difficulties, counting alike"))
     starred = any(r.approximate for r in evaluation.results)
-    parts = [_pareto(panel, about["loops"]) for panel in wanted]
+    parts = [_pareto(panel, about["loops"], named="tasks" in about) for panel in wanted]
     shown = columns(evaluation.results)
     halted = [r for r in evaluation.results if r.halting]
     everything = table([c.name for c in shown], [[c.text(r) for c in shown] for r in halted], "Every halting policy")
@@ -142,7 +151,8 @@ def _halting(evaluation: Evaluation, measured: Sequence[Panel]) -> list[str]:
     ]
 
 
-def _pareto(panel: Panel, trained: int) -> str:
+def _pareto(panel: Panel, trained: int, named: bool) -> str:
+    """named: the heading says what is measured."""
     reference = reference_depth(panel, trained)
     series = [
         Series(
@@ -178,7 +188,8 @@ def _pareto(panel: Panel, trained: int) -> str:
         f"{better} is better), and the share of its loops that they save. Over fixed: the value less what fixed depths "
         "give at the same mean loops."
     )
-    heading = f"<h3>{escape(panel.group)}</h3>" if panel.group else ""
+    name = f"{panel.group}: {panel.measure}" if named else panel.group
+    heading = f"<h3>{escape(name)}</h3>" if name else ""
     return heading + pair(picture, _against_fixed(panel)) + pair(kept, f'<p class="quiet">{escape(words)}</p>')
 
 

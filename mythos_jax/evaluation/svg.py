@@ -7,7 +7,7 @@ from html import escape
 
 # Drawn small, so that letters stay legible where a phone shrinks the picture.
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 12, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 22, 46
 COLOURS = 6  # classes c0 … c5 of the style sheet; `base` is the grey one
 MARKS = ("circle", "square", "diamond", "up", "down", "cross")
 
@@ -59,12 +59,10 @@ def line_chart(
     if math.isfinite(level):
         parts.append(_row(place_y(level), "mark"))
     if marker:
-        parts.append(_column(place_x(marker[0]), "mark"))
-    parts += [_drawn(s, place_x, place_y) for s in series]
-    if marker:  # over the lines
         at = place_x(marker[0])
-        left = at > (LEFT + WIDTH) / 2
-        parts.append(_text(at - 5 if left else at + 5, TOP + 10, "end" if left else "start", marker[1], "halo"))
+        parts.append(_column(at, "mark"))
+        parts.append(_text(at, TOP - 7, "end" if at > WIDTH - 60 else "middle", marker[1]))
+    parts += [_drawn(s, place_x, place_y) for s in series]
     return "".join(parts) + "</svg>" + _legend(series)
 
 
@@ -137,7 +135,8 @@ def _scale(
     """Where a value stands between `start` and `end`, and the ticks."""
     low, high = axis.limits or (min(values), max(values))
     if low == high:
-        low, high = (low / 2, high * 2) if axis.log else (low - 0.5, high + 0.5)
+        around = abs(low) / 10 or 1.0
+        low, high = (low / 2, high * 2) if axis.log else (low - around, high + around)
     turn = math.log if axis.log else float
     if axis.ticks:
         ticks = [t for t in axis.ticks if low <= t <= high]
