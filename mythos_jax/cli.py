@@ -142,13 +142,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
     sub.add_argument("--loops", type=int, help="depth (default: the config's)")
     sub.add_argument(
-        "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03"
+        "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03, kl:5e-4, …"
     )
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     sub.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all")
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of total mass P")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--loop-cache-slots", type=int, metavar="N", help="bound the cache: loop t shares slot t mod N (approximate)"
+    )
+    sub.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="tokens of the prompt read at a time (default 512)"
+    )
 
     sub = command("info", _info, "Parameters, FLOPs per token by loops, cache bytes per token.")
     sub.add_argument("config", metavar="CONFIG.yaml|RUN")
@@ -309,10 +315,10 @@ def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
-    from mythos_jax.inference.text import complete
+    from mythos_jax.inference.text import tell
     from mythos_jax.runs import open_model
 
-    text = complete(
+    pieces, spent = tell(
         open_model(arguments.model, arguments.step),
         arguments.prompt,
         arguments.tokenizer,
@@ -323,8 +329,16 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        loop_cache_slots=arguments.loop_cache_slots,
+        prefill_chunk=arguments.prefill_chunk,
     )
-    print(arguments.prompt + text)
+    print(arguments.prompt, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:  # also where Ctrl-C ends the text
+        print(flush=True)
+    print(f"mythos: {spent}", file=sys.stderr)
 
 
 def _info(arguments: argparse.Namespace, overrides: list[str]) -> None:
