@@ -166,7 +166,7 @@ def test_the_report_stands_alone(found, tmp_path):
     assert not [value for _, given in page.tags for name, value in given.items() if name in ("src", "href")]
     assert "url(" not in document.read_text()
     pictures = [given for tag, given in page.tags if tag == "svg" and given.get("role") == "img"]
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     assert all(len(given["aria-label"]) > 40 for given in pictures)
     words = "".join(page.words)
     for wanted in ["mythos eval <tiny>", "step 7", "seed 3", f"{results[4].loss:.4f}", "latent 0.2", "expert 3"]:
