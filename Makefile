@@ -1,6 +1,6 @@
 # make demo    train the quickstart model on real text, evaluate it, print a sample
 # make test    run the tests (on the CPU, whatever the machine has)
-# make test-torch   compare with the PyTorch original, in an environment of its own
+# make test-torch   compare with the PyTorch original, run lm-evaluation-harness, in an environment of its own
 # make test-tpu     compile for TPUs, without TPUs, in an environment of its own
 # make lint, make format, make clean
 #
@@ -37,13 +37,13 @@ test-torch: $(TORCH_VENV)/.installed
 	JAX_PLATFORMS=cpu $(TORCH_VENV)/bin/python -m pytest tests_torch $(ARGS)
 
 $(TORCH_VENV)/.installed: pyproject.toml constraints.txt
-	@echo "installing mythos_jax, torch and open-mythos into $(TORCH_VENV) (once; some minutes)"
+	@echo "installing mythos_jax, torch, open-mythos and lm-eval into $(TORCH_VENV) (once; some minutes)"
 	@test -n "$(PYTHON)" || { echo "mythos_jax needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(TORCH_VENV)
 	@grep -v '^torch==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q torch==$(TORCH)
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q -c $(TORCH_VENV)/constraints.txt \
-		-e . transformers==5.23.0 pytest pytest-timeout
+		-e '.[lm-eval]' transformers==5.23.0 pytest pytest-timeout
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps open-mythos==0.5.0
 	@touch $@
 

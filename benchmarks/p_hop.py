@@ -26,7 +26,7 @@ Results = list[dict[str, Any]]
 def run(config: Config, workdir: Path) -> Results:
     """Exact match, by difficulty and loops."""
     train(config, workdir)
-    results, _ = evaluate_model(open_model(workdir))
+    results = evaluate_model(open_model(workdir)).results
     return [{"difficulty": r.difficulty, "loops": r.loops, "exact_match": r.exact_match} for r in results]
 
 

@@ -28,7 +28,7 @@ def ours(config: Config, workdir: Path) -> Losses:
     """Trains as `mythos train` does (a run that was interrupted goes on) and evaluates at `evaluation.loops`; also
     "used", the loops that contributed to a token, on average, of the deepest evaluation."""
     train(config, workdir)
-    results, _ = evaluate_model(open_model(workdir))
+    results = evaluate_model(open_model(workdir)).results
     return {**{r.loops: r.loss for r in results}, "used": results[-1].mean_loops}
 
 

@@ -5,11 +5,13 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mythos_jax.typed import ConfigError
 
@@ -18,7 +20,9 @@ FAILED, WRONG_INPUT, RESTART, INTERRUPTED = 1, 2, 42, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; errors a user can cause become one line on standard error."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     arguments, rest = _parser().parse_known_args(argv)
+    arguments.command_line = shlex.join(["mythos", *argv])
     if rest and not arguments.takes_overrides:
         print(f"mythos: got {rest[0]!r}, which `mythos {arguments.command}` does not know; see --help", file=sys.stderr)
         return WRONG_INPUT
@@ -110,14 +114,24 @@ def _parser() -> argparse.ArgumentParser:
     processes(sub)
     sub.set_defaults(takes_overrides=True)
 
-    sub = command("eval", _eval, "Evaluate a run or a pretrained model on held-out rows at several depths.")
+    sub = command("eval", _eval, "Evaluate a run or a pretrained model at several depths and halting policies.")
     sub.add_argument("model", metavar="RUN|MODEL")
     sub.add_argument("--data", metavar="DIR", help="prepared rows (default: the run's own)")
     sub.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
-    sub.add_argument("--loops", type=_integers, metavar="1,2,4", help="depths (default: the config's)")
+    sub.add_argument("--loops", type=_integers, metavar="1,2,4", help="depths, also 1-8 (default: the config's)")
     sub.add_argument(
-        "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03"
+        "--halting",
+        type=_policies,
+        action="extend",
+        default=[],
+        metavar="CRITERION[:T],…",
+        help="let tokens stop early, at most at the largest depth: latent:0.03,latent:0.1; without T: a sweep",
     )
+    sub.add_argument("--tasks", type=_words, metavar="A,B", help="lm-evaluation-harness tasks or task files (lm_eval)")
+    sub.add_argument("--include-path", metavar="DIR", help="a folder with more task files")
+    sub.add_argument("--limit", type=int, metavar="N", help="documents of each task (default: all)")
+    sub.add_argument("--tokenizer", metavar="FILE", help='of tasks, for a model without one: tokenizer.json or "bytes"')
+    sub.add_argument("--seed", type=int, default=0, help="of tasks: few-shot examples and sampling (default 0)")
     sub.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
     processes(sub)
 
@@ -128,13 +142,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
     sub.add_argument("--loops", type=int, help="depth (default: the config's)")
     sub.add_argument(
-        "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03"
+        "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03, kl:5e-4, …"
     )
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     sub.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all")
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of total mass P")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--loop-cache-slots", type=int, metavar="N", help="bound the cache: loop t shares slot t mod N (approximate)"
+    )
+    sub.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="tokens of the prompt read at a time (default 512)"
+    )
 
     sub = command("info", _info, "Parameters, FLOPs per token by loops, cache bytes per token.")
     sub.add_argument("config", metavar="CONFIG.yaml|RUN")
@@ -177,13 +197,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _integers(text: str) -> list[int]:
+    """1,2,4 or 1-8 or both."""
+    values = []
     try:
-        values = [int(part) for part in text.split(",")]
+        for part in text.split(","):
+            first, to, last = part.partition("-")
+            values += range(int(first), int(last) + 1) if to else [int(part)]
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed: integers >= 1 with commas between") from None
-    if min(values) < 1:
+    if min(values, default=0) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed: integers >= 1")
     return values
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _policies(text: str) -> list[Any]:
+    return [_halting(word) for word in text.split(",")]
 
 
 def _halting(text: str):
@@ -191,8 +223,12 @@ def _halting(text: str):
 
     criterion, _, threshold = text.partition(":")
     try:
-        return Halting(criterion, float(threshold) if threshold else None)
-    except ValueError as error:
+        number = float(threshold) if threshold else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: CRITERION:THRESHOLD, such as latent:0.03") from None
+    try:
+        return Halting(criterion, number)
+    except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
@@ -246,33 +282,43 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
     from mythos_jax.distributed import is_first
-    from mythos_jax.evaluation.evaluate import as_json, evaluate_model, format_table
+    from mythos_jax.evaluation.evaluate import as_json, evaluate_model, evaluate_on_tasks
     from mythos_jax.evaluation.report import write_report
+    from mythos_jax.evaluation.tables import format_table
     from mythos_jax.runs import open_model
 
     _connect(arguments)
     opened = open_model(arguments.model, arguments.step)
-    progress = not arguments.json and is_first()
-    results, about = evaluate_model(
-        opened, data=arguments.data, loops=arguments.loops, halting=arguments.halting, progress=progress
-    )
+    common = {"loops": arguments.loops, "halting": arguments.halting, "progress": not arguments.json and is_first()}
+    if arguments.tasks:
+        evaluation = evaluate_on_tasks(
+            opened,
+            arguments.tasks,
+            include_path=arguments.include_path,
+            tokenizer=arguments.tokenizer,
+            limit=arguments.limit,
+            seed=arguments.seed,
+            **common,
+        )
+    else:
+        evaluation = evaluate_model(opened, data=arguments.data, look_inside=True, **common)
     if not is_first():
         return
     # A pretrained model may lie in a cache that is not ours to write to.
     folder = Path("reports") / opened.config.name if opened.step is None else opened.directory / "report"
-    numbers, picture = write_report(folder, results, about)
+    numbers, page = write_report(folder, evaluation, command=arguments.command_line)
     if arguments.json:
-        print(json.dumps({**about, "results": as_json(results)}))
+        print(json.dumps(as_json(evaluation)))
         return
-    print(format_table(results))
-    print(f"report: {numbers}, {picture}")
+    print(format_table(evaluation.results))
+    print(f"report: {page}, {numbers}")
 
 
 def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
-    from mythos_jax.inference.text import complete
+    from mythos_jax.inference.text import tell
     from mythos_jax.runs import open_model
 
-    text = complete(
+    pieces, spent = tell(
         open_model(arguments.model, arguments.step),
         arguments.prompt,
         arguments.tokenizer,
@@ -283,8 +329,16 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        loop_cache_slots=arguments.loop_cache_slots,
+        prefill_chunk=arguments.prefill_chunk,
     )
-    print(arguments.prompt + text)
+    print(arguments.prompt, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:  # also where Ctrl-C ends the text
+        print(flush=True)
+    print(f"mythos: {spent}", file=sys.stderr)
 
 
 def _info(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from mythos_jax.cli import main
+from mythos_jax.inference.generate import GenerateResult
 from mythos_jax.porting.pretrained import load_pretrained
 from mythos_jax.runs import open_model
 
@@ -55,21 +57,34 @@ def test_eval_prints_a_table_and_leaves_a_report(place, capsys):
     assert main(["eval", str(place / "run"), "--loops", "1,3"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out[:3]] == ["loops", "1", "3"]
-    assert (place / "run" / "report" / "loss_by_loops.png").exists()
+    assert (place / "run" / "report" / "index.html").exists()
 
 
 def test_eval_json_is_all_there_is_on_standard_output(place, capsys):
     assert main(["eval", str(place / "run"), "--loops", "2", "--halting", "latent:0.5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["halting"] == "latent"
-    assert 1 <= result["results"][0]["mean_loops"] <= 2
+    assert [(r["halting"], r["threshold"]) for r in result["results"]] == [(None, None), ("latent", 0.5)]
+    assert 1 <= result["results"][1]["mean_loops"] <= result["results"][0]["mean_loops"] == 2
 
 
 def test_generate_and_info(place, capsys):
     assert main(["generate", str(place / "run"), "doc", "--max-new-tokens", "4", "--temperature", "1"]) == 0
-    assert capsys.readouterr().out.startswith("doc")
+    out, err = capsys.readouterr()
+    assert out.startswith("doc")
+    # A key and a value of 16 float32 in two layers and two loops of a third.
+    assert re.search(r"^mythos: [1-4] tokens, 2.00 loops a token, (.* tokens/s, )?512 bytes of cache a token$", err)
     assert main(["info", str(place / "run")]) == 0
     assert "parameters: " in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_the_text_that_there_is(place, capsys, monkeypatch):
+    def stream(*_, **__):
+        yield GenerateResult(np.array([[ord("a"), ord("b")]]), np.array([2]), np.array([[2, 2]]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mythos_jax.inference.text.stream", stream)
+    assert main(["generate", str(place / "run"), "doc"]) == 130
+    assert capsys.readouterr() == ("docab\n", "mythos: interrupted\n")
 
 
 def test_a_run_converts_and_comes_back(place, capsys, tmp_path):
@@ -110,8 +125,20 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
         (["eval", "nothing-here"], "nothing-here: no such file or directory"),
         (["eval", "{run}", "--step", "7"], "no checkpoint of step 7; allowed: 2"),
         (["eval", "{run}", "--loops", "1,x"], "got '1,x', allowed: integers >= 1 with commas between"),
-        (["eval", "{run}", "--halting", "entropy"], "got 'entropy', allowed: act, latent"),
-        (["eval", "{run}", "--halting", "act"], "allowed with readout last: latent"),
+        (["eval", "{run}", "--halting", "latent:0.1,latent:x"], "got 'latent:x', allowed: CRITERION:THRESHOLD"),
+        (["eval", "{run}", "--loops", "4-1"], "got '4-1', allowed: integers >= 1"),
+        (
+            ["eval", "{run}", "--halting", "entropie"],
+            "got 'entropie', allowed: act, latent, cosine, kl, ",
+        ),
+        (["eval", "{run}", "--halting", "act"], "allowed with readout last: latent, cosine, kl, entropy, argmax"),
+        (["generate", "{run}", "x", "--max-new-tokens", "4", "--halting", "act"], "allowed with readout last: latent"),
+        (
+            ["generate", "{run}", "x", "--max-new-tokens", "4", "--halting", "kl:-1"],
+            "threshold: got -1.0, allowed: ",
+        ),
+        (["generate", "{run}", "x", "--max-new-tokens", "4", "--loop-cache-slots", "0"], "loop_cache_slots: got 0"),
+        (["generate", "{run}", "x", "--max-new-tokens", "4", "--prefill-chunk", "0"], "prefill_chunk: got 0"),
         (["eval", "{run}", "--data", "{text}"], "has no manifest.json"),
         (["eval", "{run}", "--nonsense"], "'--nonsense', which `mythos eval` does not know"),
         (["generate", "{run}", "x" * 40], "max_seq_len"),

@@ -1,78 +1,123 @@
-"""Loss as a function of depth, by one jitted function: the number of loops is traced, so it compiles once."""
+"""Loss on prepared rows as a function of depth and of halting. Depths and thresholds are traced: fixed depths are one
+compiled program, and so is each criterion."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
 
-from mythos_jax.model.halting import Halting
+from mythos_jax.evaluation.policies import Setting
+from mythos_jax.evaluation.ranks import rank_correlation
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.sharding import batch_sharding, local_rows, to_global, use_mesh
 
+KEPT_TOKENS = 2**18  # whose loss and loops are kept one by one, for ranks and the heat map
+
 
 @partial(jax.jit, static_argnames="model")
-def _totals(model, variables, batch, loops, halting):
-    """Sums over a batch: nats, tokens, and the loops they ran."""
+def _measured(model, variables, batch, loops, halting):
+    """Of a batch: sums of nats, tokens and the loops they ran; and of each token its nats and loops."""
     rngs = {"state": jax.random.key(0)}  # models that start from noise: the same at every depth
     nats_BT, out = next_token_nats(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
-    return nats_BT.sum(), batch["mask"].sum(), (out.loops * batch["mask"]).sum()
+    totals = nats_BT.sum(), batch["mask"].sum(), (out.loops * batch["mask"]).sum()
+    # Whole on every process, so that each can read them.
+    return totals, jax.lax.with_sharding_constraint((nats_BT, out.loops), PartitionSpec())
 
 
 @dataclass(frozen=True)
 class DepthResult:
-    """One row of the table. loss: nats per token; mean_loops: over the tokens, what was run and contributed."""
+    """One row of the table.
+
+    loops: what every token ran or, with a policy (`halting` its criterion, `threshold`), at most. loss: nats per
+    token. mean_loops: over the tokens, what was run and contributed. rank_correlation: Spearman's, between a token's
+    loss at the deepest fixed depth and its loops; None where all tokens ran the same. approximate: see `Setting`.
+    """
 
     loops: int
     loss: float
     bits_per_byte: float
     mean_loops: float
     tokens: int
+    halting: str | None = None
+    threshold: float | None = None
+    approximate: bool = False
+    rank_correlation: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """What single tokens took, of the rows `rows_NT` (the targets; int32) where `mask_NT`: loops_NT under one setting,
+    and nats_NT at the deepest fixed depth."""
+
+    setting: Setting
+    rows_NT: np.ndarray
+    mask_NT: np.ndarray
+    loops_NT: np.ndarray
+    nats_NT: np.ndarray
 
 
 def evaluate_depths(
     model: Mythos,
     variables: Any,
     batches: Sequence[dict[str, np.ndarray]],
-    loops: Iterable[int],
+    settings: Sequence[Setting],
     *,
     mesh: Mesh,
     bytes_per_token: float,
-    halting: Halting | None = None,
     progress: bool = True,
-) -> list[DepthResult]:
-    """Loss on the same batches at each number of loops (with a halting policy: at most so many).
+) -> tuple[list[DepthResult], list[TokenTrace]]:
+    """Loss on the same batches at each setting, and what the first 2^18 tokens took under each policy.
 
     batches: numpy dicts of tokens, targets int32 [B, T], mask [B, T] and any segment_ids, all of one shape.
     """
     sharding, size = batch_sharding(mesh), batches[0]["tokens"].shape[0]
     rows = local_rows(sharding, size)
+    keep = max(1, KEPT_TOKENS // batches[0]["tokens"].size)
+    halted = [s for s in settings if s.halting is not None]
+    deepest = max((s for s in settings if s.halting is None), key=lambda s: s.loops, default=None)
+    totals = {setting: np.zeros(3) for setting in settings}
+    tokens: dict[Setting, list[Any]] = {setting: [] for setting in [*halted, *([deepest] if halted else [])] if setting}
 
-    depths = list(loops)
-    results = []
-    with use_mesh(mesh), tqdm(total=len(depths) * len(batches), desc="eval", disable=not progress) as bar:
-        for depth in depths:
-            parts = []
-            for batch in batches:
-                batch = to_global(sharding, size, rows, {name: values[rows] for name, values in batch.items()})
-                parts.append(_totals(model, variables, batch, jnp.int32(depth), halting))
+    with use_mesh(mesh), tqdm(total=len(settings) * len(batches), desc="eval", disable=not progress) as bar:
+        for i, batch in enumerate(batches):
+            placed = to_global(sharding, size, rows, {name: values[rows] for name, values in batch.items()})
+            for setting in settings:
+                sums, each = _measured(model, variables, placed, jnp.int32(setting.loops), setting.halting)
+                totals[setting] += np.asarray(jax.device_get(sums), np.float64)
+                if setting in tokens and i < keep:
+                    tokens[setting].append(jax.device_get(each))
                 bar.update()
-            nats, tokens, ran = np.sum(jax.device_get(parts), axis=0, dtype=np.float64)
-            loss = float(nats / tokens)
-            results.append(
-                DepthResult(depth, loss, loss / math.log(2) / bytes_per_token, float(ran / tokens), int(tokens))
+
+    kept = batches[:keep]
+    mask_NT = np.concatenate([batch["mask"] for batch in kept]).astype(bool)
+    rows_NT = np.concatenate([batch["targets"] for batch in kept])
+    traces = []
+    for setting in halted:
+        loops_NT = np.concatenate([loops for _, loops in tokens[setting]])
+        nats_NT = np.concatenate([nats for nats, _ in tokens[deepest or setting]])
+        traces.append(TokenTrace(setting, rows_NT, mask_NT, loops_NT, nats_NT))
+    correlations = {t.setting: rank_correlation(t.nats_NT[mask_NT], t.loops_NT[mask_NT]) for t in traces}
+    results = []
+    for setting in settings:
+        nats, count, ran = totals[setting]
+        result = DepthResult(
+            setting.loops, nats / count, nats / count / math.log(2) / bytes_per_token, ran / count, int(count)
+        )
+        results.append(
+            replace(
+                result,
+                halting=setting.criterion,
+                threshold=setting.threshold,
+                approximate=setting.approximate,
+                rank_correlation=correlations.get(setting),
             )
-    return results
-
-
-def default_depths(trained: int) -> list[int]:
-    """Powers of two up to twice the trained depth, and the trained depth itself."""
-    powers = [2**i for i in range((2 * trained).bit_length())]
-    return sorted({*(p for p in powers if p <= 2 * trained), trained})
+        )
+    return results, traces

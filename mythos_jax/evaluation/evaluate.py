@@ -1,7 +1,7 @@
-"""`mythos eval`: a model on held-out rows or on the examples of its task."""
+"""`mythos eval`: a model on held-out rows, on the examples of its task, or on tasks of lm-evaluation-harness."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,48 @@ from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import Split, load_manifest
 from mythos_jax.data.pipeline import eval_batches
 from mythos_jax.data.tasks import TaskData
-from mythos_jax.evaluation.depths import DepthResult, default_depths, evaluate_depths
-from mythos_jax.evaluation.exact_match import TaskResult, evaluate_task, format_task_table
+from mythos_jax.evaluation.depths import DepthResult, TokenTrace, evaluate_depths
+from mythos_jax.evaluation.exact_match import ExampleTrace, TaskResult, evaluate_task
+from mythos_jax.evaluation.policies import Setting, default_depths, settings
+from mythos_jax.evaluation.traces import LoopTrace, trace_loops
 from mythos_jax.flops import count_parameters
-from mythos_jax.model.halting import Halting, check_halting
+from mythos_jax.model.halting import Halting
 from mythos_jax.runs import Opened
 from mythos_jax.sharding import check_batch
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    """One number of one task of lm-evaluation-harness. error: its standard error; mean_loops: over the tokens that
+    were scored or generated; the rest is as in `DepthResult`."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    higher_is_better: bool
+    samples: int
+    loops: int
+    mean_loops: float
+    halting: str | None = None
+    threshold: float | None = None
+    approximate: bool = False
+
+
+Result = DepthResult | TaskResult | HarnessResult
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found. results: a row a setting (of a task: of each difficulty; of the harness: of each number).
+    about: which model, plain values. The rest is for the report: `says` turns tokens into text; `traces` are of each
+    policy; `inside` is None where nobody asked."""
+
+    results: Sequence[Result]
+    about: dict[str, Any]
+    traces: Sequence[TokenTrace | ExampleTrace] = ()
+    inside: LoopTrace | None = None
+    says: Callable[[Sequence[int]], str] = str
 
 
 def evaluate_model(
@@ -23,35 +59,103 @@ def evaluate_model(
     *,
     data: str | None = None,
     loops: Sequence[int] | None = None,
-    halting: Halting | None = None,
+    halting: Sequence[Halting] = (),
+    look_inside: bool = False,
     progress: bool = True,
-) -> tuple[list[DepthResult] | list[TaskResult], dict[str, Any]]:
+) -> Evaluation:
     """A model on the held-out rows of `data` (a run: by default its own, of all parts of its mixture, or the examples
-    of its task); also what the report says about it. `evaluation.max_rows` counts per part.
+    of its task). `evaluation.max_rows` counts per part. look_inside: also what happens loop by loop.
 
     Raises ConfigError: no data, rows of another tokenizer, a policy that the model cannot follow.
     """
     config, mesh = opened.config, opened.mesh
     if data is None and opened.step is None:
         raise ConfigError(f"{opened.directory}: a pretrained model has no data of its own; allowed: --data DIR")
-    check_halting(config.model, halting, cached=False)
+    chosen = chosen_settings(opened, loops, halting)
     check_batch(mesh, config.evaluation.batch_size, "evaluation.batch_size")
-    depths = loops or config.evaluation.loops or default_depths(config.model.loops)
-    about = {
-        "name": config.name,
-        "step": opened.step,
-        "loops": config.model.loops,
-        "parameters": count_parameters(config.model),
-        "halting": halting and halting.criterion,
-    }
+    about = describe_model(opened)
+    size, most = config.evaluation.batch_size, config.evaluation.max_rows
+    common = {"mesh": mesh, "progress": progress}
+
     if config.data.task.name and data is None:
-        size, most = config.evaluation.batch_size, config.evaluation.max_rows
         task = TaskData(config)
         examples = {d: list(task.eval_batches(d, batch_size=size, max_rows=most)) for d in task.difficulties}
-        task_results = evaluate_task(
-            opened.model, opened.variables, examples, depths, mesh=mesh, halting=halting, progress=progress
+        results, traces = evaluate_task(opened.model, opened.variables, examples, chosen, **common)
+        about |= {"task": config.data.task.name, "trained_on": list(config.data.task.difficulty)}
+        symbols = task.problem.symbols
+        sample, says = examples[task.difficulties[-1]][0], lambda tokens: " ".join(symbols[i] for i in tokens)
+    else:
+        batches, bytes_per_token = held_out_rows(opened, data)
+        results, traces = evaluate_depths(
+            opened.model, opened.variables, batches, chosen, bytes_per_token=bytes_per_token, **common
         )
-        return task_results, about | {"task": config.data.task.name, "trained_on": list(config.data.task.difficulty)}
+        about |= {"data": data or (list(config.data.mixture) or config.data_path)}
+        sample, says = batches[0], str
+        if opened.tokenizer_spec:
+            says = opened.tokenizer().decode
+    inside = None
+    if look_inside:
+        inside = trace_loops(opened.model, opened.variables, sample, max(s.loops for s in chosen), mesh=mesh)
+    return Evaluation(results, about, traces, inside, says)
+
+
+def evaluate_on_tasks(
+    opened: Opened,
+    tasks: Sequence[str],
+    *,
+    loops: Sequence[int] | None = None,
+    halting: Sequence[Halting] = (),
+    include_path: str | None = None,
+    tokenizer: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """A model on tasks of lm-evaluation-harness (`harness.evaluate_tasks`), by default at its own depth.
+
+    Raises ConfigError: the harness is not installed, no such task, a model without a tokenizer.
+    """
+    try:
+        from mythos_jax.evaluation.harness import evaluate_tasks
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise ConfigError("--tasks: needs lm-evaluation-harness; pip install 'mythos-jax[lm-eval]'") from None
+    check_batch(opened.mesh, opened.config.evaluation.batch_size, "evaluation.batch_size")
+    chosen = chosen_settings(opened, loops or [opened.config.model.loops], halting)
+    results = evaluate_tasks(
+        opened,
+        tasks,
+        chosen,
+        include_path=include_path,
+        tokenizer=tokenizer,
+        limit=limit,
+        seed=seed,
+        progress=progress,
+    )
+    return Evaluation(results, describe_model(opened) | {"tasks": list(tasks), "limit": limit, "task_seed": seed})
+
+
+def chosen_settings(opened: Opened, loops: Sequence[int] | None, halting: Sequence[Halting]) -> list[Setting]:
+    """Those asked for; depths by default the config's, else `default_depths`."""
+    depths = loops or opened.config.evaluation.loops or default_depths(opened.config.model.loops)
+    return settings(opened.config.model, depths, halting)
+
+
+def describe_model(opened: Opened) -> dict[str, Any]:
+    """What a report says of a model."""
+    return {
+        "name": opened.config.name,
+        "step": opened.step,
+        "seed": None if opened.step is None else opened.config.training.seed,
+        "loops": opened.config.model.loops,
+        "parameters": count_parameters(opened.config.model),
+    }
+
+
+def held_out_rows(opened: Opened, data: str | None) -> tuple[list[dict[str, Any]], float]:
+    """Batches of what is held out in `data` (default: all parts of the run's own), and its text's bytes per token."""
+    config = opened.config
     named = [data] if data else list(config.data.mixture) or [config.data_path]
     folders = [local_folder(folder) for folder in named]
     kept = [_held_out(opened, folder) for folder in folders]
@@ -64,17 +168,7 @@ def evaluate_model(
     ]
     if not batches:
         raise ConfigError(f"{', '.join(named)}: no rows are held out to evaluate on")
-    results = evaluate_depths(
-        opened.model,
-        opened.variables,
-        batches,
-        depths,
-        mesh=mesh,
-        bytes_per_token=sum(split.text_bytes for split in kept) / sum(split.tokens for split in kept),
-        halting=halting,
-        progress=progress,
-    )
-    return results, about
+    return batches, sum(split.text_bytes for split in kept) / sum(split.tokens for split in kept)
 
 
 def _held_out(opened: Opened, folder: Path) -> Split:
@@ -91,13 +185,21 @@ def _held_out(opened: Opened, folder: Path) -> Split:
     return manifest.splits["held_out"]
 
 
-def format_table(results: Sequence[DepthResult] | Sequence[TaskResult]) -> str:
-    if isinstance(results[0], TaskResult):
-        return format_task_table(results)
-    lines = [f"{'loops':>6} {'nats/token':>11} {'bits/byte':>10} {'mean loops':>11}"]
-    lines += [f"{r.loops:>6} {r.loss:>11.4f} {r.bits_per_byte:>10.4f} {r.mean_loops:>11.2f}" for r in results]
-    return "\n".join(lines)
-
-
-def as_json(results: Sequence[DepthResult] | Sequence[TaskResult]) -> list[dict[str, Any]]:
-    return [asdict(result) for result in results]
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """What `--json` prints and evaluation.json holds."""
+    found = {**evaluation.about, "results": [asdict(result) for result in evaluation.results]}
+    correlations = [
+        {"halting": t.setting.criterion, "threshold": t.setting.threshold, "rank_correlation": t.rank_correlation}
+        for t in evaluation.traces
+        if isinstance(t, ExampleTrace)
+    ]
+    if correlations:
+        found["difficulty_and_loops"] = correlations
+    if evaluation.inside is not None:
+        inside = evaluation.inside
+        found["inside"] = {
+            "tokens": inside.tokens,
+            "change_quantiles": inside.change_L3.tolist(),
+            "expert_share": None if inside.expert_share_LGE is None else inside.expert_share_LGE.tolist(),
+        }
+    return found

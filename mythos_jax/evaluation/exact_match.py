@@ -1,25 +1,31 @@
-"""Reasoning tasks: the share of problems answered right, by difficulty and by loops, in one compiled program."""
+"""Reasoning tasks: the share of problems answered right, by difficulty, depth and halting. Depths and thresholds are
+traced: fixed depths are one compiled program, and so is each criterion."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
 
-from mythos_jax.model.halting import Halting
+from mythos_jax.evaluation.policies import Setting
+from mythos_jax.evaluation.ranks import rank_correlation
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.ops.best_tokens import best_tokens
 from mythos_jax.sharding import batch_sharding, local_rows, to_global, use_mesh
 
 
 @dataclass(frozen=True)
 class TaskResult:
     """One row of the table. exact_match: share of examples whose answer tokens are all the likeliest ones, which is
-    where greedy decoding is right; loss: nats per answer token; mean_loops: over the answer tokens."""
+    where greedy decoding is right; loss: nats per answer token; mean_loops: over the answer tokens. The rest is as in
+    `DepthResult`."""
 
     difficulty: int
     loops: int
@@ -27,60 +33,100 @@ class TaskResult:
     loss: float
     mean_loops: float
     examples: int
+    halting: str | None = None
+    threshold: float | None = None
+    approximate: bool = False
+
+
+@dataclass(frozen=True)
+class ExampleTrace:
+    """What single problems took under one setting, a row each: its difficulty, the mean loops of its answer; and of
+    the first problem of each difficulty its tokens and each token's loops.
+
+    rank_correlation: Spearman's, between difficulty and loops; None where one of them is constant.
+    """
+
+    setting: Setting
+    difficulty_N: np.ndarray
+    loops_N: np.ndarray
+    shown: Mapping[int, tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def rank_correlation(self) -> float | None:
+        return rank_correlation(self.difficulty_N, self.loops_N)
+
+
+@partial(jax.jit, static_argnames="model")
+def _measured(model, variables, batch, loops, halting):
+    """Of a batch: sums; of each row its loops on average over the answer; of each token its loops."""
+    rngs = {"state": jax.random.key(0)}  # models that start from noise: the same at every depth
+    nats_BT, out = next_token_nats(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
+    best_BT = best_tokens(out.features, nn.unbox(variables["params"]["embedding"]))
+    right_BT = (best_BT == batch["targets"]) | ~batch["mask"]
+    asked_B = batch["mask"].any(-1)
+    exact = (right_BT.all(-1) & asked_B).sum()
+    answer_loops_B = (out.loops * batch["mask"]).sum(-1)
+    totals = exact, asked_B.sum(), nats_BT.sum(), batch["mask"].sum(), answer_loops_B.sum()
+    each = answer_loops_B / jnp.maximum(batch["mask"].sum(-1), 1), out.loops
+    return totals, jax.lax.with_sharding_constraint(each, PartitionSpec())  # whole on every process
 
 
 def evaluate_task(
     model: Mythos,
     variables: Any,
     batches: Mapping[int, Sequence[dict[str, np.ndarray]]],
-    loops: Iterable[int],
+    settings: Sequence[Setting],
     *,
     mesh: Mesh,
-    halting: Halting | None = None,
     progress: bool = True,
-) -> list[TaskResult]:
-    """Exact match on the same examples at each number of loops (with a halting policy: at most so many).
+) -> tuple[list[TaskResult], list[ExampleTrace]]:
+    """Exact match on the same examples at each setting, and what single examples took under each policy.
 
     batches: of each difficulty, numpy dicts of tokens, targets int32 [B, T] and mask [B, T] (on the answers), all of
     one shape; rows without an answer do not count.
     """
     sharding, size = batch_sharding(mesh), next(iter(batches.values()))[0]["tokens"].shape[0]
     rows = local_rows(sharding, size)
-
-    @jax.jit
-    def totals(variables, batch, loops, halting):
-        rngs = {"state": jax.random.key(0)}  # models that start from noise: the same at every depth
-        nats_BT, out = next_token_nats(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
-        logits_BTV = model.apply(variables, out.features, method="head")
-        right_BT = (logits_BTV.argmax(-1) == batch["targets"]) | ~batch["mask"]
-        asked_B = batch["mask"].any(-1)
-        exact = (right_BT.all(-1) & asked_B).sum()
-        return exact, asked_B.sum(), nats_BT.sum(), batch["mask"].sum(), (out.loops * batch["mask"]).sum()
-
-    depths, results = list(loops), []
-    count = len(depths) * sum(map(len, batches.values()))
+    results, taken = [], {setting: [] for setting in settings if setting.halting is not None}
+    shown: dict[Setting, dict[int, tuple[np.ndarray, np.ndarray]]] = {setting: {} for setting in taken}
+    count = len(settings) * sum(map(len, batches.values()))
     with use_mesh(mesh), tqdm(total=count, desc="eval", disable=not progress) as bar:
         for difficulty, parts in batches.items():
-            placed = [
-                to_global(sharding, size, rows, {name: values[rows] for name, values in part.items()}) for part in parts
-            ]
-            for depth in depths:
-                found = []
-                for batch in placed:
-                    found.append(totals(variables, batch, jnp.int32(depth), halting))
+            totals = {setting: np.zeros(5) for setting in settings}
+            for i, part in enumerate(parts):
+                placed = to_global(sharding, size, rows, {name: values[rows] for name, values in part.items()})
+                asked_B = part["mask"].any(-1)
+                for setting in settings:
+                    sums, each = _measured(model, variables, placed, jnp.int32(setting.loops), setting.halting)
+                    totals[setting] += np.asarray(jax.device_get(sums), np.float64)
+                    if setting in taken:
+                        loops_B, loops_BT = jax.device_get(each)
+                        taken[setting].append((difficulty, loops_B[asked_B]))
+                        if i == 0:
+                            length = int(np.flatnonzero(part["mask"][0]).max()) + 1
+                            shown[setting][difficulty] = part["tokens"][0, :length], loops_BT[0, :length]
                     bar.update()
-                exact, asked, nats, tokens, ran = np.sum(jax.device_get(found), axis=0, dtype=np.float64)
+            for setting, (exact, asked, nats, tokens, ran) in totals.items():
                 results.append(
                     TaskResult(
-                        difficulty, depth, float(exact / asked), float(nats / tokens), float(ran / tokens), int(asked)
+                        difficulty,
+                        setting.loops,
+                        exact / asked,
+                        nats / tokens,
+                        ran / tokens,
+                        int(asked),
+                        setting.criterion,
+                        setting.threshold,
+                        setting.approximate,
                     )
                 )
-    return results
-
-
-def format_task_table(results: Sequence[TaskResult]) -> str:
-    lines = [f"{'difficulty':>10} {'loops':>6} {'exact match':>12} {'nats/answer':>12} {'mean loops':>11}"]
-    lines += [
-        f"{r.difficulty:>10} {r.loops:>6} {r.exact_match:>12.2%} {r.loss:>12.4f} {r.mean_loops:>11.2f}" for r in results
+    traces = [
+        ExampleTrace(
+            setting,
+            np.concatenate([np.full(len(loops), difficulty) for difficulty, loops in found]),
+            np.concatenate([loops for _, loops in found]),
+            shown[setting],
+        )
+        for setting, found in taken.items()
     ]
-    return "\n".join(lines)
+    return results, traces

@@ -18,6 +18,7 @@ from mythos_jax.config import Config, ConfigError, ModelConfig, save_config
 from mythos_jax.data.open import Batch, Data, open_data
 from mythos_jax.distributed import StopSignal, first_then_rest, is_first, say
 from mythos_jax.evaluation.depths import evaluate_depths
+from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.mythos import Mythos, abstract_variables
 from mythos_jax.paths import copy_tree, is_remote, to_path
 from mythos_jax.runs import open_model, place
@@ -176,10 +177,10 @@ class _Loop:
     def _evaluate(self, state: TrainState) -> float:
         """Held-out nats per token at the model's depth."""
         model = Mythos(self.config.model)
-        depths = [self.config.model.loops]
+        settings = fixed([self.config.model.loops])
         variables = evaluated(state.variables, state.average)
-        found = evaluate_depths(
-            model, variables, self.held_out, depths, mesh=self.mesh, bytes_per_token=1, progress=False
+        found, _ = evaluate_depths(
+            model, variables, self.held_out, settings, mesh=self.mesh, bytes_per_token=1, progress=False
         )
         return found[0].loss
 

@@ -159,9 +159,9 @@ def test_a_run_on_a_mixture(parts, tmp_path):
         train(changed, tmp_path / "run", progress=False)
     opened = open_model(tmp_path / "run")
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    (trained,), _ = evaluate_model(opened, loops=[MODEL.loops], progress=False)
+    (trained,) = evaluate_model(opened, loops=[MODEL.loops], progress=False).results
     assert logged[-1] == {"step": 3, "held_out_loss": pytest.approx(trained.loss, abs=1e-5)}
-    (whole,), _ = evaluate_model(opened, loops=[1], progress=False)
-    alone = [evaluate_model(opened, data=part, loops=[1], progress=False)[0][0] for part in (a, b)]
+    (whole,) = evaluate_model(opened, loops=[1], progress=False).results
+    alone = [evaluate_model(opened, data=part, loops=[1], progress=False).results[0] for part in (a, b)]
     assert whole.tokens == sum(r.tokens for r in alone) > alone[0].tokens
     assert whole.loss == pytest.approx(sum(r.loss * r.tokens for r in alone) / whole.tokens, abs=1e-5)

@@ -22,6 +22,8 @@ from mythos_jax.config import (
 from mythos_jax.data.tasks import TaskData
 from mythos_jax.evaluation.evaluate import evaluate_model
 from mythos_jax.evaluation.exact_match import evaluate_task
+from mythos_jax.evaluation.policies import fixed
+from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs import open_model
 from mythos_jax.sharding import make_mesh
@@ -72,7 +74,7 @@ def test_exact_match_is_that_of_the_logits(task):
             place = np.flatnonzero(batch["mask"][row])[which]
             batch["targets"][row, place] = (said[row, place] + 1) % 16
     mesh = make_mesh(MeshConfig())
-    results = evaluate_task(model, variables, batches, [1, 3], mesh=mesh, progress=False)
+    results, _ = evaluate_task(model, variables, batches, fixed([1, 3]), mesh=mesh, progress=False)
     assert [(r.difficulty, r.loops) for r in results] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     for r in results:
         exact, loss, count = slow(model, variables, batches[r.difficulty], r.loops)
@@ -94,7 +96,8 @@ def test_a_run_learns_and_its_exact_match_is_that_of_its_logits(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"] - 1
     opened = open_model(run)
-    results, about = evaluate_model(opened, progress=False)
+    evaluation = evaluate_model(opened, halting=[Halting("latent", 0.4)], progress=False)
+    results, about = [r for r in evaluation.results if r.halting is None], evaluation.about
     assert about["task"] == "addition"
     assert about["trained_on"] == [1]
     assert len(results) == 6
@@ -106,6 +109,17 @@ def test_a_run_learns_and_its_exact_match_is_that_of_its_logits(run):
         assert (r.exact_match, r.examples) == (pytest.approx(exact, abs=1e-9), count)
         assert r.loss == pytest.approx(loss, abs=1e-4)
     assert len({r.exact_match for r in results}) > 2  # some right, some wrong
+    (trace,) = evaluation.traces
+    halted = [r for r in evaluation.results if r.halting]
+    loops = []
+    for r in halted:
+        for batch in data.eval_batches(r.difficulty, batch_size=8, max_rows=20):
+            out = opened.model.apply(variables, batch["tokens"], loops=3, halting=Halting("latent", 0.4))
+            loops += [np.mean(row[mask]) for row, mask in zip(out.loops, batch["mask"], strict=True) if mask.any()]
+        assert r.mean_loops == pytest.approx(np.mean(loops[-20:]), abs=1e-6)  # answers of one difficulty are alike long
+    np.testing.assert_allclose(trace.loops_N, loops, atol=1e-6)
+    assert trace.difficulty_N.tolist() == [1] * 20 + [2] * 20
+    assert sorted(trace.shown) == [1, 2]
 
 
 def test_resume_goes_on_and_refuses_a_changed_task(run, tmp_path):
@@ -136,9 +150,10 @@ def test_the_command_line(run, tmp_path, capsys):
     out = json.loads(capsys.readouterr().out)
     assert [(r["difficulty"], r["loops"]) for r in out["results"]] == [(d, n) for d in (1, 2) for n in (1, 2)]
     assert json.loads((run / "report" / "evaluation.json").read_text()) == out
-    assert (run / "report" / "exact_match_by_loops.png").read_bytes()[:4] == b"\x89PNG"
-    assert main(["eval", str(run), "--loops", "1,2"]) == 0
+    assert main(["eval", str(run), "--loops", "1-2", "--halting", "latent:0.4,latent:0.6"]) == 0
     assert "exact match" in capsys.readouterr().out.splitlines()[0]
+    page = (run / "report" / "index.html").read_text()
+    assert all(wanted in page for wanted in ["trained on difficulty 1", "Where the loops go", "rank correlation"])
     assert main(["generate", str(run), "0101"]) == 2
     assert capsys.readouterr().err == (
         f"mythos: {run}: was trained on task addition, which is no text; allowed: `mythos eval`\n"

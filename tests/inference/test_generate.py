@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.inference.generate import decode, generate, prefill
-from mythos_jax.inference.sampling import position_noise
+from mythos_jax.inference.generate import GenerateResult, Setup, State, decode, generate, prefill, stream
+from mythos_jax.inference.sampling import Sampling, position_noise
+from mythos_jax.model.cache import init_cache
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from tests import reference
+from tests.cached_reference import Decoder
 from tests.tiny import GQA, HUGINN, MLA, V, exact, some_tokens, variables
 
 T, N = 6, 6
@@ -30,6 +32,17 @@ def call(config, prompts=PROMPTS, **keywords):
     """By default with a stop token that never comes, so that most tests share one compiled program."""
     keywords = {"lengths": LENGTHS, "max_new_tokens": N, "stop_tokens": [UNUSED], **keywords}
     return generate(model(config), variables(config), prompts, **keywords)
+
+
+def _empty(B):
+    """What a `State` holds beside its cache."""
+    grid, row = jnp.zeros((B, N), jnp.int32), jnp.zeros(B, jnp.int32)
+    return jnp.zeros(B, bool), jnp.int32(1), GenerateResult(grid, row, grid)
+
+
+def _setup(config, halting, B):
+    sampling = Sampling(np.float32(0), np.int32(0), np.float32(1), np.zeros(B, np.uint32))
+    return Setup(Mythos(config), 5, None, variables(config), halting, sampling, np.zeros(1, np.int32))
 
 
 def slowly(config, row, state=None, prompts=PROMPTS, loops=None, **keywords):
@@ -138,6 +151,112 @@ def test_values_do_not_compile_anew():
     assert (prefill._cache_size(), decode._cache_size()) == compiled
 
 
+@pytest.mark.parametrize(
+    ("config", "keywords"),
+    [
+        (GQA, {"halting": Halting("act", 0.6), "temperature": 0.8, "seed": [3, 4]}),
+        (MLA, {"halting": Halting("latent", 0.1)}),
+        (NOISY, {"seed": [5, 6]}),
+    ],
+    ids=["gqa_act", "mla_latent", "noise"],
+)
+def test_prompts_in_chunks_give_the_same(config, keywords):
+    """In chunks of 2, the rows' last tokens lie in the third and in the second."""
+    whole, before = call(config, loops=5, **keywords), prefill._cache_size()
+    result = call(config, loops=5, prefill_chunk=2, **keywords)
+    for name in ("tokens", "loops", "lengths"):
+        np.testing.assert_array_equal(getattr(result, name), getattr(whole, name))
+    call(config, loops=5, prefill_chunk=2, **{**keywords, "lengths": [1, 5]})
+    assert prefill._cache_size() == before + 1
+
+
+def test_a_stop_token_in_an_early_chunk_is_final():
+    """The second row's first token is drawn in the second of three chunks, and ends the row."""
+    keywords = {"loops": 5, "halting": Halting("act", 0.6)}
+    free = call(GQA, **keywords)
+    stop = int(free.tokens[1, 0])
+    assert stop not in np.asarray(free.tokens[0])
+    result = call(GQA, stop_tokens=[stop], prefill_chunk=2, **keywords)
+    np.testing.assert_array_equal(result.lengths, [N, 1])
+    np.testing.assert_array_equal(result.tokens, [free.tokens[0], [stop] + [0] * (N - 1)])
+
+
+@pytest.mark.parametrize("chunk", [6, 1])
+def test_halting_by_logits_spares_prompts(chunk):
+    """Prompts run all loops however they are cut; the slow decoder in NumPy gives the same tokens and exits."""
+    criterion, threshold = "kl", 0.02
+    result = call(MLA, loops=5, halting=Halting(criterion, threshold), prefill_chunk=chunk)
+    for row in range(2):
+        slow = Decoder(MLA, exact(variables(MLA)), 5, criterion=criterion, threshold=threshold)
+        logits, ran = slow.feed(PROMPTS[row, : LENGTHS[row]], several=True)
+        for n in range(N):
+            token = int(logits[-1].argmax())
+            assert (result.tokens[row, n], result.loops[row, n]) == (token, ran[-1])
+            logits, ran = slow.feed(np.array([token]), several=False)
+        assert slow.margin > 1e-3
+    np.testing.assert_array_equal(result.loops[:, 0], [5, 5])
+    assert len(np.unique(result.loops)) >= 3
+
+
+def test_bounded_cache_decodes_as_the_slow_decoder():
+    result = call(MLA, loops=5, loop_cache_slots=2, halting=Halting("latent", 0.1))
+    for row in range(2):
+        slow = Decoder(MLA, exact(variables(MLA)), 5, 2, criterion="latent", threshold=0.1)
+        logits, ran = slow.feed(PROMPTS[row, : LENGTHS[row]], several=True)
+        for n in range(N):
+            token = int(logits[-1].argmax())
+            assert (result.tokens[row, n], result.loops[row, n]) == (token, ran[-1])
+            logits, ran = slow.feed(np.array([token]), several=False)
+        assert slow.margin > 1e-3
+    # With a slot for each loop there is nothing to approximate.
+    wide = call(MLA, loops=5, loop_cache_slots=9, halting=Halting("latent", 0.1))
+    np.testing.assert_array_equal(wide.tokens, call(MLA, loops=5, halting=Halting("latent", 0.1)).tokens)
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_a_stream_is_what_generate_gives_in_pieces(every):
+    stop = int(call(GQA, loops=5).tokens[0, 2])
+    keywords = {"lengths": LENGTHS, "max_new_tokens": N, "loops": 5, "stop_tokens": [stop]}
+    whole = call(GQA, **keywords)
+    compiled = prefill._cache_size(), decode._cache_size()
+    pieces = list(stream(model(GQA), variables(GQA), PROMPTS, every=every, **keywords))
+    assert (prefill._cache_size(), decode._cache_size()) == compiled
+    assert [piece.tokens.shape[1] for piece in pieces] == {1: [1] * N, 2: [1, 2, 2, 1], 100: [1, N - 1]}[every]
+    np.testing.assert_array_equal(np.concatenate([piece.tokens for piece in pieces], axis=1), whole.tokens)
+    np.testing.assert_array_equal(np.concatenate([piece.loops for piece in pieces], axis=1), whole.loops)
+    np.testing.assert_array_equal(sum(piece.lengths for piece in pieces), whole.lengths)
+
+
+def test_a_stream_ends_with_its_last_row_and_refuses_at_once():
+    stop = int(call(GQA, loops=5).tokens[0, 1])
+    keywords = {"max_new_tokens": N, "loops": 5, "stop_tokens": [stop]}
+    pieces = list(stream(model(GQA), variables(GQA), PROMPTS[[0, 0]], every=1, **keywords))
+    assert sum(piece.tokens.shape[1] for piece in pieces) <= 2
+    assert list(stream(model(GQA), variables(GQA), PROMPTS, max_new_tokens=0)) == []
+    with pytest.raises(ValueError, match="every: got 0, allowed: an integer >= 1"):
+        stream(model(GQA), variables(GQA), PROMPTS, every=0)
+    with pytest.raises(ValueError, match="top_k: got 41"):
+        stream(model(GQA), variables(GQA), PROMPTS, max_new_tokens=N, top_k=V + 1)
+
+
+@pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa_act", "mla_kl"])
+def test_nothing_of_the_caches_size_is_copied(config):
+    """Decoding writes in place: beside its arguments it needs far less memory than the cache, three rows at a time."""
+    B, S = 3, 3001
+    halting = Halting("act", 0.6, 1, 5) if config is GQA else Halting("kl", 0.02, 1, 5)
+    cache = jax.eval_shape(lambda: init_cache(config, B, S, 5))
+    cell = cache.loop[0].cache.keys
+    state = State(cache, *jax.eval_shape(lambda: _empty(B)))
+    setup = _setup(config, halting, B)
+    compiled = decode.lower(setup, state, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    sizes = compiled.memory_analysis()
+    assert sizes.alias_size_in_bytes >= sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))  # donated
+    assert sizes.temp_size_in_bytes < cell.size * 4
+    shape = "f32[" + ",".join(map(str, cell.shape)) + "]"
+    copies = [line for line in compiled.as_text().splitlines() if f"= {shape}" in line and " copy(" in line]
+    assert not copies, copies
+
+
 def test_equal_models_share_the_program():
     call(GQA, loops=5)
     compiled = decode._cache_size()
@@ -180,6 +299,8 @@ def test_no_new_tokens_is_an_empty_result():
         ({"seed": -1}, "seed: got -1, allowed: integers from 0 to 2"),
         ({"seed": 2**32}, "seed: got 4294967296, allowed: integers from 0 to 2"),
         ({"loops": 0}, "loops: got 0, allowed: an integer >= 1"),
+        ({"prefill_chunk": 0}, "prefill_chunk: got 0, allowed: an integer >= 1"),
+        ({"loop_cache_slots": 0}, "loop_cache_slots: got 0, allowed: an integer >= 1, or None"),
         ({"initial_state": "noise"}, "initial_state: got noise, allowed: 'zeros' or None"),
         ({"halting": Halting("latent")}, "halting criterion: got 'latent', allowed with readout act: act"),
     ],
