@@ -135,6 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all")
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of total mass P")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--draft-loops", type=int, metavar="D", help="draft with D loops and verify at full depth: same text, sooner"
+    )
+    sub.add_argument("--draft-tokens", type=int, default=3, metavar="N", help="tokens a draft (default 3)")
 
     sub = command("info", _info, "Parameters, FLOPs per token by loops, cache bytes per token.")
     sub.add_argument("config", metavar="CONFIG.yaml|RUN")
@@ -272,19 +276,25 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     from mythos_jax.inference.text import complete
     from mythos_jax.runs import open_model
 
-    text = complete(
+    keywords = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
+    if arguments.draft_loops is not None:
+        if arguments.temperature:
+            raise ConfigError(f"--temperature: got {arguments.temperature}, allowed with --draft-loops: 0 (greedy)")
+        keywords = {"draft_loops": arguments.draft_loops, "draft_tokens": arguments.draft_tokens}
+    text, result = complete(
         open_model(arguments.model, arguments.step),
         arguments.prompt,
         arguments.tokenizer,
         loops=arguments.loops,
         halting=arguments.halting,
         max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
         seed=arguments.seed,
+        **keywords,
     )
     print(arguments.prompt + text)
+    if arguments.draft_loops is not None:
+        counts = f"{int(result.accepted.sum())} of {int(result.drafted.sum())}"
+        print(f"mythos: {result.acceptance:.0%} of the drafted tokens were right ({counts})", file=sys.stderr)
 
 
 def _info(arguments: argparse.Namespace, overrides: list[str]) -> None:

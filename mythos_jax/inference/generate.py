@@ -160,7 +160,7 @@ def _advance(setup: Setup, state: State, tokens_BT: jax.Array, active_BT: jax.Ar
         cache=out.cache,
         done_B=state.done_B | jnp.isin(token_B, setup.stop_tokens),
         step=state.step + 1,
-        result=GenerateResult(
+        result=result.replace(
             tokens=result.tokens.at[:, state.step].set(jnp.where(going_B, token_B, 0)),
             lengths=result.lengths + going_B,
             loops=result.loops.at[:, state.step].set(jnp.where(going_B, loops_B, 0)),

@@ -7,6 +7,7 @@ from flax import struct
 from mythos_jax.config import ConfigError, ModelConfig
 
 CRITERIA = ("act", "latent")
+STATE_CRITERIA = ("act", "latent")  # those that look at the state only
 
 # Huginn's defaults (arXiv 2502.05171); ACT's threshold is part of the model.
 DEFAULT_THRESHOLDS = {"act": None, "latent": 0.03}

@@ -1,0 +1,191 @@
+"""Self-speculative decoding: a draft is the first part of the model's own computation.
+
+A round drafts n tokens one by one with `draft_loops` loops each. The tokens' states, keys and values at that depth are
+kept, and all of them go on from there together to full depth: a loop over n + 1 tokens costs little more than one over
+a single token, and no loop is computed twice. What full depth confirms stands, with the correct token after it; the
+cache's length goes back over the rest. The result is that of plain greedy decoding.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from mythos_jax.inference.generate import (
+    GenerateResult,
+    Setup,
+    State,
+    _check_prompts,
+    _check_sampling,
+    _check_tokens,
+    _require,
+    prefill,
+)
+from mythos_jax.inference.sampling import position_noise
+from mythos_jax.model.cache import Cache, init_cache
+from mythos_jax.model.halting import STATE_CRITERIA, Halting
+from mythos_jax.model.mythos import Mythos, Output
+
+
+@struct.dataclass
+class SpeculativeResult(GenerateResult):
+    """As `GenerateResult`, and how the drafts did.
+
+    drafted, accepted: int32 [B], tokens of each row that were drafted, and of those the ones that full depth confirmed.
+    rounds: int32 [], how often tokens were verified.
+    """
+
+    drafted: jax.Array
+    accepted: jax.Array
+    rounds: jax.Array
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafted tokens that were confirmed; 0 where none was drafted."""
+        return float(self.accepted.sum() / max(int(self.drafted.sum()), 1))
+
+
+@struct.dataclass
+class Progress:
+    """A batch between two rounds: `token_B`, the last of each row, is not in the cache yet, all before it are."""
+
+    cache: Cache
+    done_B: jax.Array
+    token_B: jax.Array
+    result: SpeculativeResult
+
+
+def speculate(
+    model: Mythos,
+    variables: Any,
+    tokens_BT: jax.Array | np.ndarray | Sequence[Sequence[int]],
+    lengths: jax.Array | np.ndarray | Sequence[int] | None = None,
+    max_new_tokens: int = 16,
+    loops: int | None = None,
+    halting: Halting | None = None,
+    stop_tokens: Sequence[int] = (),
+    seed: int | Sequence[int] | np.ndarray = 0,
+    initial_state: str | None = None,
+    *,
+    draft_loops: int,
+    draft_tokens: int = 3,
+) -> SpeculativeResult:
+    """Greedy tokens as `generate` gives them with the same arguments, in less time where drafts are mostly right.
+
+    draft_loops: loops of a draft, 1 to `loops`. draft_tokens: drafts a round. halting: a policy that looks at the
+    state only; a token that has halted by `draft_loops` is final, one that halts later goes on.
+    Raises ValueError with one line that names the argument, what it got and what is allowed.
+    """
+    config = model.config
+    loops = config.loops if loops is None else loops
+    tokens_BT, lengths_B = _check_prompts(config, tokens_BT, lengths, max_new_tokens)
+    stop_tokens = _check_tokens("stop_tokens", np.asarray(stop_tokens, np.int64).reshape(-1), config)
+    sampling = _check_sampling(config, 0.0, 0, 1.0, seed, len(tokens_BT))
+    _require(loops >= 1, "loops", loops, "an integer >= 1")
+    _require(1 <= draft_loops <= loops, "draft_loops", draft_loops, f"1 to loops, {loops}")
+    most = config.max_seq_len - 1
+    _require(1 <= draft_tokens <= most, "draft_tokens", draft_tokens, f"1 to {most}, one below max_seq_len")
+    _require(initial_state in (None, "zeros"), "initial_state", initial_state, "'zeros' or None")
+    if halting is not None:
+        allowed = f"{', '.join(STATE_CRITERIA)} with draft_loops (criteria that look at the state only)"
+        _require(halting.criterion in STATE_CRITERIA, "halting criterion", repr(halting.criterion), allowed)
+
+    setup = Setup(model, loops, initial_state, variables, halting, sampling, stop_tokens)
+    B, T = tokens_BT.shape
+    counts = {name: jnp.zeros(B, jnp.int32) for name in ("lengths", "drafted", "accepted")}
+    grids = {name: jnp.zeros((B, max_new_tokens), jnp.int32) for name in ("tokens", "loops")}
+    result = SpeculativeResult(**grids, **counts, rounds=jnp.int32(0))
+    if max_new_tokens > 0:
+        cache = init_cache(config, B, T + max_new_tokens, loops)
+        state = prefill(setup, State(cache, jnp.zeros(B, bool), jnp.int32(0), result), tokens_BT, lengths_B)
+        progress = Progress(state.cache, state.done_B, jnp.copy(state.result.tokens[:, 0]), state.result)
+        result = _decode(setup, progress, draft_loops, draft_tokens).result
+    return result
+
+
+@partial(jax.jit, static_argnames=("draft_loops", "draft_tokens"), donate_argnames="progress")
+def _decode(setup: Setup, progress: Progress, draft_loops: int, draft_tokens: int) -> Progress:
+    """Rounds until every row is done."""
+
+    def done(progress: Progress) -> Progress:
+        full_B = progress.result.lengths >= progress.result.tokens.shape[1]
+        return progress.replace(done_B=progress.done_B | full_B)
+
+    def body(progress: Progress) -> Progress:
+        return done(_round(setup, progress, draft_loops, draft_tokens))
+
+    return jax.lax.while_loop(lambda progress: ~progress.done_B.all(), body, done(progress))
+
+
+def _round(setup: Setup, progress: Progress, draft_loops: int, draft_tokens: int) -> Progress:
+    """Drafts, verifies, and keeps what full depth confirms."""
+    start_B, going_B = progress.cache.length_B, ~progress.done_B
+
+    def step(carry, _):
+        cache, token_B = carry
+        out = _advance(setup, cache, token_B[:, None], going_B, pause=draft_loops)
+        return (out.cache, _greedy(setup, out)[:, 0]), (token_B, out.paused)
+
+    (cache, last_B), (drafts_nB, paused_n) = jax.lax.scan(step, (progress.cache, progress.token_B), length=draft_tokens)
+    # The last draft runs its first loops too; that its coda is not used, the compiler sees.
+    out = _advance(setup, cache, last_B[:, None], going_B, pause=draft_loops)
+    cache = out.cache.replace(coda=cache.coda, length_B=start_B)
+    tokens_BN = jnp.concatenate([drafts_nB.T, last_B[:, None]], axis=1)
+    paused = jax.tree.map(
+        lambda before, last: jnp.concatenate([jnp.moveaxis(before[:, :, 0], 0, 1), last], axis=1), paused_n, out.paused
+    )
+
+    out = _advance(setup, cache, tokens_BN, going_B, resume=paused)
+    truth_BN = _greedy(setup, out)
+    agree_Bn = tokens_BN[:, 1:] == truth_BN[:, :-1]
+    accepted_B = jnp.cumprod(agree_Bn, axis=1, dtype=jnp.int32).sum(1)
+
+    # New tokens: those confirmed and the correct one after them, up to a stop token or the last place of the result.
+    result, place_N = progress.result, jnp.arange(draft_tokens + 1)
+    stops_BN = jnp.isin(truth_BN, setup.stop_tokens)
+    first_stop_B = jnp.where(stops_BN.any(1), stops_BN.argmax(1), draft_tokens + 1)
+    new_B = jnp.minimum(jnp.minimum(accepted_B, first_stop_B) + 1, result.tokens.shape[1] - result.lengths) * going_B
+    rows_B1, at_BN = jnp.arange(len(new_B))[:, None], result.lengths[:, None] + place_N
+    at_BN = jnp.where(place_N < new_B[:, None], at_BN, result.tokens.shape[1])  # out of bounds: not written
+    last_B1 = jnp.maximum(new_B - 1, 0)[:, None]
+    return Progress(
+        cache=out.cache.replace(length_B=start_B + new_B),
+        done_B=progress.done_B | (first_stop_B < new_B),
+        token_B=jnp.take_along_axis(truth_BN, last_B1, axis=1)[:, 0],
+        result=SpeculativeResult(
+            tokens=result.tokens.at[rows_B1, at_BN].set(truth_BN, mode="drop"),
+            lengths=result.lengths + new_B,
+            loops=result.loops.at[rows_B1, at_BN].set(out.loops, mode="drop"),
+            drafted=result.drafted + draft_tokens * going_B,
+            accepted=result.accepted + accepted_B * going_B,
+            rounds=result.rounds + 1,
+        ),
+    )
+
+
+def _advance(setup: Setup, cache: Cache, tokens_BT: jax.Array, going_B: jax.Array, **keywords: Any) -> Output:
+    """The model, without its head, on tokens of the rows that are still going."""
+    initial_state, config = setup.initial_state, setup.model.config
+    if initial_state is None and config.initial_state == "noise" and "resume" not in keywords:
+        positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        initial_state = position_noise(config, setup.sampling.seed_B, positions_BT)
+    return setup.model.apply(
+        setup.variables,
+        tokens_BT,
+        loops=setup.loops,
+        halting=setup.halting,
+        initial_state=initial_state,
+        segment_ids=jnp.broadcast_to(going_B[:, None], tokens_BT.shape).astype(jnp.int32),
+        cache=cache,
+        method="trunk",
+        **keywords,
+    )
+
+
+def _greedy(setup: Setup, out: Output) -> jax.Array:
+    """The likeliest next token after each, int32 [B, T]."""
+    return setup.model.apply(setup.variables, out.features, method="head").argmax(-1).astype(jnp.int32)
