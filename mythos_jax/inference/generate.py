@@ -1,10 +1,11 @@
-"""Generation: one prefill, then one `while_loop` over tokens, both under jit, on a preallocated cache.
+"""Generation: prefill in chunks, then one `while_loop` over tokens, both under jit, on a preallocated cache.
 
-Both are made of `_advance`: run the model on tokens, draw the next token of every row. It knows only a `State`, so
-a long prompt can be fed in chunks, and a stream can decode a few tokens a call (`decode` stops at `until`).
+Both are made of `_next_token`: run the model on tokens, draw what follows the last one of every row. They know only a
+`State`, so a long prompt is fed in chunks of one compiled size, and a stream decodes a few tokens a call (`decode`
+stops at `until`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,11 @@ from flax import struct
 from mythos_jax.config import ModelConfig
 from mythos_jax.inference.sampling import Sampling, position_noise, sample
 from mythos_jax.model.cache import Cache, init_cache
-from mythos_jax.model.halting import Halting
+from mythos_jax.model.halting import Halting, check_halting
 from mythos_jax.model.mythos import Mythos
+
+PREFILL_CHUNK = 512  # tokens of a prompt that are read at a time
+STREAM_TOKENS = 8  # decoded by one call of the device
 
 
 @struct.dataclass
@@ -57,6 +61,15 @@ class Setup:
     stop_tokens: jax.Array  # int32 [n]
 
 
+@struct.dataclass
+class Job:
+    """What `generate` and `stream` start from: checked arguments, an empty state, and the prompts cut into chunks."""
+
+    setup: Setup
+    state: State
+    chunks: list[tuple[np.ndarray, np.ndarray]]  # of tokens and of which are active, [B, C] each
+
+
 def generate(
     model: Mythos,
     variables: Any,
@@ -71,21 +84,100 @@ def generate(
     stop_tokens: Sequence[int] = (),
     seed: int | Sequence[int] | np.ndarray = 0,
     initial_state: str | None = None,
+    loop_cache_slots: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> GenerateResult:
     """Continues a batch of prompts. Not to be traced: it looks at the prompts' values to refuse bad ones.
 
     tokens_BT: int [B, T], prompts from the left; lengths: int [B], how many of a row's tokens are prompt (default:
     all T), the rest is never looked at. loops: at most this many per token (default: the config's); halting: a policy
-    to stop earlier. temperature 0 is greedy; else tokens are drawn among the `top_k` likeliest (0: all), then among
-    the fewest likeliest that hold the mass `top_p`. A row ends with the first of `stop_tokens`; generation ends with
-    the last row. seed: one for all rows or one a row. A row's result is a function of its prompt and its seed alone,
-    whatever batch it is in; equal prompts with equal seeds continue alike, so give a seed a row to sample one prompt
-    several times. initial_state: "zeros" for models that start from noise; their noise is otherwise drawn from seed
-    and position.
+    to stop earlier (one that looks at the logits: for new tokens alone). temperature 0 is greedy; else tokens are drawn
+    among the `top_k` likeliest (0: all), then among the fewest likeliest that hold the mass `top_p`. A row ends with
+    the first of `stop_tokens`; generation ends with the last row. seed: one for all rows or one a row. A row's result
+    is a function of its prompt and its seed alone, whatever batch it is in and however it is cut into chunks; equal
+    prompts with equal seeds continue alike, so give a seed a row to sample one prompt several times. initial_state:
+    "zeros" for models that start from noise; their noise is otherwise drawn from seed and position. loop_cache_slots:
+    see `init_cache`; what comes is then an approximation. prefill_chunk: tokens of a prompt that are read at a time.
 
     Shapes, model, loops and the number of stop tokens are compiled in; other values, `lengths` too, reuse the program.
     Raises ValueError with one line that names the argument, what it got and what is allowed.
     """
+    job = _prepare(
+        model,
+        variables,
+        tokens_BT,
+        lengths,
+        max_new_tokens,
+        loops=loops,
+        halting=halting,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_tokens=stop_tokens,
+        seed=seed,
+        initial_state=initial_state,
+        loop_cache_slots=loop_cache_slots,
+        prefill_chunk=prefill_chunk,
+    )
+    state = job.state
+    if max_new_tokens > 0:
+        state = decode(job.setup, _prefill_all(job), np.int32(max_new_tokens))
+    return state.result
+
+
+def stream(
+    model: Mythos,
+    variables: Any,
+    tokens_BT: jax.Array | np.ndarray | Sequence[Sequence[int]],
+    lengths: jax.Array | np.ndarray | Sequence[int] | None = None,
+    max_new_tokens: int = 16,
+    *,
+    every: int = STREAM_TOKENS,
+    **keywords: Any,
+) -> Iterator[GenerateResult]:
+    """Like `generate`, with its keywords and its errors (at once), but in pieces as they are decoded.
+
+    Each piece is what came since the one before, in NumPy: tokens and loops int32 [B, n], n up to `every`, and of each
+    row how many of the n are its own. Put side by side they are what `generate` returns. The first piece is the first
+    token. The device is asked once a piece, never for a token.
+    """
+    _require(every >= 1, "every", every, "an integer >= 1")
+    job = _prepare(model, variables, tokens_BT, lengths, max_new_tokens, **keywords)
+    return _pieces(job, max_new_tokens, every)
+
+
+def _pieces(job: Job, max_new_tokens: int, every: int) -> Iterator[GenerateResult]:
+    if max_new_tokens == 0:
+        return
+    state, seen, before_B = _prefill_all(job), 0, 0
+    while True:
+        result, step, done_B = jax.device_get((state.result, state.step, state.done_B))
+        now_B = result.lengths
+        yield GenerateResult(result.tokens[:, seen:step], now_B - before_B, result.loops[:, seen:step])
+        seen, before_B = int(step), now_B
+        if done_B.all() or seen == max_new_tokens:
+            return
+        state = decode(job.setup, state, np.int32(min(seen + every, max_new_tokens)))
+
+
+def _prepare(
+    model: Mythos,
+    variables: Any,
+    tokens_BT: Any,
+    lengths: Any = None,
+    max_new_tokens: int = 16,
+    loops: int | None = None,
+    halting: Halting | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] = (),
+    seed: Any = 0,
+    initial_state: str | None = None,
+    loop_cache_slots: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Job:
+    """Checks the arguments of `generate`."""
     config = model.config
     loops = config.loops if loops is None else loops
     tokens_BT, lengths_B = _check_prompts(config, tokens_BT, lengths, max_new_tokens)
@@ -93,11 +185,20 @@ def generate(
     sampling = _check_sampling(config, temperature, top_k, top_p, seed, len(tokens_BT))
     _require(loops >= 1, "loops", loops, "an integer >= 1")
     _require(initial_state in (None, "zeros"), "initial_state", initial_state, "'zeros' or None")
+    _require(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "an integer >= 1")
+    slots = loop_cache_slots
+    _require(slots is None or slots >= 1, "loop_cache_slots", slots, "an integer >= 1, or None")
+    check_halting(config, halting, cached=True)
 
-    setup = Setup(model, loops, initial_state, variables, halting, sampling, stop_tokens)
     B, T = tokens_BT.shape
+    size = min(T, prefill_chunk)
+    # Chunks that no row reaches are not read, and those that are read have one size: lengths compile nothing.
+    starts = range(0, int(lengths_B.max()), size)
+    padded_BT = np.pad(tokens_BT, ((0, 0), (0, -T % size)))
+    active_BT = np.arange(padded_BT.shape[1]) < lengths_B[:, None]
     state = State(
-        cache=init_cache(config, B, T + max_new_tokens, loops),
+        # With a slot for each loop nothing is shared, however many may be had.
+        cache=init_cache(config, B, T + max_new_tokens, loops, slots if slots and slots < loops else None),
         done_B=jnp.zeros(B, bool),
         step=jnp.int32(0),
         result=GenerateResult(
@@ -106,16 +207,41 @@ def generate(
             loops=jnp.zeros((B, max_new_tokens), jnp.int32),
         ),
     )
-    if max_new_tokens > 0:
-        state = prefill(setup, state, tokens_BT, lengths_B)
-        state = decode(setup, state, max_new_tokens)
-    return state.result
+    setup = Setup(model, loops, initial_state, variables, halting, sampling, stop_tokens)
+    return Job(setup, state, [(padded_BT[:, t : t + size], active_BT[:, t : t + size]) for t in starts])
+
+
+def _prefill_all(job: Job) -> State:
+    state = job.state
+    for tokens_BC, active_BC in job.chunks:
+        state = prefill(job.setup, state, tokens_BC, active_BC)
+    return state
 
 
 @partial(jax.jit, donate_argnames="state")
-def prefill(setup: Setup, state: State, tokens_BT: jax.Array, lengths_B: jax.Array) -> State:
-    """Reads the prompts and draws the first token of each row."""
-    return _advance(setup, state, tokens_BT, jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None])
+def prefill(setup: Setup, state: State, tokens_BC: jax.Array, active_BC: jax.Array) -> State:
+    """Reads a chunk of the prompts. The first token of each row is the one drawn in the chunk that ends its prompt."""
+    # Prompts are alike whatever chunks they come in, also of a single token: no halting by logits here.
+    if setup.halting is not None and setup.halting.reads_logits:
+        policy = {"loops": setup.halting.most(setup.loops), "halting": None}
+    else:
+        policy = {"loops": setup.loops, "halting": setup.halting}
+    cache, token_B, loops_B = _next_token(setup, state.cache, tokens_BC, active_BC, **policy)
+    reads_B, result = active_BC.any(-1), state.result
+
+    def first(x_BN: jax.Array, new_B: jax.Array) -> jax.Array:
+        return x_BN.at[:, 0].set(jnp.where(reads_B, new_B, x_BN[:, 0]))
+
+    return State(
+        cache=cache,
+        done_B=jnp.where(reads_B, jnp.isin(token_B, setup.stop_tokens), state.done_B),
+        step=jnp.int32(1),
+        result=GenerateResult(
+            tokens=first(result.tokens, token_B),
+            lengths=jnp.ones_like(result.lengths),
+            loops=first(result.loops, loops_B),
+        ),
+    )
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -126,15 +252,40 @@ def decode(setup: Setup, state: State, until: int | jax.Array) -> State:
         return (state.step < until) & ~state.done_B.all()
 
     def body(state: State) -> State:
-        tokens_B1 = jax.lax.dynamic_slice_in_dim(state.result.tokens, state.step - 1, 1, axis=1)
-        return _advance(setup, state, tokens_B1, ~state.done_B[:, None])
+        going_B, result = ~state.done_B, state.result
+        tokens_B1 = jax.lax.dynamic_slice_in_dim(result.tokens, state.step - 1, 1, axis=1)
+        cache, token_B, loops_B = _next_token(
+            setup, state.cache, tokens_B1, going_B[:, None], loops=setup.loops, halting=setup.halting
+        )
+        return State(
+            cache=cache,
+            done_B=state.done_B | jnp.isin(token_B, setup.stop_tokens),
+            step=state.step + 1,
+            result=result.replace(
+                tokens=result.tokens.at[:, state.step].set(jnp.where(going_B, token_B, 0)),
+                lengths=result.lengths + going_B,
+                loops=result.loops.at[:, state.step].set(jnp.where(going_B, loops_B, 0)),
+            ),
+        )
 
     return jax.lax.while_loop(go_on, body, state)
 
 
-def _advance(setup: Setup, state: State, tokens_BT: jax.Array, active_BT: jax.Array) -> State:
-    """Runs the model on the active tokens and draws the token that follows the last active one of each row."""
-    model, variables, cache = setup.model, setup.variables, state.cache
+def _next_token(
+    setup: Setup,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    active_BT: jax.Array,
+    *,
+    loops: int | jax.Array,
+    halting: Halting | None,
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """Runs the model on the active tokens, which follow what the cache holds.
+
+    Returns the cache, the token drawn to follow the last active one of each row, and the loops that one ran; the last
+    two mean nothing in a row without active tokens.
+    """
+    model, variables = setup.model, setup.variables
     initial_state = setup.initial_state
     if initial_state is None and model.config.initial_state == "noise":
         positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
@@ -142,8 +293,8 @@ def _advance(setup: Setup, state: State, tokens_BT: jax.Array, active_BT: jax.Ar
     out = model.apply(
         variables,
         tokens_BT,
-        loops=setup.loops,
-        halting=setup.halting,
+        loops=loops,
+        halting=halting,
         initial_state=initial_state,
         segment_ids=active_BT.astype(jnp.int32),
         cache=cache,
@@ -154,18 +305,7 @@ def _advance(setup: Setup, state: State, tokens_BT: jax.Array, active_BT: jax.Ar
     logits_BV = model.apply(variables, features_B1D, method="head")[:, 0]
     token_B = sample(logits_BV, setup.sampling, out.cache.length_B)
     loops_B = jnp.take_along_axis(out.loops, last_B1, axis=1)[:, 0]
-
-    result, going_B = state.result, ~state.done_B
-    return State(
-        cache=out.cache,
-        done_B=state.done_B | jnp.isin(token_B, setup.stop_tokens),
-        step=state.step + 1,
-        result=result.replace(
-            tokens=result.tokens.at[:, state.step].set(jnp.where(going_B, token_B, 0)),
-            lengths=result.lengths + going_B,
-            loops=result.loops.at[:, state.step].set(jnp.where(going_B, loops_B, 0)),
-        ),
-    )
+    return out.cache, token_B, loops_B
 
 
 def _check_prompts(config: ModelConfig, tokens_BT, lengths, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,18 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mythos_jax.inference.generate import (
-    GenerateResult,
-    Setup,
-    State,
-    _check_prompts,
-    _check_sampling,
-    _check_tokens,
-    _require,
-    prefill,
-)
+from mythos_jax.inference.generate import PREFILL_CHUNK, GenerateResult, Setup, _prefill_all, _prepare, _require
 from mythos_jax.inference.sampling import position_noise
-from mythos_jax.model.cache import Cache, init_cache
+from mythos_jax.model.cache import Cache
 from mythos_jax.model.halting import STATE_CRITERIA, Halting
 from mythos_jax.model.mythos import Mythos, Output
 
@@ -70,6 +61,7 @@ def speculate(
     stop_tokens: Sequence[int] = (),
     seed: int | Sequence[int] | np.ndarray = 0,
     initial_state: str | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
     *,
     draft_loops: int,
     draft_tokens: int = 3,
@@ -80,31 +72,34 @@ def speculate(
     state only; a token that has halted by `draft_loops` is final, one that halts later goes on.
     Raises ValueError with one line that names the argument, what it got and what is allowed.
     """
-    config = model.config
-    loops = config.loops if loops is None else loops
-    tokens_BT, lengths_B = _check_prompts(config, tokens_BT, lengths, max_new_tokens)
-    stop_tokens = _check_tokens("stop_tokens", np.asarray(stop_tokens, np.int64).reshape(-1), config)
-    sampling = _check_sampling(config, 0.0, 0, 1.0, seed, len(tokens_BT))
-    _require(loops >= 1, "loops", loops, "an integer >= 1")
+    job = _prepare(
+        model,
+        variables,
+        tokens_BT,
+        lengths,
+        max_new_tokens,
+        loops=loops,
+        halting=halting,
+        stop_tokens=stop_tokens,
+        seed=seed,
+        initial_state=initial_state,
+        prefill_chunk=prefill_chunk,
+    )
+    loops, most = job.setup.loops, model.config.max_seq_len - 1
     _require(1 <= draft_loops <= loops, "draft_loops", draft_loops, f"1 to loops, {loops}")
-    most = config.max_seq_len - 1
     _require(1 <= draft_tokens <= most, "draft_tokens", draft_tokens, f"1 to {most}, one below max_seq_len")
-    _require(initial_state in (None, "zeros"), "initial_state", initial_state, "'zeros' or None")
     if halting is not None:
         allowed = f"{', '.join(STATE_CRITERIA)} with draft_loops (criteria that look at the state only)"
         _require(halting.criterion in STATE_CRITERIA, "halting criterion", repr(halting.criterion), allowed)
 
-    setup = Setup(model, loops, initial_state, variables, halting, sampling, stop_tokens)
-    B, T = tokens_BT.shape
-    counts = {name: jnp.zeros(B, jnp.int32) for name in ("lengths", "drafted", "accepted")}
-    grids = {name: jnp.zeros((B, max_new_tokens), jnp.int32) for name in ("tokens", "loops")}
-    result = SpeculativeResult(**grids, **counts, rounds=jnp.int32(0))
-    if max_new_tokens > 0:
-        cache = init_cache(config, B, T + max_new_tokens, loops)
-        state = prefill(setup, State(cache, jnp.zeros(B, bool), jnp.int32(0), result), tokens_BT, lengths_B)
-        progress = Progress(state.cache, state.done_B, jnp.copy(state.result.tokens[:, 0]), state.result)
-        result = _decode(setup, progress, draft_loops, draft_tokens).result
-    return result
+    state = job.state if max_new_tokens == 0 else _prefill_all(job)
+    drafted, accepted = (jnp.zeros(len(state.done_B), jnp.int32) for _ in range(2))
+    plain = state.result
+    result = SpeculativeResult(plain.tokens, plain.lengths, plain.loops, drafted, accepted, rounds=jnp.int32(0))
+    if max_new_tokens == 0:
+        return result
+    first_B = jnp.copy(plain.tokens[:, 0])
+    return _decode(job.setup, Progress(state.cache, state.done_B, first_B, result), draft_loops, draft_tokens).result
 
 
 @partial(jax.jit, static_argnames=("draft_loops", "draft_tokens"), donate_argnames="progress")

@@ -25,17 +25,17 @@ class View:
     """What attention layers share in one call of the model.
 
     rope: cosines and sines [B, T, rope_dim / 2]. mask: who attends to whom. index_BT: where the tokens are written
-    in a cache. slot: the cache slot of this loop. frozen_BT: tokens whose loops have ended.
+    in a cache. loop: the one at hand, 0 outside the loop. frozen_BT: tokens whose loops have ended.
     """
 
     rope: tuple[jax.Array, jax.Array]
     mask: Mask
     index_BT: jax.Array | None = None
-    slot: jax.Array | int = 0
+    loop: jax.Array | int = 0
     frozen_BT: jax.Array | None = None
 
     def remember(self, memory: Memory, new: KV) -> tuple[Memory, KV]:
-        return remember(memory, new, slot=self.slot, index_BT=self.index_BT, frozen_BT=self.frozen_BT)
+        return remember(memory, new, loop=self.loop, index_BT=self.index_BT, frozen_BT=self.frozen_BT)
 
 
 class GroupedQueryAttention(nn.Module):

@@ -14,6 +14,7 @@ from flax import struct
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.layers import compute_dtype
 from mythos_jax.sharding import constrain
+from mythos_jax.typed import require
 
 
 class KV(NamedTuple):
@@ -69,9 +70,13 @@ def init_cache(
     """An empty cache for `batch` rows of up to `capacity` tokens.
 
     loops: the most loops any call will run (default: the config's); each gets a slot. loop_cache_slots: bounds the
-    memory whatever the depth, loop t then shares slot t mod n, and decoding is an approximation.
+    memory whatever the depth, loop t then shares slot t mod n, and decoding is an approximation. Raises ConfigError
+    for less than one slot.
     """
-    slots = loop_cache_slots or loops or config.loops
+    slots = loops or config.loops
+    if loop_cache_slots is not None:
+        require(loop_cache_slots >= 1, "loop_cache_slots", loop_cache_slots, "an integer >= 1, or None")
+        slots = loop_cache_slots
 
     def layers(n: int, slots: int) -> tuple[Memory, ...]:
         return tuple(Memory(cache=placed(empty_kv(config, slots, batch, capacity))) for _ in range(n))
@@ -87,19 +92,23 @@ def init_cache(
 
 
 def remember(
-    memory: Memory, new: KV, *, slot: jax.Array | int, index_BT: jax.Array | None, frozen_BT: jax.Array | None
+    memory: Memory, new: KV, *, loop: jax.Array | int, index_BT: jax.Array | None, frozen_BT: jax.Array | None
 ) -> tuple[Memory, KV]:
     """Takes in the keys and values of the tokens at hand; returns the memory and all that queries may look at.
 
-    Frozen tokens keep those of their exit loop (design: halting semantics). Tokens are written at `index_BT` of
-    `slot`; an index beyond the capacity writes nothing.
+    Loop t writes slot t mod n, at `index_BT`; an index beyond the capacity writes nothing. Frozen tokens keep the keys
+    and values of their exit loop (design: halting semantics), and write them to slots that they never ran a loop in.
     """
     if memory.last is not None:
         new = jax.tree.map(lambda a, b: jnp.where(_like(frozen_BT, b), a, b), memory.last, new)
         memory = memory.replace(last=new)
     if memory.cache is None:
         return memory, new
-    rows = jnp.arange(index_BT.shape[0])[:, None]
+    slots, _, capacity = memory.cache.keys.shape[:3]
+    if frozen_BT is not None:
+        # From loop n on every slot holds a loop that the token ran, or its last one.
+        index_BT = jnp.where(frozen_BT & (loop >= slots), capacity, index_BT)
+    rows, slot = jnp.arange(index_BT.shape[0])[:, None], loop % slots
     cache = jax.tree.map(lambda c, n: c.at[slot, rows, index_BT].set(n.astype(c.dtype), mode="drop"), memory.cache, new)
     cache = placed(cache)
     seen = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, slot, keepdims=False), cache)
@@ -107,16 +116,19 @@ def remember(
 
 
 def fill_deeper(memory: Memory, first_slot: jax.Array, index_BT: jax.Array) -> Memory:
-    """Copies the tokens' last keys and values to every slot from `first_slot` on: loops they exited before."""
+    """Copies the tokens' last keys and values to every slot from `first_slot` on: loops they exited before.
 
-    def fill(cache: jax.Array, last: jax.Array) -> jax.Array:
-        slots, rows = jnp.arange(cache.shape[0])[:, None, None], jnp.arange(index_BT.shape[0])[:, None]
-        # Slots already written are sent out of bounds, where nothing is written.
-        slots = jnp.where(slots >= first_slot, slots, cache.shape[0])
-        values = jnp.broadcast_to(last.astype(cache.dtype), (cache.shape[0], *last.shape))
-        return cache.at[slots, rows, index_BT].set(values, mode="drop")
+    Slot by slot and in place, so that a token pays only for what it skipped and nothing of the cache's size is made.
+    """
+    rows = jnp.arange(index_BT.shape[0])[:, None]
 
-    return memory.replace(cache=jax.tree.map(fill, memory.cache, memory.last))
+    def fill(slot: jax.Array, cache: KV) -> KV:
+        return jax.tree.map(
+            lambda c, last: c.at[slot, rows, index_BT].set(last.astype(c.dtype), mode="drop"), cache, memory.last
+        )
+
+    slots = memory.cache.keys.shape[0]
+    return memory.replace(cache=jax.lax.fori_loop(first_slot, slots, fill, memory.cache))
 
 
 def _like(mask_BT: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,16 +1,25 @@
-"""Deciding per token when its loops end: learned (ACT) or zero-shot (how much the state still moves)."""
+"""Deciding per token when its loops end: learned (ACT), or zero-shot, by how far state or logits still move."""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ConfigError, ModelConfig
+from mythos_jax.model.cache import Memory
 
-CRITERIA = ("act", "latent")
-STATE_CRITERIA = ("act", "latent")  # those that look at the state only
+# Huginn's defaults (arXiv 2502.05171, and its code for the others); ACT's threshold is part of the model.
+DEFAULT_THRESHOLDS = {"act": None, "latent": 0.03, "cosine": 1e-3, "kl": 5e-4, "entropy": 1e-3, "argmax": 5}
+CRITERIA = tuple(DEFAULT_THRESHOLDS)
+STATE_CRITERIA = ("act", "latent", "cosine")  # the others look at the logits
 
-# Huginn's defaults (arXiv 2502.05171); ACT's threshold is part of the model.
-DEFAULT_THRESHOLDS = {"act": None, "latent": 0.03}
+# Positions whose logits exist at a time, in a full forward pass of a model with a large vocabulary.
+WHOLE_VOCAB = 8192
+CHUNK = 256
 
 
 @struct.dataclass
@@ -19,9 +28,15 @@ class Halting:
     over thresholds compiles once.
 
     criterion:
-      act     the cumulative halting probability reaches the threshold (the model's, unless given here);
-              only for models with ACT read-out
-      latent  |h_t - h_(t-1)| / |h_t| falls below the threshold; only for models that read out the last state
+      act      the cumulative halting probability reaches the threshold (the model's, unless given here);
+               only for models with ACT read-out
+      latent   |h_t - h_(t-1)| / |h_t| falls below the threshold; like all that follow only for models that read out
+               the last state
+      cosine   1 - cos(h_t, h_(t-1)) falls below the threshold
+      kl       KL(p_(t-1) || p_t) of the next-token distributions falls below the threshold, in nats
+      entropy  the entropy of the next-token distribution changes by less than the threshold, in nats
+      argmax   the likeliest next token was that of the loop before, `threshold` times in a row
+    The last three run coda and head after each loop, for decoding; they compare from loop 2 on.
     A token runs at least `min_loops` and at most `max_loops` loops (None: what the call allows).
     """
 
@@ -33,10 +48,22 @@ class Halting:
     def __post_init__(self):
         if self.criterion not in CRITERIA:
             raise ConfigError(f"halting criterion: got {self.criterion!r}, allowed: {', '.join(CRITERIA)}")
+        for name, value, least in [("threshold", self.threshold, 0), ("max_loops", self.max_loops, 1)]:
+            # Only of numbers: inside jax the fields may be anything.
+            if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+                raise ConfigError(f"halting {name}: got {value}, allowed: a number >= {least}")
 
     @property
     def resolved_threshold(self) -> float | jax.Array | None:
         return DEFAULT_THRESHOLDS[self.criterion] if self.threshold is None else self.threshold
+
+    @property
+    def reads_logits(self) -> bool:
+        return self.criterion not in STATE_CRITERIA
+
+    def most(self, loops: int | jax.Array) -> int | jax.Array:
+        """The loops that a token of a call with `loops` may run."""
+        return loops if self.max_loops is None else jnp.minimum(loops, self.max_loops)
 
 
 def check_halting(config: ModelConfig, halting: Halting | None, cached: bool) -> None:
@@ -48,10 +75,17 @@ def check_halting(config: ModelConfig, halting: Halting | None, cached: bool) ->
         raise ConfigError(
             f"halting criterion: got {halting.criterion!r}, allowed with readout {config.readout}: {allowed}"
         )
-    if cached and not config.freeze_halted:
+    if config.freeze_halted:
+        return
+    if cached:
         raise ConfigError(
             "halting: got a policy with a cache on a model with freeze_halted false, allowed: halting None "
             "(tokens that go on evolving need every loop's keys and values)"
+        )
+    if halting.reads_logits:
+        raise ConfigError(
+            f"halting criterion: got {halting.criterion!r} on a model with freeze_halted false, allowed: "
+            f"{', '.join(STATE_CRITERIA)} (the logits it looks at would not be those that the token ends with)"
         )
 
 
@@ -59,6 +93,127 @@ def relative_change(new_BTD: jax.Array, old_BTD: jax.Array) -> jax.Array:
     """|new - old| / |new| per token, float32 [B, T]."""
     new, old = new_BTD.astype(jnp.float32), old_BTD.astype(jnp.float32)
     return jnp.linalg.norm(new - old, axis=-1) / jnp.maximum(jnp.linalg.norm(new, axis=-1), 1e-30)
+
+
+def cosine_distance(new_BTD: jax.Array, old_BTD: jax.Array) -> jax.Array:
+    """1 - cos(new, old) per token, float32 [B, T]; as half the squared distance of the unit vectors, which keeps its
+    digits near 0."""
+
+    def unit(x):
+        x = x.astype(jnp.float32)
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+
+    return jnp.sum(jnp.square(unit(new_BTD) - unit(old_BTD)), axis=-1) / 2
+
+
+# Of criteria that look at the state: what falls below the threshold.
+_MOVES = {"latent": relative_change, "cosine": cosine_distance}
+
+
+def state_rests(halting: Halting, new_BTD: jax.Array, old_BTD: jax.Array) -> jax.Array:
+    """Whether the criterion is met by each token's step from the old state to the new one; bool [B, T]."""
+    if halting.reads_logits:
+        return jnp.zeros(new_BTD.shape[:2], bool)
+    return _MOVES[halting.criterion](new_BTD, old_BTD) < halting.resolved_threshold
+
+
+def kl_divergence(old_BTV: jax.Array, new_BTV: jax.Array, _: jax.Array) -> jax.Array:
+    """KL(old || new) of the distributions with these logits, in nats."""
+    old, new = jax.nn.log_softmax(old_BTV), jax.nn.log_softmax(new_BTV)
+    return jnp.maximum(jnp.sum(jnp.exp(old) * (old - new), axis=-1), 0)  # rounding may leave it below 0
+
+
+def entropy_change(old_BTV: jax.Array, new_BTV: jax.Array, _: jax.Array) -> jax.Array:
+    """|H(new) - H(old)|, in nats."""
+
+    def entropy(logits):
+        log_p = jax.nn.log_softmax(logits)
+        return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+    return jnp.abs(entropy(new_BTV) - entropy(old_BTV))
+
+
+def times_equal(old_BTV: jax.Array, new_BTV: jax.Array, before_BT: jax.Array) -> jax.Array:
+    """How often in a row the likeliest token has been the same, given how often before."""
+    return jnp.where(old_BTV.argmax(-1) == new_BTV.argmax(-1), before_BT + 1, 0.0)
+
+
+class LogitsCriterion(NamedTuple):
+    """How a criterion looks at logits: `measure` maps those of the last loop and of this one, and what it gave for
+    the loop before, to float32 [B, T]; a token halts when `met(measure, threshold)`."""
+
+    measure: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    met: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+_LOGITS = {
+    "kl": LogitsCriterion(kl_divergence, operator.lt),
+    "entropy": LogitsCriterion(entropy_change, operator.lt),
+    "argmax": LogitsCriterion(times_equal, operator.ge),
+}
+
+
+@struct.dataclass
+class Reading:
+    """What is read out after a loop, carried to the next where the criterion looks at logits.
+
+    features: [B, T, D] before the head. memory: of the coda's layers; each loop writes the same places again.
+    measure: float32 [B, T], see `LogitsCriterion`.
+    """
+
+    features_BTD: jax.Array
+    memory: tuple[Memory, ...]
+    measure_BT: jax.Array
+
+
+class Reader(NamedTuple):
+    """The coda and the head as functions, for those who look at logits in the middle of the loops.
+
+    read: the state and the coda's memory to the features before the head and the memory after.
+    head: features to logits. memory: of the coda's layers, before the call.
+    """
+
+    read: Callable[[jax.Array, tuple[Memory, ...]], tuple[jax.Array, tuple[Memory, ...]]]
+    head: Callable[[jax.Array], jax.Array]
+    memory: tuple[Memory, ...]
+
+    def start(self, state_BTD: jax.Array) -> Reading:
+        """Nothing has been read yet."""
+        return Reading(jnp.zeros_like(state_BTD), self.memory, jnp.zeros(state_BTD.shape[:2]))
+
+    def look(self, halting: Halting, reading: Reading, state_BTD: jax.Array, t: jax.Array) -> tuple[Reading, jax.Array]:
+        """Reads out the state after loop t (from 0); also returns, bool [B, T], whose logits meet the criterion.
+
+        The logits of both loops are one product, so that a token alone reads the head's weights once.
+        """
+        criterion = _LOGITS[halting.criterion]
+        features_BTD, memory = self.read(state_BTD, reading.memory)
+
+        def measure(old_BTD, new_BTD, before_BT):
+            logits = self.head(jnp.concatenate([old_BTD, new_BTD], axis=1))
+            return criterion.measure(*jnp.split(logits, 2, axis=1), before_BT)
+
+        measure_BT = _in_chunks(measure, (reading.features_BTD, features_BTD, reading.measure_BT), self.head)
+        met_BT = criterion.met(measure_BT, halting.resolved_threshold) & (t > 0)
+        # The first loop has nothing to be compared with.
+        return Reading(features_BTD, memory, jnp.where(t > 0, measure_BT, 0)), met_BT
+
+
+def _in_chunks(run: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], head: Callable) -> jax.Array:
+    """`run` of arrays [B, T, ...] to [B, T], on so many positions at a time that their logits are not too large."""
+    B, T = arrays[0].shape[:2]
+    vocabulary = jax.eval_shape(head, arrays[0]).shape[-1]
+    if T <= CHUNK or vocabulary <= WHOLE_VOCAB:
+        return run(*arrays)
+    n = -(-T // CHUNK)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, n * CHUNK - T)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, CHUNK, n, *x.shape[2:]), 2, 0)
+
+    # Part i takes positions i, i + n, i + 2 n, …: rows and positions cut over devices stay where they are.
+    parts = jax.lax.map(lambda part: run(*part), tuple(map(cut, arrays)))
+    return jnp.moveaxis(parts, 0, 2).reshape(B, n * CHUNK)[:, :T]
 
 
 def act_weight(

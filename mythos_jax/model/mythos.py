@@ -14,7 +14,7 @@ from mythos_jax.config import ModelConfig
 from mythos_jax.model.attention import View
 from mythos_jax.model.block import TransformerBlock
 from mythos_jax.model.cache import Cache, Memory
-from mythos_jax.model.halting import Halting
+from mythos_jax.model.halting import Halting, Reader, check_halting
 from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init, rope_tables
 from mythos_jax.model.moe import RouterStats
 from mythos_jax.model.recurrence import Paused, RecurrentBlock
@@ -90,7 +90,8 @@ class Mythos(nn.Module):
                          halting the loop is a scan and can be differentiated, otherwise a while loop
           backprop_loops Python int, for training with loops [B]: a row's last so many loops have gradients
           gather_per_loop for training: weights that the mesh cuts are gathered in each loop (docs/sharding.md)
-          halting        a `Halting` policy: tokens may stop before `loops`
+          halting        a `Halting` policy: tokens may stop before `loops`. One that looks at the logits is for single
+                         tokens with a cache: several (a prompt) then run all loops; without a cache it is approximate
           initial_state  [B, T, D], or "zeros"; needed as such, or as rngs={"state": key}, where the config says noise
           positions      int32 [B, T] for RoPE; default: 0, 1, … or, with a cache, on from what it holds
           segment_ids    int32 [B, T]; tokens see only their own segment (with a cache there is one segment); 0 is
@@ -137,6 +138,9 @@ class Mythos(nn.Module):
         loops = c.loops if loops is None else loops
         self._check(tokens_BT, loops, cache)
         self._check_pause(loops, cache, pause, resume)
+        if halting is not None and halting.reads_logits and cache is not None and tokens_BT.shape[1] > 1:
+            check_halting(c, halting, cached=True)
+            loops, halting = halting.most(loops), None
         active_BT = jnp.ones_like(tokens_BT, bool) if segment_ids is None else segment_ids != 0
         view = self._view(tokens_BT, positions, segment_ids, cache)
 
@@ -162,13 +166,13 @@ class Mythos(nn.Module):
             values=[self._values(tokens_BT, first + i) for i in range(c.loop_layers)],
             pause=pause,
             resume=resume,
+            reader=self._reader(view, cache, active_BT, tokens_BT) if halting and halting.reads_logits else None,
         )
-        if c.readout_norm:
-            x_BTD = self.final_norm(x_BTD)
-        if c.readout_projection:
-            x_BTD = self.readout_projection(x_BTD)
-        state_BTD = x_BTD
-        x_BTD, coda_memory = self._run(self.coda, x_BTD, view, cache and cache.coda, active_BT, tokens_BT)
+        state_BTD = self._handed_over(x_BTD)
+        if carry.reading is None:
+            features_BTD, coda_memory = self._coda(x_BTD, view, cache and cache.coda, active_BT, tokens_BT)
+        else:
+            features_BTD, coda_memory = carry.reading.features_BTD, carry.reading.memory
 
         if cache is not None:
             cache = cache.replace(
@@ -179,7 +183,7 @@ class Mythos(nn.Module):
             )
         return Output(
             logits=None,
-            features=self.final_norm(x_BTD),
+            features=features_BTD,
             loops=carry.loops_BT,
             state=state_BTD,
             aux=Aux(
@@ -253,6 +257,29 @@ class Mythos(nn.Module):
             x_BTD, memory, _ = block(x_BTD, view, memory, active_BT, self._values(tokens_BT, block.layer))
             kept.append(memory)
         return x_BTD, tuple(kept)
+
+    def _handed_over(self, x_BTD: jax.Array) -> jax.Array:
+        """From the loop's read-out to what the coda receives."""
+        if self.config.readout_norm:
+            x_BTD = self.final_norm(x_BTD)
+        return self.readout_projection(x_BTD) if self.config.readout_projection else x_BTD
+
+    def _coda(self, x_BTD, view, memories, active_BT, tokens_BT) -> tuple[jax.Array, tuple[Memory, ...]]:
+        """From the loop's read-out to the features before the head, and the coda's memory."""
+        x_BTD, memory = self._run(self.coda, self._handed_over(x_BTD), view, memories, active_BT, tokens_BT)
+        return self.final_norm(x_BTD), memory
+
+    def _reader(self, view: View, cache: Cache | None, active_BT: jax.Array, tokens_BT: jax.Array) -> Reader:
+        """Coda and head as functions of arrays: inside a while loop modules of the outside cannot be called."""
+        model, variables = Mythos(self.config, parent=None), self.variables
+
+        def read(x_BTD, memories):
+            return model.apply(variables, x_BTD, view, memories, active_BT, tokens_BT, method="_coda")
+
+        def head(features_BTD):
+            return model.apply(variables, features_BTD, method="head")
+
+        return Reader(read, head, memory=cache.coda if cache else (Memory(),) * self.config.coda_layers)
 
     def _values(self, tokens_BT: jax.Array, layer: int) -> jax.Array | None:
         """This layer's value embeddings [B, T, G, K], where it has both a table and a gate (Parcae)."""

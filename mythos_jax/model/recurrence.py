@@ -16,7 +16,7 @@ from mythos_jax.config import ModelConfig
 from mythos_jax.model.attention import SAVED, View
 from mythos_jax.model.block import TransformerBlock
 from mythos_jax.model.cache import KV, Memory, empty_kv, fill_deeper
-from mythos_jax.model.halting import Halting, act_weight, check_halting, relative_change
+from mythos_jax.model.halting import Halting, Reader, Reading, act_weight, check_halting, relative_change, state_rests
 from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
 from mythos_jax.model.layers import RMSNorm
 from mythos_jax.model.moe import RouterStats
@@ -50,6 +50,7 @@ class Carry:
     router: RouterStats | None  # sums over loops so far, stacked over the layers of the loop
     readout_BTD: jax.Array | None  # ACT: weighted sum of states, float32
     probability_BT: jax.Array | None  # ACT: cumulative halting probability, float32
+    reading: Reading | None = None  # what the coda made of the states, where the halting criterion looks at it
 
 
 @struct.dataclass
@@ -86,7 +87,6 @@ class LoopInputs:
     values: tuple[jax.Array | None, ...]
     halting: Halting | None
     freeze: str | None = struct.field(pytree_node=False)
-    slots: int | None = struct.field(pytree_node=False)  # cache slots per layer, None: no cache
 
 
 @struct.dataclass
@@ -116,8 +116,7 @@ class RecurrentCell(nn.Module):
             view = view.replace(frozen_BT=frozen_BT)
             counted_BT &= ~frozen_BT
             running_BT &= ~frozen_BT
-        if inputs.slots is not None:
-            view = view.replace(slot=loop_index_B[0] % inputs.slots)
+        view = view.replace(loop=loop_index_B[0])
 
         injection = INJECTIONS[c.injection](c, name="injection")
         conditioned_BTD = e_BTD
@@ -148,7 +147,7 @@ class RecurrentCell(nn.Module):
                 carry, new_BTD, running_BT, done_B1, may_halt_B1, inputs.halting, trace
             )
         elif inputs.halting is not None:
-            halts_BT = may_halt_B1 & (trace.change_BT < inputs.halting.resolved_threshold)
+            halts_BT = may_halt_B1 & state_rests(inputs.halting, new_BTD, old_BTD)
         else:
             halts_BT = jnp.zeros_like(carry.halted_BT)
         if inputs.freeze:
@@ -212,12 +211,14 @@ class RecurrentBlock(nn.Module):
         bounded: bool,
         active_BT: jax.Array,
         values: Sequence[jax.Array | None],
+        reader: Reader | None = None,
         pause: int | None = None,
         resume: Paused | None = None,
     ) -> tuple[jax.Array, Carry, Trace | None, Paused | None]:
         """loops: a Python int, a traced integer, or int32 [B] (each row its own depth).
         backprop_loops: for training without a cache or halting; a row's last so many loops have gradients.
         gather_per_loop: weights that the mesh cuts are made whole in every loop, never before (docs/sharding.md).
+        reader: needed for halting by logits; the final carry then has what the coda made of the last states.
         pause: stop before this loop; `loops` stays the depth that the tokens are on their way to. resume: go on from
         there, `state_BTD` is then not looked at.
 
@@ -227,9 +228,7 @@ class RecurrentBlock(nn.Module):
         c = self.config
         check_halting(c, halting, cached=slots is not None)
         B, T, _ = injected_BTD.shape
-        limit = jnp.asarray(loops, jnp.int32)
-        if halting is not None and halting.max_loops is not None:
-            limit = jnp.minimum(limit, halting.max_loops)
+        limit = jnp.asarray(loops if halting is None else halting.most(loops), jnp.int32)
         if slots is not None and not bounded:
             limit = jnp.minimum(limit, slots)
         by_row = limit.ndim == 1
@@ -247,7 +246,6 @@ class RecurrentBlock(nn.Module):
             values=tuple(values),
             halting=halting,
             freeze=freeze,
-            slots=slots,
         )
         act = c.readout == "act"
         carry = Carry(
@@ -260,6 +258,7 @@ class RecurrentBlock(nn.Module):
             else None,
             readout_BTD=jnp.zeros((B, T, c.dim)) if act else None,
             probability_BT=jnp.zeros((B, T)) if act else None,
+            reading=reader and reader.start(state_BTD),
         )
         first = 0
         if resume is not None:
@@ -287,8 +286,8 @@ class RecurrentBlock(nn.Module):
             carry, trace = _truncated(one_loop, cell, carry, limit, backprop_loops, inputs)
         else:
             end = limit if pause is None else jnp.minimum(limit, pause)
-            carry, ran = _while(one_loop, cell, carry, end, inputs, first)
-            if freeze and slots is not None and not bounded:
+            carry, ran = _while(one_loop, cell, carry, end, inputs, reader, first)
+            if freeze and slots is not None:
                 carry = carry.replace(memory=tuple(fill_deeper(m, ran, view.index_BT) for m in carry.memory))
         paused = None
         if pause is not None:
@@ -364,7 +363,13 @@ def _truncated(
 
 
 def _while(
-    one_loop: OneLoop, cell: RecurrentCell, carry: Carry, limit: jax.Array, inputs: LoopInputs, first: int = 0
+    one_loop: OneLoop,
+    cell: RecurrentCell,
+    carry: Carry,
+    limit: jax.Array,
+    inputs: LoopInputs,
+    reader: Reader | None = None,
+    first: int = 0,
 ) -> tuple[Carry, jax.Array]:
     """Loops `first` to max(limit), ending early when every token has halted; also returns the one it ended before."""
     rows = carry.loops_BT.shape[0]
@@ -379,6 +384,10 @@ def _while(
     def body(cell, state):
         t, carry = state
         carry, _ = one_loop(cell, carry, jnp.full(rows, t, jnp.int32), inputs)
+        if reader is not None:
+            reading, met_BT = reader.look(inputs.halting, carry.reading, carry.state_BTD, t)
+            halted_BT = carry.halted_BT | (met_BT & (t + 1 >= inputs.halting.min_loops))
+            carry = carry.replace(reading=reading, halted_BT=halted_BT)
         return t + 1, carry
 
     t, carry = nn.while_loop(
