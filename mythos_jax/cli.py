@@ -140,6 +140,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--draft-tokens", type=int, default=3, metavar="N", help="tokens a draft (default 3)")
 
+    sub = command(
+        "predictor", _predictor, "Train the head that foresees how many loops a token needs, on a run's rows."
+    )
+    sub.add_argument("model", metavar="RUN")
+    sub.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
+    sub.add_argument("--loops", type=int, help="the most loops it can foresee (default: the config's)")
+    sub.add_argument("--rows", type=int, default=512, metavar="N", help="rows to record (default 512)")
+
     sub = command("info", _info, "Parameters, FLOPs per token by loops, cache bytes per token.")
     sub.add_argument("config", metavar="CONFIG.yaml|RUN")
     sub.add_argument(
@@ -295,6 +303,18 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     if arguments.draft_loops is not None:
         counts = f"{int(result.accepted.sum())} of {int(result.drafted.sum())}"
         print(f"mythos: {result.acceptance:.0%} of the drafted tokens were right ({counts})", file=sys.stderr)
+
+
+def _predictor(arguments: argparse.Namespace, _: list[str]) -> None:
+    from mythos_jax.runs import open_model
+    from mythos_jax.training.exits import make_predictor
+
+    opened = open_model(arguments.model, arguments.step)
+    about = make_predictor(opened, loops=arguments.loops, rows=arguments.rows)
+    print(f"{'mean loops':>10} {'KL to the final, nats':>22}")
+    for loops, excess in zip(about["mean_loops"], about["excess_nats"], strict=True):
+        print(f"{loops:>10.2f} {excess:>22.5f}")
+    print(f"predictor: {opened.directory / 'predictor'}; its own budget is {about['budget']:.2f} loops")
 
 
 def _info(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mythos_jax.config import ModelConfig
+from mythos_jax.config import ConfigError, ModelConfig
 from mythos_jax.model.attention import View
 from mythos_jax.model.block import TransformerBlock
 from mythos_jax.model.cache import Cache, Memory
 from mythos_jax.model.halting import Halting, Reader, check_halting
 from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init, rope_tables
 from mythos_jax.model.moe import RouterStats
+from mythos_jax.model.predictor import COLLECTION, predicted_loops
 from mythos_jax.model.recurrence import Paused, RecurrentBlock
 from mythos_jax.ops.attention import Mask
 from mythos_jax.sharding import axis_size, constrain
@@ -164,6 +165,7 @@ class Mythos(nn.Module):
             bounded=bool(cache and cache.bounded),
             active_BT=active_BT,
             values=[self._values(tokens_BT, first + i) for i in range(c.loop_layers)],
+            predicted_BT=self._predicted(injected_BTD, halting),
             pause=pause,
             resume=resume,
             reader=self._reader(view, cache, active_BT, tokens_BT) if halting and halting.reads_logits else None,
@@ -231,6 +233,17 @@ class Mythos(nn.Module):
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         x_BTD, memory = self._run(self.prelude, x_BTD, view, cache and cache.prelude, active_BT, tokens_BT)
         return self.prelude_norm(x_BTD) if c.prelude_norm else x_BTD, memory
+
+    def _predicted(self, injected_BTD: jax.Array, halting: Halting | None) -> jax.Array | None:
+        """The loops that each token is to run, int32 [B, T], where the policy has them foreseen."""
+        if halting is None or halting.criterion != "predicted":
+            return None
+        predictor = self.variables.get(COLLECTION)
+        if predictor is None:
+            raise ConfigError(
+                "halting criterion: got 'predicted' for weights without a predictor; `mythos predictor RUN` trains one"
+            )
+        return predicted_loops(predictor, injected_BTD, halting.threshold)
 
     def _view(
         self,

@@ -77,7 +77,7 @@ class LoopInputs:
 
     injected_BTD: the prelude's output e. limit: int32 [] or [B, 1], loops a row may run. active_BT: false on padding.
     values: per layer, value embeddings or None. freeze: which tokens are carried unchanged, those that have `halted`,
-    only those in rows that have run their `limit`, or none (None).
+    only those in rows that have run their `limit`, or none (None). predicted: loops foreseen for each token.
     """
 
     injected_BTD: jax.Array
@@ -86,6 +86,7 @@ class LoopInputs:
     active_BT: jax.Array
     values: tuple[jax.Array | None, ...]
     halting: Halting | None
+    predicted_BT: jax.Array | None
     freeze: str | None = struct.field(pytree_node=False)
 
 
@@ -147,7 +148,11 @@ class RecurrentCell(nn.Module):
                 carry, new_BTD, running_BT, done_B1, may_halt_B1, inputs.halting, trace
             )
         elif inputs.halting is not None:
-            halts_BT = may_halt_B1 & state_rests(inputs.halting, new_BTD, old_BTD)
+            if inputs.predicted_BT is None:
+                met_BT = state_rests(inputs.halting, new_BTD, old_BTD)
+            else:
+                met_BT = loop_index_B[:, None] + 1 >= inputs.predicted_BT
+            halts_BT = may_halt_B1 & met_BT
         else:
             halts_BT = jnp.zeros_like(carry.halted_BT)
         if inputs.freeze:
@@ -212,6 +217,7 @@ class RecurrentBlock(nn.Module):
         active_BT: jax.Array,
         values: Sequence[jax.Array | None],
         reader: Reader | None = None,
+        predicted_BT: jax.Array | None = None,
         pause: int | None = None,
         resume: Paused | None = None,
     ) -> tuple[jax.Array, Carry, Trace | None, Paused | None]:
@@ -219,6 +225,7 @@ class RecurrentBlock(nn.Module):
         backprop_loops: for training without a cache or halting; a row's last so many loops have gradients.
         gather_per_loop: weights that the mesh cuts are made whole in every loop, never before (docs/sharding.md).
         reader: needed for halting by logits; the final carry then has what the coda made of the last states.
+        predicted_BT: int32, needed for halting by prediction.
         pause: stop before this loop; `loops` stays the depth that the tokens are on their way to. resume: go on from
         there, `state_BTD` is then not looked at.
 
@@ -245,6 +252,7 @@ class RecurrentBlock(nn.Module):
             active_BT=active_BT,
             values=tuple(values),
             halting=halting,
+            predicted_BT=predicted_BT,
             freeze=freeze,
         )
         act = c.readout == "act"
