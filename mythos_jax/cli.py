@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
     sub.add_argument("--loops", type=_integers, metavar="1,2,4", help="depths (default: the config's)")
     sub.add_argument(
-        "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03"
+        "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03, kl:5e-4, …"
     )
     sub.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
     processes(sub)
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
     sub.add_argument("--loops", type=int, help="depth (default: the config's)")
     sub.add_argument(
-        "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03"
+        "--halting", type=_halting, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03, kl:5e-4, …"
     )
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -139,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
         "--draft-loops", type=int, metavar="D", help="draft with D loops and verify at full depth: same text, sooner"
     )
     sub.add_argument("--draft-tokens", type=int, default=3, metavar="N", help="tokens a draft (default 3)")
+    sub.add_argument(
+        "--loop-cache-slots", type=int, metavar="N", help="bound the cache: loop t shares slot t mod N (approximate)"
+    )
+    sub.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="tokens of the prompt read at a time (default 512)"
+    )
 
     sub = command(
         "predictor", _predictor, "Train the head that foresees how many loops a token needs, on a run's rows."
@@ -281,15 +287,18 @@ def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
-    from mythos_jax.inference.text import complete
+    from mythos_jax.inference.text import tell
     from mythos_jax.runs import open_model
 
     keywords = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
     if arguments.draft_loops is not None:
-        if arguments.temperature:
-            raise ConfigError(f"--temperature: got {arguments.temperature}, allowed with --draft-loops: 0 (greedy)")
+        for name, value in [("temperature", arguments.temperature), ("loop-cache-slots", arguments.loop_cache_slots)]:
+            if value:
+                raise ConfigError(
+                    f"--{name}: got {value}, allowed without --draft-loops (greedy, a slot for each loop)"
+                )
         keywords = {"draft_loops": arguments.draft_loops, "draft_tokens": arguments.draft_tokens}
-    text, result = complete(
+    pieces, spent = tell(
         open_model(arguments.model, arguments.step),
         arguments.prompt,
         arguments.tokenizer,
@@ -297,12 +306,17 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
         halting=arguments.halting,
         max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
+        loop_cache_slots=arguments.loop_cache_slots,
+        prefill_chunk=arguments.prefill_chunk,
         **keywords,
     )
-    print(arguments.prompt + text)
-    if arguments.draft_loops is not None:
-        counts = f"{int(result.accepted.sum())} of {int(result.drafted.sum())}"
-        print(f"mythos: {result.acceptance:.0%} of the drafted tokens were right ({counts})", file=sys.stderr)
+    print(arguments.prompt, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:  # also where Ctrl-C ends the text
+        print(flush=True)
+    print(f"mythos: {spent}", file=sys.stderr)
 
 
 def _predictor(arguments: argparse.Namespace, _: list[str]) -> None:

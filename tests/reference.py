@@ -22,6 +22,7 @@ class Truth(NamedTuple):
     probabilities: np.ndarray  # ACT: p
     weights: np.ndarray  # ACT: applied weights
     halted: np.ndarray  # before the loop
+    measures: np.ndarray  # cosine and kl: what is compared with the threshold; kl has none of the first loop
     load: np.ndarray  # [loop_layers, E]
 
 
@@ -60,12 +61,24 @@ def forward(
         else None
         for i in range(c.loop_layers)
     ]
+
+    def finish(x):
+        """What the coda receives, and the logits."""
+        if c.readout_norm:
+            x = norm(x, params["final_norm"]["scale"], c.norm_eps)
+        if c.readout_projection:
+            x = x @ params["readout_projection"]["kernel"]
+        state = x
+        for i in range(c.coda_layers):
+            x, _, _ = layer(c, params[f"coda_{i}"], x, values(c.prelude_layers + c.loop_layers + i))
+        return state, norm(x, params["final_norm"]["scale"], c.norm_eps) @ table.T
+
     halted, ran, cumulative, readout = np.zeros(T, bool), np.zeros(T, int), np.zeros(T), np.zeros_like(e)
-    memory = [None] * c.loop_layers
+    memory, logits = [None] * c.loop_layers, None
     load = np.zeros((c.loop_layers, c.n_experts))
     if c.readout == "act" and threshold is None:
         threshold = c.act_threshold
-    history = {name: [] for name in ["states", "changes", "probabilities", "weights", "halted"]}
+    history = {name: [] for name in ["states", "changes", "probabilities", "weights", "halted", "measures"]}
     for t in range(loops):
         frozen = halted if criterion and c.freeze_halted else np.zeros(T, bool)
         history["halted"].append(halted)
@@ -85,7 +98,7 @@ def forward(
         if c.state_norm:
             new = norm(new, cell["state_norm"]["scale"], c.norm_eps)
         change = np.linalg.norm(new - h, axis=-1) / np.linalg.norm(new, axis=-1)
-        h = np.where(frozen[:, None], h, new)
+        old, h = h, np.where(frozen[:, None], h, new)
         ran = ran + ~halted
 
         p, weight, halts = np.zeros(T), np.zeros(T), np.zeros(T, bool)
@@ -99,20 +112,23 @@ def forward(
             readout = readout + weight[:, None] * h
         elif criterion == "latent":
             halts = (change < threshold) & (t + 1 >= min_loops)
+        elif criterion == "cosine":
+            cosine = (h * old).sum(-1) / np.linalg.norm(h, axis=-1) / np.linalg.norm(old, axis=-1)
+            halts = (1 - cosine < threshold) & (t + 1 >= min_loops)
+            history["measures"].append(1 - cosine)
+        elif criterion == "kl":  # the coda sees every token's state of this loop
+            logits, before = finish(h)[1], logits
+            if t > 0:
+                old_p, new_p = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (before, logits))
+                measure = (old_p * np.log(old_p / new_p)).sum(-1)
+                halts = (measure < threshold) & (t + 1 >= min_loops)
+                history["measures"].append(measure)
         halted = halted | halts
         for name, value in zip(["states", "changes", "probabilities", "weights"], [h, change, p, weight], strict=True):
             history[name].append(value)
 
-    x = readout if c.readout == "act" else h
-    if c.readout_norm:
-        x = norm(x, params["final_norm"]["scale"], c.norm_eps)
-    if c.readout_projection:
-        x = x @ params["readout_projection"]["kernel"]
-    state = x
-    for i in range(c.coda_layers):
-        x, _, _ = layer(c, params[f"coda_{i}"], x, values(c.prelude_layers + c.loop_layers + i))
-    logits = norm(x, params["final_norm"]["scale"], c.norm_eps) @ table.T
-    return Truth(logits, ran, state, **{name: np.stack(values) for name, values in history.items()}, load=load)
+    state, logits = finish(readout if c.readout == "act" else h)
+    return Truth(logits, ran, state, **{name: np.array(values) for name, values in history.items()}, load=load)
 
 
 def enter(c, cell, h, e, t):
@@ -142,10 +158,13 @@ def leave(c, cell, h, e, y):
     return np.exp(-np.exp(np.clip(p["log_dt"] + p["log_a"], -20, 20))) * h + p["b"] * e + y
 
 
-def layer(c, p, x, value, old=None, bias=None):
-    """One transformer layer; returns the stream, its keys and values, and the experts each token chose."""
+def layer(c, p, x, value, old=None, bias=None, first=0):
+    """One transformer layer; returns the stream, its keys and values, and the experts each token chose.
+
+    first: where x[0] stands in the text. old: see `keep`.
+    """
     attention = mla if c.attention == "mla" else gqa
-    y, memory = attention(c, p["attention"], norm(x, p["attention_norm"]["scale"], c.norm_eps), value, old)
+    y, memory = attention(c, p["attention"], norm(x, p["attention_norm"]["scale"], c.norm_eps), value, old, first)
     x = x + y
     if c.norm == "sandwich":
         x = norm(x, p["attention_out_norm"]["scale"], c.norm_eps)
@@ -161,11 +180,11 @@ def layer(c, p, x, value, old=None, bias=None):
     return x, memory, chosen
 
 
-def gqa(c, p, x, value, old):
+def gqa(c, p, x, value, old, first):
     q, k, v = (np.einsum("td,dhk->thk", x, p[name]["kernel"]) for name in "qkv")
     if c.qk_bias:
         q, k = q + p["q_bias"], k + p["k_bias"]
-    q, k = rope(q, c.rope_theta), rope(k, c.rope_theta)
+    q, k = rope(q, c.rope_theta, first), rope(k, c.rope_theta, first)
     if c.qk_norm:
         eps = np.finfo(np.float32).eps
         q, k = norm(q, 1, eps), norm(k, 1, eps)
@@ -177,14 +196,14 @@ def gqa(c, p, x, value, old):
     return np.einsum("thk,hkd->td", np.stack(heads, axis=1), p["out"]["kernel"]), (k, v)
 
 
-def mla(c, p, x, value, old):
+def mla(c, p, x, value, old, first):
     R, nope = c.kv_lora_rank, c.qk_nope_head_dim
     q = norm(x @ p["q_down"]["kernel"], p["q_norm"]["scale"], c.norm_eps)
     q = np.einsum("tr,rhk->thk", q, p["q_up"]["kernel"])
-    q = np.concatenate([q[..., :nope], rope(q[..., nope:], c.rope_theta)], axis=-1)
+    q = np.concatenate([q[..., :nope], rope(q[..., nope:], c.rope_theta, first)], axis=-1)
     down = x @ p["kv_down"]["kernel"]
     latent = norm(down[:, :R], p["kv_norm"]["scale"], c.norm_eps)
-    latent, shared = keep((latent, rope(down[:, None, R:], c.rope_theta)[:, 0]), old)
+    latent, shared = keep((latent, rope(down[:, None, R:], c.rope_theta, first)[:, 0]), old)
     up = np.einsum("tr,rhk->thk", latent, p["kv_up"])
     heads = [
         attend(q[:, j], np.concatenate([up[:, j, :nope], shared], axis=-1), up[:, j, nope:]) for j in range(c.n_heads)
@@ -193,27 +212,31 @@ def mla(c, p, x, value, old):
 
 
 def keep(new, old):
-    """Frozen tokens keep the keys and values of the loop before."""
+    """Frozen tokens keep the keys and values of the loop before. Or `old` is a function, from the keys and values of
+    these tokens to those of all that they may look at, themselves last."""
     if old is None:
         return new
+    if callable(old):
+        return old(new)
     frozen, before = old
     return tuple(np.where(frozen.reshape(-1, *[1] * (n.ndim - 1)), b, n) for n, b in zip(new, before, strict=True))
 
 
 def attend(q, k, v):
-    """Causal attention of one head."""
+    """Causal attention of one head; the queries stand at the last keys."""
     out = []
     for t in range(len(q)):
-        scores = k[: t + 1] @ q[t] / np.sqrt(q.shape[-1])
+        end = len(k) - len(q) + t + 1
+        scores = k[:end] @ q[t] / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max())
-        out.append(weights / weights.sum() @ v[: t + 1])
+        out.append(weights / weights.sum() @ v[:end])
     return np.stack(out)
 
 
-def rope(x, theta):
-    """x [T, H, K]: pair (2i, 2i + 1) of token t turned by t / theta^(2i / K), as complex numbers."""
+def rope(x, theta, first=0):
+    """x [T, H, K]: pair (2i, 2i + 1) of the token at t turned by t / theta^(2i / K), as complex numbers."""
     T, _, K = x.shape
-    turn = np.exp(1j * np.arange(T)[:, None] / theta ** (np.arange(0, K, 2) / K))
+    turn = np.exp(1j * (first + np.arange(T))[:, None] / theta ** (np.arange(0, K, 2) / K))
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * turn[:, None]
     return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
 

@@ -236,7 +236,7 @@ def prefill(setup: Setup, state: State, tokens_BC: jax.Array, active_BC: jax.Arr
         cache=cache,
         done_B=jnp.where(reads_B, jnp.isin(token_B, setup.stop_tokens), state.done_B),
         step=jnp.int32(1),
-        result=GenerateResult(
+        result=result.replace(
             tokens=first(result.tokens, token_B),
             lengths=jnp.ones_like(result.lengths),
             loops=first(result.loops, loops_B),

@@ -6,7 +6,7 @@ a single token, and no loop is computed twice. What full depth confirms stands, 
 cache's length goes back over the rest. The result is that of plain greedy decoding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from mythos_jax.inference.sampling import position_noise
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.halting import STATE_CRITERIA, Halting
 from mythos_jax.model.mythos import Mythos, Output
+
+STREAM_ROUNDS = 4  # of one call of the device
 
 
 @struct.dataclass
@@ -72,12 +74,14 @@ def speculate(
     state only; a token that has halted by `draft_loops` is final, one that halts later goes on.
     Raises ValueError with one line that names the argument, what it got and what is allowed.
     """
-    job = _prepare(
+    setup, progress = _start(
         model,
         variables,
         tokens_BT,
         lengths,
         max_new_tokens,
+        draft_loops,
+        draft_tokens,
         loops=loops,
         halting=halting,
         stop_tokens=stop_tokens,
@@ -85,26 +89,84 @@ def speculate(
         initial_state=initial_state,
         prefill_chunk=prefill_chunk,
     )
-    loops, most = job.setup.loops, model.config.max_seq_len - 1
-    _require(1 <= draft_loops <= loops, "draft_loops", draft_loops, f"1 to loops, {loops}")
+    if max_new_tokens > 0:  # a round adds one token at least
+        progress = _decode(setup, progress, np.int32(max_new_tokens), draft_loops, draft_tokens)
+    return progress.result
+
+
+def stream_drafts(
+    model: Mythos,
+    variables: Any,
+    tokens_BT: Any,
+    lengths: Any = None,
+    max_new_tokens: int = 16,
+    *,
+    draft_loops: int,
+    draft_tokens: int = 3,
+    every: int = STREAM_ROUNDS,
+    **keywords: Any,
+) -> Iterator[SpeculativeResult]:
+    """Like `speculate`, but in pieces of up to `every` rounds, as `stream` gives them: of each row how many of the
+    piece's tokens are its own. drafted, accepted and rounds count from the start."""
+    setup, progress = _start(
+        model, variables, tokens_BT, lengths, max_new_tokens, draft_loops, draft_tokens, **keywords
+    )
+    return _pieces(setup, progress, draft_loops, draft_tokens, every)
+
+
+def _pieces(
+    setup: Setup, progress: Progress, draft_loops: int, draft_tokens: int, every: int
+) -> Iterator[SpeculativeResult]:
+    before_B = 0
+    while True:
+        result, done_B = jax.device_get((progress.result, progress.done_B))
+        new_B = result.lengths - before_B
+        place_N = np.arange(new_B.max(initial=0))
+        at_BN = np.minimum((result.lengths - new_B)[:, None] + place_N, max(result.tokens.shape[1] - 1, 0))
+        tokens, loops = (
+            np.where(place_N < new_B[:, None], np.take_along_axis(x, at_BN, axis=1), 0)
+            for x in (result.tokens, result.loops)
+        )
+        if len(place_N):
+            yield result.replace(tokens=tokens, loops=loops, lengths=new_B)
+        if done_B.all() or (result.lengths == result.tokens.shape[1]).all():
+            return
+        before_B = result.lengths
+        progress = _decode(setup, progress, result.rounds + np.int32(every), draft_loops, draft_tokens)
+
+
+def _start(
+    model: Mythos,
+    variables: Any,
+    tokens_BT: Any,
+    lengths: Any,
+    max_new_tokens: int,
+    draft_loops: int,
+    draft_tokens: int,
+    *,
+    halting: Halting | None = None,
+    loop_cache_slots: int | None = None,
+    **keywords: Any,
+) -> tuple[Setup, Progress]:
+    """Checks the arguments and reads the prompts."""
+    job = _prepare(model, variables, tokens_BT, lengths, max_new_tokens, halting=halting, **keywords)
+    setup, most = job.setup, model.config.max_seq_len - 1
+    _require(1 <= draft_loops <= setup.loops, "draft_loops", draft_loops, f"1 to loops, {setup.loops}")
     _require(1 <= draft_tokens <= most, "draft_tokens", draft_tokens, f"1 to {most}, one below max_seq_len")
+    _require(loop_cache_slots is None, "loop_cache_slots", loop_cache_slots, "None with draft_loops")
     if halting is not None:
         allowed = f"{', '.join(STATE_CRITERIA)} with draft_loops (criteria that look at the state only)"
         _require(halting.criterion in STATE_CRITERIA, "halting criterion", repr(halting.criterion), allowed)
-
-    state = job.state if max_new_tokens == 0 else _prefill_all(job)
-    drafted, accepted = (jnp.zeros(len(state.done_B), jnp.int32) for _ in range(2))
-    plain = state.result
+    state = _prefill_all(job) if max_new_tokens else job.state
+    plain, (drafted, accepted) = state.result, (jnp.zeros(len(state.done_B), jnp.int32) for _ in range(2))
     result = SpeculativeResult(plain.tokens, plain.lengths, plain.loops, drafted, accepted, rounds=jnp.int32(0))
-    if max_new_tokens == 0:
-        return result
-    first_B = jnp.copy(plain.tokens[:, 0])
-    return _decode(job.setup, Progress(state.cache, state.done_B, first_B, result), draft_loops, draft_tokens).result
+    first_B = jnp.copy(plain.tokens[:, 0]) if max_new_tokens else jnp.zeros_like(drafted)
+    return setup, Progress(state.cache, state.done_B, first_B, result)
 
 
 @partial(jax.jit, static_argnames=("draft_loops", "draft_tokens"), donate_argnames="progress")
-def _decode(setup: Setup, progress: Progress, draft_loops: int, draft_tokens: int) -> Progress:
-    """Rounds until every row is done."""
+def _decode(setup: Setup, progress: Progress, until: jax.Array, draft_loops: int, draft_tokens: int) -> Progress:
+    """Rounds until there were `until` of them or every row is done."""
 
     def done(progress: Progress) -> Progress:
         full_B = progress.result.lengths >= progress.result.tokens.shape[1]
@@ -113,7 +175,10 @@ def _decode(setup: Setup, progress: Progress, draft_loops: int, draft_tokens: in
     def body(progress: Progress) -> Progress:
         return done(_round(setup, progress, draft_loops, draft_tokens))
 
-    return jax.lax.while_loop(lambda progress: ~progress.done_B.all(), body, done(progress))
+    def go_on(progress: Progress) -> jax.Array:
+        return (progress.result.rounds < until) & ~progress.done_B.all()
+
+    return jax.lax.while_loop(go_on, body, done(progress))
 
 
 def _round(setup: Setup, progress: Progress, draft_loops: int, draft_tokens: int) -> Progress:

@@ -1,32 +1,123 @@
-"""Text in, text out."""
+"""Text in, text out, whole or as it is decoded."""
 
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from mythos_jax.config import ConfigError
-from mythos_jax.inference.generate import GenerateResult, generate
-from mythos_jax.inference.speculative import speculate
+from mythos_jax.data.tokenizer import Tokenizer
+from mythos_jax.flops import cache_bytes
+from mythos_jax.inference.generate import stream
+from mythos_jax.inference.speculative import SpeculativeResult, stream_drafts
 from mythos_jax.runs import Opened
 from mythos_jax.sharding import use_mesh
 
+# What tokenizers write for bytes that are no whole character, and how many of them may still become one: a UTF-8
+# character has up to four bytes.
+REPLACEMENT, UNFINISHED = "\ufffd", 3
 
-def complete(opened: Opened, prompt: str, tokenizer: str | None = None, **keywords: Any) -> tuple[str, GenerateResult]:
-    """What the model continues the prompt with, up to its end-of-document token; other keywords as in `generate`, or,
-    with `draft_loops`, as in `speculate`.
+
+class Spelling:
+    """Text of tokens that come bit by bit: a character whose last bytes are still to come is held back."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._told = 0  # characters
+
+    def add(self, tokens: list[int], last: bool = False) -> str:
+        """The text that is certain now and was not before; with `last`, all that is left."""
+        self._tokens += tokens
+        # Of all tokens each time: what a token is written as may depend on those before it.
+        text = self._tokenizer.decode(self._tokens)
+        end = len(text)
+        while not last and text[:end].endswith(REPLACEMENT) and len(text) - end < UNFINISHED:
+            end -= 1
+        new, self._told = text[self._told : end], max(self._told, end)
+        return new
+
+
+@dataclass
+class Spent:
+    """What a text took. seconds: from the first token on, when all programs are compiled; tokens: after the first."""
+
+    cache_bytes_per_token: int
+    loops: list[int] = field(default_factory=list)  # of each token
+    tokens: int = 0
+    seconds: float = 0.0
+    drafted: int = 0  # tokens, and of those the ones that full depth confirmed
+    accepted: int = 0
+
+    def __str__(self) -> str:
+        mean = f"{np.mean(self.loops):.2f} loops a token, " if self.loops else ""
+        speed = f"{self.tokens / self.seconds:.1f} tokens/s, " if self.tokens else ""
+        drafts = f"{self.accepted / self.drafted:.0%} of drafts accepted, " if self.drafted else ""
+        return f"{len(self.loops)} tokens, {mean}{drafts}{speed}{self.cache_bytes_per_token:,} bytes of cache a token"
+
+
+def tell(
+    opened: Opened,
+    prompt: str,
+    tokenizer: str | None = None,
+    *,
+    loops: int | None = None,
+    loop_cache_slots: int | None = None,
+    **keywords: Any,
+) -> tuple[Iterator[str], Spent]:
+    """What the model continues the prompt with, up to its end-of-document token, in pieces as they are decoded; and
+    what it takes, counted while the pieces are asked for. Other keywords as in `generate`, or, with
+    `draft_loops`, as in `speculate`.
 
     tokenizer: for a model that has none, as for `load_tokenizer`. The prompt follows an end-of-document token, as
-    every document does in training. Raises ConfigError for a prompt or a number that the model cannot take.
+    every document does in training. Raises ConfigError, at once, for a prompt or a number that the model cannot take.
     """
     if task := opened.config.data.task.name:
         raise ConfigError(f"{opened.directory}: was trained on task {task}, which is no text; allowed: `mythos eval`")
     reader = opened.tokenizer(tokenizer)
     end = reader.end_of_document
     tokens = jnp.asarray([[end, *reader.encode(prompt)]], jnp.int32)
+    keywords |= {"stop_tokens": (end,), "loops": loops, "loop_cache_slots": loop_cache_slots}
     try:
         with use_mesh(opened.mesh):
-            decode = speculate if "draft_loops" in keywords else generate
-            result = decode(opened.model, opened.variables, tokens, stop_tokens=(end,), **keywords)
+            decode = stream_drafts if "draft_loops" in keywords else stream
+            pieces = decode(opened.model, opened.variables, tokens, **keywords)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return reader.decode(result.tokens[0, : int(result.lengths[0])].tolist()), result
+    depth = loops or opened.config.model.loops
+    spent = Spent(cache_bytes(opened.config.model, min(loop_cache_slots or depth, depth)))
+
+    def texts() -> Iterator[str]:
+        spelling, started = Spelling(reader), 0.0
+        for piece in _on_mesh(opened, pieces):
+            n = int(piece.lengths[0])
+            if spent.loops:
+                spent.seconds, spent.tokens = time.perf_counter() - started, spent.tokens + n
+            else:
+                started = time.perf_counter()
+            spent.loops += piece.loops[0, :n].tolist()
+            if isinstance(piece, SpeculativeResult):
+                spent.drafted, spent.accepted = int(piece.drafted[0]), int(piece.accepted[0])
+            yield spelling.add(piece.tokens[0, :n].tolist())
+        yield spelling.add([], last=True)
+
+    return texts(), spent
+
+
+def _on_mesh(opened: Opened, pieces: Iterator[Any]) -> Iterator[Any]:
+    """Each piece is made on the mesh; the caller, between pieces, is not."""
+    while True:
+        with use_mesh(opened.mesh):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
+
+
+def complete(opened: Opened, prompt: str, tokenizer: str | None = None, **keywords: Any) -> str:
+    """All that `tell` tells, as one text."""
+    texts, _ = tell(opened, prompt, tokenizer, **keywords)
+    return "".join(texts)

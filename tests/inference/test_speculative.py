@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mythos_jax.inference.generate import generate
-from mythos_jax.inference.speculative import speculate
+from mythos_jax.inference.speculative import speculate, stream_drafts
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
@@ -55,6 +55,19 @@ def test_stop_tokens_cut_a_round():
         plain, result = plain_and_speculative(GQA, 1, 3, stop_tokens=[stop])
         check_same(plain, result)
         assert (plain.lengths < N).any()
+
+
+def test_pieces_side_by_side_are_the_whole():
+    plain, result = plain_and_speculative(GQA, 1, 3)
+    rows = [[] for _ in LENGTHS]
+    pieces = stream_drafts(
+        Mythos(GQA), variables(GQA), PROMPTS, LENGTHS, N, loops=LOOPS, stop_tokens=[UNUSED], draft_loops=1, every=1
+    )
+    for piece in pieces:
+        for row, tokens, length in zip(rows, piece.tokens, piece.lengths, strict=True):
+            row += list(tokens[:length])
+    np.testing.assert_array_equal(rows, plain.tokens)
+    np.testing.assert_array_equal(piece.accepted, result.accepted)
 
 
 def test_halting_before_at_and_after_the_depth_of_the_draft():
@@ -106,10 +119,14 @@ def paused(config, variables, tokens, **keywords):
     [
         ({"draft_loops": 0}, "draft_loops: got 0, allowed: 1 to loops, 4"),
         ({"draft_loops": 5}, "draft_loops: got 5, allowed: 1 to loops, 4"),
+        (
+            {"halting": Halting("kl")},
+            "halting criterion: got 'kl', allowed: act, latent, cosine, predicted with draft_",
+        ),
         ({"draft_tokens": 0}, "draft_tokens: got 0, allowed: 1 to 15, one below max_seq_len"),
     ],
 )
 def test_bad_input(keywords, message):
     keywords = {"draft_loops": 1, "loops": LOOPS, **keywords}
     with pytest.raises(ValueError, match=message):
-        speculate(Mythos(GQA), variables(GQA), PROMPTS, LENGTHS, N, **keywords)
+        speculate(Mythos(MLA), variables(MLA), PROMPTS, LENGTHS, N, **keywords)

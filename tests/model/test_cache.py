@@ -98,6 +98,7 @@ POLICIES = {
     "gqa_latent": (GQA_LAST, "latent", 0.25),
     "mla_act": (MLA_ACT, "act", 0.9),
     "mla_latent": (MLA, "latent", 0.1),
+    "gqa_cosine": (GQA_LAST, "cosine", 0.02),
 }
 
 

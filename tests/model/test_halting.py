@@ -9,9 +9,10 @@ import pytest
 
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.halting import Halting, act_weight
+from mythos_jax.model.mythos import Mythos
 from tests import reference
 from tests.model.test_cache import LOOPS, POLICIES
-from tests.tiny import GQA, GQA_LAST, MLA, B, exact, halting, run, some_tokens, variables
+from tests.tiny import GQA, GQA_LAST, MLA, B, T, V, exact, halting, run, some_tokens, variables
 
 
 def truths(config, criterion, threshold, loops=LOOPS, **keywords):
@@ -25,6 +26,9 @@ def truths(config, criterion, threshold, loops=LOOPS, **keywords):
 
 def margin(truth, criterion, threshold):
     """How near the threshold any token came in a loop it was running."""
+    if criterion in ("cosine", "kl"):
+        distance = np.abs(truth.measures / threshold - 1)
+        return distance[~truth.halted[-len(distance) :]].min()
     if criterion == "latent":
         distance = np.abs(truth.changes / threshold - 1)
     else:
@@ -68,6 +72,31 @@ def test_least_and_most_loops_and_threshold_are_traced(policy):
             np.testing.assert_array_equal(out.loops[b], row.loops)
             np.testing.assert_allclose(out.logits[b], row.logits, rtol=0, atol=1e-4)
     assert run._cache_size() <= compiled + 1
+
+
+def test_halting_by_logits_in_a_full_forward_pass(monkeypatch):
+    """Without a cache the coda sees every token's state of the same loop; logits exist for few positions at a time."""
+    config = replace(MLA, hidden_dim=44)  # nothing but logits is V wide
+    monkeypatch.setattr("mythos_jax.model.halting.CHUNK", 3)
+    monkeypatch.setattr("mythos_jax.model.halting.WHOLE_VOCAB", 1)
+    policy = halting("kl", 0.02)
+
+    def forward(policy):
+        return Mythos(config).apply(variables(config), some_tokens(), loops=LOOPS, halting=policy, method="trunk")
+
+    traced = jax.jit(forward).trace(policy)
+    assert f"[{B},3,{V}]" in str(traced.jaxpr) or f"[{B},6,{V}]" in str(traced.jaxpr)
+    assert f"[{B},{T},{V}]" not in str(traced.jaxpr)
+    assert f"[{B},{2 * T},{V}]" not in str(traced.jaxpr)
+    out = traced.lower().compile()(policy)
+    rows = truths(config, "kl", 0.02)
+    assert len(np.unique([row.loops for row in rows])) >= 3, "the tokens must halt at different loops"
+    assert min(margin(row, "kl", 0.02) for row in rows) > 1e-3
+    for b, row in enumerate(rows):
+        np.testing.assert_array_equal(out.loops[b], row.loops)
+        np.testing.assert_allclose(out.state[b], row.state, rtol=0, atol=1e-4)
+        logits = out.features[b] @ variables(config)["params"]["embedding"].T
+        np.testing.assert_allclose(logits, row.logits, rtol=0, atol=1e-4)
 
 
 def test_halting_without_freezing_lets_tokens_evolve():
@@ -122,7 +151,15 @@ def test_act_weights(loops, remainder, least):
 @pytest.mark.parametrize(
     ("config", "criterion", "cached", "message"),
     [
-        (MLA, "act", False, r"halting criterion: got 'act', allowed with readout last: latent"),
+        (MLA, "act", False, r"halting criterion: got 'act', allowed with readout last: latent, cosine, kl, entropy, a"),
+        (GQA, "kl", False, r"halting criterion: got 'kl', allowed with readout act: act"),
+        (GQA, "kl", True, r"halting criterion: got 'kl', allowed with readout act: act"),
+        (
+            replace(MLA, freeze_halted=False),
+            "kl",
+            False,
+            r"halting criterion: got 'kl' on a model with freeze_halted f",
+        ),
         (GQA, "latent", False, r"halting criterion: got 'latent', allowed with readout act: act"),
         (replace(GQA, freeze_halted=False), "act", True, r"halting: got a policy with a cache on a model with freeze_"),
     ],
@@ -134,7 +171,9 @@ def test_refusals(config, criterion, cached, message):
 
 
 def test_unknown_criterion_is_refused():
-    with pytest.raises(ValueError, match=r"halting criterion: got 'kI', allowed: act, latent"):
+    with pytest.raises(
+        ValueError, match=r"halting criterion: got 'kI', allowed: act, latent, cosine, kl, entropy, argmax"
+    ):
         Halting("kI")
 
 
