@@ -150,11 +150,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of total mass P")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument(
+        "--draft-loops", type=int, metavar="D", help="draft with D loops and verify at full depth: same text, sooner"
+    )
+    sub.add_argument("--draft-tokens", type=int, default=3, metavar="N", help="tokens a draft (default 3)")
+    sub.add_argument(
         "--loop-cache-slots", type=int, metavar="N", help="bound the cache: loop t shares slot t mod N (approximate)"
     )
     sub.add_argument(
         "--prefill-chunk", type=int, default=512, metavar="N", help="tokens of the prompt read at a time (default 512)"
     )
+
+    sub = command(
+        "predictor", _predictor, "Train the head that foresees how many loops a token needs, on a run's rows."
+    )
+    sub.add_argument("model", metavar="RUN")
+    sub.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
+    sub.add_argument("--loops", type=int, help="the most loops it can foresee (default: the config's)")
+    sub.add_argument("--rows", type=int, default=512, metavar="N", help="rows to record (default 512)")
 
     sub = command("info", _info, "Parameters, FLOPs per token by loops, cache bytes per token.")
     sub.add_argument("config", metavar="CONFIG.yaml|RUN")
@@ -318,6 +330,14 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     from mythos_jax.inference.text import tell
     from mythos_jax.runs import open_model
 
+    keywords = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
+    if arguments.draft_loops is not None:
+        for name, value in [("temperature", arguments.temperature), ("loop-cache-slots", arguments.loop_cache_slots)]:
+            if value:
+                raise ConfigError(
+                    f"--{name}: got {value}, allowed without --draft-loops (greedy, a slot for each loop)"
+                )
+        keywords = {"draft_loops": arguments.draft_loops, "draft_tokens": arguments.draft_tokens}
     pieces, spent = tell(
         open_model(arguments.model, arguments.step),
         arguments.prompt,
@@ -325,12 +345,10 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
         loops=arguments.loops,
         halting=arguments.halting,
         max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
         seed=arguments.seed,
         loop_cache_slots=arguments.loop_cache_slots,
         prefill_chunk=arguments.prefill_chunk,
+        **keywords,
     )
     print(arguments.prompt, end="", flush=True)
     try:
@@ -339,6 +357,18 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     finally:  # also where Ctrl-C ends the text
         print(flush=True)
     print(f"mythos: {spent}", file=sys.stderr)
+
+
+def _predictor(arguments: argparse.Namespace, _: list[str]) -> None:
+    from mythos_jax.runs import open_model
+    from mythos_jax.training.exits import make_predictor
+
+    opened = open_model(arguments.model, arguments.step)
+    about = make_predictor(opened, loops=arguments.loops, rows=arguments.rows)
+    print(f"{'mean loops':>10} {'KL to the final, nats':>22}")
+    for loops, excess in zip(about["mean_loops"], about["excess_nats"], strict=True):
+        print(f"{loops:>10.2f} {excess:>22.5f}")
+    print(f"predictor: {opened.directory / 'predictor'}; its own budget is {about['budget']:.2f} loops")
 
 
 def _info(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Opening a trained model: the run directory of `mythos train`, or a pretrained directory, file or hub id."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from mythos_jax.config import Config, ConfigError, DataConfig, ModelConfig, load_config
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.model.predictor import COLLECTION
 from mythos_jax.paths import to_path
 from mythos_jax.porting.pretrained import variables_of
 from mythos_jax.porting.reading import Source, VariablesSource
@@ -112,8 +116,26 @@ def _open_run(directory: Path, step: int | None) -> Opened:
     )
     variables = checkpoints.restore_variables(step, {"balance": {}, **like})
     checkpoints.close()
+    variables |= _predictor_of(directory, step)
     prepared = to_path(config.data_path) / TOKENIZER_FILE
     spec = str(prepared) if prepared.is_file() else config.data.tokenizer
     if config.data.task.name:
         spec = None  # its tokens are no text
     return Opened(directory, config, Mythos(config.model), variables, step, mesh, spec)
+
+
+def _predictor_of(directory: Path, step: int) -> dict[str, Any]:
+    """Variables to add to those of a run at this step: what `mythos predictor` saved for them, if it did.
+
+    Raises ConfigError where there is a predictor that cannot be read.
+    """
+    folder = directory / COLLECTION
+    if not (folder / "predictor.json").is_file():
+        return {}
+    try:
+        if json.loads((folder / "predictor.json").read_text())["step"] != step:
+            return {}  # of other weights
+        return {COLLECTION: load((folder / "predictor.safetensors").read_bytes())}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{folder}: damaged ({why}); `mythos predictor` makes it anew") from None

@@ -12,6 +12,7 @@ from mythos_jax.config import ConfigError
 from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.flops import cache_bytes
 from mythos_jax.inference.generate import stream
+from mythos_jax.inference.speculative import SpeculativeResult, stream_drafts
 from mythos_jax.runs import Opened
 from mythos_jax.sharding import use_mesh
 
@@ -48,11 +49,14 @@ class Spent:
     loops: list[int] = field(default_factory=list)  # of each token
     tokens: int = 0
     seconds: float = 0.0
+    drafted: int = 0  # tokens, and of those the ones that full depth confirmed
+    accepted: int = 0
 
     def __str__(self) -> str:
         mean = f"{np.mean(self.loops):.2f} loops a token, " if self.loops else ""
         speed = f"{self.tokens / self.seconds:.1f} tokens/s, " if self.tokens else ""
-        return f"{len(self.loops)} tokens, {mean}{speed}{self.cache_bytes_per_token:,} bytes of cache a token"
+        drafts = f"{self.accepted / self.drafted:.0%} of drafts accepted, " if self.drafted else ""
+        return f"{len(self.loops)} tokens, {mean}{drafts}{speed}{self.cache_bytes_per_token:,} bytes of cache a token"
 
 
 def tell(
@@ -65,7 +69,8 @@ def tell(
     **keywords: Any,
 ) -> tuple[Iterator[str], Spent]:
     """What the model continues the prompt with, up to its end-of-document token, in pieces as they are decoded; and
-    what it takes, counted while the pieces are asked for. Other keywords as in `generate`.
+    what it takes, counted while the pieces are asked for. Other keywords as in `generate`, or, with
+    `draft_loops`, as in `speculate`.
 
     tokenizer: for a model that has none, as for `load_tokenizer`. The prompt follows an end-of-document token, as
     every document does in training. Raises ConfigError, at once, for a prompt or a number that the model cannot take.
@@ -78,7 +83,8 @@ def tell(
     keywords |= {"stop_tokens": (end,), "loops": loops, "loop_cache_slots": loop_cache_slots}
     try:
         with use_mesh(opened.mesh):
-            pieces = stream(opened.model, opened.variables, tokens, **keywords)
+            decode = stream_drafts if "draft_loops" in keywords else stream
+            pieces = decode(opened.model, opened.variables, tokens, **keywords)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     depth = loops or opened.config.model.loops
@@ -93,6 +99,8 @@ def tell(
             else:
                 started = time.perf_counter()
             spent.loops += piece.loops[0, :n].tolist()
+            if isinstance(piece, SpeculativeResult):
+                spent.drafted, spent.accepted = int(piece.drafted[0]), int(piece.accepted[0])
             yield spelling.add(piece.tokens[0, :n].tolist())
         yield spelling.add([], last=True)
 

@@ -12,10 +12,19 @@ from flax import struct
 from mythos_jax.config import ConfigError, ModelConfig
 from mythos_jax.model.cache import Memory
 
-# Huginn's defaults (arXiv 2502.05171, and its code for the others); ACT's threshold is part of the model.
-DEFAULT_THRESHOLDS = {"act": None, "latent": 0.03, "cosine": 1e-3, "kl": 5e-4, "entropy": 1e-3, "argmax": 5}
+# Huginn's defaults (arXiv 2502.05171, and its code for the others); ACT's threshold is part of the model, and a
+# predictor has a budget of its own.
+DEFAULT_THRESHOLDS = {
+    "act": None,
+    "latent": 0.03,
+    "cosine": 1e-3,
+    "kl": 5e-4,
+    "entropy": 1e-3,
+    "argmax": 5,
+    "predicted": None,
+}
 CRITERIA = tuple(DEFAULT_THRESHOLDS)
-STATE_CRITERIA = ("act", "latent", "cosine")  # the others look at the logits
+STATE_CRITERIA = ("act", "latent", "cosine", "predicted")  # the others look at the logits
 
 # Positions whose logits exist at a time, in a full forward pass of a model with a large vocabulary.
 WHOLE_VOCAB = 8192
@@ -36,7 +45,9 @@ class Halting:
       kl       KL(p_(t-1) || p_t) of the next-token distributions falls below the threshold, in nats
       entropy  the entropy of the next-token distribution changes by less than the threshold, in nats
       argmax   the likeliest next token was that of the loop before, `threshold` times in a row
-    The last three run coda and head after each loop, for decoding; they compare from loop 2 on.
+      predicted  the loops foreseen for the token by a trained predictor have run (`mythos predictor`); the threshold is
+               a budget, the mean loops to keep to (default: the predictor's own)
+    kl, entropy and argmax run coda and head after each loop, for decoding; they compare from loop 2 on.
     A token runs at least `min_loops` and at most `max_loops` loops (None: what the call allows).
     """
 
@@ -48,10 +59,13 @@ class Halting:
     def __post_init__(self):
         if self.criterion not in CRITERIA:
             raise ConfigError(f"halting criterion: got {self.criterion!r}, allowed: {', '.join(CRITERIA)}")
-        for name, value, least in [("threshold", self.threshold, 0), ("max_loops", self.max_loops, 1)]:
+        for name, value, least in [
+            ("threshold", self.threshold, self.criterion == "predicted"),
+            ("max_loops", self.max_loops, 1),
+        ]:
             # Only of numbers: inside jax the fields may be anything.
             if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
-                raise ConfigError(f"halting {name}: got {value}, allowed: a number >= {least}")
+                raise ConfigError(f"halting {name}: got {value}, allowed: a number >= {int(least)}")
 
     @property
     def resolved_threshold(self) -> float | jax.Array | None:
@@ -112,7 +126,7 @@ _MOVES = {"latent": relative_change, "cosine": cosine_distance}
 
 def state_rests(halting: Halting, new_BTD: jax.Array, old_BTD: jax.Array) -> jax.Array:
     """Whether the criterion is met by each token's step from the old state to the new one; bool [B, T]."""
-    if halting.reads_logits:
+    if halting.criterion not in _MOVES:
         return jnp.zeros(new_BTD.shape[:2], bool)
     return _MOVES[halting.criterion](new_BTD, old_BTD) < halting.resolved_threshold
 

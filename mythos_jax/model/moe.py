@@ -11,6 +11,8 @@ from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
 from mythos_jax.ops.grouped_matmul import grouped_matmul
 from mythos_jax.sharding import in_use
 
+FEW_TOKENS = 8  # up to so many, a product on a CPU costs about what reading its matrix does
+
 
 @struct.dataclass
 class RouterStats:
@@ -80,7 +82,31 @@ class MoE(nn.Module):
 def sorted_experts(
     x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array]
 ) -> jax.Array:
-    """The chosen experts on one device: sort by expert, one grouped matmul per weight, unsort."""
+    """The chosen experts on one device: sort by expert, one grouped matmul per weight, unsort.
+
+    On a CPU, for a few tokens that leave hardly an expert out: all of them, which copies no matrix.
+    """
+    tokens, n_experts = x_BTD.size // x_BTD.shape[-1], weights[0].shape[0]
+    if tokens <= FEW_TOKENS and experts_BTK.size >= n_experts:
+        forms = {"cpu": _every_expert, "default": _sorted_experts}
+        return jax.lax.platform_dependent(x_BTD, gates_BTK, experts_BTK, weights, **forms)
+    return _sorted_experts(x_BTD, gates_BTK, experts_BTK, weights)
+
+
+def _every_expert(x_BTD, gates_BTK, experts_BTK, weights) -> jax.Array:
+    """All experts as one wide layer, the hidden values of those that a token did not choose times 0."""
+    gate_EDF, up_EDF, down_EFD = weights
+    E, D, F = gate_EDF.shape
+
+    def wide(w_EDF):  # XLA takes this out of the loops over depth and tokens
+        return jnp.moveaxis(w_EDF, 0, 1).reshape(D, E * F)
+
+    shares_BTE = jnp.einsum("BTKE,BTK->BTE", jax.nn.one_hot(experts_BTK, E), gates_BTK).astype(x_BTD.dtype)
+    hidden = nn.silu(x_BTD @ wide(gate_EDF)) * (x_BTD @ wide(up_EDF)) * jnp.repeat(shares_BTE, F, axis=-1)
+    return hidden @ down_EFD.reshape(E * F, D)
+
+
+def _sorted_experts(x_BTD, gates_BTK, experts_BTK, weights) -> jax.Array:
     gate_EDF, up_EDF, down_EFD = weights
     D, K = x_BTD.shape[-1], experts_BTK.shape[-1]
     experts = experts_BTK.reshape(-1)

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mythos_jax.config import ModelConfig
+from mythos_jax.config import ConfigError, ModelConfig
 from mythos_jax.model.attention import View
 from mythos_jax.model.block import TransformerBlock
 from mythos_jax.model.cache import Cache, Memory
 from mythos_jax.model.halting import Halting, Reader, check_halting
 from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init, rope_tables
 from mythos_jax.model.moe import RouterStats
-from mythos_jax.model.recurrence import RecurrentBlock
+from mythos_jax.model.predictor import COLLECTION, predicted_loops
+from mythos_jax.model.recurrence import Paused, RecurrentBlock
 from mythos_jax.ops.attention import Mask
 from mythos_jax.sharding import axis_size, constrain
 
@@ -45,6 +46,7 @@ class Output:
 
     logits: float32 [B, T, V] (None from `trunk`). features: [B, T, D] before the head. loops: int32 [B, T], loops
     that contributed to each token. state: [B, T, D], what the coda received. cache: the updated cache, if one came in.
+    paused: the tokens to resume from, if the call was to pause.
     """
 
     logits: jax.Array | None
@@ -53,6 +55,7 @@ class Output:
     state: jax.Array
     aux: Aux
     cache: Cache | None
+    paused: Paused | None
 
 
 class Mythos(nn.Module):
@@ -96,6 +99,9 @@ class Mythos(nn.Module):
                          padding, which must stand at the end of a row, is never attended to, and never loops under
                          halting
           cache          a `Cache` from `init_cache`: the tokens follow what it holds; traced loops are cut to its slots
+          pause          Python int, with a cache: stop before this loop; coda and head read what there is by then
+          resume         `Paused` tokens of earlier calls, with a cache whose length is again what it was before them:
+                         they go on to `loops`, and nothing is computed twice
         Raises ValueError for a call that the model cannot follow.
         """
         out = self.trunk(tokens_BT, **keywords)
@@ -123,6 +129,8 @@ class Mythos(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
+        pause: int | None = None,
+        resume: Paused | None = None,
     ) -> Output:
         """Everything but the head; keywords as in `__call__`."""
         c = self.config
@@ -130,24 +138,23 @@ class Mythos(nn.Module):
         chex.assert_type(tokens_BT, int)
         loops = c.loops if loops is None else loops
         self._check(tokens_BT, loops, cache)
+        self._check_pause(loops, cache, pause, resume)
         if halting is not None and halting.reads_logits and cache is not None and tokens_BT.shape[1] > 1:
             check_halting(c, halting, cached=True)
             loops, halting = halting.most(loops), None
         active_BT = jnp.ones_like(tokens_BT, bool) if segment_ids is None else segment_ids != 0
         view = self._view(tokens_BT, positions, segment_ids, cache)
 
-        table_VD = constrain(self.embedding.astype(compute_dtype(c)), "vocab", "act_embed")
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) * c.embedding_scale
-        x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
-        x_BTD, prelude_memory = self._run(self.prelude, x_BTD, view, cache and cache.prelude, active_BT, tokens_BT)
-        if c.prelude_norm:
-            x_BTD = self.prelude_norm(x_BTD)
-        injected_BTD = x_BTD
+        if resume is None:
+            injected_BTD, prelude_memory = self._prelude(tokens_BT, view, cache, active_BT)
+            start_BTD = self._initial_state(injected_BTD, initial_state)
+        else:
+            injected_BTD, prelude_memory, start_BTD = resume.injected_BTD, cache.prelude, resume.state_BTD
 
         first = c.prelude_layers
-        x_BTD, carry, trace = self.recurrence(
+        x_BTD, carry, trace, paused = self.recurrence(
             injected_BTD,
-            self._initial_state(injected_BTD, initial_state),
+            start_BTD,
             loops=loops,
             backprop_loops=backprop_loops,
             gather_per_loop=gather_per_loop,
@@ -158,6 +165,9 @@ class Mythos(nn.Module):
             bounded=bool(cache and cache.bounded),
             active_BT=active_BT,
             values=[self._values(tokens_BT, first + i) for i in range(c.loop_layers)],
+            predicted_BT=self._predicted(injected_BTD, halting),
+            pause=pause,
+            resume=resume,
             reader=self._reader(view, cache, active_BT, tokens_BT) if halting and halting.reads_logits else None,
         )
         state_BTD = self._handed_over(x_BTD)
@@ -187,6 +197,7 @@ class Mythos(nn.Module):
                 act_weight_LBT=trace and trace.act_weight_BT,
             ),
             cache=cache,
+            paused=paused,
         )
 
     def _check(self, tokens_BT: jax.Array, loops: int | jax.Array, cache: Cache | None) -> None:
@@ -198,6 +209,41 @@ class Mythos(nn.Module):
                 raise ValueError(f"loops: got {loops}, allowed: an integer >= 1")
             if cache is not None and not cache.bounded and loops > cache.loop_slots:
                 raise ValueError(f"loops: got {loops}, allowed: at most the {cache.loop_slots} the cache was made for")
+
+    def _check_pause(
+        self, loops: int | jax.Array, cache: Cache | None, pause: int | None, resume: Paused | None
+    ) -> None:
+        if pause is None and resume is None:
+            return
+        if cache is None or cache.bounded:
+            raise ValueError("pause and resume: allowed with a cache that has a slot for each loop")
+        first, most = resume.loop if resume else 0, loops if isinstance(loops, int) else cache.loop_slots
+        if not first <= (most if pause is None else pause) <= most:
+            raise ValueError(
+                f"pause and resume: got loop {pause or first}, allowed: up to the {most} loops of the call"
+            )
+
+    def _prelude(
+        self, tokens_BT: jax.Array, view: View, cache: Cache | None, active_BT: jax.Array
+    ) -> tuple[jax.Array, tuple[Memory, ...]]:
+        """What is injected, e [B, T, D], and the prelude's memory."""
+        c = self.config
+        table_VD = constrain(self.embedding.astype(compute_dtype(c)), "vocab", "act_embed")
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) * c.embedding_scale
+        x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
+        x_BTD, memory = self._run(self.prelude, x_BTD, view, cache and cache.prelude, active_BT, tokens_BT)
+        return self.prelude_norm(x_BTD) if c.prelude_norm else x_BTD, memory
+
+    def _predicted(self, injected_BTD: jax.Array, halting: Halting | None) -> jax.Array | None:
+        """The loops that each token is to run, int32 [B, T], where the policy has them foreseen."""
+        if halting is None or halting.criterion != "predicted":
+            return None
+        predictor = self.variables.get(COLLECTION)
+        if predictor is None:
+            raise ConfigError(
+                "halting criterion: got 'predicted' for weights without a predictor; `mythos predictor RUN` trains one"
+            )
+        return predicted_loops(predictor, injected_BTD, halting.threshold)
 
     def _view(
         self,

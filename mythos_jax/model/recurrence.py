@@ -15,7 +15,7 @@ from flax import struct
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.attention import SAVED, View
 from mythos_jax.model.block import TransformerBlock
-from mythos_jax.model.cache import Memory, empty_kv, fill_deeper
+from mythos_jax.model.cache import KV, Memory, empty_kv, fill_deeper
 from mythos_jax.model.halting import Halting, Reader, Reading, act_weight, check_halting, relative_change, state_rests
 from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
 from mythos_jax.model.layers import RMSNorm
@@ -54,12 +54,30 @@ class Carry:
 
 
 @struct.dataclass
+class Paused:
+    """Tokens in the middle of their loops, with all that a later call needs to go on where this one stopped.
+
+    Every array is [B, T, ...], so that tokens of several calls can be put side by side. Their keys and values of the
+    loops before `loop` stand in the cache. Fields as in `Carry`; last: of each layer, where halting needs it.
+    """
+
+    injected_BTD: jax.Array
+    state_BTD: jax.Array
+    halted_BT: jax.Array
+    loops_BT: jax.Array
+    readout_BTD: jax.Array | None
+    probability_BT: jax.Array | None
+    last: tuple[KV | None, ...]
+    loop: int = struct.field(pytree_node=False)  # the next one to run
+
+
+@struct.dataclass
 class LoopInputs:
     """What every loop sees alike.
 
     injected_BTD: the prelude's output e. limit: int32 [] or [B, 1], loops a row may run. active_BT: false on padding.
     values: per layer, value embeddings or None. freeze: which tokens are carried unchanged, those that have `halted`,
-    only those in rows that have run their `limit`, or none (None).
+    only those in rows that have run their `limit`, or none (None). predicted: loops foreseen for each token.
     """
 
     injected_BTD: jax.Array
@@ -68,6 +86,7 @@ class LoopInputs:
     active_BT: jax.Array
     values: tuple[jax.Array | None, ...]
     halting: Halting | None
+    predicted_BT: jax.Array | None
     freeze: str | None = struct.field(pytree_node=False)
 
 
@@ -129,7 +148,11 @@ class RecurrentCell(nn.Module):
                 carry, new_BTD, running_BT, done_B1, may_halt_B1, inputs.halting, trace
             )
         elif inputs.halting is not None:
-            halts_BT = may_halt_B1 & state_rests(inputs.halting, new_BTD, old_BTD)
+            if inputs.predicted_BT is None:
+                met_BT = state_rests(inputs.halting, new_BTD, old_BTD)
+            else:
+                met_BT = loop_index_B[:, None] + 1 >= inputs.predicted_BT
+            halts_BT = may_halt_B1 & met_BT
         else:
             halts_BT = jnp.zeros_like(carry.halted_BT)
         if inputs.freeze:
@@ -194,13 +217,20 @@ class RecurrentBlock(nn.Module):
         active_BT: jax.Array,
         values: Sequence[jax.Array | None],
         reader: Reader | None = None,
-    ) -> tuple[jax.Array, Carry, Trace | None]:
+        predicted_BT: jax.Array | None = None,
+        pause: int | None = None,
+        resume: Paused | None = None,
+    ) -> tuple[jax.Array, Carry, Trace | None, Paused | None]:
         """loops: a Python int, a traced integer, or int32 [B] (each row its own depth).
         backprop_loops: for training without a cache or halting; a row's last so many loops have gradients.
         gather_per_loop: weights that the mesh cuts are made whole in every loop, never before (docs/sharding.md).
         reader: needed for halting by logits; the final carry then has what the coda made of the last states.
+        predicted_BT: int32, needed for halting by prediction.
+        pause: stop before this loop; `loops` stays the depth that the tokens are on their way to. resume: go on from
+        there, `state_BTD` is then not looked at.
 
-        Returns the read-out [B, T, D], the final carry, and the trace [L, B, T] of the loops that have gradients.
+        Returns the read-out [B, T, D], the final carry, the trace [L, B, T] of the loops that have gradients, and,
+        where the call was to pause, the tokens to resume from.
         """
         c = self.config
         check_halting(c, halting, cached=slots is not None)
@@ -213,7 +243,8 @@ class RecurrentBlock(nn.Module):
         if backprop_loops is not None and (halting is not None or slots is not None or not by_row):
             raise ValueError("backprop_loops: allowed with loops [B] only, and without halting or a cache")
         if freeze == "halted" or (freeze and slots is not None):
-            memory = [m.replace(last=empty_kv(c, B, T)) for m in memory]
+            last = resume.last if resume else [empty_kv(c, B, T)] * c.loop_layers
+            memory = [m.replace(last=kv) for m, kv in zip(memory, last, strict=True)]
         inputs = LoopInputs(
             injected_BTD=injected_BTD,
             view=view,
@@ -221,6 +252,7 @@ class RecurrentBlock(nn.Module):
             active_BT=active_BT,
             values=tuple(values),
             halting=halting,
+            predicted_BT=predicted_BT,
             freeze=freeze,
         )
         act = c.readout == "act"
@@ -236,6 +268,16 @@ class RecurrentBlock(nn.Module):
             probability_BT=jnp.zeros((B, T)) if act else None,
             reading=reader and reader.start(state_BTD),
         )
+        first = 0
+        if resume is not None:
+            first = resume.loop
+            carry = carry.replace(
+                state_BTD=resume.state_BTD,
+                halted_BT=resume.halted_BT,
+                loops_BT=resume.loops_BT,
+                readout_BTD=resume.readout_BTD,
+                probability_BT=resume.probability_BT,
+            )
         cell = RecurrentCell(c, name="cell")
         one_loop = _tied if gather_per_loop else RecurrentCell.__call__
         if c.remat != "none":
@@ -246,17 +288,35 @@ class RecurrentBlock(nn.Module):
             # Parameters cannot be made inside a while loop; one call makes them all.
             carry, _ = cell(carry, jnp.zeros(B, jnp.int32), inputs)
         elif isinstance(loops, int) and halting is None:
-            carry, trace = _scan(one_loop, cell, carry, jnp.zeros(B, jnp.int32), loops, inputs)
+            count = (loops if pause is None else pause) - first
+            carry, trace = _scan(one_loop, cell, carry, jnp.full(B, first, jnp.int32), count, inputs)
         elif backprop_loops is not None:
             carry, trace = _truncated(one_loop, cell, carry, limit, backprop_loops, inputs)
         else:
-            carry, ran = _while(one_loop, cell, carry, limit, inputs, reader)
+            end = limit if pause is None else jnp.minimum(limit, pause)
+            carry, ran = _while(one_loop, cell, carry, end, inputs, reader, first)
             if freeze and slots is not None:
                 carry = carry.replace(memory=tuple(fill_deeper(m, ran, view.index_BT) for m in carry.memory))
+        paused = None
+        if pause is not None:
+            paused = Paused(
+                injected_BTD=injected_BTD,
+                state_BTD=carry.state_BTD,
+                halted_BT=carry.halted_BT,
+                loops_BT=carry.loops_BT,
+                readout_BTD=carry.readout_BTD,
+                probability_BT=carry.probability_BT,
+                last=tuple(m.last for m in carry.memory),
+                loop=pause,
+            )
+            if act:  # the weight that is left goes to the state at hand, as if this were the last loop
+                rest_BT = jnp.maximum(1 - carry.probability_BT, 0) * (~carry.halted_BT & (pause < inputs.limit))
+                rest_BTD = rest_BT[..., None] * carry.state_BTD.astype(jnp.float32)
+                carry = carry.replace(readout_BTD=carry.readout_BTD + rest_BTD)
         if freeze:
             carry = carry.replace(memory=tuple(m.replace(last=None) for m in carry.memory))
         readout_BTD = carry.readout_BTD.astype(state_BTD.dtype) if act else carry.state_BTD
-        return readout_BTD, carry, trace
+        return readout_BTD, carry, trace, paused
 
 
 OneLoop = Callable[[RecurrentCell, Carry, jax.Array, LoopInputs], tuple[Carry, Trace]]
@@ -317,8 +377,9 @@ def _while(
     limit: jax.Array,
     inputs: LoopInputs,
     reader: Reader | None = None,
+    first: int = 0,
 ) -> tuple[Carry, jax.Array]:
-    """Up to max(limit) loops, ending early when every token has halted; also returns how many ran."""
+    """Loops `first` to max(limit), ending early when every token has halted; also returns the one it ended before."""
     rows = carry.loops_BT.shape[0]
     # Without a policy every row runs its limit: tokens whose ACT has halted still have keys and values to remember.
     early = inputs.halting is not None
@@ -341,7 +402,7 @@ def _while(
         go_on,
         body,
         cell,
-        (jnp.int32(0), carry),
+        (jnp.int32(first), carry),
         broadcast_variables=SHARED,
         split_rngs={"params": False},
     )
