@@ -37,6 +37,7 @@ InitialState = Literal["injected", "noise", "zeros"]
 ReadOut = Literal["last", "act"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "full", "attention", "offload", "dots"]
+ExpertExchange = Literal["ring", "all_to_all"]
 DepthDistribution = Literal["fixed", "uniform", "poisson", "lognormal_poisson"]
 DepthUnit = Literal["sequence", "batch"]
 Optimizer = Literal["adamw", "muon"]
@@ -113,6 +114,7 @@ class ModelConfig:
     output_init: float = 1.0  # times that: of the matrices that write to the residual stream (Parcae: 0)
     dtype: ComputeDtype = "auto"  # of activations; auto: bfloat16 on TPU and GPU, float32 on CPU
     remat: Remat = "none"  # what the backward pass recomputes of each loop (docs/training.md has a table)
+    expert_exchange: ExpertExchange = "ring"  # how tokens reach experts on other devices (docs/sharding.md)
 
     def __post_init__(self):
         check_types(self, "model")

@@ -97,6 +97,12 @@ def axis_size(name: str) -> int:
     return _mesh_in_use().get(name, 1)
 
 
+def platform() -> str:
+    """Of the mesh in use, also of one that is only compiled for; else of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def in_use() -> bool:
     """Whether a mesh of more than one device, and rules, are in use."""
     return math.prod(_mesh_in_use().values()) > 1

@@ -43,6 +43,7 @@ MODELS = {
     "gqa moe": dataclasses.replace(GQA, **MOE),
     "mla dense": MLA,
     "mla moe": dataclasses.replace(MLA, **MOE, readout="act"),
+    "gqa moe by all to all": dataclasses.replace(GQA, **MOE, expert_exchange="all_to_all"),
 }
 MESHES = {
     "data": MeshConfig(data=8, fsdp=1),

@@ -57,11 +57,24 @@ def small_program():
 def test_expert_weights_do_not_travel_along_the_expert_axis():
     program = small_program()
     gathers = [c for c in read_collectives(parse(program.text), program.mesh) if c.kind == "all-gather"]
-    hidden = {MOE.expert_dim, MOE.expert_dim // SMALL.mesh.tensor}
-    of_weights = [c for c in gathers if any(hidden & set(a.shape) for a in c.arrays)]
-    assert any(c.axes == ("fsdp",) for c in of_weights)  # they are told by their width: fsdp does gather them
+    # Told by their shape: of a shared expert there is one. fsdp does gather them.
+    here, hidden = MOE.n_experts // SMALL.mesh.expert, {MOE.expert_dim, MOE.expert_dim // SMALL.mesh.tensor}
+    of_weights = [c for c in gathers if any(here == a.shape[0] and hidden & set(a.shape) for a in c.arrays)]
+    assert any(c.axes == ("fsdp",) for c in of_weights)
     assert not any("expert" in c.axes for c in of_weights)
     assert any("expert" in c.axes for c in gathers)  # tokens do
+
+
+def test_by_all_to_all_tokens_go_to_their_experts_only():
+    config = dataclasses.replace(SMALL, model=dataclasses.replace(MOE, expert_exchange="all_to_all"))
+    program = compile_train(config, parse_topology("v5e:4x4"), quick=True)
+    collectives = read_collectives(parse(program.text), program.mesh)
+    assert any(c.kind == "ragged-all-to-all" and c.axes == ("expert",) for c in collectives)
+    # Among the devices of the experts counts are gathered, not tokens (as in the ring), which are MOE.dim wide.
+    ring = read_collectives(parse(small_program().text), small_program().mesh)
+    for found, tokens in [(collectives, False), (ring, True)]:
+        gathered = [a for c in found if c.kind == "all-gather" and c.axes == ("expert",) for a in c.arrays]
+        assert any(MOE.dim in a.shape for a in gathered) == tokens
 
 
 def test_logits_are_nowhere_whole():

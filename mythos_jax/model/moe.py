@@ -71,7 +71,7 @@ class MoE(nn.Module):
         )
         if in_use():
             width = "act_embed" if self.has_variable("whole", "gate") else "embed"
-            y_BTD = experts_on_mesh(x_BTD, gates_BTK, experts_BTK, weights, width)
+            y_BTD = experts_on_mesh(x_BTD, gates_BTK, experts_BTK, weights, width, c.expert_exchange)
         else:
             y_BTD = sorted_experts(x_BTD, gates_BTK, experts_BTK, weights)
         for i in range(c.n_shared_experts):

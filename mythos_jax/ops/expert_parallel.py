@@ -1,8 +1,9 @@
 """Routed experts on a mesh: no token is dropped, and no expert's weights travel along the `expert` axis.
 
 A ring of experts, after MaxText: inside a fully manual `shard_map` each device gathers the tokens of its expert group,
-applies the experts it holds, and the group's sums are scattered back. Tokens go through in chunks, so that buffers
-stay bounded, and each device multiplies as many rows as were sent to its experts, rounded up.
+applies the experts it holds, and the group's sums are scattered back. Or, by `all_to_all`, each device sends a token
+only to the devices of the experts that it chose. Tokens go through in chunks, so that buffers stay bounded, and each
+device multiplies as many rows as were sent to its experts, rounded up.
 """
 
 import math
@@ -14,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mythos_jax.ops.exchange import exchange
 from mythos_jax.ops.grouped_matmul import grouped_matmul
 from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, placement
 
@@ -36,12 +38,17 @@ def choose_experts(scores_BTE: jax.Array, k: int) -> jax.Array:
 
 
 def experts_on_mesh(
-    x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: Weights, width: str = "embed"
+    x_BTD: jax.Array,
+    gates_BTK: jax.Array,
+    experts_BTK: jax.Array,
+    weights: Weights,
+    width: str = "embed",
+    way: str = "ring",
 ) -> jax.Array:
     """Each token's chosen experts, weighted by its gates, [B, T, D], on the mesh in use.
 
     gates_BTK: float32, experts_BTK: int32. width: logical name of the weights' axis D; where the mesh cuts it the
-    weights are gathered here, and their gradients scattered.
+    weights are gathered here, and their gradients scattered. way: `ring` or `all_to_all`.
     """
     token_spec = placement(x_BTD.shape, ("batch", "length", "act_embed"))
     token_axes = mesh_axes(token_spec)
@@ -71,6 +78,8 @@ def experts_on_mesh(
 
         @jax.checkpoint
         def chunk(tokens: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            if gathers and way == "all_to_all":
+                return _sent_experts(rows, n_experts, *tokens, *weights)
             if gathers:
                 tokens = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), tokens)
             x_ND, gates_NK, experts_NK = tokens
@@ -118,6 +127,27 @@ def _sum(axes: tuple[str, ...], x: jax.Array) -> jax.Array:
 
 
 _sum.defvjp(lambda axes, x: (_sum(axes, x), None), lambda axes, _, ct: (ct * math.prod(map(axis_size, axes)),))
+
+
+def _sent_experts(
+    rows: int, n_experts: int, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array, *weights: jax.Array
+) -> jax.Array:
+    """The sum over a token's experts wherever they are: a copy of the token goes to each and its result comes back."""
+    (N, K), ours = experts_NK.shape, weights[0].shape[0]
+    ways = n_experts // ours
+    order = jnp.argsort(experts_NK.reshape(-1), stable=True)  # so by device too
+    sizes_E = jnp.bincount(experts_NK.reshape(-1), length=n_experts + 1)[:n_experts].astype(jnp.int32)
+    sizes_SRE = jax.lax.all_gather(sizes_E, "expert").reshape(ways, ways, ours)  # sender, receiver, its experts
+    sizes_SR = sizes_SRE.sum(-1)
+    most = ways * N * min(K, ours)
+    copies = exchange("expert", most, x_ND[order // K], sizes_SR)
+    # They come ordered by sender and expert; behind them is nothing.
+    ends = jnp.cumsum(sizes_SRE[:, jax.lax.axis_index("expert")].reshape(-1))
+    place = jnp.searchsorted(ends, jnp.arange(most), side="right")
+    experts = jnp.where(place < ways * ours, place % ours, ours)
+    out = _local_experts(rows, copies, jnp.ones((most, 1)), experts[:, None], *weights)
+    out = exchange("expert", N * K, out, sizes_SR.T).astype(jnp.float32) * gates_NK.reshape(-1)[order][:, None]
+    return jnp.zeros(x_ND.shape, jnp.float32).at[order // K].add(out).astype(x_ND.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -17,7 +17,7 @@ from mythos_jax.typed import ConfigError, differences, from_dict, to_dict
 
 NATIVE = "mythos_jax"
 # Fields of a config that say nothing about what the weights compute.
-NOT_OF_THE_WEIGHTS = ("init_std", "output_init", "dtype", "remat")
+NOT_OF_THE_WEIGHTS = ("init_std", "output_init", "dtype", "remat", "expert_exchange")
 
 
 @dataclass(frozen=True)

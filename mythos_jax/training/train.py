@@ -241,7 +241,7 @@ def run_meta(config: Config, data: Data) -> dict[str, Any]:
 # Fields whose change on resume would make the run neither the old one nor a new one (beginnings of their names), and
 # those among them that change nothing but speed and memory.
 _FIXED = ("model.", "data", "training.batch_size", "training.seed", "training.optimizer", "training.ema_decay")
-_FREE = ("model.remat",)
+_FREE = ("model.remat", "model.expert_exchange")
 
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Experts spread over a mesh against the same experts on one device, however the tokens are routed."""
 
+from functools import partial
+
 import jax
 import numpy as np
+import pytest
 
 from mythos_jax.config import MeshConfig
 from mythos_jax.model.moe import sorted_experts
@@ -32,14 +35,18 @@ def value_and_gradients(layer):
     return jax.jit(run)
 
 
-def test_equals_one_device(monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "mesh"),
+    [("ring", MeshConfig(fsdp=2, tensor=2, expert=2)), ("all_to_all", MeshConfig(fsdp=1, tensor=2, expert=4))],
+)
+def test_equals_one_device(way, mesh, monkeypatch):
     """Two chunks; with skewed routing all tokens go to one device's experts, in several rounds."""
     monkeypatch.setattr(expert_parallel, "ROWS_PER_EXPERT", 2)
-    on_one, on_mesh = value_and_gradients(sorted_experts), value_and_gradients(experts_on_mesh)
+    on_one, on_mesh = value_and_gradients(sorted_experts), value_and_gradients(partial(experts_on_mesh, way=way))
     for skew in [0, 5]:
         arguments = inputs(skew)
         expected = on_one(*arguments)
-        with use_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))):
+        with use_mesh(make_mesh(mesh)):
             found = on_mesh(*arguments)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
     assert (arguments[2] >= E // 2).mean() > 0.95
