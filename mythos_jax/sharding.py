@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("batch", BATCH_AXES),
     ("length", "sequence"),
     ("keys", None),  # keys and values: queries cut by `sequence` look at all of them
+    ("cache_length", "sequence"),  # positions of a stored cache
     ("act_embed", None),  # the residual stream is whole on every device of a tensor group
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),

@@ -101,8 +101,10 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BTR = RMSNorm(c.norm_eps, name="kv_norm")(down[..., :R])
         k_rope = apply_rope(down[..., None, R:], view.rope)[:, :, 0]
         memory, (seen, _) = view.remember(memory, KV(jnp.concatenate([latent_BTR, k_rope], axis=-1), None))
-        # Queries cut by `sequence` look at all latents: those travel, not the keys and values made of them.
-        seen = constrain(seen, "batch", "keys", "latent")
+        # Queries cut by `sequence` look at all latents: those travel, not the keys and values made of them. A query that
+        # is alone travels itself.
+        positions = "keys" if memory.cache is None or x_BTD.shape[1] > 1 else "cache_length"
+        seen = constrain(seen, "batch", positions, "latent")
 
         kv_up = weight(self, "kv_up", (R, H, nope + V), ("latent", "heads", "head_dim"), c.std, x_BTD.dtype)
         k_up_RHK, v_up_RHV = kv_up[..., :nope], kv_up[..., nope:]
@@ -118,7 +120,7 @@ class MultiHeadLatentAttention(nn.Module):
             k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], rope))
             v_BSHV = jnp.einsum("BSR,RHV->BSHV", latent_BSR, v_up_RHV)
             query, key = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1)
-            key, v_BSHV = (constrain(x, "batch", "keys", "heads", "head_dim") for x in (key, v_BSHV))
+            key, v_BSHV = (constrain(x, "batch", positions, "heads", "head_dim") for x in (key, v_BSHV))
             out_BTHV = attend(query, key, v_BSHV, view.mask, scale)
         out_BTHV = checkpoint_name(out_BTHV, SAVED)
         return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHV), memory

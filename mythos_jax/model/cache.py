@@ -58,9 +58,10 @@ def empty_kv(config: ModelConfig, *shape: int) -> KV:
 
 
 def placed(kv: KV) -> KV:
-    """A cache [slots, B, S, ...] where the mesh in use wants it: rows over the batch axes, heads over tensor."""
-    names = ("slots", "batch", "keys", "latent") if kv.values is None else ("slots", "batch", "keys", "kv_heads", None)
-    return jax.tree.map(lambda x: constrain(x, *names), kv)
+    """A cache [slots, B, S, ...] where the mesh in use wants it: rows over the batch axes, positions over
+    sequence, heads over tensor."""
+    heads = ("latent",) if kv.values is None else ("kv_heads", None)
+    return jax.tree.map(lambda x: constrain(x, "slots", "batch", "cache_length", *heads), kv)
 
 
 @partial(jax.jit, static_argnames=("config", "batch", "capacity", "loops", "loop_cache_slots"))

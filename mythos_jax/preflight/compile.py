@@ -130,7 +130,7 @@ def compile_decode(config: Config, topology: Topology, quick: bool = False) -> P
     variables = abstract_state(config, mesh).variables
     cache = jax.eval_shape(lambda: init_cache(config.model, rows, length))
     heads = "latent" if config.model.attention == "mla" else "kv_heads"
-    cache = place(cache.replace(length_B=None), "slots", "batch", "keys", heads).replace(
+    cache = place(cache.replace(length_B=None), "slots", "batch", "cache_length", heads).replace(
         length_B=place(cache.length_B, "batch")
     )
     by_row, grid = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(rows,), (rows, length)])
