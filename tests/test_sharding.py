@@ -72,6 +72,8 @@ BARE = dataclasses.replace(
     parallelism.GQA, prelude_layers=0, lora_rank=0, injection="none", activation="relu2", n_kv_heads=2
 )
 
+BARE_MLA = dataclasses.replace(parallelism.MLA, prelude_layers=0, lora_rank=0, injection="none", activation="relu2")
+
 reference = functools.cache(parallelism.on_one_device)
 
 
@@ -182,21 +184,23 @@ def test_a_start_that_would_replicate_weights_is_refused():
         check_sharded(mesh, unnamed)
 
 
-def test_generation_on_a_mesh_gives_the_same_tokens():
-    """Drawn, not greedy: so that they depend on every logit. The cache lies cut by rows and heads."""
-    shapes = jax.eval_shape(lambda: nn.unbox(Mythos(BARE).init(jax.random.key(0), np.zeros((1, 1), np.int32))))
+@pytest.mark.parametrize("model", [BARE, BARE_MLA], ids=["gqa", "mla"])
+def test_generation_on_a_mesh_gives_the_same_tokens(model):
+    """Drawn, not greedy: so that they depend on every logit. The cache lies cut by rows, positions and heads."""
+    shapes = jax.eval_shape(lambda: nn.unbox(Mythos(model).init(jax.random.key(0), np.zeros((1, 1), np.int32))))
     random = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: random.normal(1, 0.2, x.shape).astype(np.float32), shapes)
-    prompts = random.integers(0, BARE.vocab_size, (2, 4))
+    prompts = random.integers(0, model.vocab_size, (2, 4))
 
     def run(variables):
-        return generate(Mythos(BARE), variables, prompts, [4, 2], 5, temperature=1.0, seed=[0, 1]).tokens
+        return generate(Mythos(model), variables, prompts, [4, 2], 6, temperature=1.0, seed=[0, 1]).tokens
 
     expected = run(variables)
-    with use_mesh(mesh := make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))):
-        keys = init_cache(BARE, 2, 9).loop[0].cache.keys
-        assert keys.sharding.shard_shape(keys.shape) == (BARE.loops, 1, 9, 1, BARE.gqa_head_dim)
-        found = run(jax.device_put(variables, shardings(mesh, abstract_variables(BARE))))
+    with use_mesh(mesh := make_mesh(MeshConfig(fsdp=2, tensor=2, sequence=2))):
+        keys = init_cache(model, 2, 10).loop[0].cache.keys
+        last = (model.n_kv_heads // 2, model.gqa_head_dim) if model is BARE else keys.shape[3:]
+        assert keys.sharding.shard_shape(keys.shape) == (model.loops, 1, 5, *last)
+        found = run(jax.device_put(variables, shardings(mesh, abstract_variables(model))))
     np.testing.assert_array_equal(found, expected)
     assert len(np.unique(expected)) > 4
 

@@ -15,7 +15,7 @@ from mythos_jax.flops import cache_bytes, count_parameters
 from mythos_jax.ops.cross_entropy import CHUNK
 from mythos_jax.ops.grouped_matmul import grouped_matmul, tile_rows
 from mythos_jax.preflight.collectives import read_collectives
-from mythos_jax.preflight.compile import compile_train, topology_devices
+from mythos_jax.preflight.compile import chip_bytes, compile_decode, compile_train, topology_devices
 from mythos_jax.preflight.cost import cost
 from mythos_jax.preflight.hlo import parse
 from mythos_jax.preflight.report import preflight
@@ -136,6 +136,23 @@ def test_decode_holds_parameters_and_cache():
     assert report.hbm["cache"] == 64 * 512 * cache_bytes(model, model.loops) / 4 + 64 * 4 / 4
     assert report.hbm["parameters"] == pytest.approx(4 * count_parameters(model) / 4, rel=0.01)
     assert report.tokens == 64
+
+
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_a_cache_cut_along_its_positions_stays_where_it_is(attention):
+    """Devices along `sequence` send each other maxima, sums and outputs of attention, and nothing as long as a part."""
+    latents = dict(q_lora_rank=96, kv_lora_rank=128, qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=80)
+    chosen = {"attention": attention, **(latents if attention == "mla" else {})}
+    model = dataclasses.replace(MOE, feed_forward="dense", n_experts=0, **chosen)
+    length, rows, mesh = 448, 16, MeshConfig(fsdp=2, tensor=2, sequence=4)
+    evaluation = EvaluationConfig(batch_size=rows)
+    config = Config(model=model, data=DataConfig(seq_len=length), evaluation=evaluation, mesh=mesh)
+    program = compile_decode(config, parse_topology("v5e:4x4"), quick=True)
+    cut = [c for c in read_collectives(parse(program.text), program.mesh) if "sequence" in c.axes]
+    assert any(c.kind == "all-reduce" for c in cut)
+    assert not any({length, length // mesh.sequence} & set(a.shape) for c in cut for a in c.arrays)
+    cache = rows * length * cache_bytes(model, model.loops) / (16 if attention == "gqa" else 8)  # latents have no heads
+    assert chip_bytes(program.state["cache"]) == cache + 4 * rows / 2
 
 
 @pytest.mark.parametrize("chip", CHIPS)

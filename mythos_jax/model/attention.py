@@ -101,8 +101,8 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BTR = RMSNorm(c.norm_eps, name="kv_norm")(down[..., :R])
         k_rope = apply_rope(down[..., None, R:], view.rope)[:, :, 0]
         memory, (seen, _) = view.remember(memory, KV(jnp.concatenate([latent_BTR, k_rope], axis=-1), None))
-        # Queries cut by `sequence` look at all latents: those travel, not the keys and values made of them. A query that
-        # is alone travels itself.
+        # Queries cut by `sequence` look at all latents: those travel, not the keys and values made of them. A single
+        # query is not cut, so a cache stays as it is.
         positions = "keys" if memory.cache is None or x_BTD.shape[1] > 1 else "cache_length"
         seen = constrain(seen, "batch", positions, "latent")
 
