@@ -104,6 +104,20 @@ def test_collectives_have_bytes_axes_and_slices():
     assert (reduce.ici, reduce.dcn) == (0, 3 * 2 * (8 * 16 * 2) / 2)
 
 
+def test_a_ragged_exchange_counts_as_with_an_even_load():
+    """Out and back: 8 rows of 16 bfloat16 a chip, three quarters of them to others, in a buffer for 32."""
+    counts = "".join(f"  %s.{i} = s32[4] parameter({i + 2})\n" for i in range(4))
+    for sent, room in [(8, 32), (32, 8)]:
+        text = (
+            f"ENTRY %main (x: bf16[{sent},16], y: bf16[{room},16]) -> bf16[{room},16] {{\n"
+            f"  %x = bf16[{sent},16] parameter(0)\n  %y = bf16[{room},16] parameter(1)\n{counts}"
+            f"  ROOT %z = bf16[{room},16] ragged-all-to-all(%x, %y, %s.0, %s.1, %s.2, %s.3), "
+            "replica_groups={{0,1,2,3},{4,5,6,7}}\n}\n"
+        )
+        (found,) = read_collectives(parse(text), mesh(*[0] * 8, data=2, expert=4))
+        assert (found.axes, found.ici, found.dcn) == (("expert",), 3 / 4 * 8 * 16 * 2, 0)
+
+
 def test_the_pieces_of_one_collective_count_once():
     """The compiler spreads a gather over several fusions; its pieces share a chain."""
     line = next(line for line in PROGRAM.splitlines() if " all-gather(" in line)

@@ -48,6 +48,10 @@ def read_collectives(module: Module, mesh: Mesh) -> list[Collective]:
         group = max(groups, key=len)
         slices = len({slice_of(mesh.devices.flat[i]) for i in group})
         size = sum(array.bytes for array in arrays)
+        if kind == "ragged-all-to-all":
+            # Its operands: rows to send, a buffer to receive into, four lists of sizes. How many rows go is known only
+            # when it runs. One of the two is full when the load is even, and the other has room for the worst case.
+            size = min(array.bytes for array in arrays[:2])
         ici, dcn = bytes_sent(kind, size, len(group), slices)
         found.append(
             Collective(
