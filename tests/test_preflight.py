@@ -130,6 +130,19 @@ def test_the_pieces_of_one_collective_count_once():
         assert sum(c.kind == "all-gather" for c in found) == count
 
 
+def test_what_hosts_exchange_between_slices_is_counted():
+    """As the TPU compiler writes an all-reduce between two slices: 8 x 16 bfloat16 a chip, in the outer loop."""
+    line = next(line for line in PROGRAM.splitlines() if " all-reduce(" in line)
+    sent = (
+        "  %send.1 = (bf16[8,16]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%x.3, %after), channel_id=4, "
+        'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    two_slices = mesh(*[0] * 4, *[1] * 4, data=2, fsdp=4)
+    between, _ = sorted(read_collectives(parse(PROGRAM.replace(line, sent)), two_slices), key=lambda c: c.runs)
+    assert (between.kind, between.axes, between.runs) == ("all-reduce", ("data",), 3)
+    assert (between.ici, between.dcn) == (0, 3 * 2 * (8 * 16 * 2) / 2)
+
+
 def test_only_hbm_counts_as_moved():
     """The weights of PROGRAM lie in fast memory, memory space 1; the product reads x and writes y, in float32."""
     program = parse(PROGRAM)

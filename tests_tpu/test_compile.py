@@ -169,6 +169,18 @@ def test_slices_are_joined_by_the_data_axis():
     assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
 
 
+def test_between_slices_each_chip_sends_its_part_of_the_gradients():
+    """A sixteenth, in float32 or bfloat16; a quick compile leaves some sums in the loop, of two rounds."""
+    config = dataclasses.replace(
+        SMALL, mesh=MeshConfig(data=2, fsdp=4, expert=4), training=TrainingConfig(batch_size=32)
+    )
+    report = preflight(config, parse_topology("v5e:4x4", slices=2), quick=True)
+    between = [c for c in report.collectives if c.dcn]
+    assert {c.axes for c in between} == {("data",)}
+    gradients = 4 * count_parameters(config.model)
+    assert gradients / 16 / 2 < sum(c.dcn for c in between) < 2 * gradients / 16
+
+
 def test_an_unknown_topology_lists_the_known(capsys):
     assert main(["compile", "configs/quickstart.yaml", "--topology", "v5e:5x5"]) == 2
     error = capsys.readouterr().err

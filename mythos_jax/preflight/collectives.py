@@ -12,6 +12,8 @@ from mythos_jax.preflight.hlo import Array, Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -33,6 +35,9 @@ def read_collectives(module: Module, mesh: Mesh) -> list[Collective]:
     found, chains = [], set()
     for instruction, runs in module.walk():
         kind = instruction.opcode.removesuffix("-start")
+        if between := _BETWEEN_SLICES.search(instruction.attributes) if kind == "send" else None:
+            found.append(_through_the_host(instruction, between[1], runs, mesh))
+            continue
         if kind not in KINDS:
             continue
         # The TPU compiler writes a collective that other work is fused into once for each piece of that work.
@@ -59,6 +64,15 @@ def read_collectives(module: Module, mesh: Mesh) -> list[Collective]:
             )
         )
     return found
+
+
+def _through_the_host(instruction: Instruction, transfer: str, runs: float, mesh: Mesh) -> Collective:
+    """A collective between slices, which the compiler hands to the hosts: their parts of the data axis exchange it."""
+    kind = transfer.lower().replace("_", "-")
+    slices = len({slice_of(device) for device in mesh.devices.flat})
+    array = instruction.arrays[0]
+    _, dcn = bytes_sent(kind if kind in KINDS else "collective-permute", array.bytes, slices, slices)
+    return Collective(kind, ("data",), slices, (array,), runs, 0.0, dcn * runs, instruction.op_name)
 
 
 def bytes_sent(kind: str, size: int, n: int, slices: int = 1) -> tuple[float, float]:
