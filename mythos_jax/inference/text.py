@@ -43,7 +43,7 @@ class Spelling:
 
 @dataclass
 class Spent:
-    """What a text took. seconds: from the first token on, when all programs are compiled; tokens: after the first."""
+    """What a text took. tokens, seconds: from the third piece on, when all programs are compiled."""
 
     cache_bytes_per_token: int
     loops: list[int] = field(default_factory=list)  # of each token
@@ -92,11 +92,11 @@ def tell(
 
     def texts() -> Iterator[str]:
         spelling, started = Spelling(reader), 0.0
-        for piece in _on_mesh(opened, pieces):
+        for i, piece in enumerate(_on_mesh(opened, pieces)):
             n = int(piece.lengths[0])
-            if spent.loops:
+            if i > 1:
                 spent.seconds, spent.tokens = time.perf_counter() - started, spent.tokens + n
-            else:
+            else:  # the first piece comes from the prefill, the second of the decoding that was compiled for it
                 started = time.perf_counter()
             spent.loops += piece.loops[0, :n].tolist()
             if isinstance(piece, SpeculativeResult):
