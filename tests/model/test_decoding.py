@@ -51,7 +51,15 @@ def check(config, got, slots=None, policy=None, margin=1e-3):
 
 @pytest.mark.parametrize(
     ("attention", "slots", "threshold"),
-    [("gqa", 2, None), ("mla", 1, None), ("gqa", 2, 0.25), ("gqa", 3, 0.25), ("mla", 1, 0.1), ("mla", 3, 0.2)],
+    [
+        ("gqa", 2, None),
+        ("mla", 1, None),
+        ("gqa", 2, 0.25),
+        ("gqa", 3, 0.25),
+        ("gqa", 4, 0.25),
+        ("mla", 1, 0.1),
+        ("mla", 3, 0.2),
+    ],
 )
 def test_bounded_cache(attention, slots, threshold):
     """A slot keeps the last loop that a token ran in it; only slots that it never reached get those of its exit."""
@@ -62,10 +70,10 @@ def test_bounded_cache(attention, slots, threshold):
     if policy:
         assert len(set(ran)) >= 2, set(ran)
         # Tokens that come round to slots they have used, or leave slots that they never reach.
-        assert ran.min() < slots if slots == 3 else ran.max() > slots
-    # That it is an approximation, which is what this test is about.
+        assert ran.min() < slots if slots >= 3 else ran.max() > slots
+    # An approximation where slots are shared, which is what this test is about; else exact, exits filled in too.
     whole, _ = decode(config, None, policy)
-    assert np.abs(got[0][0] - whole[0]).max() > 1e-3
+    assert (np.abs(got[0][0] - whole[0]).max() > 1e-3) == (ran.max() > slots)
 
 
 @pytest.mark.parametrize("attention", CONFIGS)
