@@ -226,6 +226,18 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
+def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Any:
+    """A global batch, of which every process has all rows, on the mesh."""
+    sharding, size = batch_sharding(mesh), len(next(iter(batch.values())))
+    rows = local_rows(sharding, size)
+    return to_global(sharding, size, rows, {name: values[rows] for name, values in batch.items()})
+
+
+def whole(tree: Any) -> Any:
+    """Under jit on the mesh in use: arrays that each process can read all of."""
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
 def to_global(sharding: NamedSharding, batch_size: int, rows: np.ndarray, local: dict[str, np.ndarray]) -> Any:
     """Global arrays from this process's rows of them, `local[name][i]` being row `rows[i]` of the global batch."""
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mythos_jax.cli import main
 from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, TrainingConfig, load_config
 from mythos_jax.flops import cache_bytes, count_parameters
-from mythos_jax.ops.cross_entropy import CHUNK
+from mythos_jax.ops.chunks import CHUNK
 from mythos_jax.ops.grouped_matmul import grouped_matmul, tile_rows
 from mythos_jax.preflight.collectives import read_collectives
 from mythos_jax.preflight.compile import chip_bytes, compile_decode, compile_train, topology_devices

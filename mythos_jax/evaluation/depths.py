@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.ranks import rank_correlation
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.sharding import batch_sharding, local_rows, to_global, use_mesh
+from mythos_jax.sharding import place_batch, use_mesh, whole
 
 KEPT_TOKENS = 2**18  # whose loss and loops are kept one by one, for ranks and the heat map
 
@@ -28,8 +28,7 @@ def _measured(model, variables, batch, loops, halting):
     rngs = {"state": jax.random.key(0)}  # models that start from noise: the same at every depth
     nats_BT, out = next_token_nats(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
     totals = nats_BT.sum(), batch["mask"].sum(), (out.loops * batch["mask"]).sum()
-    # Whole on every process, so that each can read them.
-    return totals, jax.lax.with_sharding_constraint((nats_BT, out.loops), PartitionSpec())
+    return totals, whole((nats_BT, out.loops))
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,6 @@ def evaluate_depths(
 
     batches: numpy dicts of tokens, targets int32 [B, T], mask [B, T] and any segment_ids, all of one shape.
     """
-    sharding, size = batch_sharding(mesh), batches[0]["tokens"].shape[0]
-    rows = local_rows(sharding, size)
     keep = max(1, KEPT_TOKENS // batches[0]["tokens"].size)
     halted = [s for s in settings if s.halting is not None]
     deepest = max((s for s in settings if s.halting is None), key=lambda s: s.loops, default=None)
@@ -88,7 +85,7 @@ def evaluate_depths(
 
     with use_mesh(mesh), tqdm(total=len(settings) * len(batches), desc="eval", disable=not progress) as bar:
         for i, batch in enumerate(batches):
-            placed = to_global(sharding, size, rows, {name: values[rows] for name, values in batch.items()})
+            placed = place_batch(mesh, batch)
             for setting in settings:
                 sums, each = _measured(model, variables, placed, jnp.int32(setting.loops), setting.halting)
                 totals[setting] += np.asarray(jax.device_get(sums), np.float64)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mythos_jax.evaluation.policies import Setting
@@ -18,7 +18,7 @@ from mythos_jax.evaluation.ranks import rank_correlation
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.best_tokens import best_tokens
-from mythos_jax.sharding import batch_sharding, local_rows, to_global, use_mesh
+from mythos_jax.sharding import place_batch, use_mesh, whole
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _measured(model, variables, batch, loops, halting):
     answer_loops_B = (out.loops * batch["mask"]).sum(-1)
     totals = exact, asked_B.sum(), nats_BT.sum(), batch["mask"].sum(), answer_loops_B.sum()
     each = answer_loops_B / jnp.maximum(batch["mask"].sum(-1), 1), out.loops
-    return totals, jax.lax.with_sharding_constraint(each, PartitionSpec())  # whole on every process
+    return totals, whole(each)
 
 
 def evaluate_task(
@@ -85,8 +85,6 @@ def evaluate_task(
     batches: of each difficulty, numpy dicts of tokens, targets int32 [B, T] and mask [B, T] (on the answers), all of
     one shape; rows without an answer do not count.
     """
-    sharding, size = batch_sharding(mesh), next(iter(batches.values()))[0]["tokens"].shape[0]
-    rows = local_rows(sharding, size)
     results, taken = [], {setting: [] for setting in settings if setting.halting is not None}
     shown: dict[Setting, dict[int, tuple[np.ndarray, np.ndarray]]] = {setting: {} for setting in taken}
     count = len(settings) * sum(map(len, batches.values()))
@@ -94,7 +92,7 @@ def evaluate_task(
         for difficulty, parts in batches.items():
             totals = {setting: np.zeros(5) for setting in settings}
             for i, part in enumerate(parts):
-                placed = to_global(sharding, size, rows, {name: values[rows] for name, values in part.items()})
+                placed = place_batch(mesh, part)
                 asked_B = part["mask"].any(-1)
                 for setting in settings:
                     sums, each = _measured(model, variables, placed, jnp.int32(setting.loops), setting.halting)

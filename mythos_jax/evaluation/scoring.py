@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
 from mythos_jax.config import ConfigError
@@ -18,7 +16,7 @@ from mythos_jax.inference.generate import generate
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.ops.best_tokens import best_tokens
 from mythos_jax.runs import Opened
-from mythos_jax.sharding import batch_sharding, local_rows, to_global, use_mesh
+from mythos_jax.sharding import place_batch, use_mesh, whole
 
 SHORTEST = 32  # widths are powers of two from here up to max_seq_len
 
@@ -41,7 +39,7 @@ def _scores(model, variables, batch, loops, halting):
     table_VD = nn.unbox(variables["params"]["embedding"])
     right_BT = (best_tokens(out.features, table_VD) == batch["targets"]) | ~batch["mask"]
     found = -nats_BT.sum(-1), right_BT.all(-1), batch["mask"].sum(-1), (out.loops * batch["mask"]).sum(-1)
-    return jax.lax.with_sharding_constraint(found, PartitionSpec())  # whole on every process
+    return whole(found)
 
 
 def score(
@@ -57,14 +55,12 @@ def score(
             raise ValueError(
                 f"sequence: got {len(tokens)} tokens, {n} to score; allowed: 1 <= n < tokens <= {most + 1}"
             )
-    sharding = batch_sharding(opened.mesh)
-    rows = local_rows(sharding, size)
     found: dict[int, Score] = {}
     lengths = [len(tokens) - 1 for tokens, _ in sequences]
     with use_mesh(opened.mesh), tqdm(total=len(sequences), desc="score", disable=not progress) as bar:
         for numbers, width in in_batches(lengths, size, most):
             batch = _padded([sequences[i] for i in numbers], size, width)
-            placed = to_global(sharding, size, rows, {name: values[rows] for name, values in batch.items()})
+            placed = place_batch(opened.mesh, batch)
             each = jax.device_get(
                 _scores(opened.model, opened.variables, placed, jnp.int32(setting.loops), setting.halting)
             )
@@ -156,16 +152,10 @@ def extend(
                 stop_tokens=stop_tokens,
                 seed=[seed + i for i in filled],
             )
-            drawn_BN, lengths_B, loops_BN = _on_host((result.tokens, result.lengths, result.loops))
+            result = jax.device_get(jax.jit(whole)(result))
             for row, i in enumerate(numbers):
-                drawn = drawn_BN[row, : lengths_B[row]].tolist()
+                drawn = result.tokens[row, : result.lengths[row]].tolist()
                 kept = drawn[:-1] if drawn and drawn[-1] in stop_tokens else drawn
-                found[i] = Continuation(kept, len(drawn), int(loops_BN[row].sum()))
+                found[i] = Continuation(kept, len(drawn), int(result.loops[row].sum()))
             bar.update(len(numbers))
     return [found[i] for i in range(len(prompts))]
-
-
-def _on_host(arrays: Any) -> Any:
-    """Values of arrays that may be spread over processes."""
-    whole = jax.jit(lambda tree: jax.lax.with_sharding_constraint(tree, PartitionSpec()))
-    return jax.device_get(whole(arrays))

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from mythos_jax.model.mythos import Mythos
-from mythos_jax.sharding import batch_sharding, local_rows, to_global, use_mesh
+from mythos_jax.model.mythos import Aux, Mythos
+from mythos_jax.sharding import place_batch, use_mesh, whole
 
 QUANTILES = (0.1, 0.5, 0.9)
 
@@ -30,43 +30,25 @@ class LoopTrace:
 
 @partial(jax.jit, static_argnames=("model", "loops"))
 def _changes(model, variables, batch, loops):
-    out = model.apply(
-        variables,
-        batch["tokens"],
-        loops=loops,
-        segment_ids=batch.get("segment_ids"),
-        rngs={"state": jax.random.key(0)},
-        method="trunk",
-    )
-    change_LBT = jnp.where(batch["mask"], out.aux.change_LBT, jnp.nan)
-    return _whole(jnp.nanquantile(change_LBT, jnp.array(QUANTILES), axis=(1, 2)).T)
+    change_LBT = jnp.where(batch["mask"], _aux(model, variables, batch, loops).change_LBT, jnp.nan)
+    return whole(jnp.nanquantile(change_LBT, jnp.array(QUANTILES), axis=(1, 2)).T)
 
 
 @partial(jax.jit, static_argnames="model")
 def _load(model, variables, batch, loops):
-    out = model.apply(
-        variables,
-        batch["tokens"],
-        loops=loops,
-        segment_ids=batch.get("segment_ids"),
-        rngs={"state": jax.random.key(0)},
-        method="trunk",
-    )
-    return _whole(out.aux.expert_load)
+    return whole(_aux(model, variables, batch, loops).expert_load)
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """So that every process can read all of it."""
-    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+def _aux(model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: int | jax.Array) -> Aux:
+    rngs, segments = {"state": jax.random.key(0)}, batch.get("segment_ids")
+    return model.apply(variables, batch["tokens"], loops=loops, segment_ids=segments, rngs=rngs, method="trunk").aux
 
 
 def trace_loops(model: Mythos, variables: Any, batch: dict[str, np.ndarray], loops: int, *, mesh: Mesh) -> LoopTrace:
     """One batch (as `evaluate_depths` takes) at `loops` loops, seen from inside."""
-    sharding, size = batch_sharding(mesh), batch["tokens"].shape[0]
-    rows = local_rows(sharding, size)
     shares = None
     with use_mesh(mesh):
-        placed = to_global(sharding, size, rows, {name: values[rows] for name, values in batch.items()})
+        placed = place_batch(mesh, batch)
         change_L3 = jax.device_get(_changes(model, variables, placed, loops))
         if model.config.feed_forward == "moe":
             # The model counts over all loops so far: what loop t adds is what t loops have over t - 1.

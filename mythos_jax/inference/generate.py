@@ -18,7 +18,7 @@ from mythos_jax.config import ModelConfig
 from mythos_jax.inference.sampling import Sampling, position_noise, sample
 from mythos_jax.model.cache import Cache, init_cache
 from mythos_jax.model.halting import Halting, check_halting
-from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.mythos import Mythos, Output
 
 PREFILL_CHUNK = 512  # tokens of a prompt that are read at a time
 STREAM_TOKENS = 8  # decoded by one call of the device
@@ -285,27 +285,33 @@ def _next_token(
     Returns the cache, the token drawn to follow the last active one of each row, and the loops that one ran; the last
     two mean nothing in a row without active tokens.
     """
-    model, variables = setup.model, setup.variables
-    initial_state = setup.initial_state
-    if initial_state is None and model.config.initial_state == "noise":
-        positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
-        initial_state = position_noise(model.config, setup.sampling.seed_B, positions_BT)
-    out = model.apply(
-        variables,
-        tokens_BT,
-        loops=loops,
-        halting=halting,
-        initial_state=initial_state,
-        segment_ids=active_BT.astype(jnp.int32),
-        cache=cache,
-        method="trunk",
-    )
+    out = run_trunk(setup, cache, tokens_BT, active_BT, loops=loops, halting=halting)
     last_B1 = jnp.maximum(active_BT.sum(-1, keepdims=True) - 1, 0)
     features_B1D = jnp.take_along_axis(out.features, last_B1[..., None], axis=1)
-    logits_BV = model.apply(variables, features_B1D, method="head")[:, 0]
+    logits_BV = setup.model.apply(setup.variables, features_B1D, method="head")[:, 0]
     token_B = sample(logits_BV, setup.sampling, out.cache.length_B)
     loops_B = jnp.take_along_axis(out.loops, last_B1, axis=1)[:, 0]
     return out.cache, token_B, loops_B
+
+
+def run_trunk(
+    setup: Setup, cache: Cache, tokens_BT: jax.Array, active_BT: jax.Array, *, resume: Any = None, **keywords: Any
+) -> Output:
+    """The model, without its head, on the active tokens, which follow what the cache holds; keywords as in `trunk`."""
+    initial_state, config = setup.initial_state, setup.model.config
+    if initial_state is None and config.initial_state == "noise" and resume is None:
+        positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        initial_state = position_noise(config, setup.sampling.seed_B, positions_BT)
+    return setup.model.apply(
+        setup.variables,
+        tokens_BT,
+        initial_state=initial_state,
+        segment_ids=active_BT.astype(jnp.int32),
+        cache=cache,
+        resume=resume,
+        method="trunk",
+        **keywords,
+    )
 
 
 def _check_prompts(config: ModelConfig, tokens_BT, lengths, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:

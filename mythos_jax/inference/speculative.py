@@ -15,8 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mythos_jax.inference.generate import PREFILL_CHUNK, GenerateResult, Setup, _prefill_all, _prepare, _require
-from mythos_jax.inference.sampling import position_noise
+from mythos_jax.inference.generate import (
+    PREFILL_CHUNK,
+    GenerateResult,
+    Setup,
+    _prefill_all,
+    _prepare,
+    _require,
+    run_trunk,
+)
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.halting import STATE_CRITERIA, Halting
 from mythos_jax.model.mythos import Mythos, Output
@@ -229,21 +236,8 @@ def _round(setup: Setup, progress: Progress, draft_loops: int, draft_tokens: int
 
 def _advance(setup: Setup, cache: Cache, tokens_BT: jax.Array, going_B: jax.Array, **keywords: Any) -> Output:
     """The model, without its head, on tokens of the rows that are still going."""
-    initial_state, config = setup.initial_state, setup.model.config
-    if initial_state is None and config.initial_state == "noise" and "resume" not in keywords:
-        positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
-        initial_state = position_noise(config, setup.sampling.seed_B, positions_BT)
-    return setup.model.apply(
-        setup.variables,
-        tokens_BT,
-        loops=setup.loops,
-        halting=setup.halting,
-        initial_state=initial_state,
-        segment_ids=jnp.broadcast_to(going_B[:, None], tokens_BT.shape).astype(jnp.int32),
-        cache=cache,
-        method="trunk",
-        **keywords,
-    )
+    active_BT = jnp.broadcast_to(going_B[:, None], tokens_BT.shape)
+    return run_trunk(setup, cache, tokens_BT, active_BT, loops=setup.loops, halting=setup.halting, **keywords)
 
 
 def _greedy(setup: Setup, out: Output) -> jax.Array:

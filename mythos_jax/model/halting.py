@@ -11,6 +11,7 @@ from flax import struct
 
 from mythos_jax.config import ConfigError, ModelConfig
 from mythos_jax.model.cache import Memory
+from mythos_jax.ops.chunks import in_chunks
 
 # Huginn's defaults (arXiv 2502.05171, and its code for the others); ACT's threshold is part of the model, and a
 # predictor has a budget of its own.
@@ -25,10 +26,6 @@ DEFAULT_THRESHOLDS = {
 }
 CRITERIA = tuple(DEFAULT_THRESHOLDS)
 STATE_CRITERIA = ("act", "latent", "cosine", "predicted")  # the others look at the logits
-
-# Positions whose logits exist at a time, in a full forward pass of a model with a large vocabulary.
-WHOLE_VOCAB = 8192
-CHUNK = 256
 
 
 @struct.dataclass
@@ -207,27 +204,11 @@ class Reader(NamedTuple):
             logits = self.head(jnp.concatenate([old_BTD, new_BTD], axis=1))
             return criterion.measure(*jnp.split(logits, 2, axis=1), before_BT)
 
-        measure_BT = _in_chunks(measure, (reading.features_BTD, features_BTD, reading.measure_BT), self.head)
+        vocabulary = jax.eval_shape(self.head, features_BTD).shape[-1]
+        measure_BT = in_chunks(measure, (reading.features_BTD, features_BTD, reading.measure_BT), vocabulary)
         met_BT = criterion.met(measure_BT, halting.resolved_threshold) & (t > 0)
         # The first loop has nothing to be compared with.
         return Reading(features_BTD, memory, jnp.where(t > 0, measure_BT, 0)), met_BT
-
-
-def _in_chunks(run: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], head: Callable) -> jax.Array:
-    """`run` of arrays [B, T, ...] to [B, T], on so many positions at a time that their logits are not too large."""
-    B, T = arrays[0].shape[:2]
-    vocabulary = jax.eval_shape(head, arrays[0]).shape[-1]
-    if T <= CHUNK or vocabulary <= WHOLE_VOCAB:
-        return run(*arrays)
-    n = -(-T // CHUNK)
-
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, n * CHUNK - T)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, CHUNK, n, *x.shape[2:]), 2, 0)
-
-    # Part i takes positions i, i + n, i + 2 n, …: rows and positions cut over devices stay where they are.
-    parts = jax.lax.map(lambda part: run(*part), tuple(map(cut, arrays)))
-    return jnp.moveaxis(parts, 0, 2).reshape(B, n * CHUNK)[:, :T]
 
 
 def act_weight(

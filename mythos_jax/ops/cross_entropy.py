@@ -5,11 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from mythos_jax.ops.chunks import in_chunks
 from mythos_jax.sharding import in_use, placement
-
-# Above this vocabulary the logits of a whole sequence are too large to keep.
-WHOLE_VOCAB = 8192
-CHUNK = 256
 
 
 def cross_entropy(
@@ -17,8 +14,8 @@ def cross_entropy(
 ) -> jax.Array:
     """Float32 nats of each target, [B, T], under logits = features table^T.
 
-    chunk: positions whose logits exist at a time (default: all for a small vocabulary, else 256); the backward pass
-    computes them again. The table's gradient is summed in its own dtype, float32; on a mesh each device sums that of
+    chunk: positions whose logits exist at a time (default: see `in_chunks`); the backward pass computes them again. The
+    table's gradient is summed in its own dtype, float32; on a mesh each device sums that of
     its own tokens first, and it travels once.
     """
     if not in_use():
@@ -47,8 +44,7 @@ def _nats(
     vocab_axis: str | None = None,
 ) -> jax.Array:
     """The same on one device, whose table is the whole or, along `vocab_axis`, one part of several."""
-    T, V = features_BTD.shape[1], table_VD.shape[0]
-    chunk = min(T, chunk or (T if V <= WHOLE_VOCAB else CHUNK))
+    V = table_VD.shape[0]
     if vocab_axis:
         targets_BT = targets_BT - V * jax.lax.axis_index(vocab_axis)
 
@@ -64,17 +60,7 @@ def _nats(
         chosen = over_parts(jax.lax.psum, jnp.where((targets >= 0) & (targets < V), chosen, 0))
         return top + jnp.log(total) - chosen
 
-    if chunk == T:
-        return nats(features_BTD, targets_BT)
-    pad = -T % chunk
-    n = (T + pad) // chunk
-
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], n, chunk, *x.shape[2:]), 1, 0)
-
-    parts = jax.lax.map(jax.checkpoint(lambda part: nats(*part)), (cut(features_BTD), cut(targets_BT)))
-    return jnp.moveaxis(parts, 0, 1).reshape(features_BTD.shape[0], n * chunk)[:, :T]
+    return in_chunks(nats, (features_BTD, targets_BT), V, chunk)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -27,7 +27,7 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import COLLECTION, PRICES, init_head, log_excess, loops_at
 from mythos_jax.paths import to_path
 from mythos_jax.runs import Opened
-from mythos_jax.sharding import batch_sharding, local_rows, to_global, use_mesh
+from mythos_jax.sharding import place_batch, use_mesh
 
 HIDDEN, STEPS, BATCH, LEARNING_RATE = 128, 3000, 1024, 3e-3
 CALIBRATION = 0.2  # share of the recorded tokens that the budgets are measured on
@@ -62,8 +62,6 @@ def record_exits(
     """Of each token that has a target: the prelude's output [N, D], KL(final || after t loops) in nats [N, loops - 1],
     and nats of the target at `loops` loops [N]. Rows are those of the run's first batches."""
     config, size = opened.config, opened.config.training.batch_size
-    sharding = batch_sharding(opened.mesh)
-    mine = local_rows(sharding, size)
     batches: Iterator[Any] = open_data(config, progress=progress).train_batches(
         batch_size=size, seed=config.training.seed
     )
@@ -72,7 +70,7 @@ def record_exits(
         for batch in tqdm(
             islice(batches, -(-rows // size)), total=-(-rows // size), desc="exits", disable=not progress
         ):
-            placed = to_global(sharding, size, mine, {name: values[mine] for name, values in batch.items()})
+            placed = place_batch(opened.mesh, batch)
             found = jax.device_get(_exits(opened.model, opened.variables, placed, loops))
             parts.append([x[np.asarray(batch["mask"], bool)] for x in found])
     return tuple(np.concatenate(x) for x in zip(*parts, strict=True))

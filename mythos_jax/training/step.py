@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from mythos_jax.config import Config, TrainingConfig
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.moe import balanced
 from mythos_jax.model.mythos import Mythos, with_whole_loop
-from mythos_jax.sharding import abstract, initialise, use_mesh
+from mythos_jax.sharding import abstract, initialise, use_mesh, whole
 from mythos_jax.training.depth import backprop_loops, draw_depths, is_static
 from mythos_jax.training.objectives import extra_objectives
 from mythos_jax.training.optimizer import make_optimizer, schedule
@@ -130,8 +130,7 @@ def jitted_step(config: Config) -> Any:
             kept = state.replace(step=new.step, skipped=state.skipped + 1)
             new = jax.tree.map(lambda a, b: jnp.where(bad, a, b), kept, new)
             metrics["skipped"] = new.skipped
-        # Whole on every device: each process reads them.
-        return new, jax.lax.with_sharding_constraint(metrics, PartitionSpec())
+        return new, whole(metrics)
 
     return jax.jit(step, donate_argnums=0)
 
