@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.layers import FeedForward, matrix_init, weight
+from mythos_jax.model.layers import FeedForward, matrix_init, product, weight
+from mythos_jax.ops.blocked_experts import blocked_experts
 from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
 from mythos_jax.ops.grouped_matmul import grouped_matmul
 from mythos_jax.sharding import in_use
@@ -37,7 +38,7 @@ class Router(nn.Module):
         c = self.config
         kernel = self.param("kernel", matrix_init(c.std, "embed", None), (c.dim, c.n_experts), jnp.float32)
         bias = self.variable("balance", "bias", jnp.zeros, (c.n_experts,), jnp.float32)
-        logits = x_BTD.astype(jnp.float32) @ kernel
+        logits = product(x_BTD.astype(jnp.float32), kernel)
         experts = choose_experts(logits + bias.value, c.experts_per_token)
         gates = jnp.take_along_axis(jax.nn.softmax(logits), experts, axis=-1)
         # The bias can choose experts whose probabilities all underflow.
@@ -90,7 +91,13 @@ def sorted_experts(
     if tokens <= FEW_TOKENS and experts_BTK.size >= n_experts:
         forms = {"cpu": _every_expert, "default": _sorted_experts}
         return jax.lax.platform_dependent(x_BTD, gates_BTK, experts_BTK, weights, **forms)
-    return _sorted_experts(x_BTD, gates_BTK, experts_BTK, weights)
+    forms = {"cpu": _blocked_experts, "default": _sorted_experts}
+    return jax.lax.platform_dependent(x_BTD, gates_BTK, experts_BTK, weights, **forms)
+
+
+def _blocked_experts(x_BTD, gates_BTK, experts_BTK, weights) -> jax.Array:
+    x_ND, gates_NK, experts_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, gates_BTK, experts_BTK))
+    return blocked_experts(x_ND, gates_NK, experts_NK, weights).reshape(x_BTD.shape)
 
 
 def _every_expert(x_BTD, gates_BTK, experts_BTK, weights) -> jax.Array:

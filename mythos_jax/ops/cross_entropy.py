@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.ops.chunks import in_chunks
-from mythos_jax.sharding import in_use, placement
+from mythos_jax.sharding import axis_size, in_use, placement
 
 
 def cross_entropy(
@@ -48,19 +48,43 @@ def _nats(
     if vocab_axis:
         targets_BT = targets_BT - V * jax.lax.axis_index(vocab_axis)
 
+    def nats(features, targets):
+        table = table_VD.astype(features.dtype)
+        rows_ND = features.reshape(-1, features.shape[-1])  # this is one device's part: a product of two matrices
+        logits_NV = jnp.einsum("ND,VD->NV", rows_ND, table, preferred_element_type=jnp.float32)
+        return _nats_of_logits(vocab_axis, logits_NV, targets.reshape(-1)).reshape(targets.shape)
+
+    return in_chunks(nats, (features_BTD, targets_BT), V, chunk)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nats_of_logits(vocab_axis: str | None, logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
+    return _nats_forward(vocab_axis, logits_NV, targets_N)[0]
+
+
+def _nats_forward(vocab_axis: str | None, logits_NV: jax.Array, targets_N: jax.Array):
+    """Keeps the logits and their log-partition, and nothing else of their size."""
+
     def over_parts(reduce, x):
         return reduce(x, vocab_axis) if vocab_axis else x
 
-    def nats(features, targets):
-        table = table_VD.astype(features.dtype)
-        logits = jnp.einsum("BTD,VD->BTV", features, table, preferred_element_type=jnp.float32)
-        top = over_parts(jax.lax.pmax, jax.lax.stop_gradient(logits.max(-1)))
-        total = over_parts(jax.lax.psum, jnp.exp(logits - top[..., None]).sum(-1))
-        chosen = jnp.take_along_axis(logits, jnp.clip(targets, 0, V - 1)[..., None], axis=-1)[..., 0]
-        chosen = over_parts(jax.lax.psum, jnp.where((targets >= 0) & (targets < V), chosen, 0))
-        return top + jnp.log(total) - chosen
+    V = logits_NV.shape[-1]
+    top_N = over_parts(jax.lax.pmax, logits_NV.max(-1))
+    partition_N = top_N + jnp.log(over_parts(jax.lax.psum, jnp.exp(logits_NV - top_N[..., None]).sum(-1)))
+    chosen_N = jnp.take_along_axis(logits_NV, jnp.clip(targets_N, 0, V - 1)[..., None], axis=-1)[..., 0]
+    chosen_N = over_parts(jax.lax.psum, jnp.where((targets_N >= 0) & (targets_N < V), chosen_N, 0))
+    return partition_N - chosen_N, (logits_NV, partition_N, targets_N)
 
-    return in_chunks(nats, (features_BTD, targets_BT), V, chunk)
+
+def _nats_backward(vocab_axis: str | None, kept: tuple[jax.Array, jax.Array, jax.Array], ct_N: jax.Array):
+    logits_NV, partition_N, targets_N = kept
+    if vocab_axis:  # unchecked, `shard_map` gives each device its part, 1 / n
+        ct_N = ct_N * axis_size(vocab_axis)
+    hit_NV = jax.lax.broadcasted_iota(jnp.int32, logits_NV.shape, 1) == targets_N[..., None]
+    return (jnp.exp(logits_NV - partition_N[..., None]) - hit_NV) * ct_N[..., None], None
+
+
+_nats_of_logits.defvjp(_nats_forward, _nats_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
