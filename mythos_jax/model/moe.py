@@ -10,7 +10,7 @@ from mythos_jax.model.layers import FeedForward, matrix_init, product, weight
 from mythos_jax.ops.blocked_experts import blocked_experts
 from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
 from mythos_jax.ops.grouped_matmul import grouped_matmul
-from mythos_jax.sharding import in_use
+from mythos_jax.sharding import in_use, platform
 
 FEW_TOKENS = 8  # up to so many, a product on a CPU costs about what reading its matrix does
 
@@ -85,17 +85,13 @@ def sorted_experts(
 ) -> jax.Array:
     """The chosen experts on one device: sort by expert, one grouped matmul per weight, unsort.
 
-    On a CPU, for a few tokens that leave hardly an expert out: all of them, which copies no matrix.
+    On a CPU in blocks; for a few tokens that leave hardly an expert out, all of them, which copies no matrix.
     """
+    if platform() != "cpu":
+        return _sorted_experts(x_BTD, gates_BTK, experts_BTK, weights)
     tokens, n_experts = x_BTD.size // x_BTD.shape[-1], weights[0].shape[0]
     if tokens <= FEW_TOKENS and experts_BTK.size >= n_experts:
-        forms = {"cpu": _every_expert, "default": _sorted_experts}
-        return jax.lax.platform_dependent(x_BTD, gates_BTK, experts_BTK, weights, **forms)
-    forms = {"cpu": _blocked_experts, "default": _sorted_experts}
-    return jax.lax.platform_dependent(x_BTD, gates_BTK, experts_BTK, weights, **forms)
-
-
-def _blocked_experts(x_BTD, gates_BTK, experts_BTK, weights) -> jax.Array:
+        return _every_expert(x_BTD, gates_BTK, experts_BTK, weights)
     x_ND, gates_NK, experts_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, gates_BTK, experts_BTK))
     return blocked_experts(x_ND, gates_NK, experts_NK, weights).reshape(x_BTD.shape)
 

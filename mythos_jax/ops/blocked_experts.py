@@ -2,14 +2,19 @@
 
 A CPU has no kernel for groups of rows of unknown sizes (`lax.ragged_dot` costs every expert for every row there). Here
 each expert's rows are cut into blocks of m, the last one padded. There are at most (N + E (m - 1)) / m blocks however
-the rows are spread, so the cost stays near that of the rows. Rows move by gathers in both directions, and the backward
-pass keeps what the activation needs and no copy of rows or weights.
+the rows are spread, and a loop over a few blocks at a time, which stay in the processor's cache, ends with the last one
+that has rows. Rows move by gathers in both directions, and the backward pass keeps what the activation needs and no
+copy of rows or weights.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+# Blocks multiplied at a time.
+STRIDE = 8
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
 
@@ -19,13 +24,14 @@ class Plan(NamedTuple):
 
     expert_M: int32, the expert of each of M blocks. choice_MR: int32, which of the N K choices stands in each row of a
     block. real_MR: false on padding. place_NK: int32, the row, of all M R, that works on each choice; M R for one that
-    nobody here works on.
+    nobody here works on. used: int32, how many blocks have rows; they come first.
     """
 
     expert_M: jax.Array
     choice_MR: jax.Array
     real_MR: jax.Array
     place_NK: jax.Array
+    used: jax.Array
 
 
 def blocked_experts(x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array, weights: Weights) -> jax.Array:
@@ -41,6 +47,7 @@ def make_plan(experts_NK: jax.Array, n_experts: int) -> Plan:
     experts = jnp.where((experts >= 0) & (experts < E), experts, E)
     m = block_rows(N, E)
     M = (N + E * (m - 1)) // m
+    M += -M % min(M, STRIDE)
     order = jnp.argsort(experts, stable=True)
     sizes_E = jnp.bincount(experts, length=E)  # those of E, nobody's, are left out
     first_row_E = jnp.cumsum(sizes_E) - sizes_E
@@ -58,6 +65,7 @@ def make_plan(experts_NK: jax.Array, n_experts: int) -> Plan:
         choice_MR=choice_MR,
         real_MR=rank_MR < sizes_E[expert_M][:, None],
         place_NK=jnp.zeros(N, jnp.int32).at[order].set(place, unique_indices=True).reshape(experts_NK.shape),
+        used=ends_E[-1],
     )
 
 
@@ -66,61 +74,95 @@ def block_rows(N: int, E: int) -> int:
     return min(64, 1 << max(0, (N // E).bit_length() - 1))
 
 
+class _Part:
+    """Some of the blocks: reads them from an array over all blocks, puts them into one."""
+
+    def __init__(self, start: jax.Array | int, count: int) -> None:
+        self.start, self.count = start, count
+
+    def __call__(self, a_M: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(a_M, self.start, self.count)
+
+    def put(self, a_M: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(a_M, new, self.start, 0)
+
+
+def _each_part(plan: Plan, some: Callable[[_Part, Any], Any], sums: Any) -> Any:
+    """some(part, sums) for STRIDE blocks after the other, until those without rows."""
+    M = len(plan.expert_M)
+    n = min(M, STRIDE)
+    if n == M:
+        return some(_Part(0, M), sums)
+    return jax.lax.fori_loop(0, -(-plan.used // n), lambda i, sums: some(_Part(i * n, n), sums), sums)
+
+
 @jax.custom_vjp
 def _run(x_ND: jax.Array, gates_NK: jax.Array, plan: Plan, weights: Weights) -> jax.Array:
     return _forward(x_ND, gates_NK, plan, weights)[0]
 
 
 def _forward(x_ND: jax.Array, gates_NK: jax.Array, plan: Plan, weights: Weights):
-    gate, up, down = (w[plan.expert_M] for w in weights)
-    x_MRD = x_ND[_tokens(gates_NK, plan)]
-    pre_MRF, value_MRF = (jnp.einsum("MRD,MDF->MRF", x_MRD, w) for w in (gate, up))
-    hidden_MRF = jax.nn.silu(pre_MRF) * value_MRF * _gates(gates_NK, plan)
-    out_MRD = jnp.einsum("MRF,MFD->MRD", hidden_MRF, down)
+    (M, R), D, F = plan.choice_MR.shape, x_ND.shape[1], weights[0].shape[2]
+
+    def some(at: _Part, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        gate, up, down = (w[at(plan.expert_M)] for w in weights)
+        x_MRD = x_ND[at(plan.choice_MR) // gates_NK.shape[1]]
+        pre_MRF, value_MRF = (jnp.einsum("MRD,MDF->MRF", x_MRD, w) for w in (gate, up))
+        hidden_MRF = jax.nn.silu(pre_MRF) * value_MRF * _gates(gates_NK, plan, at)
+        out_MRD = jnp.einsum("MRF,MFD->MRD", hidden_MRF, down)
+        return tuple(at.put(a, new) for a, new in zip(sums, (out_MRD, pre_MRF, value_MRF), strict=True))
+
+    rows = tuple(jax.lax.empty((M, R, width), x_ND.dtype) for width in (D, F, F))
+    out_MRD, pre_MRF, value_MRF = _each_part(plan, some, rows)
     return _collected(out_MRD, plan), (x_ND, gates_NK, plan, weights, pre_MRF, value_MRF)
 
 
 def _backward(kept, dy_ND: jax.Array):
     x_ND, gates_NK, plan, weights, pre_MRF, value_MRF = kept
-    gate, up, down = (w[plan.expert_M] for w in weights)
-    x_MRD, dy_MRD = (a[_tokens(gates_NK, plan)] for a in (x_ND, dy_ND))
-    gates_MR1 = _gates(gates_NK, plan)
-    opening_MRF = jax.nn.sigmoid(pre_MRF)
-    silu_MRF = pre_MRF * opening_MRF
-    hidden_MRF = silu_MRF * value_MRF
 
-    by_hidden_MRF = jnp.einsum("MRD,MFD->MRF", dy_MRD, down)
-    dgates = jnp.append(jnp.sum(hidden_MRF * by_hidden_MRF, axis=-1), 0)[plan.place_NK]
-    by_hidden_MRF *= gates_MR1  # 0 on padding, which so adds to no weight
-    dpre_MRF = by_hidden_MRF * value_MRF * (opening_MRF + silu_MRF * (1 - opening_MRF))
-    dvalue_MRF = by_hidden_MRF * silu_MRF
-    dx_MRD = jnp.einsum("MRF,MDF->MRD", dpre_MRF, gate) + jnp.einsum("MRF,MDF->MRD", dvalue_MRF, up)
+    def some(at: _Part, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+        dx_MRD, dgates_MR, dweights = sums
+        experts, tokens = at(plan.expert_M), at(plan.choice_MR) // gates_NK.shape[1]
+        gate, up, down = (w[experts] for w in weights)
+        x, dy, gates = x_ND[tokens], dy_ND[tokens], _gates(gates_NK, plan, at)
+        pre, value = at(pre_MRF), at(value_MRF)
+        opening = jax.nn.sigmoid(pre)
+        silu = pre * opening
+        hidden = silu * value
 
-    def by_weight(rows_MRA, drows_MRB, weight):
-        parts_MAB = jnp.einsum("MRA,MRB->MAB", rows_MRA, drows_MRB, preferred_element_type=jnp.float32)
-        return jax.ops.segment_sum(parts_MAB, plan.expert_M, len(weight), indices_are_sorted=True).astype(weight.dtype)
+        by_hidden = jnp.einsum("MRD,MFD->MRF", dy, down)
+        dgates = jnp.sum(hidden * by_hidden, axis=-1)
+        by_hidden *= gates  # 0 on padding, which so adds to no weight
+        dpre, dvalue = by_hidden * value * (opening + silu * (1 - opening)), by_hidden * silu
+        dx = jnp.einsum("MRF,MDF->MRD", dpre, gate) + jnp.einsum("MRF,MDF->MRD", dvalue, up)
+        pairs = (x, dpre), (x, dvalue), (hidden * gates, dy)
+        products = (jnp.einsum("MRA,MRB->MAB", a, b, preferred_element_type=jnp.float32) for a, b in pairs)
+        dweights = [dw.at[experts].add(new) for dw, new in zip(dweights, products, strict=True)]
+        return at.put(dx_MRD, dx), at.put(dgates_MR, dgates), dweights
 
-    dweights = (
-        by_weight(x_MRD, dpre_MRF, weights[0]),
-        by_weight(x_MRD, dvalue_MRF, weights[1]),
-        by_weight(hidden_MRF * gates_MR1, dy_MRD, weights[2]),
-    )
-    return _collected(dx_MRD, plan), dgates, None, dweights
+    (M, R), D = plan.choice_MR.shape, x_ND.shape[1]
+    rows = jax.lax.empty((M, R, D), x_ND.dtype), jax.lax.empty((M, R), x_ND.dtype)
+    dx_MRD, dgates_MR, dweights = _each_part(plan, some, (*rows, [jnp.zeros(w.shape, jnp.float32) for w in weights]))
+    dweights = [dw.astype(w.dtype) for dw, w in zip(dweights, weights, strict=True)]
+    dgates_NK = _rows_of_choices(dgates_MR.reshape(-1), plan)
+    return _collected(dx_MRD, plan), dgates_NK, None, tuple(dweights)
 
 
 _run.defvjp(_forward, _backward)
 
 
-def _tokens(gates_NK: jax.Array, plan: Plan) -> jax.Array:
-    return plan.choice_MR // gates_NK.shape[1]
-
-
-def _gates(gates_NK: jax.Array, plan: Plan) -> jax.Array:
-    return jnp.where(plan.real_MR, gates_NK.reshape(-1)[plan.choice_MR], 0)[..., None]
+def _gates(gates_NK: jax.Array, plan: Plan, at: _Part) -> jax.Array:
+    return jnp.where(at(plan.real_MR), gates_NK.reshape(-1)[at(plan.choice_MR)], 0)[..., None]
 
 
 def _collected(rows_MRD: jax.Array, plan: Plan) -> jax.Array:
     """Each token's sum over the rows that worked on its choices."""
     rows = rows_MRD.reshape(-1, rows_MRD.shape[-1])
-    here_NK1 = (plan.place_NK < len(rows))[..., None]
-    return sum(jnp.where(here_NK1[:, k], rows[plan.place_NK[:, k]], 0) for k in range(plan.place_NK.shape[1]))
+    return sum(_rows_of_choices(rows, plan, k) for k in range(plan.place_NK.shape[1]))
+
+
+def _rows_of_choices(rows: jax.Array, plan: Plan, k: int | slice = slice(None)) -> jax.Array:
+    """The row that worked on each (k-th) choice; 0 where none did."""
+    place = plan.place_NK[:, k]
+    here = (place < len(rows)).reshape(place.shape + (1,) * (rows.ndim - 1))
+    return jnp.where(here, rows[place], 0)

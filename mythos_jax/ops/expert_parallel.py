@@ -15,9 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mythos_jax.ops.blocked_experts import blocked_experts
 from mythos_jax.ops.exchange import exchange
 from mythos_jax.ops.grouped_matmul import grouped_matmul
-from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, placement
+from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, placement, platform
 
 # Tokens gathered at a time: so many that an expert has this many rows on average, which keeps a chip's matrix units
 # busy rather than its memory.
@@ -220,6 +221,9 @@ def _feed_forward(
     x_RD: jax.Array, gates_R: jax.Array, weights: tuple[jax.Array, ...], sizes_E: jax.Array, real_R: jax.Array
 ) -> jax.Array:
     """SwiGLU of each row by its expert, times its gate. Of rows that are not real nothing is to be used."""
+    if platform() == "cpu":
+        experts_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(len(x_RD)), side="right")
+        return blocked_experts(x_RD, gates_R[:, None], experts_R[:, None], weights)
     gate, up, down = weights
     pre, value = (jnp.where(real_R[:, None], grouped_matmul(x_RD, w, sizes_E), 0) for w in (gate, up))
     hidden = nn.silu(pre) * value * gates_R[:, None].astype(x_RD.dtype)
