@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and cache bytes, counted from the config alone, analytic in loops.
+"""Parameters, FLOPs and bytes, counted from the config alone, analytic in loops.
 
 XLA's own cost analysis counts the body of a loop once, so it cannot tell what depth costs.
 """
@@ -67,6 +67,16 @@ def cache_bytes(config: ModelConfig, loops: int) -> int:
     channels = c.kv_lora_rank + c.qk_rope_head_dim if mla else 2 * c.n_kv_heads * c.gqa_head_dim
     slots = c.prelude_layers + c.coda_layers + loops * c.loop_layers
     return slots * channels * compute_dtype(c).itemsize
+
+
+def decode_bytes(config: ModelConfig, context: int, loops: int) -> int:
+    """Bytes that must be read to decode one token of one row after `context` tokens: a weight each time it is used
+    (the loop's once a loop, of the routed experts those chosen), in the compute dtype, and the cache.
+
+    What a device computes with bfloat16 may be stored as float32 and then cost twice that; norms are left out.
+    """
+    weights = forward_flops(config, context=0).at(loops) // 2  # with one token, each is one multiply-add
+    return weights * compute_dtype(config).itemsize + context * cache_bytes(config, loops)
 
 
 def _attention_weights(c: ModelConfig) -> int:

@@ -1,0 +1,42 @@
+"""Train steps to be timed: a model and a shape of batch in, a call that runs one step out."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from mythos_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+from mythos_jax.sharding import make_mesh
+from mythos_jax.training.step import init_state, make_train_step
+
+
+class Shape(NamedTuple):
+    rows: int
+    length: int
+
+
+def run_of(model: ModelConfig, shape: Shape) -> Config:
+    training = TrainingConfig(batch_size=shape.rows, learning_rate=1e-5, warmup_steps=1)
+    model = dataclasses.replace(model, max_seq_len=max(model.max_seq_len, shape.length))
+    return Config(model=model, training=training, data=DataConfig(seq_len=shape.length))
+
+
+def batch_of(config: Config) -> dict[str, np.ndarray]:
+    rows, length = config.training.batch_size, config.data.seq_len
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, length + 1)).astype(np.int32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((rows, length), bool)}
+
+
+def train_step(config: Config) -> Callable[[], None]:
+    """A call that runs one step of training on a batch that stays the same, and waits for it."""
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    step, state, batch = make_train_step(config, mesh), init_state(config, mesh), jax.device_put(batch_of(config))
+
+    def call() -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return call
