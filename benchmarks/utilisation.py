@@ -28,7 +28,7 @@ DATA_SHEETS = {
     "H200": (989e12, 4.8e12),
     "A100-SXM4-80GB": (312e12, 2.039e12),
 }
-# One loop of each does not stay in a processor's caches: 51 MB and 34 MB of weights that a token uses.
+# One loop of each does not stay in a processor's caches: 51 MB and 69 MB of weights that a token uses.
 SMALL_DENSE = ModelConfig(
     vocab_size=4096, dim=512, n_heads=8, n_kv_heads=8, hidden_dim=1408, loop_layers=4, loops=4, max_seq_len=256
 )

@@ -1,19 +1,23 @@
 """Counts against the arrays themselves and against XLA."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.flops import cache_bytes, count_parameters, forward_flops
+from mythos_jax.flops import cache_bytes, count_parameters, decode_bytes, forward_flops
 from mythos_jax.model.cache import init_cache
-from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.mythos import Mythos, abstract_variables
 
 GQA = ModelConfig(vocab_size=64, dim=64, n_heads=4, n_kv_heads=2, hidden_dim=96, max_seq_len=64, prelude_layers=2)
 MLA = ModelConfig(
     vocab_size=64, dim=64, n_heads=4, hidden_dim=96, max_seq_len=64, attention="mla", q_lora_rank=24, kv_lora_rank=16,
     qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=12, lora_rank=4, injection="concat",
 )  # fmt: skip
+MOE = dataclasses.replace(GQA, feed_forward="moe", n_experts=8, experts_per_token=2, expert_dim=32, n_shared_experts=1)
 
 
 @pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa", "mla"])
@@ -45,3 +49,23 @@ def test_cache_bytes_are_those_of_the_cache(config):
     assert held == 3 * 16 * cache_bytes(config, loops=5)
     if config.attention == "mla":
         assert cache_bytes(config, 5) == 4 * (16 + 8) * (1 + 1 + 5)
+
+
+@pytest.mark.parametrize(
+    "config", [GQA, MLA, MOE, dataclasses.replace(MOE, dtype="bfloat16", injection="parcae")],
+    ids=["gqa", "mla", "moe", "bfloat16"],
+)  # fmt: skip
+def test_bytes_of_a_decoded_token_are_those_of_its_matrices_and_cache(config):
+    """Matrices of the parameter tree: the loop's once a loop, of routed experts the share that a token chooses."""
+    loops, context, read = 5, 16, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(abstract_variables(config)["params"])):
+        names = [entry.key for entry in path]
+        if leaf.ndim < 2 or names[-1] == "scale":  # norms, diagonals, and one row of the LoRA's table
+            continue
+        routed = names[-2:-1] == ["moe"]
+        share = config.experts_per_token / config.n_experts if routed else 1
+        read += leaf.size * share * (loops if names[0] == "recurrence" else 1)
+    itemsize = 2 if config.dtype == "bfloat16" else 4
+    cache = init_cache(config, batch=1, capacity=context, loops=loops)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.prelude, cache.loop, cache.coda)))
+    assert decode_bytes(config, context, loops) == read * itemsize + held
