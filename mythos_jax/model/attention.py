@@ -4,7 +4,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.cache import KV, Memory, remember
@@ -12,8 +11,6 @@ from mythos_jax.model.layers import Linear, RMSNorm, apply_rope, matrix_init, rm
 from mythos_jax.ops.attention import Mask, attend
 from mythos_jax.sharding import constrain
 
-# What rematerialisation policies call the result of attention, before its output projection.
-SAVED = "attention"
 # Parcae's QK norm uses float32's machine epsilon, not the model's norm_eps.
 QK_NORM_EPS = 1.1920929e-07
 # Parcae's value gate reads this many channels of the normed stream.
@@ -67,7 +64,7 @@ class GroupedQueryAttention(nn.Module):
                 opening_BTG = 2 * nn.sigmoid(x_BTD[..., :VALUE_GATE_CHANNELS] @ gate.astype(x_BTD.dtype))
                 v_BTGK += opening_BTG[..., None] * value_BTGK
         memory, (k_BSGK, v_BSGK) = view.remember(memory, KV(k_BTGK, v_BTGK))
-        out_BTHK = checkpoint_name(attend(q_BTHK, k_BSGK, v_BSGK, view.mask, K**-0.5), SAVED)
+        out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, view.mask, K**-0.5)
         return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHK), memory
 
     def _bias(self, name: str, kind: str, heads: int) -> jax.Array:
@@ -122,7 +119,6 @@ class MultiHeadLatentAttention(nn.Module):
             query, key = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1)
             key, v_BSHV = (constrain(x, "batch", positions, "heads", "head_dim") for x in (key, v_BSHV))
             out_BTHV = attend(query, key, v_BSHV, view.mask, scale)
-        out_BTHV = checkpoint_name(out_BTHV, SAVED)
         return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHV), memory
 
     def _absorbed_is_cheaper(self, T: int, S: int) -> bool:

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.attention import SAVED, View
+from mythos_jax.model.attention import View
 from mythos_jax.model.block import TransformerBlock
 from mythos_jax.model.cache import KV, Memory, empty_kv, fill_deeper
 from mythos_jax.model.halting import Halting, Reader, Reading, act_weight, check_halting, relative_change, state_rests
 from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
 from mythos_jax.model.layers import RMSNorm
 from mythos_jax.model.moe import RouterStats
+from mythos_jax.ops.attention import SAVED
 from mythos_jax.sharding import constrain
 
 # What the forward pass keeps of each loop beside the state it starts from (`none`: all that the backward pass reads).
