@@ -11,6 +11,7 @@ from flax import struct
 
 from mythos_jax.config import ConfigError, ModelConfig
 from mythos_jax.model.cache import Memory
+from mythos_jax.model.layers import recomputed
 from mythos_jax.ops.chunks import in_chunks
 
 # Huginn's defaults (arXiv 2502.05171, and its code for the others); ACT's threshold is part of the model, and a
@@ -100,6 +101,7 @@ def check_halting(config: ModelConfig, halting: Halting | None, cached: bool) ->
         )
 
 
+@recomputed
 def relative_change(new_BTD: jax.Array, old_BTD: jax.Array) -> jax.Array:
     """|new - old| / |new| per token, float32 [B, T]."""
     new, old = new_BTD.astype(jnp.float32), old_BTD.astype(jnp.float32)

@@ -92,8 +92,7 @@ def sorted_experts(
     tokens, n_experts = x_BTD.size // x_BTD.shape[-1], weights[0].shape[0]
     if tokens <= FEW_TOKENS and experts_BTK.size >= n_experts:
         return _every_expert(x_BTD, gates_BTK, experts_BTK, weights)
-    x_ND, gates_NK, experts_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, gates_BTK, experts_BTK))
-    return blocked_experts(x_ND, gates_NK, experts_NK, weights).reshape(x_BTD.shape)
+    return blocked_experts(x_BTD, gates_BTK, experts_BTK, weights)
 
 
 def _every_expert(x_BTD, gates_BTK, experts_BTK, weights) -> jax.Array:

@@ -34,10 +34,13 @@ class Plan(NamedTuple):
     used: jax.Array
 
 
-def blocked_experts(x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array, weights: Weights) -> jax.Array:
-    """The sum over each token's chosen experts, SwiGLU times gate, [N, D]; a choice outside 0 … E - 1 adds nothing."""
-    plan = make_plan(experts_NK, weights[0].shape[0])
-    return _run(x_ND, gates_NK.astype(x_ND.dtype), plan, weights)
+def blocked_experts(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Weights) -> jax.Array:
+    """The sum over each token's K chosen experts, SwiGLU times gate; a choice outside 0 … E - 1 adds nothing.
+
+    x: [..., D]. gates, experts: [..., K]. Returns [..., D].
+    """
+    plan = make_plan(_flat(experts), weights[0].shape[0])
+    return _run(x, gates.astype(x.dtype), plan, weights)
 
 
 def make_plan(experts_NK: jax.Array, n_experts: int) -> Plan:
@@ -97,11 +100,12 @@ def _each_part(plan: Plan, some: Callable[[_Part, Any], Any], sums: Any) -> Any:
 
 
 @jax.custom_vjp
-def _run(x_ND: jax.Array, gates_NK: jax.Array, plan: Plan, weights: Weights) -> jax.Array:
-    return _forward(x_ND, gates_NK, plan, weights)[0]
+def _run(x: jax.Array, gates: jax.Array, plan: Plan, weights: Weights) -> jax.Array:
+    return _forward(x, gates, plan, weights)[0]
 
 
-def _forward(x_ND: jax.Array, gates_NK: jax.Array, plan: Plan, weights: Weights):
+def _forward(x: jax.Array, gates: jax.Array, plan: Plan, weights: Weights):
+    x_ND, gates_NK = _flat(x), _flat(gates)
     (M, R), D, F = plan.choice_MR.shape, x_ND.shape[1], weights[0].shape[2]
 
     def some(at: _Part, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -114,28 +118,30 @@ def _forward(x_ND: jax.Array, gates_NK: jax.Array, plan: Plan, weights: Weights)
 
     rows = tuple(jax.lax.empty((M, R, width), x_ND.dtype) for width in (D, F, F))
     out_MRD, pre_MRF, value_MRF = _each_part(plan, some, rows)
-    return _collected(out_MRD, plan), (x_ND, gates_NK, plan, weights, pre_MRF, value_MRF)
+    # x as it came: others keep it too, and flattened it would be a second copy.
+    return _collected(out_MRD, plan).reshape(x.shape), (x, gates, plan, weights, pre_MRF, value_MRF)
 
 
-def _backward(kept, dy_ND: jax.Array):
-    x_ND, gates_NK, plan, weights, pre_MRF, value_MRF = kept
+def _backward(kept, dy: jax.Array):
+    x, gates, plan, weights, pre_MRF, value_MRF = kept
+    x_ND, gates_NK, dy_ND = _flat(x), _flat(gates), _flat(dy)
 
     def some(at: _Part, sums: tuple[Any, ...]) -> tuple[Any, ...]:
         dx_MRD, dgates_MR, dweights = sums
         experts, tokens = at(plan.expert_M), at(plan.choice_MR) // gates_NK.shape[1]
         gate, up, down = (w[experts] for w in weights)
-        x, dy, gates = x_ND[tokens], dy_ND[tokens], _gates(gates_NK, plan, at)
+        x_MRD, dy_MRD, gates_MR1 = x_ND[tokens], dy_ND[tokens], _gates(gates_NK, plan, at)
         pre, value = at(pre_MRF), at(value_MRF)
         opening = jax.nn.sigmoid(pre)
         silu = pre * opening
         hidden = silu * value
 
-        by_hidden = jnp.einsum("MRD,MFD->MRF", dy, down)
+        by_hidden = jnp.einsum("MRD,MFD->MRF", dy_MRD, down)
         dgates = jnp.sum(hidden * by_hidden, axis=-1)
-        by_hidden *= gates  # 0 on padding, which so adds to no weight
+        by_hidden *= gates_MR1  # 0 on padding, which so adds to no weight
         dpre, dvalue = by_hidden * value * (opening + silu * (1 - opening)), by_hidden * silu
         dx = jnp.einsum("MRF,MDF->MRD", dpre, gate) + jnp.einsum("MRF,MDF->MRD", dvalue, up)
-        pairs = (x, dpre), (x, dvalue), (hidden * gates, dy)
+        pairs = (x_MRD, dpre), (x_MRD, dvalue), (hidden * gates_MR1, dy_MRD)
         products = (jnp.einsum("MRA,MRB->MAB", a, b, preferred_element_type=jnp.float32) for a, b in pairs)
         dweights = [dw.at[experts].add(new) for dw, new in zip(dweights, products, strict=True)]
         return at.put(dx_MRD, dx), at.put(dgates_MR, dgates), dweights
@@ -145,10 +151,14 @@ def _backward(kept, dy_ND: jax.Array):
     dx_MRD, dgates_MR, dweights = _each_part(plan, some, (*rows, [jnp.zeros(w.shape, jnp.float32) for w in weights]))
     dweights = [dw.astype(w.dtype) for dw, w in zip(dweights, weights, strict=True)]
     dgates_NK = _rows_of_choices(dgates_MR.reshape(-1), plan)
-    return _collected(dx_MRD, plan), dgates_NK, None, tuple(dweights)
+    return _collected(dx_MRD, plan).reshape(x.shape), dgates_NK.reshape(gates.shape), None, tuple(dweights)
 
 
 _run.defvjp(_forward, _backward)
+
+
+def _flat(a: jax.Array) -> jax.Array:
+    return a.reshape(-1, a.shape[-1])
 
 
 def _gates(gates_NK: jax.Array, plan: Plan, at: _Part) -> jax.Array:
