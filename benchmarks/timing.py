@@ -47,11 +47,13 @@ def seconds_of(call: Call) -> float:
 
 def by_turns(sides: dict[str, Call], repeats: int) -> tuple[Times, dict[str, float]]:
     """Seconds of each call over `repeats` turns, every side once a turn; and, apart, those of its first call, which
-    compiles. The calls must wait for their results."""
+    compiles. The calls must wait for their results. Each turn begins with a call that is not timed: caches and memory
+    are then its own, not those that the other side left."""
     first = {side: seconds_of(call) for side, call in sides.items()}
     times: Times = {side: [] for side in sides}
     for _ in range(repeats):
         for side, call in sides.items():
+            call()
             times[side].append(seconds_of(call))
     return times, first
 
