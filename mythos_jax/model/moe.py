@@ -12,7 +12,7 @@ from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
 from mythos_jax.ops.grouped_matmul import grouped_matmul
 from mythos_jax.sharding import in_use, platform
 
-FEW_TOKENS = 8  # up to so many, a product on a CPU costs about what reading its matrix does
+FEW_TOKENS = 16  # up to so many, a product on a CPU costs about what reading its matrix does
 
 
 @struct.dataclass
