@@ -81,7 +81,7 @@ class MultiHeadLatentAttention(nn.Module):
     """
 
     config: ModelConfig
-    absorb: bool | None = None  # None: whichever costs fewer FLOPs at these lengths
+    absorb: bool | None = None  # None: with a cache, whichever costs fewer FLOPs at these lengths; else expanded
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, view: View, memory: Memory) -> tuple[jax.Array, Memory]:
@@ -106,7 +106,11 @@ class MultiHeadLatentAttention(nn.Module):
         kv_up = weight(self, "kv_up", (R, H, nope + V), ("latent", "heads", "head_dim"), c.std, x_BTD.dtype)
         k_up_RHK, v_up_RHV = kv_up[..., :nope], kv_up[..., nope:]
         scale = (nope + rope) ** -0.5
-        absorb = self._absorbed_is_cheaper(x_BTD.shape[1], seen.shape[1]) if self.absorb is None else self.absorb
+        absorb = self.absorb
+        if absorb is None:
+            # Without a cache there are as many keys as queries. Then absorbing saves no projection, and its products
+            # over the latent's width are wider than kernels are made for.
+            absorb = memory.cache is not None and self._absorbed_is_cheaper(x_BTD.shape[1], seen.shape[1])
         if absorb:
             query = jnp.concatenate([jnp.einsum("BTHK,RHK->BTHR", q_nope, k_up_RHK), q_rope], axis=-1)
             out_BTHR = attend(query, seen[:, :, None], seen[:, :, None, :R], view.mask, scale)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mythos_jax.preflight.hlo import Instruction, Module
+from mythos_jax.preflight.splash import splash_bytes, splash_flops
 
 # Instructions that move nothing themselves.
 _FREE = {
@@ -47,7 +48,7 @@ def matmul_flops(module: Module, instruction: Instruction) -> float:
     """FLOPs of a product, a multiply-add as two; a kernel's are what it says of itself. 0 for the rest."""
     if instruction.opcode == "custom-call":
         told = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
-        return float(told.group(1)) if told else 0.0
+        return float(told.group(1)) if told else splash_flops(module, instruction)
     if instruction.opcode == "dot":
         left = module.operand(instruction, 0).arrays[0].shape
         dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
@@ -91,7 +92,7 @@ def hbm_bytes(module: Module, instruction: Instruction) -> float:
         return 0.0
     told = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)', instruction.attributes)
     if instruction.opcode == "custom-call":
-        return float(told.group(1)) if told else 0.0
+        return float(told.group(1)) if told else splash_bytes(module, instruction)
     if instruction.opcode.endswith("-start"):
         # A copy between HBM and the chip's fast memory, or a collective: what it moves is its result.
         return float(max((a.bytes for a in instruction.arrays), default=0))

@@ -148,6 +148,7 @@ class Module:
 def parse(text: str, traced_depth: float = 1) -> Module:
     """HLO text, as `compiled.as_text()` gives it."""
     module, current = Module(traced_depth=traced_depth), None
+    text = re.sub(r"\n(?=\"|}})", "", text)  # what a kernel tells of itself stands on lines of its own
     for line in text.splitlines():
         if current is None:
             header = _HEADER.match(line)

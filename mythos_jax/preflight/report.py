@@ -49,7 +49,11 @@ def preflight(config: Config, topology: Topology, decode: bool = False, quick: b
 
     Raises ConfigError for a mesh, batch or topology that cannot be.
     """
-    program = (compile_decode if decode else compile_train)(config, topology, quick)
+    return read(config, topology, (compile_decode if decode else compile_train)(config, topology, quick), decode)
+
+
+def read(config: Config, topology: Topology, program: Program, decode: bool = False) -> Report:
+    """What a compiled program says."""
     chips = program.mesh.size
     hbm = {name: float(chip_bytes(tree)) for name, tree in program.state.items() if tree is not None}
     tokens = config.evaluation.batch_size if decode else config.training.batch_size * config.data.seq_len
