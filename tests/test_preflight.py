@@ -207,6 +207,31 @@ def test_a_kernel_counts_what_it_says():
     assert matmul_flops(None, instruction(attributes, opcode="custom-call")) == 123
 
 
+# A kernel that tells its settings, over several lines, and not its cost: 4 x 4 blocks, of which it visits 10.
+SPLASH = """HloModule jit_step
+
+ENTRY %main (q: bf16[2,4,512,96], k: bf16[2,2,512,96], v: bf16[2,2,512,64], t: s8[1,4,4]) -> bf16[2,4,512,64] {
+  %q = bf16[2,4,512,96]{3,2,1,0} parameter(0)
+  %k = bf16[2,2,512,96]{3,2,1,0} parameter(1)
+  %v = bf16[2,2,512,64]{3,2,1,0} parameter(2)
+  %t = s8[1,4,4]{2,1,0} parameter(3)
+  %kernel = bf16[2,4,512,64]{3,2,1,0} custom-call(%t, %t, %q, %k, %v), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(step)/splash_mha_fwd_residuals/pallas_call"}
+  ROOT %out = bf16[2,4,512,64]{3,2,1,0} copy(%kernel)
+}
+"""  # noqa: E501
+
+
+def test_splash_attention_counts_the_blocks_it_visits():
+    module = parse(SPLASH)
+    assert [i.opcode for i in module.computations["main"]][-2:] == ["custom-call", "copy"]
+    found = cost(module)
+    assert found.flops == 2 * 2 * 4 * 512**2 * (96 + 64) * 10 / 16
+    q, out, k, v = (2 * 512 * n for n in (2 * 4 * 96, 2 * 4 * 64, 2 * 2 * 96, 2 * 2 * 64))
+    assert found.hbm_bytes == q + out + 2.5 * (k + v) + 2 * out  # a block of keys is read for 2.5 of queries; a copy
+
+
 def test_refusals_are_read():
     message = """\
 RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. CompileTimeHbmOom: Ran out of memory in memory space

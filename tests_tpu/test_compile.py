@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mythos_jax.cli import main
-from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, TrainingConfig, load_config
+from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, TrainingConfig
 from mythos_jax.flops import cache_bytes, count_parameters
 from mythos_jax.ops.chunks import CHUNK
 from mythos_jax.ops.grouped_matmul import grouped_matmul, tile_rows
@@ -31,22 +31,6 @@ SMALL = Config(
     name="small", model=MOE, training=TrainingConfig(batch_size=16), data=DataConfig(seq_len=512),
     mesh=MeshConfig(fsdp=2, tensor=2, expert=4),
 )  # fmt: skip
-
-
-@pytest.mark.parametrize(("topology", "mesh"), [("v5e:4x4", (4, 4)), ("v5p:2x2x2", (4, 2))])
-def test_the_smallest_size_fits(topology, mesh):
-    config = load_config("configs/mythos_1b.yaml")
-    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=mesh[0], expert=mesh[1]))
-    report = preflight(config, parse_topology(topology), quick=True)
-    assert report.fits
-    # Experts are cut by both axes, the rest by fsdp; nothing is whole but norms.
-    parameters = 4 * count_parameters(config.model)
-    assert parameters / (mesh[0] * mesh[1]) < report.hbm["parameters"] < parameters / mesh[0]
-    assert report.hbm["optimizer"] == pytest.approx(2 * report.hbm["parameters"], rel=0.01)
-    # The loop forward twice (remat), backward once, and attention's upper half: at most some 4/3 and a little.
-    assert 1.2 < report.flops["compiled"] / report.flops["model"] < 1.7
-    assert sum(c.ici for c in report.collectives) > 0
-    assert report.seconds["DCN"] == 0
 
 
 @cache

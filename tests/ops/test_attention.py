@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from mythos_jax.config import MeshConfig
 from mythos_jax.ops import attention
 from mythos_jax.ops.attention import SAVED, Mask, attend, whole
 from mythos_jax.ops.blockwise import blockwise
+from mythos_jax.ops.splash import splash
 from mythos_jax.sharding import make_mesh, use_mesh
 
 SCALE = 0.3
@@ -81,6 +83,25 @@ def test_each_device_attends_for_its_rows_heads_and_queries(kv_heads, monkeypatc
     with use_mesh(mesh):
         found = value_and_gradients(lambda q, k, v, mask: attend(q, k, v, mask, SCALE), *arguments)
     assert_alike(found, truth(*arguments))
+
+
+@pytest.mark.parametrize(("T", "parts"), [(150, 1), (256, 2)])  # with padding; queries cut along the sequence
+def test_the_kernel_of_tpus_gives_what_all_scores_at_a_time_give(T, parts):
+    """Interpreted: no TPU runs it here. Grouped heads, two documents, widths that differ."""
+    segments = np.repeat([[1, 2]], T // 2, axis=1).astype(np.int32)
+    arguments = *arrays(1, T, T, 4, 2, 24, 40), Mask(segments_BT=segments)
+
+    def part(q, k, v, of_queries, of_keys):
+        i = jax.lax.axis_index("sequence") if parts > 1 else 0
+        return splash(q, k, v, (of_queries, of_keys), SCALE, SAVED, (i, parts), interpret=True)
+
+    def form(q, k, v, mask):
+        cut, whole = PartitionSpec(None, "sequence"), PartitionSpec()
+        run = jax.shard_map(part, in_specs=(cut, whole, whole, cut, whole), out_specs=cut, check_vma=False)
+        return (run if parts > 1 else part)(q, k, v, mask.segments_BT, mask.segments_BT)
+
+    with use_mesh(make_mesh(MeshConfig(fsdp=1, sequence=parts), jax.devices()[:parts])):
+        assert_alike(value_and_gradients(form, *arguments), truth(*arguments))
 
 
 def test_what_is_kept_spares_the_backward_pass_the_forward():
