@@ -83,8 +83,10 @@ def _for_cudnn(q_BTHK: jax.Array, v_BSGV: jax.Array, mask: Mask) -> bool:
 
 
 def _cudnn(q_BTHK, k_BSGK, v_BSGV, _index, _segments, scale: float) -> jax.Array:
-    """Written from JAX's documentation and never run: no GPU was at hand. Of what the backward pass needs only the
-    result has a name, so under remat `attention` the kernel runs forward once more."""
+    """Lowered for CUDA and never run: no GPU was at hand.
+
+    Of what its backward pass needs only the result has a name: under remat `attention` the kernel runs forward again.
+    """
     out = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGV, scale=scale, is_causal=True, implementation="cudnn")
     return checkpoint_name(out, SAVED)
 
