@@ -18,7 +18,7 @@ from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Train
 from mythos_jax.sharding import batch_sharding, make_mesh, to_global
 from mythos_jax.training.step import TrainState, abstract_state, make_train_step
 
-B, T = 8, 16
+B, T = 8, 32  # more tokens than `ops.attention` makes whole scores of
 
 # One layer each in prelude and loop.
 GQA = ModelConfig(
