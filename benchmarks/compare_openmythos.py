@@ -86,7 +86,7 @@ def main() -> None:
     import torch.nn.functional as F
     from open_mythos.main import MythosConfig, OpenMythos
 
-    from mythos_jax.config import Config, DataConfig, TrainingConfig
+    from benchmarks.steps import Shape, batch_of, run_of
     from mythos_jax.inference.generate import generate
     from mythos_jax.model.halting import Halting
     from mythos_jax.model.mythos import Mythos
@@ -132,18 +132,19 @@ def main() -> None:
     def forward_ours():
         return jax.block_until_ready(forward(variables, tokens[:rows, :-1]))
 
-    training = TrainingConfig(batch_size=rows, learning_rate=1e-5, warmup_steps=1)
-    run_config = Config(model=model_config, training=training, data=DataConfig(seq_len=LENGTH))
+    run_config = run_of(model_config, Shape(rows, LENGTH))
+    training = run_config.training
     mesh = make_mesh(run_config.mesh, jax.devices()[:1])
     step = make_train_step(run_config, mesh)
-    batch = {"tokens": tokens[:rows, :-1], "targets": tokens[:rows, 1:], "mask": np.ones((rows, LENGTH), bool)}
-    batch = jax.device_put(batch)
+    batch = jax.device_put(batch_of(run_config))  # its tokens are the first rows of those here: the same seed
     state = optimizer = None  # made by the first step: they are as large as the model, and decoding needs none
 
     def train_theirs():
         nonlocal optimizer
         if optimizer is None:
-            optimizer = torch.optim.AdamW(original.parameters(), lr=1e-5, weight_decay=training.weight_decay)
+            optimizer = torch.optim.AdamW(
+                original.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+            )
         original.train()
         with autocast():
             logits = original(torch_tokens[:rows, :-1], n_loops=loops)

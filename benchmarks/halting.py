@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.timing import spread
 from mythos_jax.data.open import open_data
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.halting import Halting
@@ -131,11 +132,10 @@ def main() -> None:
     )
     for name, (point, same) in rows.items():
         times = took[name]
-        spread = f"{statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f})"
         print(
             f"| {name} | {point.threshold:.4g} | {point.loops:.2f} | {1 - point.loops / full.loops:.0%} "
             f"| {point.nats:.4f} | {point.nats / full.nats - 1:+.2%} | {'' if same is None else f'{same:.4f}'} "
-            f"| {spread} | {1 - statistics.median(times) / plain:.0%} |"
+            f"| {spread(times, digits=3)} | {1 - statistics.median(times) / plain:.0%} |"
         )
     if arguments.json:
         numbers = {name: {**point._asdict(), "fixed": same, "ms": took[name]} for name, (point, same) in rows.items()}

@@ -89,7 +89,7 @@ def test_a_step_on_eight_devices_is_the_step_on_one(model, mesh):
     """Loss, expert load and every gradient. (All pairs: `python -m tests.parallelism`.)"""
     model = dataclasses.replace(parallelism.MODELS[model], prelude_layers=0)
     one = reference(model)
-    assert max(np.abs(g).max() for g in jax.tree.leaves(one["gradients"])) > 0.05
+    assert max(np.abs(g).max() for g in jax.tree.leaves(one["gradients"])) > 0.1
     difference, where = parallelism.worst(one, parallelism.loss_and_gradients(model, parallelism.MESHES[mesh]))
     assert difference < 1e-5, where
 

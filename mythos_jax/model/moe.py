@@ -7,7 +7,7 @@ from flax import struct
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.layers import FeedForward, matrix_init, product, weight
-from mythos_jax.ops.blocked_experts import blocked_experts
+from mythos_jax.ops.blocked_experts import Weights, blocked_experts
 from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
 from mythos_jax.ops.grouped_matmul import grouped_matmul
 from mythos_jax.sharding import in_use, platform
@@ -80,9 +80,7 @@ class MoE(nn.Module):
         return y_BTD, stats
 
 
-def sorted_experts(
-    x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array]
-) -> jax.Array:
+def sorted_experts(x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: Weights) -> jax.Array:
     """The chosen experts on one device: sort by expert, one grouped matmul per weight, unsort.
 
     On a CPU in blocks; for a few tokens that leave hardly an expert out, all of them, which copies no matrix.

@@ -53,9 +53,10 @@ def make_plan(experts_NK: jax.Array, n_experts: int) -> Plan:
     M += -M % min(M, STRIDE)
     order = jnp.argsort(experts, stable=True)
     sizes_E = jnp.bincount(experts, length=E)  # those of E, nobody's, are left out
+    blocks_E = -(-sizes_E // m)
     first_row_E = jnp.cumsum(sizes_E) - sizes_E
-    ends_E = jnp.cumsum(-(-sizes_E // m))
-    first_block_E = ends_E - -(-sizes_E // m)
+    ends_E = jnp.cumsum(blocks_E)
+    first_block_E = ends_E - blocks_E
 
     expert_M = jnp.searchsorted(ends_E, jnp.arange(M), side="right").clip(max=E - 1).astype(jnp.int32)
     rank_MR = m * (jnp.arange(M) - first_block_E[expert_M])[:, None] + jnp.arange(m)

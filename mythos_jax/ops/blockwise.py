@@ -122,7 +122,7 @@ def _product(spec, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _pad(x, multiple, fill=0):
+def padded(x: jax.Array, multiple: int, fill: int = 0) -> jax.Array:
     """The second axis, to a multiple."""
     widths = [(0, 0), (0, -x.shape[1] % multiple), *[(0, 0)] * (x.ndim - 2)]
     return jnp.pad(x, widths, constant_values=fill)
@@ -131,7 +131,7 @@ def _pad(x, multiple, fill=0):
 def _query_blocks(x_BTHK, G, q):
     """[I, B, G, N q, K]."""
     B, _, H, K = x_BTHK.shape
-    x = _pad(x_BTHK, q).reshape(B, -1, q, G, H // G, K).transpose(1, 0, 3, 4, 2, 5)
+    x = padded(x_BTHK, q).reshape(B, -1, q, G, H // G, K).transpose(1, 0, 3, 4, 2, 5)
     return x.reshape(-1, B, G, H // G * q, K)
 
 
@@ -144,7 +144,7 @@ def _from_query_blocks(x_IBGMK, T, H):
 def _key_blocks(x_BSGK, c):
     """[J, B, G, c, K]."""
     B, _, G, K = x_BSGK.shape
-    return _pad(x_BSGK, c).reshape(B, -1, c, G, K).transpose(1, 0, 3, 2, 4)
+    return padded(x_BSGK, c).reshape(B, -1, c, G, K).transpose(1, 0, 3, 2, 4)
 
 
 def _from_key_sums(x_JBGKC, S):
@@ -159,7 +159,7 @@ def _masks(index_BT, segment_q, segment_k, S, q, c):
     """
 
     def cut(x, size, fill):
-        return _pad(x, size, fill).reshape(len(x), -1, size).swapaxes(0, 1)
+        return padded(x, size, fill).reshape(len(x), -1, size).swapaxes(0, 1)
 
     index = cut(jnp.minimum(index_BT, S - 1), q, -1)
     if segment_q is None:

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mythos_jax.ops.blocked_experts import blocked_experts
+from mythos_jax.ops.blocked_experts import Weights, blocked_experts
 from mythos_jax.ops.exchange import exchange
 from mythos_jax.ops.grouped_matmul import grouped_matmul
 from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, placement, platform
@@ -25,8 +25,6 @@ from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, placeme
 ROWS_PER_EXPERT = 512
 # Rows multiplied at a time, over what a device gets when the load is even. Devices with more go round again.
 SLACK = 1.25
-
-Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
 
 
 def choose_experts(scores_BTE: jax.Array, k: int) -> jax.Array:

@@ -5,7 +5,8 @@ The kernel knows nothing of a mesh: each device calls it for its rows, heads and
 """
 
 import jax
-import jax.numpy as jnp
+
+from mythos_jax.ops.blockwise import padded
 
 # Blocks are multiples of the width of a register. Larger ones are not known to be faster: no TPU was at hand.
 _WIDTH, _MOST = 128, 512
@@ -40,12 +41,12 @@ def splash(
 
     T, shards = q_BTHK.shape[1], part[1]
     # Behind the last query, where no query but those of the padding looks.
-    q, k, v = (_padded(x).swapaxes(1, 2) for x in (q_BTHK * scale, k_BSGK, v_BSGV))
+    q, k, v = (padded(x, _WIDTH).swapaxes(1, 2) for x in (q_BTHK * scale, k_BSGK, v_BSGV))
     kernel = _of_part(_kernel(q.shape[1], q.shape[2], shards, name, interpret), *part)
     if segments is None:
         out_BHTV = jax.vmap(kernel)(q, k, v)
     else:
-        out_BHTV = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(*(_padded(x) for x in segments)))
+        out_BHTV = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(*(padded(x, _WIDTH) for x in segments)))
     return out_BHTV.swapaxes(1, 2)[:, :T]
 
 
@@ -80,8 +81,3 @@ def _of_part(kernel, i: jax.Array | int, shards: int):
         return jax.lax.dynamic_slice_in_dim(table, i * size, size, axis)
 
     return jax.tree.map(cut, kernel)
-
-
-def _padded(x: jax.Array) -> jax.Array:
-    """The second axis, to whole blocks."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % _WIDTH), *[(0, 0)] * (x.ndim - 2)])
