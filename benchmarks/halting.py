@@ -26,7 +26,7 @@ from mythos_jax.data.open import open_data
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.runs import Opened, open_model
+from mythos_jax.runs.load import Opened, open_model
 from mythos_jax.sharding import use_mesh
 
 TOLERANCE = 0.004  # of the loss at full depth

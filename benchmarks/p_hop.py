@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.runs import once
 from mythos_jax.config import Config, load_config
 from mythos_jax.evaluation.evaluate import evaluate_model
-from mythos_jax.runs import open_model
+from mythos_jax.runs.load import open_model
 from mythos_jax.training.train import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tasks" / "p_hop.yaml"

@@ -19,9 +19,9 @@ from mythos_jax.data.open import open_data
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.runs import Opened, open_model
+from mythos_jax.runs.load import Opened, open_model
 from mythos_jax.sharding import use_mesh
-from mythos_jax.training.exits import make_predictor
+from mythos_jax.training.predictor import make_predictor
 
 MOVES = np.geomspace(0.003, 1.5, 20)
 THRESHOLDS = {

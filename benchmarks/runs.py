@@ -10,7 +10,7 @@ from typing import Any
 from mythos_jax.config import Config
 from mythos_jax.data.open import open_data
 from mythos_jax.evaluation.evaluate import evaluate_model
-from mythos_jax.runs import open_model
+from mythos_jax.runs.load import open_model
 from mythos_jax.training.train import train
 
 HOUSE = Path(__file__).parents[1] / "configs" / "house_tiny.yaml"

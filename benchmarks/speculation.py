@@ -17,7 +17,7 @@ import numpy as np
 from mythos_jax.data.pipeline import eval_batches
 from mythos_jax.inference.generate import GenerateResult, generate
 from mythos_jax.inference.speculative import speculate
-from mythos_jax.runs import open_model
+from mythos_jax.runs.load import open_model
 
 PROMPT = 32
 

@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mythos_jax.typed import ConfigError
-
-FAILED, WRONG_INPUT, RESTART, INTERRUPTED = 1, 2, 42, 130
+from mythos_jax.errors import FAILED, INTERRUPTED, RESTART, WRONG_INPUT, ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _end_together(error: Exception, code: int | None, debug: bool) -> int:
     """As `main` ends with an error; of several processes none waits for others that may be waiting for it."""
     from mythos_jax.distributed import is_alone, is_first, leave, lost_a_process, name_of_process
-    from mythos_jax.training.errors import Interrupted
+    from mythos_jax.errors import Interrupted
 
     if lost_a_process(error):
         cause = " ".join(str(error).split())[:200]
@@ -67,7 +65,7 @@ def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that is no bug of ours, else None."""
     if isinstance(error, ConfigError):
         return WRONG_INPUT
-    from mythos_jax.training.errors import Interrupted, TrainingError  # they only exist where training does
+    from mythos_jax.errors import Interrupted, TrainingError  # they only exist where training does
 
     if isinstance(error, Interrupted):
         return RESTART if error.signal == signal.SIGTERM else INTERRUPTED
@@ -276,7 +274,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from mythos_jax.config import load_config
     from mythos_jax.distributed import is_first
     from mythos_jax.paths import to_path
-    from mythos_jax.training.checkpoint import quiet_background_errors
+    from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.training.train import train
 
     if not arguments.debug:
@@ -295,9 +293,9 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
     from mythos_jax.distributed import is_first
     from mythos_jax.evaluation.evaluate import as_json, evaluate_model, evaluate_on_tasks
-    from mythos_jax.evaluation.report import write_report
-    from mythos_jax.evaluation.tables import format_table
-    from mythos_jax.runs import open_model
+    from mythos_jax.report.report_page import write_report
+    from mythos_jax.report.tables import format_table
+    from mythos_jax.runs.load import open_model
 
     _connect(arguments)
     opened = open_model(arguments.model, arguments.step)
@@ -328,7 +326,7 @@ def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     from mythos_jax.inference.text import tell
-    from mythos_jax.runs import open_model
+    from mythos_jax.runs.load import open_model
 
     keywords = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
     if arguments.draft_loops is not None:
@@ -360,8 +358,8 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _predictor(arguments: argparse.Namespace, _: list[str]) -> None:
-    from mythos_jax.runs import open_model
-    from mythos_jax.training.exits import make_predictor
+    from mythos_jax.runs.load import open_model
+    from mythos_jax.training.predictor import make_predictor
 
     opened = open_model(arguments.model, arguments.step)
     about = make_predictor(opened, loops=arguments.loops, rows=arguments.rows)
@@ -405,7 +403,7 @@ def _compile(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
     from mythos_jax.porting.convert import convert, format_report, report_as_json
-    from mythos_jax.runs import open_source
+    from mythos_jax.runs.load import open_source
 
     report = convert(
         open_source(arguments.source, arguments.config),

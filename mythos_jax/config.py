@@ -13,11 +13,10 @@ from typing import Literal
 import yaml
 
 from mythos_jax.paths import to_path
-from mythos_jax.typed import ConfigError, apply_overrides, check_types, from_dict, read_yaml, require, some, to_dict
+from mythos_jax.typed import apply_overrides, check_types, from_dict, read_yaml, require, some, to_dict
 
 __all__ = [
     "Config",
-    "ConfigError",
     "DataConfig",
     "EvaluationConfig",
     "MeshConfig",
@@ -473,6 +472,18 @@ def max_loops(config: Config) -> int:
     """The bound of every draw, and so of what a batch can cost: by default twice the mean (fixed: the mean)."""
     mean, depth = mean_loops(config), config.training.depth
     return depth.max_loops or (mean if depth.distribution == "fixed" else 2 * mean)
+
+
+def backprop_loops(config: Config) -> int:
+    """Loops with gradient, static: by default all that a row can run."""
+    return min(config.training.depth.backprop_loops or max_loops(config), max_loops(config))
+
+
+def is_static(config: Config) -> bool:
+    """Whether every row of every step runs the same loops, all with gradients: then depth need not be traced."""
+    depth = config.training.depth
+    plain = depth.distribution == "fixed" and not depth.curriculum_steps
+    return plain and backprop_loops(config) == max_loops(config) == mean_loops(config)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_remote
-from mythos_jax.typed import ConfigError
 
 COORDINATOR, PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 LAST_WORDS = 3  # seconds that process 0, which serves the others, stays after a failure, so that they can report theirs

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import jax
 
-from mythos_jax.config import Config, ModelConfig, mean_loops
+from mythos_jax.config import Config, ModelConfig, backprop_loops, mean_loops
 from mythos_jax.model.layers import compute_dtype
 from mythos_jax.model.mythos import abstract_variables
-from mythos_jax.training.depth import backprop_loops
 
 
 def count_parameters(config: ModelConfig) -> int:

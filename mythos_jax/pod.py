@@ -14,8 +14,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from mythos_jax.cli import FAILED, INTERRUPTED, RESTART, WRONG_INPUT
 from mythos_jax.distributed import COORDINATOR, PROCESS_ID, PROCESSES
+from mythos_jax.errors import FAILED, INTERRUPTED, RESTART, WRONG_INPUT
 
 
 def main(argv: Sequence[str] | None = None) -> int:

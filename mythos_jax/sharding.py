@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mythos_jax.config import ConfigError, MeshConfig
+from mythos_jax.config import MeshConfig
+from mythos_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor", "expert", "sequence")
 BATCH_AXES = ("data", "fsdp", "expert")

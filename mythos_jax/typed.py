@@ -16,11 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
+from mythos_jax.errors import ConfigError
 from mythos_jax.paths import to_path
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line, fit to be shown to the user as it is."""
 
 
 def require(ok: bool, name: str, got: Any, allowed: str) -> None:

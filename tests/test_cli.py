@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from mythos_jax.cli import main
 from mythos_jax.inference.generate import GenerateResult
 from mythos_jax.porting.pretrained import load_pretrained
-from mythos_jax.runs import open_model
+from mythos_jax.runs.load import open_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = {

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mythos_jax.config import Config, ConfigError, MeshConfig, ModelConfig, load_config, save_config
+from mythos_jax.config import Config, MeshConfig, ModelConfig, load_config, save_config
+from mythos_jax.errors import ConfigError
 from mythos_jax.flops import count_parameters, forward_flops
 from mythos_jax.model.mythos import Mythos, abstract_variables
 

@@ -15,13 +15,13 @@ import pytest
 
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig, TrainingConfig, save_config
 from mythos_jax.distributed import Cluster, find_cluster
+from mythos_jax.errors import ConfigError
 from mythos_jax.pod import main as pod
 from mythos_jax.pod import verdict
+from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.sharding import make_mesh
-from mythos_jax.training.checkpoint import Checkpoints
 from mythos_jax.training.step import init_state
 from mythos_jax.training.train import train
-from mythos_jax.typed import ConfigError
 from tests.training.conftest import use_devices
 
 CONFIG = Config(

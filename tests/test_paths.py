@@ -9,9 +9,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from mythos_jax.config import Config, load_config, save_config
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.prepare import prepare
+from mythos_jax.errors import ConfigError
 from mythos_jax.paths import copy_tree, is_remote, to_path
 from mythos_jax.training.metrics import RemoteMetricsLog, open_writers
-from mythos_jax.typed import ConfigError
 
 
 class Store(MemoryFileSystem):

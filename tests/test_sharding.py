@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mythos_jax.config import Config, ConfigError, MeshConfig, ModelConfig, TrainingConfig
+from mythos_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos, abstract_variables

@@ -16,7 +16,7 @@ if "CI" not in os.environ:  # there its absence is a failure
 
 from mythos_jax.cli import main
 from mythos_jax.inference.generate import generate
-from mythos_jax.runs import open_model
+from mythos_jax.runs.load import open_model
 
 CONFIG = {
     "name": "tiny",
@@ -139,7 +139,7 @@ def test_rolling_perplexity_is_that_of_the_logits(place, likelihood, capsys):
 
 
 def test_generation_is_that_of_single_prompts(place, monkeypatch):
-    from mythos_jax.evaluation.harness import Adapter
+    from mythos_jax.evaluation.lm_eval import Adapter
     from mythos_jax.evaluation.policies import Setting
 
     class Request:

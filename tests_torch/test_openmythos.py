@@ -10,11 +10,11 @@ import torch
 from open_mythos.main import MythosConfig, OpenMythos
 from safetensors.torch import load_file, save_file
 
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.porting.convert import convert, format_report
 from mythos_jax.porting.families import FAMILIES
 from mythos_jax.porting.pretrained import load_pretrained, save_pretrained
-from mythos_jax.typed import ConfigError
 
 TOLERANCE = 1e-4
 BUFFERS = ("freqs_cis", "freqs_cis_mla")

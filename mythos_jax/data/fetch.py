@@ -9,8 +9,8 @@ import uuid
 from pathlib import Path
 
 from mythos_jax.data.manifest import MANIFEST_FILE, load_manifest
+from mythos_jax.errors import ConfigError
 from mythos_jax.paths import copy_tree, is_remote, to_path
-from mythos_jax.typed import ConfigError
 
 CACHE = "MYTHOS_DATA_CACHE"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer
-from mythos_jax.typed import ConfigError
+from mythos_jax.errors import ConfigError
 
 MANIFEST_FILE = "manifest.json"
 VERSION = 1

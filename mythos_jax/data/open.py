@@ -9,7 +9,7 @@ from mythos_jax.config import Config
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.prepare import ensure_prepared
 from mythos_jax.data.tasks import TaskData
-from mythos_jax.typed import ConfigError
+from mythos_jax.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
 

@@ -15,7 +15,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mythos_jax.data.manifest import SPLITS, load_manifest, rows_file
-from mythos_jax.typed import ConfigError, require
+from mythos_jax.errors import ConfigError
+from mythos_jax.typed import require
 
 Batch = dict[str, np.ndarray]
 

@@ -28,8 +28,9 @@ from mythos_jax.data.manifest import MANIFEST_FILE, SPLITS, Manifest, Split, fil
 from mythos_jax.data.sources import Input, find_inputs
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.data.units import UNIT_BYTES, Tokeniser, Tokens, is_held_out, tokenised
+from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_remote
-from mythos_jax.typed import ConfigError, require
+from mythos_jax.typed import require
 
 __all__ = ["ensure_prepared", "is_held_out", "prepare"]
 

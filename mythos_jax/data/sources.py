@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mythos_jax.typed import ConfigError
+from mythos_jax.errors import ConfigError
 
 STDLIB = "stdlib"
 RECORD_SUFFIXES = (".jsonl", ".parquet")

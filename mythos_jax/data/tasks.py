@@ -13,7 +13,8 @@ import numpy as np
 from mythos_jax.config import Config, DataConfig
 from mythos_jax.data.manifest import SPLITS
 from mythos_jax.data.problems import PADDING, PROBLEMS, Draw, Problem, Rows, content_hash, fold, share_of
-from mythos_jax.typed import ConfigError, require, to_dict
+from mythos_jax.errors import ConfigError
+from mythos_jax.typed import require, to_dict
 
 Batch = dict[str, np.ndarray]
 VERSION = 1  # of the examples: raised when the same seed and index begin to mean another problem

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from mythos_jax.errors import ConfigError
 from mythos_jax.paths import to_path
-from mythos_jax.typed import ConfigError
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -5,18 +5,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mythos_jax.config import ConfigError
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import Split, load_manifest
 from mythos_jax.data.pipeline import eval_batches
 from mythos_jax.data.tasks import TaskData
+from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.depths import DepthResult, TokenTrace, evaluate_depths
 from mythos_jax.evaluation.exact_match import ExampleTrace, TaskResult, evaluate_task
+from mythos_jax.evaluation.loop_trace import LoopTrace, trace_loops
 from mythos_jax.evaluation.policies import Setting, default_depths, settings
-from mythos_jax.evaluation.traces import LoopTrace, trace_loops
 from mythos_jax.flops import count_parameters
 from mythos_jax.model.halting import Halting
-from mythos_jax.runs import Opened
+from mythos_jax.runs.load import Opened
 from mythos_jax.sharding import check_batch
 
 
@@ -116,7 +116,7 @@ def evaluate_on_tasks(
     Raises ConfigError: the harness is not installed, no such task, a model without a tokenizer.
     """
     try:
-        from mythos_jax.evaluation.harness import evaluate_tasks
+        from mythos_jax.evaluation.lm_eval import evaluate_tasks
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mythos_jax.config import ConfigError
+from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.ops.best_tokens import best_tokens
-from mythos_jax.runs import Opened
+from mythos_jax.runs.load import Opened
 from mythos_jax.sharding import place_batch, use_mesh, whole
 
 SHORTEST = 32  # widths are powers of two from here up to max_seq_len

@@ -8,12 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mythos_jax.config import ConfigError
 from mythos_jax.data.tokenizer import Tokenizer
+from mythos_jax.errors import ConfigError
 from mythos_jax.flops import cache_bytes
 from mythos_jax.inference.generate import stream
 from mythos_jax.inference.speculative import SpeculativeResult, stream_drafts
-from mythos_jax.runs import Opened
+from mythos_jax.runs.load import Opened
 from mythos_jax.sharding import use_mesh
 
 # What tokenizers write for bytes that are no whole character, and how many of them may still become one: a UTF-8

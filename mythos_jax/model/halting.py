@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mythos_jax.config import ConfigError, ModelConfig
+from mythos_jax.config import ModelConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.cache import Memory
 from mythos_jax.model.layers import recomputed
 from mythos_jax.ops.chunks import in_chunks

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mythos_jax.config import ConfigError, ModelConfig
+from mythos_jax.config import ModelConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.attention import View
 from mythos_jax.model.block import TransformerBlock
 from mythos_jax.model.cache import Cache, Memory

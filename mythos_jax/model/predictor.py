@@ -6,7 +6,7 @@ loops will still be from the final one (KL, in nats). A token then runs the t th
     predicted KL after t loops + price * t,
 
 which for true expectations is the best use of a given mean number of loops (`price` is its Lagrange multiplier). The
-price that keeps the mean within a budget was measured on rows of their own, see `training/exits.py`. All of it is a
+price that keeps the mean within a budget was measured on rows of their own, see `training/predictor.py`. All of it is a
 pytree of arrays: the collection "predictor" of a model's variables.
 """
 

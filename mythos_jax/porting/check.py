@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.porting.pretrained import variables_of
 from mythos_jax.porting.reading import Source
-from mythos_jax.typed import ConfigError
 
 TOLERANCE = 1e-4
 INSTALL = "pip install torch transformers, then pip install --no-deps open-mythos==0.5.0"

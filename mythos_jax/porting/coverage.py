@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mythos_jax.errors import ConfigError
 from mythos_jax.porting.reading import Source
-from mythos_jax.typed import ConfigError
 
 
 @dataclass

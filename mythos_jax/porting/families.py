@@ -9,11 +9,12 @@ import flax.linen as nn
 from flax.traverse_util import flatten_dict
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import abstract_variables
 from mythos_jax.porting import huginn, openmythos, parcae
 from mythos_jax.porting.fields import Fields
 from mythos_jax.porting.tables import Row, Shape, Table, one
-from mythos_jax.typed import ConfigError, differences, from_dict, to_dict
+from mythos_jax.typed import differences, from_dict, to_dict
 
 NATIVE = "mythos_jax"
 # Fields of a config that say nothing about what the weights compute.

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mythos_jax.typed import ConfigError
+from mythos_jax.errors import ConfigError
 
 MISSING = object()
 

@@ -17,10 +17,11 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError, safe_open
 
 from mythos_jax.config import ModelConfig, load_config
+from mythos_jax.errors import ConfigError
 from mythos_jax.porting.families import FAMILIES, NATIVE, Family, recognise
 from mythos_jax.porting.tables import Shape, Table
 from mythos_jax.porting.torch_files import TorchFile
-from mythos_jax.typed import ConfigError, read_yaml
+from mythos_jax.typed import read_yaml
 
 DTYPES = {
     "F64": np.float64,

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mythos_jax.typed import ConfigError
+from mythos_jax.errors import ConfigError
 
 STORAGES = {
     "FloatStorage": np.float32,

@@ -13,8 +13,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from mythos_jax.errors import ConfigError
 from mythos_jax.porting.tables import Row, Table
-from mythos_jax.typed import ConfigError
 
 SHARD_BYTES = 5 * 10**9
 

@@ -13,7 +13,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from mythos_jax.config import Config, ConfigError
+from mythos_jax.config import Config
+from mythos_jax.errors import ConfigError
 from mythos_jax.inference import generate
 from mythos_jax.inference.sampling import Sampling
 from mythos_jax.model.cache import init_cache

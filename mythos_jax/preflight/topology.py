@@ -6,7 +6,7 @@ Numbers are per chip and as published: https://docs.cloud.google.com/tpu/docs/v5
 
 from dataclasses import dataclass
 
-from mythos_jax.typed import ConfigError
+from mythos_jax.errors import ConfigError
 
 GB, GIB = 1e9, 2**30
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mythos_jax.config import Config, DepthConfig, max_loops, mean_loops
+from mythos_jax.config import Config, DepthConfig, backprop_loops, max_loops, mean_loops
 from mythos_jax.sharding import constrain
 
 
@@ -22,11 +22,6 @@ def draw_depths(config: Config, step: jax.Array, rows: int) -> jax.Array:
     return jnp.broadcast_to(jnp.clip(drawn, 1, max_loops(config)).astype(jnp.int32), (rows,))
 
 
-def backprop_loops(config: Config) -> int:
-    """Loops with gradient, static: by default all that a row can run."""
-    return min(config.training.depth.backprop_loops or max_loops(config), max_loops(config))
-
-
 def loops_without_gradient(config: Config, steps: int = 32) -> float:
     """How many loops the first phase of a step runs, as many as the row that draws most: the mean over some steps at
     full depth, for estimates."""
@@ -34,13 +29,6 @@ def loops_without_gradient(config: Config, steps: int = 32) -> float:
     late = config.training.depth.curriculum_steps + jnp.arange(steps)
     drawn = jax.vmap(lambda step: draw_depths(config, step, rows).max())(late)
     return float(jnp.maximum(drawn - backprop_loops(config), 0).mean())
-
-
-def is_static(config: Config) -> bool:
-    """Whether every row of every step runs the same loops, all with gradients: then depth need not be traced."""
-    depth = config.training.depth
-    plain = depth.distribution == "fixed" and not depth.curriculum_steps
-    return plain and backprop_loops(config) == max_loops(config) == mean_loops(config)
 
 
 def curriculum_mean(depth: DepthConfig, mean: int, step: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mythos_jax.config import ConfigError
+from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_remote
 
 

@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.sharding import Mesh
 
-from mythos_jax.config import Config, TrainingConfig
+from mythos_jax.config import Config, TrainingConfig, backprop_loops, is_static
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.moe import balanced
 from mythos_jax.model.mythos import Mythos, with_whole_loop
+from mythos_jax.runs.state import TrainState
 from mythos_jax.sharding import abstract, initialise, use_mesh, whole
-from mythos_jax.training.depth import backprop_loops, draw_depths, is_static
+from mythos_jax.training.depth import draw_depths
 from mythos_jax.training.objectives import extra_objectives
 from mythos_jax.training.optimizer import make_optimizer, schedule
 
@@ -23,22 +23,6 @@ LOSS_MEMORY = 0.95
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-
-
-@struct.dataclass
-class TrainState:
-    """All that a step replaces.
-
-    step: int32 [], finished steps. variables: params and balance. average: a moving average of params, or None.
-    loss_mean: float32 [], running mean of the loss, 0 at the start. skipped: int32 [], updates left out so far.
-    """
-
-    step: jax.Array
-    variables: dict[str, Any]
-    optimizer: optax.OptState
-    average: Any
-    loss_mean: jax.Array
-    skipped: jax.Array
 
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
@@ -67,11 +51,6 @@ def _fresh_state(config: Config) -> Callable[[jax.Array], TrainState]:
         )
 
     return make
-
-
-def evaluated(variables: dict[str, Any], average: Any) -> dict[str, Any]:
-    """The variables to evaluate: the moving average of the weights where one is kept."""
-    return variables if average is None else {**variables, "params": average}
 
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

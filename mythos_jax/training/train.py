@@ -14,19 +14,20 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mythos_jax.config import Config, ConfigError, ModelConfig, save_config
+from mythos_jax.config import Config, ModelConfig, save_config
 from mythos_jax.data.open import Batch, Data, open_data
 from mythos_jax.distributed import StopSignal, first_then_rest, is_first, say
+from mythos_jax.errors import BadStepError, ConfigError, Interrupted
 from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.mythos import Mythos, abstract_variables
 from mythos_jax.paths import copy_tree, is_remote, to_path
-from mythos_jax.runs import open_model, place
+from mythos_jax.runs.checkpoints import Checkpoints
+from mythos_jax.runs.load import open_model, place
+from mythos_jax.runs.state import TrainState, evaluated
 from mythos_jax.sharding import batch_sharding, check_batch, check_sharded, local_rows, make_mesh, to_global
-from mythos_jax.training.checkpoint import Checkpoints
-from mythos_jax.training.errors import BadStepError, Interrupted
 from mythos_jax.training.metrics import Goodput, check_writers, open_writers, plain
-from mythos_jax.training.step import TrainState, evaluated, init_state, make_train_step
+from mythos_jax.training.step import init_state, make_train_step
 from mythos_jax.typed import differences, to_dict
 
 

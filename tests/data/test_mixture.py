@@ -8,10 +8,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mythos_jax.config import Config, ConfigError, DataConfig, load_config, save_config
+from mythos_jax.config import Config, DataConfig, load_config, save_config
 from mythos_jax.data.open import open_data
 from mythos_jax.data.pipeline import MixtureOrder, mixture_batches, open_rows
 from mythos_jax.data.prepare import prepare
+from mythos_jax.errors import ConfigError
 from tests.data.test_prepare import words_tokenizer
 
 T = 6
@@ -139,7 +140,7 @@ def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
 
 def test_a_run_on_a_mixture(parts, tmp_path):
     from mythos_jax.evaluation.evaluate import evaluate_model
-    from mythos_jax.runs import open_model
+    from mythos_jax.runs.load import open_model
     from mythos_jax.training.train import train
     from tests.training.conftest import MODEL
 

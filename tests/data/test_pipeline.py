@@ -5,9 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from mythos_jax.config import ConfigError
 from mythos_jax.data.pipeline import eval_batches, open_rows, row_order, train_batches
 from mythos_jax.data.prepare import prepare
+from mythos_jax.errors import ConfigError
 
 T = 6
 EOD = 256

@@ -12,13 +12,14 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from mythos_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from mythos_jax.config import Config, DataConfig, ModelConfig
 from mythos_jax.data import prepare as prepare_module
 from mythos_jax.data import sources as sources_module
 from mythos_jax.data import units as units_module
 from mythos_jax.data.manifest import load_manifest, verify
 from mythos_jax.data.prepare import ensure_prepared, is_held_out, prepare
 from mythos_jax.data.tokenizer import load_tokenizer
+from mythos_jax.errors import ConfigError
 
 EOD = 256
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mythos_jax.config import Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig, TaskConfig, load_config
+from mythos_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TaskConfig, load_config
 from mythos_jax.data.open import open_data
 from mythos_jax.data.tasks import TaskData, examples, open_problem
+from mythos_jax.errors import ConfigError
 
 DATA = {
     "p_hop": DataConfig(task=TaskConfig("p_hop", (1, 2, 5), length=30, alphabet=5), seq_len=40),

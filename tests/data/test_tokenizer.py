@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mythos_jax.config import ConfigError
 from mythos_jax.data.tokenizer import load_tokenizer
+from mythos_jax.errors import ConfigError
 
 TEXTS = ["def main():\n    return 0\n", "naïve café — 日本語 🙂\r\n\ttab", "", "a" * 50]
 

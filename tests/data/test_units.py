@@ -13,7 +13,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mythos_jax.config import ConfigError
 from mythos_jax.data import prepare as prepare_module
 from mythos_jax.data import units as units_module
 from mythos_jax.data.manifest import verify
@@ -21,6 +20,7 @@ from mythos_jax.data.prepare import prepare
 from mythos_jax.data.sources import find_inputs
 from mythos_jax.data.tokenizer import ByteTokenizer
 from mythos_jax.data.units import cut, load_unit
+from mythos_jax.errors import ConfigError
 
 ENCODE = ByteTokenizer.encode_batch
 ASKED = {"seq_len": 16, "held_out": 0.2}

@@ -9,7 +9,6 @@ import pytest
 from mythos_jax.cli import main
 from mythos_jax.config import (
     Config,
-    ConfigError,
     DataConfig,
     EvaluationConfig,
     MeshConfig,
@@ -20,12 +19,13 @@ from mythos_jax.config import (
     save_config,
 )
 from mythos_jax.data.tasks import TaskData
+from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.evaluate import evaluate_model
 from mythos_jax.evaluation.exact_match import evaluate_task
 from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.runs import open_model
+from mythos_jax.runs.load import open_model
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.train import train
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from mythos_jax.config import ConfigError, ModelConfig
+from mythos_jax.config import ModelConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.depths import DepthResult
-from mythos_jax.evaluation.pareto import Panel, Point, panels, pooled, savings
 from mythos_jax.evaluation.policies import SWEEPS, default_depths, settings
 from mythos_jax.evaluation.ranks import by_parts, rank_correlation
 from mythos_jax.model.halting import CRITERIA, Halting
+from mythos_jax.report.pareto import Panel, Point, panels, pooled, savings
 
 MODEL = ModelConfig(vocab_size=8, dim=8, max_seq_len=8, n_heads=1, n_kv_heads=1)
 

@@ -15,7 +15,7 @@ from mythos_jax.inference.generate import generate
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.best_tokens import best_tokens
-from mythos_jax.runs import Opened
+from mythos_jax.runs.load import Opened
 from mythos_jax.sharding import make_mesh
 from tests.tiny import variables
 

@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from mythos_jax.config import ConfigError
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.porting.convert import convert, format_report, report_as_json
 from mythos_jax.porting.pretrained import load_pretrained, save_pretrained

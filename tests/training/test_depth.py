@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.config import Config, ConfigError, DepthConfig, ModelConfig, TrainingConfig
+from mythos_jax.config import Config, DepthConfig, ModelConfig, TrainingConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.training.depth import draw_depths
 from tests.tiny import GQA, GQA_LAST, MLA, variables

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from mythos_jax.config import ConfigError
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.predictor import loops_at, predicted_loops
-from mythos_jax.runs import _predictor_of
-from mythos_jax.training.exits import calibrate, fit
+from mythos_jax.runs.load import _predictor_of
+from mythos_jax.training.predictor import calibrate, fit
 
 DIM, LOOPS = 8, 6
 

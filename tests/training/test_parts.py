@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.config import ConfigError, ModelConfig, TrainingConfig
+from mythos_jax.config import ModelConfig, TrainingConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import abstract_variables
 from mythos_jax.ops.cross_entropy import cross_entropy
 from mythos_jax.training.metrics import MetricsLog, TensorBoardWriter, check_writers, plain

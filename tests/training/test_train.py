@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mythos_jax.config import ConfigError, MeshConfig, load_config
-from mythos_jax.runs import open_model
+from mythos_jax.config import MeshConfig, load_config
+from mythos_jax.errors import BadStepError, ConfigError
+from mythos_jax.runs.checkpoints import Checkpoints, checksums
+from mythos_jax.runs.load import open_model
 from mythos_jax.sharding import make_mesh
-from mythos_jax.training.checkpoint import Checkpoints, checksums
-from mythos_jax.training.errors import BadStepError
 from mythos_jax.training.train import train
 from tests.survival import assert_same, lines, parameters, start, stop, timeless, wait_for_step, with_training
 from tests.training.conftest import use_devices

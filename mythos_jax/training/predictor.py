@@ -20,13 +20,13 @@ import optax
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from mythos_jax.config import ConfigError
 from mythos_jax.data.open import open_data
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import COLLECTION, PRICES, init_head, log_excess, loops_at
 from mythos_jax.paths import to_path
-from mythos_jax.runs import Opened
+from mythos_jax.runs.load import Opened
 from mythos_jax.sharding import place_batch, use_mesh
 
 HIDDEN, STEPS, BATCH, LEARNING_RATE = 128, 3000, 1024, 3e-3

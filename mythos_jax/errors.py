@@ -1,6 +1,13 @@
-"""Why a training run ends before its last step."""
+"""What can go wrong, and the exit code of each: the ground floor, which imports nothing of the package."""
 
 import signal
+
+# Exit codes of every command. RESTART: run the same command again.
+DONE, FAILED, WRONG_INPUT, RESTART, INTERRUPTED = 0, 1, 2, 42, 130
+
+
+class ConfigError(ValueError):
+    """Something the user can correct; the message is one line, fit to be shown as it is."""
 
 
 class TrainingError(RuntimeError):
@@ -25,3 +32,8 @@ class Interrupted(Exception):
     def __init__(self, number: int, step: int):
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, saved; the same command goes on")
         self.signal = number
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The error's message with all white space folded, cut to `limit` characters."""
+    return " ".join(str(error).split())[:limit]

@@ -14,11 +14,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mythos_jax.config import ConfigError
+from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.evaluate import HarnessResult
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.scoring import extend, score
-from mythos_jax.runs import Opened
+from mythos_jax.runs.load import Opened
 
 NEW_TOKENS = 256  # where a task does not say how many; less where the model's context is short
 

@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mythos_jax.config import ConfigError
 from mythos_jax.distributed import all_or_none, first_then_rest, is_first, say
+from mythos_jax.errors import ConfigError, DamagedError, SaveError
 from mythos_jax.paths import is_remote, to_path
-from mythos_jax.training.errors import DamagedError, SaveError
-from mythos_jax.training.step import TrainState, evaluated
+from mythos_jax.runs.state import TrainState, evaluated
 
 # Orbax reports each save and restore, and warns of its own defaults, through absl; failures it raises.
 logging.getLogger("absl").setLevel(logging.ERROR)

@@ -11,15 +11,16 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from mythos_jax.config import Config, ConfigError, DataConfig, ModelConfig, load_config
+from mythos_jax.config import Config, DataConfig, ModelConfig, load_config
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import Mythos, abstract_variables
 from mythos_jax.model.predictor import COLLECTION
 from mythos_jax.paths import to_path
 from mythos_jax.porting.pretrained import variables_of
 from mythos_jax.porting.reading import Source, VariablesSource
+from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.sharding import make_mesh, shardings
-from mythos_jax.training.checkpoint import Checkpoints
 
 
 @dataclass(frozen=True)

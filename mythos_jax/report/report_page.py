@@ -12,14 +12,14 @@ import numpy as np
 from mythos_jax.evaluation.depths import DepthResult, TokenTrace
 from mythos_jax.evaluation.evaluate import Evaluation, as_json
 from mythos_jax.evaluation.exact_match import ExampleTrace
-from mythos_jax.evaluation.heat_map import most_telling, problem_map, text_map
-from mythos_jax.evaluation.page import page, pair, section, table
-from mythos_jax.evaluation.pareto import Panel, panels, pooled, reference_depth, savings, setting_name
+from mythos_jax.evaluation.loop_trace import LoopTrace
 from mythos_jax.evaluation.ranks import by_parts
-from mythos_jax.evaluation.svg import Axis, Series, line_chart
-from mythos_jax.evaluation.tables import columns
-from mythos_jax.evaluation.traces import LoopTrace
 from mythos_jax.paths import to_path
+from mythos_jax.report.heat_map import most_telling, problem_map, text_map
+from mythos_jax.report.html import page, pair, section, table
+from mythos_jax.report.pareto import Panel, panels, pooled, reference_depth, savings, setting_name
+from mythos_jax.report.svg import Axis, Series, line_chart
+from mythos_jax.report.tables import columns
 
 ESTIMATE = (
     "A star: this criterion reads the logits. In a full forward pass the coda sees its neighbours' current states, so "

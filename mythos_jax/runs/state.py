@@ -1,0 +1,28 @@
+"""The state of training: what a step replaces and a checkpoint holds."""
+
+from typing import Any
+
+import jax
+import optax
+from flax import struct
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step replaces.
+
+    step: int32 [], finished steps. variables: params and balance. average: a moving average of params, or None.
+    loss_mean: float32 [], running mean of the loss, 0 at the start. skipped: int32 [], updates left out so far.
+    """
+
+    step: jax.Array
+    variables: dict[str, Any]
+    optimizer: optax.OptState
+    average: Any
+    loss_mean: jax.Array
+    skipped: jax.Array
+
+
+def evaluated(variables: dict[str, Any], average: Any) -> dict[str, Any]:
+    """The variables to evaluate: the moving average of the weights where one is kept."""
+    return variables if average is None else {**variables, "params": average}
