@@ -26,7 +26,7 @@ SLICES = {
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "pods.md"
 HEAD = (
-    "| config | slice | mesh | tokens a step | state | temporaries | peak of | fits | compiled / model FLOPs "
+    "| config | slice | mesh | tokens per step | state | temporaries | peak of | fits | compiled / model FLOPs "
     "| at best | bound by | compiled in |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
