@@ -26,7 +26,7 @@ from mythos_jax.data.open import open_data
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.runs.load import Opened, open_model
+from mythos_jax.runs.load import LoadedModel, load_model
 from mythos_jax.sharding import use_mesh
 
 TOLERANCE = 0.004  # of the loss at full depth
@@ -59,9 +59,9 @@ def decode(
     return jax.lax.scan(step, cache, (tokens_BT.T, batch["targets"].T))[1]
 
 
-def measure(opened: Opened, rows: list[Any], depth: int, loops: int, halting: Halting | None) -> Point:
+def measure(loaded: LoadedModel, rows: list[Any], depth: int, loops: int, halting: Halting | None) -> Point:
     """Over all rows that are given."""
-    found = [decode(opened.model, opened.variables, row, jnp.int32(loops), halting, depth) for row in rows]
+    found = [decode(loaded.model, loaded.variables, row, jnp.int32(loops), halting, depth) for row in rows]
     nats, ran = (np.concatenate([np.asarray(x[i]).reshape(-1) for x in found]) for i in range(2))
     return Point(0.0 if halting is None else float(halting.threshold), float(ran.mean()), float(nats.mean()))
 
@@ -74,7 +74,7 @@ def thresholds(criterion: str, depth: int) -> np.ndarray:
     return np.geomspace(*RANGES[criterion], SWEEP)
 
 
-def timed(opened: Opened, rows: list[Any], depth: int, policies: dict[str, Halting | None], repeats: int) -> dict:
+def timed(loaded: LoadedModel, rows: list[Any], depth: int, policies: dict[str, Halting | None], repeats: int) -> dict:
     """Milliseconds a token at batch 1 of each policy: a list over repeats, the policies taking turns."""
     tokens = sum(row["tokens"].shape[1] for row in rows)
     took: dict[str, list[float]] = {name: [] for name in policies}
@@ -82,7 +82,7 @@ def timed(opened: Opened, rows: list[Any], depth: int, policies: dict[str, Halti
         for name, halting in policies.items():
             start = time.perf_counter()
             for row in rows:
-                jax.block_until_ready(decode(opened.model, opened.variables, row, jnp.int32(depth), halting, depth))
+                jax.block_until_ready(decode(loaded.model, loaded.variables, row, jnp.int32(depth), halting, depth))
             if repeat:
                 took[name].append(1e3 * (time.perf_counter() - start) / tokens)
     return took
@@ -96,32 +96,32 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     arguments = parser.parse_args()
-    opened = open_model(arguments.run)
-    depth = arguments.loops or opened.config.model.loops
-    batch = next(iter(open_data(opened.config).held_out_batches(arguments.rows, arguments.rows)))
+    loaded = load_model(arguments.run)
+    depth = arguments.loops or loaded.config.model.loops
+    batch = next(iter(open_data(loaded.config).held_out_batches(arguments.rows, arguments.rows)))
     choose, report = ([{name: np.asarray(x)[half::2] for name, x in batch.items()}] for half in range(2))
 
-    criteria = [*RANGES, "argmax", *(["predicted"] if "predictor" in opened.variables else [])]
-    with use_mesh(opened.mesh):
+    criteria = [*RANGES, "argmax", *(["predicted"] if "predictor" in loaded.variables else [])]
+    with use_mesh(loaded.mesh):
         fixed = {
-            half: [measure(opened, rows, depth, t, None) for t in range(1, depth + 1)]
+            half: [measure(loaded, rows, depth, t, None) for t in range(1, depth + 1)]
             for half, rows in [("choose", choose), ("report", report)]
         }
         bound = fixed["choose"][-1].nats * (1 + TOLERANCE)
         chosen: dict[str, Halting] = {}
         for criterion in tqdm(criteria, desc="policies"):
             policies = [Halting(criterion, np.float32(t)) for t in thresholds(criterion, depth)]
-            points = [(measure(opened, choose, depth, depth, policy), policy) for policy in policies]
+            points = [(measure(loaded, choose, depth, depth, policy), policy) for policy in policies]
             kept = [(point.loops, i) for i, (point, _) in enumerate(points) if point.nats <= bound]
             if kept:
                 chosen[criterion] = points[min(kept)[1]][1]
         singles = [{k: v[i : i + 1] for k, v in report[0].items()} for i in range(8)]
-        took = timed(opened, singles, depth, {"full depth": None, **chosen}, arguments.repeats)
+        took = timed(loaded, singles, depth, {"full depth": None, **chosen}, arguments.repeats)
 
         line = fixed["report"]
         rows = {"full depth": (line[-1], None)}
         for criterion, policy in chosen.items():
-            point = measure(opened, report, depth, depth, policy)
+            point = measure(loaded, report, depth, depth, policy)
             rows[criterion] = (point, float(np.interp(point.loops, [p.loops for p in line], [p.nats for p in line])))
 
     full, plain = rows["full depth"][0], statistics.median(took["full depth"])

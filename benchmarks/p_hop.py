@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.runs import once
 from mythos_jax.config import Config, load_config
 from mythos_jax.evaluation.evaluate import evaluate_model
-from mythos_jax.runs.load import open_model
+from mythos_jax.runs.load import load_model
 from mythos_jax.training.train import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tasks" / "p_hop.yaml"
@@ -26,7 +26,7 @@ Results = list[dict[str, Any]]
 def run(config: Config, workdir: Path) -> Results:
     """Exact match, by difficulty and loops."""
     train(config, workdir)
-    results = evaluate_model(open_model(workdir)).results
+    results = evaluate_model(load_model(workdir)).results
     return [{"difficulty": r.difficulty, "loops": r.loops, "exact_match": r.exact_match} for r in results]
 
 

@@ -19,7 +19,7 @@ from mythos_jax.data.open import open_data
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.runs.load import Opened, open_model
+from mythos_jax.runs.load import LoadedModel, load_model
 from mythos_jax.sharding import use_mesh
 from mythos_jax.training.predictor import make_predictor
 
@@ -44,9 +44,9 @@ def totals(model: Mythos, variables: Any, batch: Any, loops: jax.Array, halting:
     return jnp.stack([(out.loops * asked_BT).sum(), nats_BT.sum(), exact.sum(), asked_BT.sum(), asked_BT.any(-1).sum()])
 
 
-def measure(opened: Opened, batches: Iterable[Any], loops: int, halting: Halting | None) -> Point:
-    with use_mesh(opened.mesh):
-        sums = [totals(opened.model, opened.variables, batch, jnp.int32(loops), halting) for batch in batches]
+def measure(loaded: LoadedModel, batches: Iterable[Any], loops: int, halting: Halting | None) -> Point:
+    with use_mesh(loaded.mesh):
+        sums = [totals(loaded.model, loaded.variables, batch, jnp.int32(loops), halting) for batch in batches]
     ran, nats, exact, tokens, rows = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     return ran / tokens, nats / tokens, exact / rows
 
@@ -66,23 +66,23 @@ def main() -> None:
     parser.add_argument("--loops", type=int, help="the full depth (default: the config's)")
     parser.add_argument("--rows", type=int, default=512, help="held-out rows (a task: of each difficulty)")
     args = parser.parse_args()
-    opened = open_model(args.run)
-    depth = args.loops or opened.config.model.loops
-    if "predictor" not in opened.variables:
-        make_predictor(opened, loops=depth)
-        opened = open_model(args.run)
-    data, task = open_data(opened.config), opened.config.data.task
-    size = opened.config.evaluation.batch_size
+    loaded = load_model(args.run)
+    depth = args.loops or loaded.config.model.loops
+    if "predictor" not in loaded.variables:
+        make_predictor(loaded, loops=depth)
+        loaded = load_model(args.run)
+    data, task = open_data(loaded.config), loaded.config.data.task
+    size = loaded.config.evaluation.batch_size
     if task.name:  # the difficulties of training
         batches = [b for d in task.difficulty for b in data.eval_batches(d, batch_size=size, max_rows=args.rows)]
     else:
         batches = list(data.held_out_batches(size, args.rows))
 
-    curves = {"fixed depth": [measure(opened, batches, loops, None) for loops in range(1, depth + 1)]}
+    curves = {"fixed depth": [measure(loaded, batches, loops, None) for loops in range(1, depth + 1)]}
     for criterion, thresholds in THRESHOLDS.items():
         values = thresholds * depth if criterion == "predicted" else thresholds
         curves[criterion] = [
-            measure(opened, batches, depth, Halting(criterion, max(float(t), 1.0 if criterion == "predicted" else 0.0)))
+            measure(loaded, batches, depth, Halting(criterion, max(float(t), 1.0 if criterion == "predicted" else 0.0)))
             for t in values
         ]
     print("budget -> mean loops of `predicted` on held-out rows:")

@@ -10,7 +10,7 @@ from typing import Any
 from mythos_jax.config import Config
 from mythos_jax.data.open import open_data
 from mythos_jax.evaluation.evaluate import evaluate_model
-from mythos_jax.runs.load import open_model
+from mythos_jax.runs.load import load_model
 from mythos_jax.training.train import train
 
 HOUSE = Path(__file__).parents[1] / "configs" / "house_tiny.yaml"
@@ -28,7 +28,7 @@ def ours(config: Config, workdir: Path) -> Losses:
     """Trains as `mythos train` does (a run that was interrupted goes on) and evaluates at `evaluation.loops`; also
     "used", the loops that contributed to a token, on average, of the deepest evaluation."""
     train(config, workdir)
-    results = evaluate_model(open_model(workdir)).results
+    results = evaluate_model(load_model(workdir)).results
     return {**{r.loops: r.loss for r in results}, "used": results[-1].mean_loops}
 
 

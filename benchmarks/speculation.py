@@ -17,7 +17,7 @@ import numpy as np
 from mythos_jax.data.pipeline import eval_batches
 from mythos_jax.inference.generate import GenerateResult, generate
 from mythos_jax.inference.speculative import speculate
-from mythos_jax.runs.load import open_model
+from mythos_jax.runs.load import load_model
 
 PROMPT = 32
 
@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    opened = open_model(args.model)
-    model, variables, config = opened.model, opened.variables, opened.config
+    loaded = load_model(args.model)
+    model, variables, config = loaded.model, loaded.variables, loaded.config
     loops = args.loops or config.model.loops
     rows = next(eval_batches(Path(args.data or config.data_path), batch_size=args.prompts, max_rows=args.prompts))
     prompts = rows["tokens"][:, :PROMPT]

@@ -43,21 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end_together(error: Exception, code: int | None, debug: bool) -> int:
     """As `main` ends with an error; of several processes none waits for others that may be waiting for it."""
-    from mythos_jax.distributed import is_alone, is_first, leave, lost_a_process, name_of_process
     from mythos_jax.errors import Interrupted
+    from mythos_jax.processes import exit_now, is_process_zero, is_single_process, lost_a_process, process_prefix
 
     if lost_a_process(error):
         cause = " ".join(str(error).split())[:200]
         code, error = RESTART, RuntimeError(f"another process of this run is gone ({cause})")
     stopped = isinstance(error, Interrupted)  # all processes are here, at the same step
-    if is_alone() and (debug or code is None):
+    if is_single_process() and (debug or code is None):
         raise error
     if debug or code is None:
         traceback.print_exception(error)
-    elif is_first() or not stopped:
-        print(f"mythos: {name_of_process()}{error}", file=sys.stderr)
+    elif is_process_zero() or not stopped:
+        print(f"mythos: {process_prefix()}{error}", file=sys.stderr)
     if not stopped:
-        leave(FAILED if code is None else code)
+        exit_now(FAILED if code is None else code)
     return FAILED if code is None else code
 
 
@@ -244,7 +244,7 @@ def _halting(text: str):
 
 def _connect(arguments: argparse.Namespace) -> None:
     """Joins the other processes of this command, if there are any, and sets up the compilation cache."""
-    from mythos_jax.distributed import cache_compilations, connect, find_cluster
+    from mythos_jax.cluster import cache_compilations, connect, find_cluster
 
     cache_compilations(arguments.compilation_cache)
     cluster = find_cluster(os.environ, arguments.coordinator, arguments.processes, arguments.process_id)
@@ -272,8 +272,8 @@ def _restart_on_sigterm() -> Iterator[None]:
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from mythos_jax.config import load_config
-    from mythos_jax.distributed import is_first
     from mythos_jax.paths import to_path
+    from mythos_jax.processes import is_process_zero
     from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.training.train import train
 
@@ -284,25 +284,29 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         _connect(arguments)
         workdir = to_path(arguments.workdir or Path("runs") / config.name)
         last = train(config, workdir, init_from=arguments.init_from)
-    if not is_first():
+    if not is_process_zero():
         return
     print(f"trained to step {last['step']}, loss {last['loss']:.4f} nats per token")
     print(f"checkpoints: {workdir / 'checkpoints'}\nlog: {workdir / 'metrics.jsonl'}")
 
 
 def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
-    from mythos_jax.distributed import is_first
     from mythos_jax.evaluation.evaluate import as_json, evaluate_model, evaluate_on_tasks
+    from mythos_jax.processes import is_process_zero
     from mythos_jax.report.report_page import write_report
     from mythos_jax.report.tables import format_table
-    from mythos_jax.runs.load import open_model
+    from mythos_jax.runs.load import load_model
 
     _connect(arguments)
-    opened = open_model(arguments.model, arguments.step)
-    common = {"loops": arguments.loops, "halting": arguments.halting, "progress": not arguments.json and is_first()}
+    loaded = load_model(arguments.model, arguments.step)
+    common = {
+        "loops": arguments.loops,
+        "halting": arguments.halting,
+        "progress": not arguments.json and is_process_zero(),
+    }
     if arguments.tasks:
         evaluation = evaluate_on_tasks(
-            opened,
+            loaded,
             arguments.tasks,
             include_path=arguments.include_path,
             tokenizer=arguments.tokenizer,
@@ -311,11 +315,11 @@ def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
             **common,
         )
     else:
-        evaluation = evaluate_model(opened, data=arguments.data, look_inside=True, **common)
-    if not is_first():
+        evaluation = evaluate_model(loaded, data=arguments.data, look_inside=True, **common)
+    if not is_process_zero():
         return
     # A pretrained model may lie in a cache that is not ours to write to.
-    folder = Path("reports") / opened.config.name if opened.step is None else opened.directory / "report"
+    folder = Path("reports") / loaded.config.name if loaded.step is None else loaded.directory / "report"
     numbers, page = write_report(folder, evaluation, command=arguments.command_line)
     if arguments.json:
         print(json.dumps(as_json(evaluation)))
@@ -326,7 +330,7 @@ def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
     from mythos_jax.inference.text import tell
-    from mythos_jax.runs.load import open_model
+    from mythos_jax.runs.load import load_model
 
     keywords = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
     if arguments.draft_loops is not None:
@@ -337,7 +341,7 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
                 )
         keywords = {"draft_loops": arguments.draft_loops, "draft_tokens": arguments.draft_tokens}
     pieces, spent = tell(
-        open_model(arguments.model, arguments.step),
+        load_model(arguments.model, arguments.step),
         arguments.prompt,
         arguments.tokenizer,
         loops=arguments.loops,
@@ -358,15 +362,15 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _predictor(arguments: argparse.Namespace, _: list[str]) -> None:
-    from mythos_jax.runs.load import open_model
+    from mythos_jax.runs.load import load_model
     from mythos_jax.training.predictor import make_predictor
 
-    opened = open_model(arguments.model, arguments.step)
-    about = make_predictor(opened, loops=arguments.loops, rows=arguments.rows)
+    loaded = load_model(arguments.model, arguments.step)
+    about = make_predictor(loaded, loops=arguments.loops, rows=arguments.rows)
     print(f"{'mean loops':>10} {'KL to the final, nats':>22}")
     for loops, excess in zip(about["mean_loops"], about["excess_nats"], strict=True):
         print(f"{loops:>10.2f} {excess:>22.5f}")
-    print(f"predictor: {opened.directory / 'predictor'}; its own budget is {about['budget']:.2f} loops")
+    print(f"predictor: {loaded.directory / 'predictor'}; its own budget is {about['budget']:.2f} loops")
 
 
 def _info(arguments: argparse.Namespace, overrides: list[str]) -> None:

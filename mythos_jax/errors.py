@@ -34,6 +34,6 @@ class Interrupted(Exception):
         self.signal = number
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """The error's message with all white space folded, cut to `limit` characters."""
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """The error's message on one line, with all white space folded, cut to `limit` characters."""
     return " ".join(str(error).split())[:limit]

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from mythos_jax.distributed import COORDINATOR, PROCESS_ID, PROCESSES
+from mythos_jax.cluster import COORDINATOR, PROCESS_ID, PROCESSES
 from mythos_jax.errors import FAILED, INTERRUPTED, RESTART, WRONG_INPUT
 
 

@@ -1,4 +1,4 @@
-"""Where arrays live: the device mesh, the one table from logical axis names to mesh axes, and placement by it.
+"""Where arrays live: the device mesh, the one table from logical axis names to mesh axes, and shardings by it.
 
 Weights and activations carry logical names (`embed`, `heads`, `batch`, …) in the model. `constrain` and `axis_size`
 look at the mesh in use; without one they do nothing. The table is explained in docs/sharding.md.
@@ -209,43 +209,6 @@ def _shape_and_names(leaf: Any) -> tuple[tuple[int, ...], tuple[str | None, ...]
     return leaf.shape, (None,) * len(leaf.shape)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a global batch over data, fsdp and expert."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
-def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
-    """Raises ConfigError when the batch does not divide over the mesh."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % ways:
-        raise ConfigError(f"{name}: got {batch_size}, allowed: a multiple of {ways} (data x fsdp x expert devices)")
-
-
-def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this process's devices hold, sorted."""
-    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
-
-
-def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Any:
-    """A global batch, of which every process has all rows, on the mesh."""
-    sharding, size = batch_sharding(mesh), len(next(iter(batch.values())))
-    rows = local_rows(sharding, size)
-    return to_global(sharding, size, rows, {name: values[rows] for name, values in batch.items()})
-
-
-def whole(tree: Any) -> Any:
-    """Under jit on the mesh in use: arrays that each process can read all of."""
+def replicate(tree: Any) -> Any:
+    """Under jit, on the current mesh: arrays that every process can read in full."""
     return jax.lax.with_sharding_constraint(tree, PartitionSpec())
-
-
-def to_global(sharding: NamedSharding, batch_size: int, rows: np.ndarray, local: dict[str, np.ndarray]) -> Any:
-    """Global arrays from this process's rows of them, `local[name][i]` being row `rows[i]` of the global batch."""
-
-    def place(values: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            return values[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
-
-        return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, shard)
-
-    return {name: place(values) for name, values in local.items()}

@@ -16,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
+from mythos_jax.data.placement import batch_sharding, to_global
 from mythos_jax.ops import attention
 from mythos_jax.runs.state import TrainState
-from mythos_jax.sharding import batch_sharding, make_mesh, to_global
+from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import abstract_state, make_train_step
 
 B, T = 8, 16

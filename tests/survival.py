@@ -24,9 +24,10 @@ import numpy as np
 
 from mythos_jax.config import Config, DataConfig, DepthConfig, TrainingConfig, save_config
 from mythos_jax.data.open import open_data
+from mythos_jax.data.placement import batch_sharding, local_rows, to_global
 from mythos_jax.runs.checkpoints import Checkpoints
-from mythos_jax.runs.load import open_model
-from mythos_jax.sharding import batch_sharding, local_rows, make_mesh, to_global
+from mythos_jax.runs.load import load_model
+from mythos_jax.sharding import make_mesh
 
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 42, signal.SIGINT: 130}
 # Moved runs, in nats per token: over the first steps after a restore, against the same checkpoint continued on the
@@ -47,7 +48,7 @@ def with_training(config, **fields):
 
 
 def parameters(workdir):
-    return jax.device_get(open_model(workdir).variables)
+    return jax.device_get(load_model(workdir).variables)
 
 
 def assert_same(a, b):

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from mythos_jax.cli import main
 from mythos_jax.inference.generate import GenerateResult
 from mythos_jax.porting.pretrained import load_pretrained
-from mythos_jax.runs.load import open_model
+from mythos_jax.runs.load import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = {
@@ -92,7 +92,7 @@ def test_a_run_converts_and_comes_back(place, capsys, tmp_path):
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["ok"]
     _, variables = load_pretrained(tmp_path / "out")
-    jax.tree.map(np.testing.assert_array_equal, variables["params"], open_model(place / "run").variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], load_model(place / "run").variables["params"])
     config = place / "tiny.yaml"
     assert main(["train", str(config), "--workdir", str(tmp_path / "tuned"), "--init-from", str(tmp_path / "out")]) == 0
     first = json.loads((tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()[0])

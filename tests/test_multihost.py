@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from mythos_jax.cluster import Cluster, find_cluster
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig, TrainingConfig, save_config
-from mythos_jax.distributed import Cluster, find_cluster
 from mythos_jax.errors import ConfigError
 from mythos_jax.pod import main as pod
 from mythos_jax.pod import verdict

@@ -12,22 +12,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mythos_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from mythos_jax.data.placement import batch_sharding, check_batch, local_rows, to_global
 from mythos_jax.errors import ConfigError
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos, abstract_variables
 from mythos_jax.ops.cross_entropy import cross_entropy
-from mythos_jax.sharding import (
-    batch_sharding,
-    check_batch,
-    check_sharded,
-    in_slices,
-    local_rows,
-    make_mesh,
-    shardings,
-    to_global,
-    use_mesh,
-)
+from mythos_jax.sharding import check_sharded, in_slices, make_mesh, shardings, use_mesh
 from mythos_jax.training.step import abstract_state, init_state, jitted_step
 from tests import parallelism
 

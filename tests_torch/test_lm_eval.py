@@ -16,7 +16,7 @@ if "CI" not in os.environ:  # there its absence is a failure
 
 from mythos_jax.cli import main
 from mythos_jax.inference.generate import generate
-from mythos_jax.runs.load import open_model
+from mythos_jax.runs.load import load_model
 
 CONFIG = {
     "name": "tiny",
@@ -69,14 +69,14 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def likelihood(place):
     """Nats of each token of `tokens` but the first, one call a text, float64."""
-    opened = open_model(place / "run")
+    loaded = load_model(place / "run")
 
     @jax.jit
     def run(tokens, loops):
-        return opened.model.apply(opened.variables, tokens, loops=loops).logits
+        return loaded.model.apply(loaded.variables, tokens, loops=loops).logits
 
     def nats(tokens, loops):
-        width = opened.model.config.max_seq_len  # padded behind, which a causal model cannot see
+        width = loaded.model.config.max_seq_len  # padded behind, which a causal model cannot see
         padded = np.pad(np.array([tokens[:-1]], np.int32), ((0, 0), (0, width - len(tokens) + 1)))
         logits = np.asarray(run(padded, jnp.int32(loops))[0, : len(tokens) - 1], np.float64)
         return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(tokens) - 1), tokens[1:]]
@@ -146,15 +146,15 @@ def test_generation_is_that_of_single_prompts(place, monkeypatch):
         def __init__(self, *arguments):
             self.args = arguments
 
-    opened = open_model(place / "run")
+    loaded = load_model(place / "run")
     keywords = {"until": ["\n", "e w"], "max_gen_toks": 12}
-    got = Adapter(opened, Setting(2), progress=False).generate_until(
+    got = Adapter(loaded, Setting(2), progress=False).generate_until(
         [Request(p["question"], keywords) for p in PROMPTS] + [Request("and " * 30, {"max_gen_toks": 3})]
     )
     for prompt, n, text in [("doc", 12, got[0]), ("words and more", 12, got[1]), ("and " * 30, 3, got[2])]:
         tokens = np.array([[256, *prompt.encode()]])[:, -(48 - n) :]
-        result = generate(opened.model, opened.variables, tokens, max_new_tokens=n, loops=2, stop_tokens=(256,))
-        whole = opened.tokenizer().decode(result.tokens[0, : result.lengths[0]].tolist())
+        result = generate(loaded.model, loaded.variables, tokens, max_new_tokens=n, loops=2, stop_tokens=(256,))
+        whole = loaded.tokenizer().decode(result.tokens[0, : result.lengths[0]].tolist())
         assert text == (whole.split("\n")[0].split("e w")[0] if n == 12 else whole)
 
 

@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.ranks import rank_correlation
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.sharding import place_batch, use_mesh, whole
+from mythos_jax.sharding import replicate, use_mesh
 
 KEPT_TOKENS = 2**18  # whose loss and loops are kept one by one, for ranks and the heat map
 
@@ -28,7 +29,7 @@ def _measured(model, variables, batch, loops, halting):
     rngs = {"state": jax.random.key(0)}  # models that start from noise: the same at every depth
     nats_BT, out = next_token_nats(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
     totals = nats_BT.sum(), batch["mask"].sum(), (out.loops * batch["mask"]).sum()
-    return totals, whole((nats_BT, out.loops))
+    return totals, replicate((nats_BT, out.loops))
 
 
 @dataclass(frozen=True)

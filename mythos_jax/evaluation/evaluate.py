@@ -8,6 +8,7 @@ from typing import Any
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import Split, load_manifest
 from mythos_jax.data.pipeline import eval_batches
+from mythos_jax.data.placement import check_batch
 from mythos_jax.data.tasks import TaskData
 from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.depths import DepthResult, TokenTrace, evaluate_depths
@@ -16,8 +17,7 @@ from mythos_jax.evaluation.loop_trace import LoopTrace, trace_loops
 from mythos_jax.evaluation.policies import Setting, default_depths, settings
 from mythos_jax.flops import count_parameters
 from mythos_jax.model.halting import Halting
-from mythos_jax.runs.load import Opened
-from mythos_jax.sharding import check_batch
+from mythos_jax.runs.load import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Evaluation:
 
 
 def evaluate_model(
-    opened: Opened,
+    loaded: LoadedModel,
     *,
     data: str | None = None,
     loops: Sequence[int] | None = None,
@@ -68,39 +68,39 @@ def evaluate_model(
 
     Raises ConfigError: no data, rows of another tokenizer, a policy that the model cannot follow.
     """
-    config, mesh = opened.config, opened.mesh
-    if data is None and opened.step is None:
-        raise ConfigError(f"{opened.directory}: a pretrained model has no data of its own; allowed: --data DIR")
-    chosen = chosen_settings(opened, loops, halting)
+    config, mesh = loaded.config, loaded.mesh
+    if data is None and loaded.step is None:
+        raise ConfigError(f"{loaded.directory}: a pretrained model has no data of its own; allowed: --data DIR")
+    chosen = chosen_settings(loaded, loops, halting)
     check_batch(mesh, config.evaluation.batch_size, "evaluation.batch_size")
-    about = describe_model(opened)
+    about = describe_model(loaded)
     size, most = config.evaluation.batch_size, config.evaluation.max_rows
     common = {"mesh": mesh, "progress": progress}
 
     if config.data.task.name and data is None:
         task = TaskData(config)
         examples = {d: list(task.eval_batches(d, batch_size=size, max_rows=most)) for d in task.difficulties}
-        results, traces = evaluate_task(opened.model, opened.variables, examples, chosen, **common)
+        results, traces = evaluate_task(loaded.model, loaded.variables, examples, chosen, **common)
         about |= {"task": config.data.task.name, "trained_on": list(config.data.task.difficulty)}
         symbols = task.problem.symbols
         sample, says = examples[task.difficulties[-1]][0], lambda tokens: " ".join(symbols[i] for i in tokens)
     else:
-        batches, bytes_per_token = held_out_rows(opened, data)
+        batches, bytes_per_token = held_out_rows(loaded, data)
         results, traces = evaluate_depths(
-            opened.model, opened.variables, batches, chosen, bytes_per_token=bytes_per_token, **common
+            loaded.model, loaded.variables, batches, chosen, bytes_per_token=bytes_per_token, **common
         )
         about |= {"data": data or (list(config.data.mixture) or config.data_path)}
         sample, says = batches[0], str
-        if opened.tokenizer_spec:
-            says = opened.tokenizer().decode
+        if loaded.tokenizer_spec:
+            says = loaded.tokenizer().decode
     inside = None
     if look_inside:
-        inside = trace_loops(opened.model, opened.variables, sample, max(s.loops for s in chosen), mesh=mesh)
+        inside = trace_loops(loaded.model, loaded.variables, sample, max(s.loops for s in chosen), mesh=mesh)
     return Evaluation(results, about, traces, inside, says)
 
 
 def evaluate_on_tasks(
-    opened: Opened,
+    loaded: LoadedModel,
     tasks: Sequence[str],
     *,
     loops: Sequence[int] | None = None,
@@ -121,10 +121,10 @@ def evaluate_on_tasks(
         if error.name != "lm_eval":
             raise
         raise ConfigError("--tasks: needs lm-evaluation-harness; pip install 'mythos-jax[lm-eval]'") from None
-    check_batch(opened.mesh, opened.config.evaluation.batch_size, "evaluation.batch_size")
-    chosen = chosen_settings(opened, loops or [opened.config.model.loops], halting)
+    check_batch(loaded.mesh, loaded.config.evaluation.batch_size, "evaluation.batch_size")
+    chosen = chosen_settings(loaded, loops or [loaded.config.model.loops], halting)
     results = evaluate_tasks(
-        opened,
+        loaded,
         tasks,
         chosen,
         include_path=include_path,
@@ -133,32 +133,32 @@ def evaluate_on_tasks(
         seed=seed,
         progress=progress,
     )
-    return Evaluation(results, describe_model(opened) | {"tasks": list(tasks), "limit": limit, "task_seed": seed})
+    return Evaluation(results, describe_model(loaded) | {"tasks": list(tasks), "limit": limit, "task_seed": seed})
 
 
-def chosen_settings(opened: Opened, loops: Sequence[int] | None, halting: Sequence[Halting]) -> list[Setting]:
+def chosen_settings(loaded: LoadedModel, loops: Sequence[int] | None, halting: Sequence[Halting]) -> list[Setting]:
     """Those asked for; depths by default the config's, else `default_depths`."""
-    depths = loops or opened.config.evaluation.loops or default_depths(opened.config.model.loops)
-    return settings(opened.config.model, depths, halting)
+    depths = loops or loaded.config.evaluation.loops or default_depths(loaded.config.model.loops)
+    return settings(loaded.config.model, depths, halting)
 
 
-def describe_model(opened: Opened) -> dict[str, Any]:
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
     """What a report says of a model."""
     return {
-        "name": opened.config.name,
-        "step": opened.step,
-        "seed": None if opened.step is None else opened.config.training.seed,
-        "loops": opened.config.model.loops,
-        "parameters": count_parameters(opened.config.model),
+        "name": loaded.config.name,
+        "step": loaded.step,
+        "seed": None if loaded.step is None else loaded.config.training.seed,
+        "loops": loaded.config.model.loops,
+        "parameters": count_parameters(loaded.config.model),
     }
 
 
-def held_out_rows(opened: Opened, data: str | None) -> tuple[list[dict[str, Any]], float]:
+def held_out_rows(loaded: LoadedModel, data: str | None) -> tuple[list[dict[str, Any]], float]:
     """Batches of what is held out in `data` (default: all parts of the run's own), and its text's bytes per token."""
-    config = opened.config
+    config = loaded.config
     named = [data] if data else list(config.data.mixture) or [config.data_path]
     folders = [local_folder(folder) for folder in named]
-    kept = [_held_out(opened, folder) for folder in folders]
+    kept = [_held_out(loaded, folder) for folder in folders]
     size, most = config.evaluation.batch_size, config.evaluation.max_rows
     batches = [
         batch
@@ -171,10 +171,10 @@ def held_out_rows(opened: Opened, data: str | None) -> tuple[list[dict[str, Any]
     return batches, sum(split.text_bytes for split in kept) / sum(split.tokens for split in kept)
 
 
-def _held_out(opened: Opened, folder: Path) -> Split:
+def _held_out(loaded: LoadedModel, folder: Path) -> Split:
     """What is held out in a prepared folder. Raises ConfigError where it is not for this model."""
-    manifest, model = load_manifest(folder), opened.config.model
-    if opened.tokenizer_spec and manifest.tokenizer_fingerprint != opened.tokenizer().fingerprint:
+    manifest, model = load_manifest(folder), loaded.config.model
+    if loaded.tokenizer_spec and manifest.tokenizer_fingerprint != loaded.tokenizer().fingerprint:
         raise ConfigError(f"{folder}: prepared with another tokenizer than the model's, {manifest.tokenizer}")
     for name, needed, has in [
         ("vocab_size", manifest.vocab_size, model.vocab_size),

@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.ranks import rank_correlation
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.best_tokens import best_tokens
-from mythos_jax.sharding import place_batch, use_mesh, whole
+from mythos_jax.sharding import replicate, use_mesh
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _measured(model, variables, batch, loops, halting):
     answer_loops_B = (out.loops * batch["mask"]).sum(-1)
     totals = exact, asked_B.sum(), nats_BT.sum(), batch["mask"].sum(), answer_loops_B.sum()
     each = answer_loops_B / jnp.maximum(batch["mask"].sum(-1), 1), out.loops
-    return totals, whole(each)
+    return totals, replicate(each)
 
 
 def evaluate_task(

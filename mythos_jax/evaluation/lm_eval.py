@@ -18,7 +18,7 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.evaluate import HarnessResult
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.scoring import extend, score
-from mythos_jax.runs.load import Opened
+from mythos_jax.runs.load import LoadedModel
 
 NEW_TOKENS = 256  # where a task does not say how many; less where the model's context is short
 
@@ -31,12 +31,18 @@ class Adapter(TemplateLM):
     """
 
     def __init__(
-        self, opened: Opened, setting: Setting, tokenizer: str | None = None, *, seed: int = 0, progress: bool = True
+        self,
+        loaded: LoadedModel,
+        setting: Setting,
+        tokenizer: str | None = None,
+        *,
+        seed: int = 0,
+        progress: bool = True,
     ):
         super().__init__()
-        self.opened, self.setting, self.seed, self.progress = opened, setting, seed, progress
-        self.reader = opened.tokenizer(tokenizer)
-        self.max_length = opened.model.config.max_seq_len
+        self.loaded, self.setting, self.seed, self.progress = loaded, setting, seed, progress
+        self.reader = loaded.tokenizer(tokenizer)
+        self.max_length = loaded.model.config.max_seq_len
         self.counted_tokens = self.counted_loops = 0
 
     @property
@@ -74,7 +80,7 @@ class Adapter(TemplateLM):
         return totals
 
     def _count(self, sequences: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        found = score(self.opened, sequences, self.setting, progress=self.progress)
+        found = score(self.loaded, sequences, self.setting, progress=self.progress)
         self.counted_tokens += sum(s.tokens for s in found)
         self.counted_loops += sum(s.loops for s in found)
         return [(s.log_likelihood, s.greedy) for s in found]
@@ -96,7 +102,7 @@ class Adapter(TemplateLM):
             # A stop text that is one token ends the row at once; any other is cut off afterwards.
             single = [tokens[0] for tokens in map(self.tok_encode, until) if len(tokens) == 1]
             found = extend(
-                self.opened,
+                self.loaded,
                 [[self.eot_token_id, *self.tok_encode(requests[i].args[0])] for i in numbers],
                 self.setting,
                 max_new_tokens=int(wanted) if wanted else min(NEW_TOKENS, self.max_length // 2),
@@ -118,7 +124,7 @@ class Adapter(TemplateLM):
 
 
 def evaluate_tasks(
-    opened: Opened,
+    loaded: LoadedModel,
     tasks: Sequence[str],
     settings: Sequence[Setting],
     *,
@@ -139,7 +145,7 @@ def evaluate_tasks(
         manager, known = _find(tasks, include_path)
         results = []
         for setting in settings:
-            model = Adapter(opened, setting, tokenizer, seed=seed, progress=progress)
+            model = Adapter(loaded, setting, tokenizer, seed=seed, progress=progress)
             for task in known:
                 model.counted_tokens = model.counted_loops = 0
                 found = simple_evaluate(

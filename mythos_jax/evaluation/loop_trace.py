@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mythos_jax.data.placement import place_batch
 from mythos_jax.model.mythos import Aux, Mythos
-from mythos_jax.sharding import place_batch, use_mesh, whole
+from mythos_jax.sharding import replicate, use_mesh
 
 QUANTILES = (0.1, 0.5, 0.9)
 
@@ -31,12 +32,12 @@ class LoopTrace:
 @partial(jax.jit, static_argnames=("model", "loops"))
 def _changes(model, variables, batch, loops):
     change_LBT = jnp.where(batch["mask"], _aux(model, variables, batch, loops).change_LBT, jnp.nan)
-    return whole(jnp.nanquantile(change_LBT, jnp.array(QUANTILES), axis=(1, 2)).T)
+    return replicate(jnp.nanquantile(change_LBT, jnp.array(QUANTILES), axis=(1, 2)).T)
 
 
 @partial(jax.jit, static_argnames="model")
 def _load(model, variables, batch, loops):
-    return whole(_aux(model, variables, batch, loops).expert_load)
+    return replicate(_aux(model, variables, batch, loops).expert_load)
 
 
 def _aux(model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: int | jax.Array) -> Aux:

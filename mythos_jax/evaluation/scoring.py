@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from mythos_jax.data.placement import place_batch
 from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.ops.best_tokens import best_tokens
-from mythos_jax.runs.load import Opened
-from mythos_jax.sharding import place_batch, use_mesh, whole
+from mythos_jax.runs.load import LoadedModel
+from mythos_jax.sharding import replicate, use_mesh
 
 SHORTEST = 32  # widths are powers of two from here up to max_seq_len
 
@@ -39,17 +40,17 @@ def _scores(model, variables, batch, loops, halting):
     table_VD = nn.unbox(variables["params"]["embedding"])
     right_BT = (best_tokens(out.features, table_VD) == batch["targets"]) | ~batch["mask"]
     found = -nats_BT.sum(-1), right_BT.all(-1), batch["mask"].sum(-1), (out.loops * batch["mask"]).sum(-1)
-    return whole(found)
+    return replicate(found)
 
 
 def score(
-    opened: Opened, sequences: Sequence[tuple[Sequence[int], int]], setting: Setting, *, progress: bool = True
+    loaded: LoadedModel, sequences: Sequence[tuple[Sequence[int], int]], setting: Setting, *, progress: bool = True
 ) -> list[Score]:
     """The likelihood of the last `n` tokens of each sequence, given those before them.
 
     sequences: (tokens, n) with 1 <= n < len(tokens) <= max_seq_len + 1. Raises ValueError for others.
     """
-    most, size = opened.model.config.max_seq_len, opened.config.evaluation.batch_size
+    most, size = loaded.model.config.max_seq_len, loaded.config.evaluation.batch_size
     for tokens, n in sequences:
         if not 1 <= n < len(tokens) <= most + 1:
             raise ValueError(
@@ -57,12 +58,12 @@ def score(
             )
     found: dict[int, Score] = {}
     lengths = [len(tokens) - 1 for tokens, _ in sequences]
-    with use_mesh(opened.mesh), tqdm(total=len(sequences), desc="score", disable=not progress) as bar:
+    with use_mesh(loaded.mesh), tqdm(total=len(sequences), desc="score", disable=not progress) as bar:
         for numbers, width in in_batches(lengths, size, most):
             batch = _padded([sequences[i] for i in numbers], size, width)
-            placed = place_batch(opened.mesh, batch)
+            placed = place_batch(loaded.mesh, batch)
             each = jax.device_get(
-                _scores(opened.model, opened.variables, placed, jnp.int32(setting.loops), setting.halting)
+                _scores(loaded.model, loaded.variables, placed, jnp.int32(setting.loops), setting.halting)
             )
             for i, nats, greedy, tokens, loops in zip(numbers, *each, strict=False):  # the last rows are padding
                 found[i] = Score(float(nats), bool(greedy), int(tokens), int(loops))
@@ -110,7 +111,7 @@ class Continuation:
 
 
 def extend(
-    opened: Opened,
+    loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     setting: Setting,
     *,
@@ -126,21 +127,21 @@ def extend(
 
     Request i has seed `seed` + i, whatever batch it is in. Raises ConfigError where no prompt fits at all.
     """
-    most, size = opened.model.config.max_seq_len, opened.config.evaluation.batch_size
+    most, size = loaded.model.config.max_seq_len, loaded.config.evaluation.batch_size
     room = most - max_new_tokens
     if room < 1:
         raise ConfigError(f"generation: got {max_new_tokens} new tokens, allowed: below max_seq_len, {most}")
     prompts = [list(prompt)[-room:] for prompt in prompts]
     found: dict[int, Continuation] = {}
-    with use_mesh(opened.mesh), tqdm(total=len(prompts), desc="generate", disable=not progress) as bar:
+    with use_mesh(loaded.mesh), tqdm(total=len(prompts), desc="generate", disable=not progress) as bar:
         for numbers, width in in_batches([len(prompt) for prompt in prompts], size, room):
             tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
             filled = [*numbers, *numbers[-1:] * (size - len(numbers))]  # with copies, which end when it does
             for row, i in enumerate(filled):
                 tokens[row, : len(prompts[i])], lengths[row] = prompts[i], len(prompts[i])
             result = generate(
-                opened.model,
-                opened.variables,
+                loaded.model,
+                loaded.variables,
                 tokens,
                 lengths,
                 max_new_tokens=max_new_tokens,
@@ -152,7 +153,7 @@ def extend(
                 stop_tokens=stop_tokens,
                 seed=[seed + i for i in filled],
             )
-            result = jax.device_get(jax.jit(whole)(result))
+            result = jax.device_get(jax.jit(replicate)(result))
             for row, i in enumerate(numbers):
                 drawn = result.tokens[row, : result.lengths[row]].tolist()
                 kept = drawn[:-1] if drawn and drawn[-1] in stop_tokens else drawn

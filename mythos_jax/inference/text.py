@@ -13,7 +13,7 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.flops import cache_bytes
 from mythos_jax.inference.generate import stream
 from mythos_jax.inference.speculative import SpeculativeResult, stream_drafts
-from mythos_jax.runs.load import Opened
+from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import use_mesh
 
 # What tokenizers write for bytes that are no whole character, and how many of them may still become one: a UTF-8
@@ -60,7 +60,7 @@ class Spent:
 
 
 def tell(
-    opened: Opened,
+    loaded: LoadedModel,
     prompt: str,
     tokenizer: str | None = None,
     *,
@@ -75,24 +75,24 @@ def tell(
     tokenizer: for a model that has none, as for `load_tokenizer`. The prompt follows an end-of-document token, as
     every document does in training. Raises ConfigError, at once, for a prompt or a number that the model cannot take.
     """
-    if task := opened.config.data.task.name:
-        raise ConfigError(f"{opened.directory}: was trained on task {task}, which is no text; allowed: `mythos eval`")
-    reader = opened.tokenizer(tokenizer)
+    if task := loaded.config.data.task.name:
+        raise ConfigError(f"{loaded.directory}: was trained on task {task}, which is no text; allowed: `mythos eval`")
+    reader = loaded.tokenizer(tokenizer)
     end = reader.end_of_document
     tokens = jnp.asarray([[end, *reader.encode(prompt)]], jnp.int32)
     keywords |= {"stop_tokens": (end,), "loops": loops, "loop_cache_slots": loop_cache_slots}
     try:
-        with use_mesh(opened.mesh):
+        with use_mesh(loaded.mesh):
             decode = stream_drafts if "draft_loops" in keywords else stream
-            pieces = decode(opened.model, opened.variables, tokens, **keywords)
+            pieces = decode(loaded.model, loaded.variables, tokens, **keywords)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    depth = loops or opened.config.model.loops
-    spent = Spent(cache_bytes(opened.config.model, min(loop_cache_slots or depth, depth)))
+    depth = loops or loaded.config.model.loops
+    spent = Spent(cache_bytes(loaded.config.model, min(loop_cache_slots or depth, depth)))
 
     def texts() -> Iterator[str]:
         spelling, started = Spelling(reader), 0.0
-        for i, piece in enumerate(_on_mesh(opened, pieces)):
+        for i, piece in enumerate(_on_mesh(loaded, pieces)):
             n = int(piece.lengths[0])
             if i > 1:
                 spent.seconds, spent.tokens = time.perf_counter() - started, spent.tokens + n
@@ -107,17 +107,17 @@ def tell(
     return texts(), spent
 
 
-def _on_mesh(opened: Opened, pieces: Iterator[Any]) -> Iterator[Any]:
+def _on_mesh(loaded: LoadedModel, pieces: Iterator[Any]) -> Iterator[Any]:
     """Each piece is made on the mesh; the caller, between pieces, is not."""
     while True:
-        with use_mesh(opened.mesh):
+        with use_mesh(loaded.mesh):
             piece = next(pieces, None)
         if piece is None:
             return
         yield piece
 
 
-def complete(opened: Opened, prompt: str, tokenizer: str | None = None, **keywords: Any) -> str:
+def complete(loaded: LoadedModel, prompt: str, tokenizer: str | None = None, **keywords: Any) -> str:
     """All that `tell` tells, as one text."""
-    texts, _ = tell(opened, prompt, tokenizer, **keywords)
+    texts, _ = tell(loaded, prompt, tokenizer, **keywords)
     return "".join(texts)

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mythos_jax.distributed import all_or_none, first_then_rest, is_first, say
 from mythos_jax.errors import ConfigError, DamagedError, SaveError
 from mythos_jax.paths import is_remote, to_path
+from mythos_jax.processes import is_process_zero, log0, process_zero_first, raise_together
 from mythos_jax.runs.state import TrainState, evaluated
 
 # Orbax reports each save and restore, and warns of its own defaults, through absl; failures it raises.
@@ -83,14 +83,14 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             try:
-                meta = all_or_none(lambda step=step: self._meta(step))
+                meta = raise_together(lambda step=step: self._meta(step))
                 check(meta)
                 return self._restore_state(step, like, meta["checksums"]), meta
             except ConfigError:  # of a whole checkpoint
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 why = " ".join(str(error).split())[:200]
-                say(f"warning: {self.directory / str(step)}: damaged, trying the one before ({why})")
+                log0(f"warning: {self.directory / str(step)}: damaged, trying the one before ({why})")
                 self._set_aside(step)
         raise DamagedError(f"{self.directory}: no checkpoint is whole; they were set aside as STEP.damaged")
 
@@ -124,14 +124,14 @@ class Checkpoints:
 
     def _restore_tree(self, step: int, name: str, like: Any, sums: dict[str, list[int]]) -> Any:
         """One item, its checksums compared with those it was saved with."""
-        tree = all_or_none(lambda: self._restore(step, **{name: ocp.args.StandardRestore(_abstract(like))}))[name]
+        tree = raise_together(lambda: self._restore(step, **{name: ocp.args.StandardRestore(_abstract(like))}))[name]
         if jax.device_get(checksums(tree)).tolist() != sums[name]:
             raise DamagedError(f"{name} is damaged, its checksums are not those of the save")
         return tree
 
     def _set_aside(self, step: int) -> None:
         self._manager.wait_until_finished()
-        first_then_rest("checkpoint", lambda: is_first() and self._rename(step))
+        process_zero_first("checkpoint", lambda: is_process_zero() and self._rename(step))
         self._manager.reload()
 
     def _rename(self, step: int) -> None:

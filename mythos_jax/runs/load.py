@@ -24,7 +24,7 @@ from mythos_jax.sharding import make_mesh, shardings
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A trained model: `variables` placed on `mesh`, and what is known of where they come from.
 
     config: of the run; for a pretrained model just its `model`. step: None for a pretrained model.
@@ -52,7 +52,7 @@ def is_run(path: str | Path) -> bool:
     return (to_path(path) / "config.yaml").is_file()
 
 
-def open_model(path: str | Path, step: int | None = None, config: str | None = None) -> Opened:
+def load_model(path: str | Path, step: int | None = None, config: str | None = None) -> LoadedModel:
     """A run at its newest checkpoint (or that of `step`), or a pretrained model (see `load_pretrained`).
 
     config: for a pretrained file that holds tensors only. Raises ConfigError: neither a run nor a model, no such
@@ -67,7 +67,7 @@ def open_model(path: str | Path, step: int | None = None, config: str | None = N
     source = Source(str(path), config)
     model_config, variables = variables_of(source, host=True)
     mesh = make_mesh(Config().mesh)
-    return Opened(
+    return LoadedModel(
         directory=source.path if source.path.is_dir() else source.path.parent,
         config=Config(name=source.path.stem, model=model_config, data=DataConfig(seq_len=1)),
         model=Mythos(model_config),
@@ -102,7 +102,7 @@ def open_source(path: str | Path, config: str | None = None) -> Source:
     return VariablesSource(run.config.model, run.variables, path, file)
 
 
-def _open_run(directory: Path, step: int | None) -> Opened:
+def _open_run(directory: Path, step: int | None) -> LoadedModel:
     config = load_config(directory / "config.yaml")
     mesh = make_mesh(config.mesh)
     checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
@@ -122,7 +122,7 @@ def _open_run(directory: Path, step: int | None) -> Opened:
     spec = str(prepared) if prepared.is_file() else config.data.tokenizer
     if config.data.task.name:
         spec = None  # its tokens are no text
-    return Opened(directory, config, Mythos(config.model), variables, step, mesh, spec)
+    return LoadedModel(directory, config, Mythos(config.model), variables, step, mesh, spec)
 
 
 def _predictor_of(directory: Path, step: int) -> dict[str, Any]:

@@ -21,57 +21,58 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from mythos_jax.data.open import open_data
+from mythos_jax.data.placement import place_batch
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import COLLECTION, PRICES, init_head, log_excess, loops_at
 from mythos_jax.paths import to_path
-from mythos_jax.runs.load import Opened
-from mythos_jax.sharding import place_batch, use_mesh
+from mythos_jax.runs.load import LoadedModel
+from mythos_jax.sharding import use_mesh
 
 HIDDEN, STEPS, BATCH, LEARNING_RATE = 128, 3000, 1024, 3e-3
 CALIBRATION = 0.2  # share of the recorded tokens that the budgets are measured on
 TOLERANCE = 0.005  # the predictor's own budget costs at most this share of the final loss
 
 
-def make_predictor(opened: Opened, *, loops: int | None = None, rows: int = 512, progress: bool = True) -> dict:
+def make_predictor(loaded: LoadedModel, *, loops: int | None = None, rows: int = 512, progress: bool = True) -> dict:
     """Records `rows` rows of the run's training data at 1 to `loops` loops (default: the config's), trains a
     predictor on them and saves it in the run's directory. Returns what its JSON says.
 
     Raises ConfigError: no run, ACT read-out (it has learned halting of its own), fewer than 2 loops.
     """
-    config, loops = opened.config, loops or opened.config.model.loops
-    if opened.step is None:
-        raise ConfigError(f"{opened.directory}: a pretrained model has no data of its own; allowed: a run directory")
+    config, loops = loaded.config, loops or loaded.config.model.loops
+    if loaded.step is None:
+        raise ConfigError(f"{loaded.directory}: a pretrained model has no data of its own; allowed: a run directory")
     if config.model.readout == "act":
         raise ConfigError("predictor: got a model with readout act, which decides by itself; allowed: readout last")
     if loops < 2:
         raise ConfigError(f"loops: got {loops}, allowed: an integer >= 2, for there to be a choice")
-    features, excess, nats = record_exits(opened, loops, rows, progress)
+    features, excess, nats = record_exits(loaded, loops, rows, progress)
     count = int(len(features) * (1 - CALIBRATION))
     head = fit(features[:count], excess[:count])
     predictor, table = calibrate(head, features[count:], excess[count:], float(nats.mean()))
-    about = {"step": opened.step, "loops": loops, "rows": rows, "tokens": len(features), **table}
-    save_predictor(opened.directory, predictor, about)
+    about = {"step": loaded.step, "loops": loops, "rows": rows, "tokens": len(features), **table}
+    save_predictor(loaded.directory, predictor, about)
     return about
 
 
 def record_exits(
-    opened: Opened, loops: int, rows: int, progress: bool = True
+    loaded: LoadedModel, loops: int, rows: int, progress: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each token that has a target: the prelude's output [N, D], KL(final || after t loops) in nats [N, loops - 1],
     and nats of the target at `loops` loops [N]. Rows are those of the run's first batches."""
-    config, size = opened.config, opened.config.training.batch_size
+    config, size = loaded.config, loaded.config.training.batch_size
     batches: Iterator[Any] = open_data(config, progress=progress).train_batches(
         batch_size=size, seed=config.training.seed
     )
     parts = []
-    with use_mesh(opened.mesh):
+    with use_mesh(loaded.mesh):
         for batch in tqdm(
             islice(batches, -(-rows // size)), total=-(-rows // size), desc="exits", disable=not progress
         ):
-            placed = place_batch(opened.mesh, batch)
-            found = jax.device_get(_exits(opened.model, opened.variables, placed, loops))
+            placed = place_batch(loaded.mesh, batch)
+            found = jax.device_get(_exits(loaded.model, loaded.variables, placed, loops))
             parts.append([x[np.asarray(batch["mask"], bool)] for x in found])
     return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 

@@ -13,7 +13,7 @@ from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.moe import balanced
 from mythos_jax.model.mythos import Mythos, with_whole_loop
 from mythos_jax.runs.state import TrainState
-from mythos_jax.sharding import abstract, initialise, use_mesh, whole
+from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
 from mythos_jax.training.depth import draw_depths
 from mythos_jax.training.objectives import extra_objectives
 from mythos_jax.training.optimizer import make_optimizer, schedule
@@ -109,7 +109,7 @@ def jitted_step(config: Config) -> Any:
             kept = state.replace(step=new.step, skipped=state.skipped + 1)
             new = jax.tree.map(lambda a, b: jnp.where(bad, a, b), kept, new)
             metrics["skipped"] = new.skipped
-        return new, whole(metrics)
+        return new, replicate(metrics)
 
     return jax.jit(step, donate_argnums=0)
 

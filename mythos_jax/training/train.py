@@ -16,16 +16,17 @@ from tqdm import tqdm
 
 from mythos_jax.config import Config, ModelConfig, save_config
 from mythos_jax.data.open import Batch, Data, open_data
-from mythos_jax.distributed import StopSignal, first_then_rest, is_first, say
+from mythos_jax.data.placement import batch_sharding, check_batch, local_rows, to_global
 from mythos_jax.errors import BadStepError, ConfigError, Interrupted
 from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.mythos import Mythos, abstract_variables
 from mythos_jax.paths import copy_tree, is_remote, to_path
+from mythos_jax.processes import StopSignal, is_process_zero, log0, process_zero_first
 from mythos_jax.runs.checkpoints import Checkpoints
-from mythos_jax.runs.load import open_model, place
+from mythos_jax.runs.load import load_model, place
 from mythos_jax.runs.state import TrainState, evaluated
-from mythos_jax.sharding import batch_sharding, check_batch, check_sharded, local_rows, make_mesh, to_global
+from mythos_jax.sharding import check_sharded, make_mesh
 from mythos_jax.training.metrics import Goodput, check_writers, open_writers, plain
 from mythos_jax.training.step import init_state, make_train_step
 from mythos_jax.typed import differences, to_dict
@@ -37,7 +38,7 @@ def train(
     """Trains until `training.steps`, from the run's newest checkpoint where there is one.
 
     Prepares the data first when it is missing. Writes config.yaml, metrics.jsonl and checkpoints/ into `workdir`, a
-    path that may be remote (gs://…). Called by all processes of a run (see distributed.py), it trains on all their
+    path that may be remote (gs://…). Called by all processes of a run (see processes.py), it trains on all their
     devices; the first one prepares, prints and logs.
     init_from: a run or a pretrained model whose weights a run without checkpoints starts from.
     Returns the metrics of the last step. Raises ConfigError (what the user can mend), BadStepError, SaveError,
@@ -48,27 +49,29 @@ def train(
     mesh = make_mesh(config.mesh)
     check_sharded(mesh, abstract_variables(config.model))
     check_batch(mesh, config.training.batch_size, "training.batch_size")
-    data = first_then_rest("data", lambda: _open(config, workdir, progress), identity=lambda data: str(data.identity))
+    data = process_zero_first(
+        "data", lambda: _open(config, workdir, progress), identity=lambda data: str(data.identity)
+    )
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.training.keep_checkpoints)
     with contextlib.closing(checkpoints):
-        first_then_rest(f"{workdir}/checkpoints", checkpoints.steps, identity=str)
+        process_zero_first(f"{workdir}/checkpoints", checkpoints.steps, identity=str)
         state = init_state(config, mesh)
         if checkpoints.newest() is not None:
             now = run_meta(config, data)
             state, saved = checkpoints.restore_newest(state, lambda saved: _check_resume(saved, now, workdir))
             _announce_changes(saved, now, int(state.step))
-            say(f"resuming {workdir} after step {int(state.step)}")
+            log0(f"resuming {workdir} after step {int(state.step)}")
         elif init_from is not None:
             state = state.replace(variables=_initial_variables(config, mesh, init_from))
-        if is_first():
+        if is_process_zero():
             save_config(config, workdir / "config.yaml")
-        return _Loop(config, mesh, data, checkpoints, workdir, progress and is_first()).run(state)
+        return _Loop(config, mesh, data, checkpoints, workdir, progress and is_process_zero()).run(state)
 
 
 def _open(config: Config, workdir: Any, progress: bool) -> Data:
     """The data, prepared by the first process where it is missing; also makes the run directory."""
-    first = is_first()
+    first = is_process_zero()
     if first:
         _check_workdir(workdir)
     elif not workdir.is_dir():
@@ -98,7 +101,7 @@ class _Loop:
         pending: tuple[int, dict[str, jax.Array]] | None = None
         with contextlib.ExitStack() as stack:
             writers = []
-            if is_first():
+            if is_process_zero():
                 writers = open_writers(t.writers, self.workdir, self.config.name, restored_step=start)
             self.writers = [stack.enter_context(contextlib.closing(writer)) for writer in writers]
             title = f"train {self.config.name}"
@@ -216,14 +219,14 @@ class _Profiler:
 
 def _initial_variables(config: Config, mesh: Mesh, path: str | Path) -> dict[str, Any]:
     """The weights of another model, for this config's; fields that differ without changing a shape are announced."""
-    opened = open_model(path)
-    changed = differences(to_dict(opened.config.model), to_dict(config.model), "model")
-    if _shapes(opened.config.model) != _shapes(config.model):
+    loaded = load_model(path)
+    changed = differences(to_dict(loaded.config.model), to_dict(config.model), "model")
+    if _shapes(loaded.config.model) != _shapes(config.model):
         fields = "; ".join(f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items())
         raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
     for name, (old, new) in changed.items():
-        say(f"{name} is {old!r} in {path}, {new!r} here")
-    return place(config.model, mesh, opened.variables)
+        log0(f"{name} is {old!r} in {path}, {new!r} here")
+    return place(config.model, mesh, loaded.variables)
 
 
 def _shapes(model: ModelConfig) -> dict[str, Any]:
@@ -264,7 +267,7 @@ def _announce_changes(saved: dict[str, Any], now: dict[str, Any], step: int) -> 
         note = ""
         if name == "training.steps":
             note = f": the learning rate's cosine now ends at step {new}, from step {step} on it follows that curve"
-        say(f"{name} was {old!r}, is now {new!r}{note}")
+        log0(f"{name} was {old!r}, is now {new!r}{note}")
 
 
 def _check_workdir(workdir: Any) -> None:

@@ -140,7 +140,7 @@ def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
 
 def test_a_run_on_a_mixture(parts, tmp_path):
     from mythos_jax.evaluation.evaluate import evaluate_model
-    from mythos_jax.runs.load import open_model
+    from mythos_jax.runs.load import load_model
     from mythos_jax.training.train import train
     from tests.training.conftest import MODEL
 
@@ -158,11 +158,11 @@ def test_a_run_on_a_mixture(parts, tmp_path):
     changed = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=False))
     with pytest.raises(ConfigError, match=r"cannot resume.*data\.document_mask was True"):
         train(changed, tmp_path / "run", progress=False)
-    opened = open_model(tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    (trained,) = evaluate_model(opened, loops=[MODEL.loops], progress=False).results
+    (trained,) = evaluate_model(loaded, loops=[MODEL.loops], progress=False).results
     assert logged[-1] == {"step": 3, "held_out_loss": pytest.approx(trained.loss, abs=1e-5)}
-    (whole,) = evaluate_model(opened, loops=[1], progress=False).results
-    alone = [evaluate_model(opened, data=part, loops=[1], progress=False).results[0] for part in (a, b)]
+    (whole,) = evaluate_model(loaded, loops=[1], progress=False).results
+    alone = [evaluate_model(loaded, data=part, loops=[1], progress=False).results[0] for part in (a, b)]
     assert whole.tokens == sum(r.tokens for r in alone) > alone[0].tokens
     assert whole.loss == pytest.approx(sum(r.loss * r.tokens for r in alone) / whole.tokens, abs=1e-5)

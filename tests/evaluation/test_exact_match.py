@@ -25,7 +25,7 @@ from mythos_jax.evaluation.exact_match import evaluate_task
 from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.runs.load import open_model
+from mythos_jax.runs.load import load_model
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.train import train
 
@@ -95,17 +95,17 @@ def run(tmp_path_factory):
 def test_a_run_learns_and_its_exact_match_is_that_of_its_logits(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"] - 1
-    opened = open_model(run)
-    evaluation = evaluate_model(opened, halting=[Halting("latent", 0.4)], progress=False)
+    loaded = load_model(run)
+    evaluation = evaluate_model(loaded, halting=[Halting("latent", 0.4)], progress=False)
     results, about = [r for r in evaluation.results if r.halting is None], evaluation.about
     assert about["task"] == "addition"
     assert about["trained_on"] == [1]
     assert len(results) == 6
-    data = TaskData(opened.config)
-    variables = jax.device_get(opened.variables)
+    data = TaskData(loaded.config)
+    variables = jax.device_get(loaded.variables)
     for r in results:
         batches = list(data.eval_batches(r.difficulty, batch_size=8, max_rows=20))
-        exact, loss, count = slow(opened.model, variables, batches, r.loops)
+        exact, loss, count = slow(loaded.model, variables, batches, r.loops)
         assert (r.exact_match, r.examples) == (pytest.approx(exact, abs=1e-9), count)
         assert r.loss == pytest.approx(loss, abs=1e-4)
     assert len({r.exact_match for r in results}) > 2  # some right, some wrong
@@ -114,7 +114,7 @@ def test_a_run_learns_and_its_exact_match_is_that_of_its_logits(run):
     loops = []
     for r in halted:
         for batch in data.eval_batches(r.difficulty, batch_size=8, max_rows=20):
-            out = opened.model.apply(variables, batch["tokens"], loops=3, halting=Halting("latent", 0.4))
+            out = loaded.model.apply(variables, batch["tokens"], loops=3, halting=Halting("latent", 0.4))
             loops += [np.mean(row[mask]) for row, mask in zip(out.loops, batch["mask"], strict=True) if mask.any()]
         assert r.mean_loops == pytest.approx(np.mean(loops[-20:]), abs=1e-6)  # answers of one difficulty are alike long
     np.testing.assert_allclose(trace.loops_N, loops, atol=1e-6)
@@ -132,11 +132,11 @@ def test_resume_goes_on_and_refuses_a_changed_task(run, tmp_path):
         tree["data"]["task"] |= task
         return from_dict(Config, tree)
 
-    undisturbed = jax.device_get(open_model(run).variables)
+    undisturbed = jax.device_get(load_model(run).variables)
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "60")
     train(CONFIG, tmp_path / "run", progress=False)
-    jax.tree.map(np.testing.assert_array_equal, undisturbed, jax.device_get(open_model(tmp_path / "run").variables))
+    jax.tree.map(np.testing.assert_array_equal, undisturbed, jax.device_get(load_model(tmp_path / "run").variables))
     for change, message in [
         ({"difficulty": [1, 2]}, r"cannot resume.*data\.task\.difficulty was \[1\], is \[1, 2\]"),
         ({"answers": "last"}, r"cannot resume.*data\.task\.answers was 'every', is 'last'"),

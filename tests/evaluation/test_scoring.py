@@ -15,7 +15,7 @@ from mythos_jax.inference.generate import generate
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.best_tokens import best_tokens
-from mythos_jax.runs.load import Opened
+from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import make_mesh
 from tests.tiny import variables
 
@@ -23,10 +23,10 @@ MODEL = ModelConfig(vocab_size=40, dim=32, max_seq_len=16, loops=3, n_heads=2, n
 
 
 @pytest.fixture(scope="module")
-def opened():
+def loaded():
     config = Config(model=MODEL, data=DataConfig(seq_len=8), evaluation=EvaluationConfig(batch_size=8))
     weights = jax.tree.map(jnp.asarray, variables(MODEL))
-    return Opened(Path("x"), config, Mythos(MODEL), weights, None, make_mesh(MeshConfig()), None)
+    return LoadedModel(Path("x"), config, Mythos(MODEL), weights, None, make_mesh(MeshConfig()), None)
 
 
 def test_batches_have_few_widths():
@@ -40,16 +40,16 @@ def test_batches_have_few_widths():
 
 
 @pytest.mark.parametrize("halting", [None, Halting("latent", 0.2)])
-def test_scores_are_those_of_single_calls(opened, halting, monkeypatch):
+def test_scores_are_those_of_single_calls(loaded, halting, monkeypatch):
     monkeypatch.setattr(scoring, "SHORTEST", 4)
     rng = np.random.default_rng(0)
     sequences = [(rng.integers(0, 40, n).tolist(), k) for n, k in [(17, 16), (5, 2), (9, 1), (2, 1), (12, 5)] * 2]
-    run = jax.jit(lambda tokens: opened.model.apply(opened.variables, tokens, loops=jnp.int32(5), halting=halting))
+    run = jax.jit(lambda tokens: loaded.model.apply(loaded.variables, tokens, loops=jnp.int32(5), halting=halting))
     for place, k in (1, 2), (2, 1):  # make the first scored token right: of two, and the only one
         tokens = sequences[place][0]
         best = run(np.array([tokens[:-1]])).logits[0, -k].argmax()
         sequences[place] = [*tokens[:-k], int(best), *tokens[len(tokens) - k + 1 :]], k
-    found = score(opened, sequences, Setting(5, halting), progress=False)
+    found = score(loaded, sequences, Setting(5, halting), progress=False)
     assert len({s.loops / s.tokens for s in found}) > (1 if halting else 0)
     assert len({s.greedy for s in found}) == 2
     for (tokens, k), got in zip(sequences[:5], found, strict=False):
@@ -62,18 +62,18 @@ def test_scores_are_those_of_single_calls(opened, halting, monkeypatch):
         assert (got.tokens, got.loops) == (k, int(out.loops[0, -k:].sum()))
     for tokens in ([1], list(range(18))):
         with pytest.raises(ValueError, match=r"allowed: 1 <= n < tokens <= 17"):
-            score(opened, [(tokens, 1)], Setting(3), progress=False)
+            score(loaded, [(tokens, 1)], Setting(3), progress=False)
 
 
-def test_continuations_are_those_of_single_prompts(opened):
+def test_continuations_are_those_of_single_prompts(loaded):
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 40, n).tolist() for n in (3, 5, 12, 2)]  # the third loses four tokens
     alone = []
     for prompt in prompts:
-        result = generate(opened.model, opened.variables, np.array([prompt[-8:]]), max_new_tokens=8, loops=3)
+        result = generate(loaded.model, loaded.variables, np.array([prompt[-8:]]), max_new_tokens=8, loops=3)
         alone.append((result.tokens[0].tolist(), int(result.loops.sum())))
     stop = alone[1][0][3]
-    found = extend(opened, prompts, Setting(3), max_new_tokens=8, stop_tokens=(stop,), progress=False)
+    found = extend(loaded, prompts, Setting(3), max_new_tokens=8, stop_tokens=(stop,), progress=False)
     for (tokens, loops), got in zip(alone, found, strict=True):
         until = tokens.index(stop) if stop in tokens else 8
         assert got.tokens == tokens[:until]

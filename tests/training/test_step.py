@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from mythos_jax.config import Config, DepthConfig, MeshConfig, ObjectivesConfig, TrainingConfig
+from mythos_jax.data.placement import batch_sharding, to_global
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.sharding import batch_sharding, make_mesh, to_global
+from mythos_jax.sharding import make_mesh
 from mythos_jax.training.depth import draw_depths
 from mythos_jax.training.objectives import contraction, ponder_cost, ponder_prior
 from mythos_jax.training.optimizer import optimizer_groups

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mythos_jax.config import MeshConfig, load_config
 from mythos_jax.errors import BadStepError, ConfigError
 from mythos_jax.runs.checkpoints import Checkpoints, checksums
-from mythos_jax.runs.load import open_model
+from mythos_jax.runs.load import load_model
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.train import train
 from tests.survival import assert_same, lines, parameters, start, stop, timeless, wait_for_step, with_training
@@ -95,7 +95,7 @@ def test_a_half_written_checkpoint_is_not_restored(config, undisturbed, tmp_path
     half = undisturbed / "checkpoints" / "9.orbax-checkpoint-tmp"
     shutil.copytree(undisturbed / "checkpoints" / "8", half)
     assert Checkpoints(undisturbed / "checkpoints", read_only=True).newest() == 8
-    assert open_model(undisturbed).step == 8
+    assert load_model(undisturbed).step == 8
 
 
 def data_files(folder):
@@ -203,14 +203,14 @@ def test_resume_refuses_another_model_batch_seed_or_data(config, undisturbed, tm
 def test_more_steps_are_announced(config, undisturbed, capsys):
     train(with_training(config, steps=10), undisturbed, progress=False)
     assert "training.steps was 8, is now 10: the learning rate's cosine now ends at step 10" in capsys.readouterr().err
-    assert open_model(undisturbed).step == 10
+    assert load_model(undisturbed).step == 10
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
     config = with_training(config, learning_rate=1e30, checkpoint_every=1, gradient_clip=0.0)
     with pytest.raises(BadStepError, match=r"step [2-8]: \w+ is (nan|inf); training stopped, the checkpoint of step"):
         train(config, tmp_path / "nan", progress=False)
-    assert open_model(tmp_path / "nan").step >= 1
+    assert load_model(tmp_path / "nan").step >= 1
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: (p.mkdir(), (p / "x").write_text("x"))])

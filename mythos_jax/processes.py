@@ -1,0 +1,177 @@
+"""Being one of the processes of a run: logging from process 0, ordering, agreeing on failures, and shutdown.
+
+A run has one process per host (or per GPU) under `jax.distributed`; everything here also works in a single process that
+never connected. Work that touches shared files runs on process 0 first, then on the others.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+import jax
+
+from mythos_jax.errors import ConfigError, one_line
+
+# Seconds that process 0, which hosts the coordinator, outlives a failure, so that the others can report theirs.
+SHUTDOWN_GRACE = 3
+
+Result = TypeVar("Result")
+
+
+def is_process_zero() -> bool:
+    """Whether this is the process that prints, logs and prepares data: the only one, or process 0 of several."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def is_single_process() -> bool:
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
+def process_prefix() -> str:
+    """What identifies this process at the start of a message, such as `process 3: `; empty in a single process."""
+    return "" if is_single_process() else f"process {jax.process_index()}: "
+
+
+def log0(text: str) -> None:
+    """Prints one line to standard error, on process 0 only."""
+    if is_process_zero():
+        print(text, file=sys.stderr)
+
+
+# All processes call the next two functions in the same order, so that equal call numbers mean the same call.
+_calls = itertools.count()
+_WEEK = 7 * 24 * 3600 * 1000  # in ms, longer than any wait: the runtime ends the wait much sooner if a process dies
+
+
+def process_zero_first(
+    name: str, work: Callable[[], Result], identity: Callable[[Result], str] = lambda _: ""
+) -> Result:
+    """Runs `work` on process 0, then on all others, which find the files it made. Waits as long as that takes.
+
+    name: what error messages call the work.
+    identity: text that must agree across processes.
+
+    Raises ConfigError on all processes if process 0 raises it, and on a process whose identity differs.
+    """
+    if is_single_process():
+        return work()
+    key = f"mythos/{next(_calls)}"
+    if is_process_zero():
+        try:
+            result = work()
+        except ConfigError as error:
+            _client().key_value_set(key, f"error {error}")
+            raise
+        _client().key_value_set(key, f"done {identity(result)}")
+        return result
+    kind, _, text = _client().blocking_key_value_get(key, _WEEK).partition(" ")
+    if kind == "error":
+        raise ConfigError(text)
+    result = work()
+    if identity(result) != text:
+        raise ConfigError(
+            f"{name}: process {jax.process_index()} finds something else than process 0; allowed: paths that all "
+            "processes share"
+        )
+    return result
+
+
+def raise_together(work: Callable[[], Result]) -> Result:
+    """Runs `work` on all processes; if it raises on one of them it raises on all, so that they stay in step."""
+    if is_single_process():
+        return work()
+    key = f"mythos/{next(_calls)}"
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    message = "" if failure is None else f"process {jax.process_index()}: {one_line(failure, limit=200)}"
+    _client().key_value_set(f"{key}/{jax.process_index()}", message)
+    _client().wait_at_barrier(key, _WEEK)
+    messages = [text for _, text in _client().key_value_dir_get(key) if text]
+    if failure is not None:
+        raise failure
+    if messages:
+        raise RuntimeError(messages[0])
+    return result
+
+
+def _client() -> Any:
+    # The key-value store of jax.distributed. Unlike a collective it never waits for a device. Orbax uses it in the same
+    # way; jax has no public name for it.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+class StopSignal:
+    """Whether SIGTERM or Ctrl-C asked the run to stop, and after which step; the answer is the same on all processes.
+
+    A single process reads what its own handler recorded. With several, jax's preemption service forwards a SIGTERM that
+    one of them received and picks a step that none has finished yet; asking it only reads a flag. The service installs
+    its own SIGTERM handler, so we do not touch that signal, and turn a Ctrl-C into one. A second Ctrl-C acts at once.
+    """
+
+    def __init__(self) -> None:
+        self._caught: list[int] = []
+
+    def reached(self, step: int) -> int | None:
+        """The number of the signal to stop for after this step, if any. All processes must call it once per step."""
+        if is_single_process():
+            return self._caught[0] if self._caught else None
+        from jax.experimental import multihost_utils
+
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return None
+        return self._caught[0] if self._caught else signal.SIGTERM
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["StopSignal"]:
+        """Handles signals inside the context. Outside the main thread signals are left to the caller."""
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_single_process() else (signal.SIGINT,)
+        try:
+            previous = {number: signal.signal(number, self._record) for number in numbers}
+        except ValueError:
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _record(self, number: int, _: FrameType | None) -> None:
+        if self._caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._caught.append(number)
+        if not is_single_process():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether jax failed because another process is gone, which a restart mends, and not for a reason that recurs."""
+    if is_single_process() or not isinstance(error, jax.errors.JaxRuntimeError):
+        return False
+    gone = r"UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED|Gloo|NCCL|[Cc]onnection|[Hh]eartbeat"
+    return re.search(gone, str(error)) is not None
+
+
+def exit_now(code: int) -> None:
+    """Ends one of several processes after a failure, without the usual wait at exit for the others, which may be
+    waiting for this one. Does nothing in a single process."""
+    if is_single_process():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_process_zero():
+        time.sleep(SHUTDOWN_GRACE)
+    os._exit(code)
