@@ -291,9 +291,10 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
-    from mythos_jax.evaluation.evaluate import as_json, evaluate_model, evaluate_on_tasks
+    from mythos_jax.evaluation.evaluate import evaluate_model, evaluate_on_tasks
+    from mythos_jax.evaluation.results import as_json
     from mythos_jax.processes import is_process_zero
-    from mythos_jax.report.report_page import write_report
+    from mythos_jax.report.page import write_report
     from mythos_jax.report.tables import format_table
     from mythos_jax.runs.load import load_model
 

@@ -3,7 +3,7 @@ compiled program, and so is each criterion."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.ranks import rank_correlation
+from mythos_jax.evaluation.results import DepthResult, TokenTrace
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.sharding import replicate, use_mesh
@@ -30,38 +31,6 @@ def _measured(model, variables, batch, loops, halting):
     nats_BT, out = next_token_nats(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
     totals = nats_BT.sum(), batch["mask"].sum(), (out.loops * batch["mask"]).sum()
     return totals, replicate((nats_BT, out.loops))
-
-
-@dataclass(frozen=True)
-class DepthResult:
-    """One row of the table.
-
-    loops: what every token ran or, with a policy (`halting` its criterion, `threshold`), at most. loss: nats per
-    token. mean_loops: over the tokens, what was run and contributed. rank_correlation: Spearman's, between a token's
-    loss at the deepest fixed depth and its loops; None where all tokens ran the same. approximate: see `Setting`.
-    """
-
-    loops: int
-    loss: float
-    bits_per_byte: float
-    mean_loops: float
-    tokens: int
-    halting: str | None = None
-    threshold: float | None = None
-    approximate: bool = False
-    rank_correlation: float | None = None
-
-
-@dataclass(frozen=True)
-class TokenTrace:
-    """What single tokens took, of the rows `rows_NT` (the targets; int32) where `mask_NT`: loops_NT under one setting,
-    and nats_NT at the deepest fixed depth."""
-
-    setting: Setting
-    rows_NT: np.ndarray
-    mask_NT: np.ndarray
-    loops_NT: np.ndarray
-    nats_NT: np.ndarray
 
 
 def evaluate_depths(

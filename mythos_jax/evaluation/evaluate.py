@@ -1,7 +1,6 @@
 """`mythos eval`: a model on held-out rows, on the examples of its task, or on tasks of lm-evaluation-harness."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +10,14 @@ from mythos_jax.data.pipeline import eval_batches
 from mythos_jax.data.placement import check_batch
 from mythos_jax.data.tasks import TaskData
 from mythos_jax.errors import ConfigError
-from mythos_jax.evaluation.depths import DepthResult, TokenTrace, evaluate_depths
-from mythos_jax.evaluation.exact_match import ExampleTrace, TaskResult, evaluate_task
-from mythos_jax.evaluation.loop_trace import LoopTrace, trace_loops
+from mythos_jax.evaluation.depths import evaluate_depths
+from mythos_jax.evaluation.exact_match import evaluate_task
+from mythos_jax.evaluation.loop_trace import trace_loops
 from mythos_jax.evaluation.policies import Setting, default_depths, settings
+from mythos_jax.evaluation.results import Evaluation
 from mythos_jax.flops import count_parameters
 from mythos_jax.model.halting import Halting
 from mythos_jax.runs.load import LoadedModel
-
-
-@dataclass(frozen=True)
-class HarnessResult:
-    """One number of one task of lm-evaluation-harness. error: its standard error; mean_loops: over the tokens that
-    were scored or generated; the rest is as in `DepthResult`."""
-
-    task: str
-    metric: str
-    value: float
-    error: float | None
-    higher_is_better: bool
-    samples: int
-    loops: int
-    mean_loops: float
-    halting: str | None = None
-    threshold: float | None = None
-    approximate: bool = False
-
-
-Result = DepthResult | TaskResult | HarnessResult
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was found. results: a row a setting (of a task: of each difficulty; of the harness: of each number).
-    about: which model, plain values. The rest is for the report: `says` turns tokens into text; `traces` are of each
-    policy; `inside` is None where nobody asked."""
-
-    results: Sequence[Result]
-    about: dict[str, Any]
-    traces: Sequence[TokenTrace | ExampleTrace] = ()
-    inside: LoopTrace | None = None
-    says: Callable[[Sequence[int]], str] = str
 
 
 def evaluate_model(
@@ -183,23 +149,3 @@ def _held_out(loaded: LoadedModel, folder: Path) -> Split:
         if needed > has:
             raise ConfigError(f"{folder}: {name} is {needed}, allowed: at most the model's, {has}")
     return manifest.splits["held_out"]
-
-
-def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """What `--json` prints and evaluation.json holds."""
-    found = {**evaluation.about, "results": [asdict(result) for result in evaluation.results]}
-    correlations = [
-        {"halting": t.setting.criterion, "threshold": t.setting.threshold, "rank_correlation": t.rank_correlation}
-        for t in evaluation.traces
-        if isinstance(t, ExampleTrace)
-    ]
-    if correlations:
-        found["difficulty_and_loops"] = correlations
-    if evaluation.inside is not None:
-        inside = evaluation.inside
-        found["inside"] = {
-            "tokens": inside.tokens,
-            "change_quantiles": inside.change_L3.tolist(),
-            "expert_share": None if inside.expert_share_LGE is None else inside.expert_share_LGE.tolist(),
-        }
-    return found

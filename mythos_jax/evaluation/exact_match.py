@@ -2,7 +2,6 @@
 traced: fixed depths are one compiled program, and so is each criterion."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,46 +14,11 @@ from tqdm import tqdm
 
 from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
-from mythos_jax.evaluation.ranks import rank_correlation
+from mythos_jax.evaluation.results import ExampleTrace, TaskResult
 from mythos_jax.model.likelihood import next_token_nats
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.best_tokens import best_tokens
 from mythos_jax.sharding import replicate, use_mesh
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One row of the table. exact_match: share of examples whose answer tokens are all the likeliest ones, which is
-    where greedy decoding is right; loss: nats per answer token; mean_loops: over the answer tokens. The rest is as in
-    `DepthResult`."""
-
-    difficulty: int
-    loops: int
-    exact_match: float
-    loss: float
-    mean_loops: float
-    examples: int
-    halting: str | None = None
-    threshold: float | None = None
-    approximate: bool = False
-
-
-@dataclass(frozen=True)
-class ExampleTrace:
-    """What single problems took under one setting, a row each: its difficulty, the mean loops of its answer; and of
-    the first problem of each difficulty its tokens and each token's loops.
-
-    rank_correlation: Spearman's, between difficulty and loops; None where one of them is constant.
-    """
-
-    setting: Setting
-    difficulty_N: np.ndarray
-    loops_N: np.ndarray
-    shown: Mapping[int, tuple[np.ndarray, np.ndarray]]
-
-    @property
-    def rank_correlation(self) -> float | None:
-        return rank_correlation(self.difficulty_N, self.loops_N)
 
 
 @partial(jax.jit, static_argnames="model")

@@ -15,8 +15,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mythos_jax.errors import ConfigError
-from mythos_jax.evaluation.evaluate import HarnessResult
 from mythos_jax.evaluation.policies import Setting
+from mythos_jax.evaluation.results import HarnessResult
 from mythos_jax.evaluation.scoring import extend, score
 from mythos_jax.runs.load import LoadedModel
 

@@ -5,8 +5,7 @@ from html import escape
 
 import numpy as np
 
-from mythos_jax.evaluation.depths import TokenTrace
-from mythos_jax.evaluation.exact_match import ExampleTrace
+from mythos_jax.evaluation.results import ExampleTrace, TokenTrace
 
 SHOWN = 600  # tokens of a text
 END = "∎"  # stands for a token that is no text: the end of a document

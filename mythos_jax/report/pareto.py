@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mythos_jax.evaluation.depths import DepthResult
-from mythos_jax.evaluation.evaluate import Result
-from mythos_jax.evaluation.exact_match import TaskResult
 from mythos_jax.evaluation.policies import Setting
+from mythos_jax.evaluation.results import DepthResult, Result, TaskResult
 
 TOLERANCE = 0.005  # quality that counts as kept: within so much of that at the trained depth, relatively
 

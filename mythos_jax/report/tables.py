@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mythos_jax.evaluation.depths import DepthResult
-from mythos_jax.evaluation.evaluate import Result
-from mythos_jax.evaluation.exact_match import TaskResult
+from mythos_jax.evaluation.results import DepthResult, Result, TaskResult
 
 
 @dataclass(frozen=True)

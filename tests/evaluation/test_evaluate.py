@@ -11,13 +11,13 @@ import pytest
 
 from mythos_jax.config import MeshConfig, ModelConfig
 from mythos_jax.evaluation.depths import evaluate_depths
-from mythos_jax.evaluation.evaluate import Evaluation
 from mythos_jax.evaluation.loop_trace import LoopTrace, trace_loops
 from mythos_jax.evaluation.policies import Setting, fixed
 from mythos_jax.evaluation.ranks import rank_correlation
+from mythos_jax.evaluation.results import Evaluation
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.report.report_page import write_report
+from mythos_jax.report.page import write_report
 from mythos_jax.report.tables import format_table
 from mythos_jax.sharding import make_mesh
 from tests.tiny import variables

@@ -8,9 +8,9 @@ from scipy.stats import spearmanr
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.errors import ConfigError
-from mythos_jax.evaluation.depths import DepthResult
 from mythos_jax.evaluation.policies import SWEEPS, default_depths, settings
 from mythos_jax.evaluation.ranks import by_parts, rank_correlation
+from mythos_jax.evaluation.results import DepthResult
 from mythos_jax.model.halting import CRITERIA, Halting
 from mythos_jax.report.pareto import Panel, Point, panels, pooled, savings
 

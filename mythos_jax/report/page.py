@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mythos_jax.evaluation.depths import DepthResult, TokenTrace
-from mythos_jax.evaluation.evaluate import Evaluation, as_json
-from mythos_jax.evaluation.exact_match import ExampleTrace
 from mythos_jax.evaluation.loop_trace import LoopTrace
 from mythos_jax.evaluation.ranks import by_parts
+from mythos_jax.evaluation.results import DepthResult, Evaluation, ExampleTrace, TokenTrace, as_json
 from mythos_jax.paths import to_path
 from mythos_jax.report.heat_map import most_telling, problem_map, text_map
 from mythos_jax.report.html import page, pair, section, table
