@@ -89,7 +89,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
         first = peak / (warm + 1)
         return first + (peak - first) * step / warm
     share = min((step - warm) / max(config.steps - warm, 1), 1)
-    final = config.final_learning_rate
+    final = config.final_learning_rate_fraction
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * share)))
 
 

@@ -5,6 +5,8 @@ The public names, imported when first used: the model needs jax and flax alone, 
 
 import importlib
 
+__version__ = "0.2.0"
+
 _HOME = {
     "Halting": "model.halting",
     "ModelConfig": "config",

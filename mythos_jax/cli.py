@@ -200,7 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR")
     sub.add_argument("--tokenizer", default="bytes", metavar="FILE", help='a tokenizer.json (default: "bytes")')
     sub.add_argument("--seq-len", type=int, default=1024, metavar="T", help="tokens a row predicts (default 1024)")
-    sub.add_argument("--held-out", type=float, default=0.05, metavar="SHARE", help="share of documents (default 0.05)")
+    sub.add_argument(
+        "--held-out-fraction", type=float, default=0.05, metavar="F", help="fraction of documents (default 0.05)"
+    )
     sub.add_argument("--max-bytes", type=int, default=0, metavar="N", help="stop after so much text (default: all)")
     sub.add_argument("--workers", type=int, default=0, metavar="N", help="threads that tokenise (default: all cores)")
     return parser
@@ -375,12 +377,13 @@ def _predictor(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _info(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from mythos_jax.config import load_config
+    from mythos_jax.config import load_config, load_run_config
     from mythos_jax.info import describe
 
     path = Path(arguments.config)
     if path.suffix in (".yaml", ".yml") or (path / "config.yaml").is_file():
-        config = load_config(path / "config.yaml" if path.is_dir() else path, overrides)
+        is_run = path.is_dir()
+        config = load_run_config(path / "config.yaml", overrides) if is_run else load_config(path, overrides)
         name, model = config.name, config.model
     else:
         from mythos_jax.porting.reading import Source
@@ -431,7 +434,7 @@ def _prepare(arguments: argparse.Namespace, _: list[str]) -> None:
         arguments.out,
         tokenizer=arguments.tokenizer,
         seq_len=arguments.seq_len,
-        held_out=arguments.held_out,
+        held_out_fraction=arguments.held_out_fraction,
         max_bytes=arguments.max_bytes,
         workers=arguments.workers,
     )

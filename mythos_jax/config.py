@@ -8,12 +8,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
+from mythos_jax import __version__
+from mythos_jax.errors import ConfigError
 from mythos_jax.paths import to_path
-from mythos_jax.typed import apply_overrides, check_types, from_dict, read_yaml, require, some, to_dict
+from mythos_jax.typed import (
+    Formerly,
+    Section,
+    apply_overrides,
+    check_field,
+    check_types,
+    first_few,
+    from_dict,
+    read_yaml,
+    to_dict,
+    upgrade,
+)
 
 __all__ = [
     "Config",
@@ -24,6 +37,7 @@ __all__ = [
     "TaskConfig",
     "TrainingConfig",
     "load_config",
+    "load_run_config",
     "save_config",
 ]
 
@@ -42,12 +56,12 @@ DepthUnit = Literal["sequence", "batch"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "constant"]
 BadSteps = Literal["stop", "skip"]
-Writer = Literal["tensorboard", "wandb"]
+Logger = Literal["tensorboard", "wandb"]
 Gather = Literal["once", "per_loop"]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section, section="model"):
     """One point in the space of recurrent-depth transformers (design: families are combinations, not forks).
 
     Lengths are in tokens, widths in channels, `None` means "derived", as the comment beside the field says.
@@ -119,24 +133,24 @@ class ModelConfig:
         check_types(self, "model")
         positive = ["vocab_size", "dim", "max_seq_len", "n_heads", "hidden_dim", "loops", "loop_layers"]
         for name in positive:
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
+            check_field(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
         for name in ["prelude_layers", "coda_layers", "n_shared_experts", "lora_rank"]:
-            require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "an integer >= 0")
+            check_field(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "an integer >= 0")
         for name in ["rope_theta", "norm_eps", "embedding_scale"]:
-            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a number > 0")
+            check_field(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a number > 0")
         for name in ["head_dim", "loop_hidden_dim", "shared_expert_dim", "lora_loops", "init_std"]:
             value = getattr(self, name)
-            require(value is None or value > 0, f"model.{name}", value, "a number > 0, or null")
+            check_field(value is None or value > 0, f"model.{name}", value, "a number > 0, or null")
         self._check_attention()
         self._check_feed_forward()
-        require(0 < self.act_threshold <= 1, "model.act_threshold", self.act_threshold, "a number in (0, 1]")
+        check_field(0 < self.act_threshold <= 1, "model.act_threshold", self.act_threshold, "a number in (0, 1]")
         for name in ["loop_embedding_scale", "output_init"]:
-            require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "a number >= 0")
+            check_field(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "a number >= 0")
         layers = self.prelude_layers + self.loop_layers + self.coda_layers
         for name in ["value_gate_layers", "value_table_layers"]:
             for index in getattr(self, name):
-                require(0 <= index < layers, f"model.{name}", index, f"layer indices from 0 to {layers - 1}")
-        require(
+                check_field(0 <= index < layers, f"model.{name}", index, f"layer indices from 0 to {layers - 1}")
+        check_field(
             not (self.value_gate_layers and self.attention == "mla"),
             "model.value_gate_layers",
             self.value_gate_layers,
@@ -146,38 +160,42 @@ class ModelConfig:
     def _check_attention(self) -> None:
         if self.attention == "mla":
             for name in ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]:
-                require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1 with mla")
+                check_field(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1 with mla")
             for name in ["qk_norm", "qk_bias"]:
-                require(not getattr(self, name), f"model.{name}", True, "false with attention mla")
+                check_field(not getattr(self, name), f"model.{name}", True, "false with attention mla")
         else:
             if self.head_dim is None:
                 divisors = [n for n in range(1, self.dim + 1) if self.dim % n == 0 and (self.dim // n) % 2 == 0]
-                require(
+                check_field(
                     self.n_heads in divisors,
                     "model.n_heads",
                     self.n_heads,
-                    f"a divisor of dim {self.dim} that leaves an even head width ({some(divisors)})",
+                    f"a divisor of dim {self.dim} that leaves an even head width ({first_few(divisors)})",
                 )
-            require(
+            check_field(
                 self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads == 0,
                 "model.n_kv_heads",
                 self.n_kv_heads,
                 f"a divisor of n_heads {self.n_heads}",
             )
         name = "qk_rope_head_dim" if self.attention == "mla" else "head_dim"
-        require(self.rope_dim % 2 == 0, f"model.{name}", self.rope_dim, "an even width (RoPE turns pairs)")
+        check_field(self.rope_dim % 2 == 0, f"model.{name}", self.rope_dim, "an even width (RoPE turns pairs)")
 
     def _check_feed_forward(self) -> None:
         if self.feed_forward == "moe":
-            require(self.n_experts >= 1, "model.n_experts", self.n_experts, "an integer >= 1 with feed_forward moe")
-            require(self.expert_dim >= 1, "model.expert_dim", self.expert_dim, "an integer >= 1 with feed_forward moe")
-            require(
+            check_field(self.n_experts >= 1, "model.n_experts", self.n_experts, "an integer >= 1 with feed_forward moe")
+            check_field(
+                self.expert_dim >= 1, "model.expert_dim", self.expert_dim, "an integer >= 1 with feed_forward moe"
+            )
+            check_field(
                 1 <= self.experts_per_token <= self.n_experts,
                 "model.experts_per_token",
                 self.experts_per_token,
                 f"1 to n_experts, {self.n_experts}",
             )
-            require(self.activation == "swiglu", "model.activation", self.activation, "swiglu with feed_forward moe")
+            check_field(
+                self.activation == "swiglu", "model.activation", self.activation, "swiglu with feed_forward moe"
+            )
 
     # What the fields leave to be derived.
     @property
@@ -202,26 +220,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DepthConfig:
+class DepthConfig(Section, section="training.depth"):
     """How many loops a training row runs, drawn anew each step (see `training/depth.py`)."""
 
     distribution: DepthDistribution = "fixed"
     mean_loops: int | None = None  # model.loops
     max_loops: int | None = None  # bound of every draw: twice the mean; fixed: the mean
     backprop_loops: int | None = None  # the last so many have gradients: all of them
-    per: DepthUnit = "sequence"  # one draw a row, or one for the whole batch
+    sample_per: Annotated[DepthUnit, Formerly("per")] = "sequence"  # one draw a row, or one for the whole batch
     curriculum_steps: int = 0  # the mean rises from 1 over so many steps
 
     def __post_init__(self):
         check_types(self, "training.depth")
         for name in ["mean_loops", "max_loops", "backprop_loops"]:
             value = getattr(self, name)
-            require(value is None or value >= 1, f"training.depth.{name}", value, "an integer >= 1, or null")
-        require(self.curriculum_steps >= 0, "training.depth.curriculum_steps", self.curriculum_steps, "an integer >= 0")
+            check_field(value is None or value >= 1, f"training.depth.{name}", value, "an integer >= 1, or null")
+        check_field(
+            self.curriculum_steps >= 0, "training.depth.curriculum_steps", self.curriculum_steps, "an integer >= 0"
+        )
 
 
 @dataclass(frozen=True)
-class ObjectivesConfig:
+class ObjectivesConfig(Section, section="training.objectives"):
     """Weights of what is minimised beside the next-token loss; 0: off (see `training/objectives.py`)."""
 
     ponder_cost: float = 0.0  # the expected number of loops under the ACT weights
@@ -233,29 +253,33 @@ class ObjectivesConfig:
     def __post_init__(self):
         check_types(self, "training.objectives")
         for name in ["ponder_cost", "ponder_prior", "contraction", "router_z"]:
-            require(getattr(self, name) >= 0, f"training.objectives.{name}", getattr(self, name), "a number >= 0")
+            check_field(getattr(self, name) >= 0, f"training.objectives.{name}", getattr(self, name), "a number >= 0")
         rate = self.ponder_prior_rate
-        require(0 < rate < 1, "training.objectives.ponder_prior_rate", rate, "a number in (0, 1)")
+        check_field(0 < rate < 1, "training.objectives.ponder_prior_rate", rate, "a number in (0, 1)")
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Section, section="training"):
     """How a run trains. Steps are optimizer steps, `batch_size` counts rows of the global batch."""
 
     steps: int = 1000
     batch_size: int = 16
     seed: int = 0
-    accumulation: int = 1  # parts that a batch is split into, one after the other, to save memory
+    grad_accumulation_steps: Annotated[int, Formerly("accumulation")] = (
+        1  # parts that a batch is split into, one after the other, to save memory
+    )
     depth: DepthConfig = field(default_factory=DepthConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
-    # Linear warm-up over `warmup_steps`, then: cosine to `final_learning_rate` of the peak; wsd: constant, then
-    # linear down to it over the last `decay_share` of the steps; constant.
+    # Linear warm-up over `warmup_steps`, then: cosine to `final_learning_rate_fraction` of the peak; wsd: constant,
+    # then linear down to it over the last `decay_fraction` of the steps; constant.
     optimizer: Optimizer = "adamw"  # muon: matrices inside the layers by Muon, the rest by AdamW
     schedule: Schedule = "cosine"
-    decay_share: float = 0.2
+    decay_fraction: Annotated[float, Formerly("decay_share")] = 0.2
     learning_rate: float = 1e-3
     muon_learning_rate: float = 0.02  # its peak; follows the same schedule
-    final_learning_rate: float = 0.1  # as a fraction of learning_rate
+    final_learning_rate_fraction: Annotated[
+        float, Formerly("final_learning_rate", "a fraction of the peak, e.g. 0.1")
+    ] = 0.1  # of learning_rate
     warmup_steps: int = 50
     weight_decay: float = 0.1  # matrices only
     b1: float = 0.9
@@ -270,44 +294,46 @@ class TrainingConfig:
     keep_checkpoints: int = 2  # the newest so many are kept
     log_every: int = 10
     evaluate_every: int = 0  # held-out loss at the model's depth, every so many steps; 0: never
-    writers: tuple[Writer, ...] = ()  # beside metrics.jsonl
+    loggers: Annotated[tuple[Logger, ...], Formerly("writers")] = ()  # beside metrics.jsonl
     profile_steps: tuple[int, ...] = ()  # [first, last]: a profiler trace of these steps, into the run directory
 
     def __post_init__(self):
         check_types(self, "training")
-        require(
-            self.batch_size % self.accumulation == 0 if self.accumulation >= 1 else False,
-            "training.accumulation",
-            self.accumulation,
+        check_field(
+            self.batch_size % self.grad_accumulation_steps == 0 if self.grad_accumulation_steps >= 1 else False,
+            "training.grad_accumulation_steps",
+            self.grad_accumulation_steps,
             f"a divisor of batch_size {self.batch_size}",
         )
-        require(0 < self.decay_share <= 1, "training.decay_share", self.decay_share, "a fraction in (0, 1]")
-        require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
+        check_field(
+            0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a fraction in (0, 1]"
+        )
+        check_field(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
         factor = self.spike_factor
-        require(factor == 0 or factor > 1, "training.spike_factor", factor, "a number > 1, or 0 for none")
+        check_field(factor == 0 or factor > 1, "training.spike_factor", factor, "a number > 1, or 0 for none")
         span = self.profile_steps
         ordered = not span or (len(span) == 2 and 1 <= span[0] <= span[1])
-        require(ordered, "training.profile_steps", list(span), "[first, last], or []")
+        check_field(ordered, "training.profile_steps", list(span), "[first, last], or []")
         for name in ["steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every"]:
-            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "an integer >= 1")
+            check_field(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "an integer >= 1")
         for name in ["warmup_steps", "seed", "evaluate_every"]:
-            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "an integer >= 0")
+            check_field(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "an integer >= 0")
         for name in ["learning_rate", "muon_learning_rate", "eps"]:
-            require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number > 0")
+            check_field(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "a number > 0")
         for name in ["weight_decay", "gradient_clip", "balance_rate"]:
-            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "a number >= 0")
+            check_field(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "a number >= 0")
         for name in ["b1", "b2"]:
-            require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "a number in [0, 1)")
-        require(
-            0 <= self.final_learning_rate <= 1,
-            "training.final_learning_rate",
-            self.final_learning_rate,
+            check_field(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "a number in [0, 1)")
+        check_field(
+            0 <= self.final_learning_rate_fraction <= 1,
+            "training.final_learning_rate_fraction",
+            self.final_learning_rate_fraction,
             "a fraction in [0, 1]",
         )
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Section, section="data.task"):
     """A reasoning task, made on the fly instead of read (data/tasks.py)."""
 
     name: str = ""  # one of TASKS; empty: train on text
@@ -322,12 +348,12 @@ class TaskConfig:
         check_types(self, "data.task")
         if not self.name:
             return
-        require(self.name in TASKS, "data.task.name", self.name, ", ".join(TASKS))
-        require(len(self.difficulty) > 0, "data.task.difficulty", [], "a list such as [4] or [1, 2, 3]")
+        check_field(self.name in TASKS, "data.task.name", self.name, ", ".join(TASKS))
+        check_field(len(self.difficulty) > 0, "data.task.difficulty", [], "a list such as [4] or [1, 2, 3]")
         check_difficulties(self.difficulty, "data.task.difficulty")
-        require(2 <= self.length <= 10_000, "data.task.length", self.length, "an integer from 2 to 10000")
-        require(3 <= self.alphabet <= 10_000, "data.task.alphabet", self.alphabet, "an integer from 3 to 10000")
-        require(1 <= self.digits <= 15, "data.task.digits", self.digits, "an integer from 1 to 15")
+        check_field(2 <= self.length <= 10_000, "data.task.length", self.length, "an integer from 2 to 10000")
+        check_field(3 <= self.alphabet <= 10_000, "data.task.alphabet", self.alphabet, "an integer from 3 to 10000")
+        check_field(1 <= self.digits <= 15, "data.task.digits", self.digits, "an integer from 1 to 15")
 
 
 TASKS = ("p_hop", "addition", "parity", "boolean")
@@ -336,18 +362,20 @@ TASKS = ("p_hop", "addition", "parity", "boolean")
 def check_difficulties(values: Sequence[int], name: str) -> None:
     """Raises ConfigError for a difficulty that no task has."""
     for value in values:
-        require(1 <= value <= 1000, name, value, "integers from 1 to 1000")
+        check_field(1 <= value <= 1000, name, value, "integers from 1 to 1000")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section, section="data"):
     """Where the token rows are, and how to make them when they are missing; or a task that makes them."""
 
     path: str = ""  # the prepared rows; empty: data/NAME
     sources: tuple[str, ...] = ()  # files and folders to prepare from; "stdlib": Python's own library
     tokenizer: str = "bytes"  # "bytes", or a Hugging Face tokenizer.json
     seq_len: int = 128  # tokens a row predicts
-    held_out: float = 0.05  # share of documents kept for evaluation, chosen by a hash of the name
+    held_out_fraction: Annotated[float, Formerly("held_out")] = (
+        0.05  # of the documents, kept for evaluation, chosen by a hash of the name
+    )
     max_bytes: int = 0  # stop after this much text; 0: all of it
     document_mask: bool = False  # tokens attend to their own document only, not to the others in their row
     # Instead of path and sources: several prepared folders and their weights. (Unhashed, so that a config is hashable.)
@@ -356,22 +384,24 @@ class DataConfig:
 
     def __post_init__(self):
         check_types(self, "data")
-        require(self.seq_len >= 1, "data.seq_len", self.seq_len, "an integer >= 1")
-        require(0 <= self.held_out < 1, "data.held_out", self.held_out, "a fraction in [0, 1)")
-        require(self.max_bytes >= 0, "data.max_bytes", self.max_bytes, "an integer >= 0")
+        check_field(self.seq_len >= 1, "data.seq_len", self.seq_len, "an integer >= 1")
+        check_field(
+            0 <= self.held_out_fraction < 1, "data.held_out_fraction", self.held_out_fraction, "a fraction in [0, 1)"
+        )
+        check_field(self.max_bytes >= 0, "data.max_bytes", self.max_bytes, "an integer >= 0")
         if self.task.name:
             for name in ["path", "sources", "mixture", "document_mask"]:
                 value = getattr(self, name)
-                require(not value, f"data.{name}", value, f"nothing, with data.task.name {self.task.name}")
+                check_field(not value, f"data.{name}", value, f"nothing, with data.task.name {self.task.name}")
         if self.mixture:
             for name in ["path", "sources"]:
-                require(not getattr(self, name), f"data.{name}", getattr(self, name), "nothing, with data.mixture")
+                check_field(not getattr(self, name), f"data.{name}", getattr(self, name), "nothing, with data.mixture")
             for folder, weight in self.mixture.items():
-                require(weight > 0, f"data.mixture {folder}", weight, "a weight > 0")
+                check_field(weight > 0, f"data.mixture {folder}", weight, "a weight > 0")
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Section, section="evaluation"):
     """What `mythos eval` does by default."""
 
     loops: tuple[int, ...] = ()  # depths to evaluate at; empty: 1, 2, 4, … up to twice the trained depth
@@ -382,14 +412,14 @@ class EvaluationConfig:
     def __post_init__(self):
         check_types(self, "evaluation")
         for loops in self.loops:
-            require(loops >= 1, "evaluation.loops", loops, "integers >= 1")
-        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer >= 1")
-        require(self.max_rows >= 0, "evaluation.max_rows", self.max_rows, "an integer >= 0")
+            check_field(loops >= 1, "evaluation.loops", loops, "integers >= 1")
+        check_field(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer >= 1")
+        check_field(self.max_rows >= 0, "evaluation.max_rows", self.max_rows, "an integer >= 0")
         check_difficulties(self.difficulties, "evaluation.difficulties")
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Section, section="mesh"):
     """Devices along each mesh axis; one axis may be -1 and takes what the others leave (docs/sharding.md)."""
 
     data: int = 1
@@ -404,14 +434,14 @@ class MeshConfig:
         check_types(self, "mesh")
         sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor", "expert", "sequence")}
         for axis, size in sizes.items():
-            require(size == -1 or size >= 1, f"mesh.{axis}", size, "an integer >= 1, or -1 for the rest")
-        require(self.slices >= 1, "mesh.slices", self.slices, "an integer >= 1")
+            check_field(size == -1 or size >= 1, f"mesh.{axis}", size, "an integer >= 1, or -1 for the rest")
+        check_field(self.slices >= 1, "mesh.slices", self.slices, "an integer >= 1")
         free = [axis for axis, size in sizes.items() if size == -1]
-        require(len(free) <= 1, f"mesh.{free[-1] if free else ''}", -1, "-1 on one axis only")
+        check_field(len(free) <= 1, f"mesh.{free[-1] if free else ''}", -1, "-1 on one axis only")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     """A whole run."""
 
     name: str = "run"
@@ -423,14 +453,14 @@ class Config:
 
     def __post_init__(self):
         check_types(self, "")
-        require(
+        check_field(
             self.data.seq_len <= self.model.max_seq_len,
             "data.seq_len",
             self.data.seq_len,
             f"at most model.max_seq_len, {self.model.max_seq_len}",
         )
         self._check_depth()
-        require(
+        check_field(
             self.mesh.gather == "once" or self.model.remat != "none",
             "mesh.gather",
             self.mesh.gather,
@@ -440,7 +470,7 @@ class Config:
     def _check_depth(self) -> None:
         depth, act = self.training.depth, self.model.readout == "act"
         bounded = depth.backprop_loops is not None and depth.backprop_loops < max_loops(self)
-        require(
+        check_field(
             not (act and bounded),
             "training.depth.backprop_loops",
             depth.backprop_loops,
@@ -448,7 +478,7 @@ class Config:
         )
         objectives = self.training.objectives
         for name in ["ponder_cost", "ponder_prior"]:
-            require(
+            check_field(
                 act or not getattr(objectives, name),
                 f"training.objectives.{name}",
                 getattr(objectives, name),
@@ -489,14 +519,39 @@ def is_static(config: Config) -> bool:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML config. `overrides` are command-line words: `--training.steps 100` or `--training.steps=100`.
 
-    Raises ConfigError: no such file, not YAML, an unknown key (with the nearest known one), a wrong type or value.
+    A file that `save_config` of an earlier version wrote is upgraded. Raises ConfigError: no such file, not YAML, an
+    unknown key (with the nearest known one), a wrong type or value.
     """
     tree = read_yaml(path)
     tree.setdefault("name", Path(path).stem)
+    if _WRITTEN_BY in tree:
+        return _from_stored(tree, tree.pop(_WRITTEN_BY), overrides)
     apply_overrides(tree, overrides)
     return from_dict(Config, tree)
 
 
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config.yaml of a run directory, also of a run that an earlier version made. Raises ConfigError as above."""
+    tree = read_yaml(path)
+    return _from_stored(tree, tree.pop(_WRITTEN_BY, _FIRST_VERSION), overrides)
+
+
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes the resolved config as YAML."""
-    to_path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    """Writes the resolved config as YAML, with the version that wrote it."""
+    tree = {_WRITTEN_BY: __version__, **to_dict(config)}
+    to_path(path).write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+_WRITTEN_BY = "mythos_jax_version"
+_FIRST_VERSION = "0.1.0"  # which did not write it
+
+
+def _from_stored(tree: dict[str, Any], version: Any, overrides: Sequence[str]) -> Config:
+    tree = upgrade(Config, tree)
+    apply_overrides(tree, overrides)
+    try:
+        return from_dict(Config, tree)
+    except ConfigError as error:
+        if version == __version__:
+            raise
+        raise ConfigError(f"{error} (written by mythos_jax {version}, this is {__version__})") from None

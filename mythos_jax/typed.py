@@ -6,13 +6,14 @@ in Python, read from a file, or overridden on the command line.
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
@@ -20,14 +21,40 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.paths import to_path
 
 
-def require(ok: bool, name: str, got: Any, allowed: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Formerly:
+    """Marks a field, inside `Annotated`, with a name it had in an earlier version, and what to know about the new one.
+
+    Giving the earlier name is an error that names the new one; what a program stored is upgraded (see `upgrade`).
+    """
+
+    name: str
+    note: str = ""
+
+
+class Section:
+    """Base of the config dataclasses. It refuses earlier names of fields; `section` is its dotted name in the YAML."""
+
+    section: ClassVar[str]
+
+    def __init_subclass__(cls, section: str = "", **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.section = section
+
+    def __new__(cls, *_: Any, **fields: Any) -> Self:
+        for name in fields:
+            _check_not_renamed(cls, name)
+        return super().__new__(cls)
+
+
+def check_field(ok: bool, name: str, got: Any, allowed: str) -> None:
     if not ok:
         raise ConfigError(f"{name}: got {got!r}, allowed: {allowed}")
 
 
-def some(values: Sequence[int], most: int = 12) -> str:
+def first_few(values: Sequence[int], limit: int = 12) -> str:
     """The first few values, for an error message."""
-    return ", ".join(map(str, values[:most])) + (", …" if len(values) > most else "")
+    return ", ".join(map(str, values[:limit])) + (", …" if len(values) > limit else "")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -113,11 +140,12 @@ def from_dict(kind: type, tree: Any, prefix: str = "") -> Any:
     """Builds a config dataclass; raises ConfigError on an unknown key (with the nearest known one) or a bad value."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{prefix or 'config'}: got {tree!r}, allowed: a mapping with {_fields(kind)}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     dotted = f"{prefix}." if prefix else ""
     values = {}
     for key, value in tree.items():
         if key not in hints:
+            _check_not_renamed(kind, key)
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
             hint = f"did you mean {dotted}{near[0]}?" if near else f"allowed: {_fields(kind)}"
             raise ConfigError(f"{dotted}{key}: unknown key; {hint}")
@@ -132,9 +160,47 @@ def from_dict(kind: type, tree: Any, prefix: str = "") -> Any:
     return kind(**values)
 
 
+def upgrade(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier version stored of a config dataclass, with the names of this one and its defaults for new fields.
+
+    A field that is added must therefore have a default that means what the code did before.
+    """
+    hints, current = _hints(kind), to_dict(kind())
+    upgraded = current | {_renamed(kind).get(name, (name, ""))[0]: value for name, value in tree.items()}
+    for name, value in upgraded.items():
+        if dataclasses.is_dataclass(hints.get(name)) and isinstance(value, dict):
+            upgraded[name] = upgrade(hints[name], value)
+    return upgraded
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The type of each field, without its markers."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+@functools.cache
+def _renamed(kind: type) -> dict[str, tuple[str, str]]:
+    """The field that each earlier name now stands for, and what changed in its meaning."""
+    return {
+        marker.name: (name, marker.note)
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
+        for marker in getattr(hint, "__metadata__", ())
+        if isinstance(marker, Formerly)
+    }
+
+
+def _check_not_renamed(kind: type[Section], name: str) -> None:
+    if name in _renamed(kind):
+        new, note = _renamed(kind)[name]
+        dotted = f"{kind.section}." if kind.section else ""
+        raise ConfigError(f"{dotted}{name}: renamed to {dotted}{new}{f' ({note})' if note else ''}")
+
+
 def check_types(config: Any, section: str) -> None:
     """Raises ConfigError where a field's value is not of its declared type."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         value = getattr(config, name)
         if not _is_a(value, hint):
             raise ConfigError(f"{section}{'.' if section else ''}{name}: got {value!r}, allowed: {_describe(hint)}")

@@ -209,7 +209,7 @@ def main():
                 depth=DepthConfig(distribution="poisson", backprop_loops=2),
             ),
             data=DataConfig(
-                path=str(folder / "data"), sources=("stdlib",), max_bytes=300_000, held_out=0.0, seq_len=16
+                path=str(folder / "data"), sources=("stdlib",), max_bytes=300_000, held_out_fraction=0.0, seq_len=16
             ),
         )
         if arguments.devices:

@@ -23,7 +23,7 @@ CONFIG = {
     "name": "tiny",
     "model": {"dim": 32, "max_seq_len": 32, "loops": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 48},
     "training": {"steps": 2, "batch_size": 8, "log_every": 1},
-    "data": {"seq_len": 16, "held_out": 0.2},
+    "data": {"seq_len": 16, "held_out_fraction": 0.2},
     "evaluation": {"batch_size": 8, "max_rows": 16},
 }
 

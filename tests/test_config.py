@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mythos_jax.config import Config, MeshConfig, ModelConfig, load_config, save_config
+from mythos_jax import __version__
+from mythos_jax.config import (
+    Config,
+    DataConfig,
+    DepthConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainingConfig,
+    load_config,
+    load_run_config,
+    save_config,
+)
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import count_parameters, forward_flops
 from mythos_jax.model.mythos import Mythos, abstract_variables
@@ -170,10 +181,10 @@ def test_overrides_are_laid_over_the_file(write):
         ("--training.weight_decay -0.1", "training.weight_decay: got -0.1, allowed: a number >= 0"),
         ("--training.b2 1", "training.b2: got 1.0, allowed: a number in [0, 1)"),
         (
-            "--training.final_learning_rate 2",
-            "training.final_learning_rate: got 2.0, allowed: a fraction in [0, 1]",
+            "--training.final_learning_rate_fraction 2",
+            "training.final_learning_rate_fraction: got 2.0, allowed: a fraction in [0, 1]",
         ),
-        ("--data.held_out 1", "data.held_out: got 1.0, allowed: a fraction in [0, 1)"),
+        ("--data.held_out_fraction 1", "data.held_out_fraction: got 1.0, allowed: a fraction in [0, 1)"),
         ("--data.max_bytes -1", "data.max_bytes: got -1, allowed: an integer >= 0"),
         ("--data.seq_len 257", "data.seq_len: got 257, allowed: at most model.max_seq_len, 256"),
         ("--evaluation.loops [4,0]", "evaluation.loops: got 0, allowed: integers >= 1"),
@@ -185,6 +196,60 @@ def test_overrides_are_laid_over_the_file(write):
 )
 def test_a_bad_override_gives_one_clear_line(write, words, expected):
     assert message(load_config, write("{}"), words.split()) == expected
+
+
+RENAMED = {
+    "training.accumulation 2": "training.accumulation: renamed to training.grad_accumulation_steps",
+    "training.final_learning_rate 0.1": "training.final_learning_rate: renamed to "
+    "training.final_learning_rate_fraction (a fraction of the peak, e.g. 0.1)",
+    "training.decay_share 0.1": "training.decay_share: renamed to training.decay_fraction",
+    "training.writers []": "training.writers: renamed to training.loggers",
+    "training.depth.per batch": "training.depth.per: renamed to training.depth.sample_per",
+    "data.held_out 0.1": "data.held_out: renamed to data.held_out_fraction",
+}
+
+
+@pytest.mark.parametrize(("word", "expected"), RENAMED.items(), ids=[word.split()[0] for word in RENAMED])
+def test_a_renamed_field_is_refused_with_its_new_name(write, word, expected):
+    name, value = word.split()
+    assert message(load_config, write("{}"), [f"--{name}", value]) == expected
+    *sections, key = name.split(".")
+    text = f"{{{key}: {value}}}"
+    for section in reversed(sections):
+        text = f"{{{section}: {text}}}"
+    assert message(load_config, write(text)) == expected
+    kind = {"training": TrainingConfig, "depth": DepthConfig, "data": DataConfig}[sections[-1]]
+    assert message(kind, **{key: value}) == expected
+    assert message(dataclasses.replace, kind(), **{key: value}) == expected
+
+
+def test_the_config_of_a_run_of_version_0_1_0_is_upgraded(write):
+    """The file was written by that version; a field it did not have takes its default."""
+    stored = Path(__file__).parent / "golden" / "config_0_1_0.yaml"
+    config = load_run_config(stored)
+    t = config.training
+    assert (t.grad_accumulation_steps, t.decay_fraction, t.final_learning_rate_fraction) == (2, 0.25, 0.05)
+    assert (t.loggers, t.depth.sample_per, config.data.held_out_fraction) == (("tensorboard",), "batch", 0.2)
+    assert (config.name, t.depth.distribution, config.data.path) == ("old", "poisson", "rows")
+    assert config.model == load_config(named("quickstart")).model
+    without = stored.read_text().replace("  eps: 1.0e-08\n", "").replace("  gather: once\n", "")
+    assert load_run_config(write(without)) == config
+    assert message(load_config, stored).startswith("training.accumulation: renamed")  # as if written by hand
+
+
+def test_a_stored_config_says_which_version_wrote_it(write, tmp_path):
+    save_config(Config(), tmp_path / "resolved.yaml")
+    text = (tmp_path / "resolved.yaml").read_text()
+    assert text.startswith(f"mythos_jax_version: {__version__}\n")
+    later = write(text.replace(__version__, "9.9.9").replace("model:", "model:\n  wormholes: 2"))
+    suffix = f" (written by mythos_jax 9.9.9, this is {__version__})"
+    for load in (load_config, load_run_config):
+        assert message(load, later).startswith("model.wormholes: unknown key; ")
+        assert message(load, later).endswith(suffix)
+    earlier = text.replace(__version__, "0.1.5").replace("grad_accumulation_steps: 1", "accumulation: 4")
+    assert load_config(write(earlier), ["--name", "it"]) == dataclasses.replace(
+        Config(), name="it", training=TrainingConfig(grad_accumulation_steps=4)
+    )
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_prepared_rows_in_a_bucket_are_copied_once(tmp_path, monkeypatch, store)
     (tmp_path / "text").mkdir()
     for i in range(10):
         (tmp_path / "text" / f"{i}.txt").write_text(f"document {i} " * 20)
-    manifest = prepare([str(tmp_path / "text")], tmp_path / "rows", seq_len=8, held_out=0.3, progress=False)
+    manifest = prepare([str(tmp_path / "text")], tmp_path / "rows", seq_len=8, held_out_fraction=0.3, progress=False)
     copy_tree(tmp_path / "rows", to_path("gs://bucket/rows"))
     folder = local_folder("gs://bucket/rows")
     assert folder.parent == tmp_path / "cache"
@@ -85,4 +85,4 @@ def test_prepared_rows_in_a_bucket_are_copied_once(tmp_path, monkeypatch, store)
     with pytest.raises(ConfigError, match="gs://bucket/other: nothing prepared there"):
         local_folder("gs://bucket/other")
     with pytest.raises(ConfigError, match="gs://bucket/new: rows are prepared on a disk"):
-        prepare([str(tmp_path / "text")], "gs://bucket/new", seq_len=8, held_out=0.3, progress=False)
+        prepare([str(tmp_path / "text")], "gs://bucket/new", seq_len=8, held_out_fraction=0.3, progress=False)

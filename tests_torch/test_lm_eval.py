@@ -54,7 +54,7 @@ def place(tmp_path_factory):
     (place / "text").mkdir()
     for i in range(20):
         (place / "text" / f"{i}.txt").write_text(f"document {i} has words and more words " * 4)
-    data = {"path": str(place / "data"), "sources": [str(place / "text")], "seq_len": 16, "held_out": 0.2}
+    data = {"path": str(place / "data"), "sources": [str(place / "text")], "seq_len": 16, "held_out_fraction": 0.2}
     (place / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "data": data}))
     assert main(["train", str(place / "config.yaml"), "--workdir", str(place / "run")]) == 0
     (place / "tasks").mkdir()

@@ -19,7 +19,12 @@ def train(tmp_path, **changes):
     (tmp_path / "text").mkdir()
     for i in range(20):
         (tmp_path / "text" / f"{i}.txt").write_text(f"document {i} has words and more words " * 4)
-    data = {"path": str(tmp_path / "data"), "sources": [str(tmp_path / "text")], "seq_len": 16, "held_out": 0.2}
+    data = {
+        "path": str(tmp_path / "data"),
+        "sources": [str(tmp_path / "text")],
+        "seq_len": 16,
+        "held_out_fraction": 0.2,
+    }
     config = {
         "model": {**FAITHFUL, **changes},
         "training": {"steps": 12, "batch_size": 8, "warmup_steps": 2, "learning_rate": 1e-2},

@@ -46,7 +46,7 @@ def row(name: str, quick: bool) -> str:
         name,
         topology.name,
         mesh + (", gather per loop" if config.mesh.gather == "per_loop" else ""),
-        f"{report.tokens / 1e6:.1f} M in {config.training.accumulation}",
+        f"{report.tokens / 1e6:.1f} M in {config.training.grad_accumulation_steps}",
     ]
     if report.fits:
         temporaries = report.hbm["temporaries"] + report.hbm["code"]

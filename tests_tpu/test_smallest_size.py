@@ -48,12 +48,14 @@ def kernels(module, word):
 
 def rows(config):
     """Of a chip, in one of the parts that gradients are accumulated over."""
-    return config.training.batch_size // config.training.accumulation // (config.mesh.fsdp * config.mesh.expert)
+    return (
+        config.training.batch_size // config.training.grad_accumulation_steps // (config.mesh.fsdp * config.mesh.expert)
+    )
 
 
 def attention_is_a_kernel(config, module):
     """Each layer's, in each loop; the loop forward twice. Its FLOPs are those of causal attention in blocks of 512."""
-    c, S, parts = config.model, config.data.seq_len, config.training.accumulation
+    c, S, parts = config.model, config.data.seq_len, config.training.grad_accumulation_steps
     outside, loops = c.prelude_layers + c.coda_layers, c.loop_layers * c.loops
     K, V = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
     scores = rows(config) * c.n_heads * S * S * (S / 512 + 1) / (2 * S / 512)

@@ -20,7 +20,7 @@ TINY = """
 model: {vocab_size: 264, dim: 32, max_seq_len: 32, loops: 2, n_heads: 2, n_kv_heads: 1, hidden_dim: 48}
 training: {batch_size: 8, checkpoint_every: 3, log_every: 1, warmup_steps: 2}
 evaluation: {batch_size: 8, max_rows: 16, loops: [1, 2]}
-data: {seq_len: 16, held_out: 0.2}
+data: {seq_len: 16, held_out_fraction: 0.2}
 """
 
 
@@ -64,7 +64,9 @@ def check(folder: Path) -> int:
 
     (folder / "tiny.yaml").write_text(TINY)
     source = Path(__file__).parents[2] / "docs"
-    mythos("data", "prepare", str(source), "--out", str(folder / "data"), "--seq-len", "16", "--held-out", "0.2")
+    mythos(
+        "data", "prepare", str(source), "--out", str(folder / "data"), "--seq-len", "16", "--held-out-fraction", "0.2"
+    )
     copy_tree(folder / "data", to_path("gs://bucket/data"))
     run = to_path("gs://bucket/runs/tiny")
     train = ["train", str(folder / "tiny.yaml"), "--data.path"]

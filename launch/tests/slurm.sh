@@ -74,7 +74,7 @@ cat > tiny.yaml <<YAML
 model: {vocab_size: 264, dim: 32, max_seq_len: 32, loops: 2, n_heads: 2, n_kv_heads: 1, hidden_dim: 48}
 training: {steps: $steps, batch_size: 8, log_every: $every, checkpoint_every: 1000, warmup_steps: 2}
 evaluation: {batch_size: 8, max_rows: 16, loops: [1, 2]}
-data: {sources: [$root/docs], path: $folder/data, seq_len: 16, held_out: 0.2}
+data: {sources: [$root/docs], path: $folder/data, seq_len: 16, held_out_fraction: 0.2}
 YAML
 submitted=$(NODES=1 TASKS=2 GPUS=0 RESTARTS=2 GRACE=60 "$root/launch/slurm.sh" "$folder/tiny.yaml")
 echo "$submitted"

@@ -40,7 +40,7 @@ class Manifest:
     splits: dict[str, Split]
     # How it was asked for.
     sources: tuple[str, ...]
-    held_out: float  # share of documents
+    held_out_fraction: float  # of the documents
     max_bytes: int
     skipped: int = 0  # standard library files that are not UTF-8
     inputs: str = ""  # a hash of the files' names, sizes and times: while they are as they were, nothing is to be done
@@ -54,7 +54,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Names the data itself: neither where it came from, nor when, nor how the files are compressed."""
-        about_the_request = {"sources", "held_out", "max_bytes", "skipped", "inputs", "tokenizer"}
+        about_the_request = {"sources", "held_out_fraction", "max_bytes", "skipped", "inputs", "tokenizer"}
         tree = {name: value for name, value in dataclasses.asdict(self).items() if name not in about_the_request}
         for split in tree["splits"].values():
             del split["file_bytes"], split["sha256"]
@@ -79,6 +79,8 @@ def load_manifest(folder: str | Path) -> Manifest:
     try:
         tree = json.loads(path.read_text())
         version, fingerprint = tree["version"], tree.pop("fingerprint")
+        if "held_out" in tree:  # what mythos_jax 0.1.0 called it
+            tree["held_out_fraction"] = tree.pop("held_out")
         if version == VERSION:
             splits = {name: Split(**tree["splits"][name]) for name in SPLITS}
             manifest = Manifest(**tree | {"splits": splits, "sources": tuple(tree["sources"])})

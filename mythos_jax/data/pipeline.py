@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from mythos_jax.data.manifest import SPLITS, load_manifest, rows_file
 from mythos_jax.errors import ConfigError
-from mythos_jax.typed import require
+from mythos_jax.typed import check_field
 
 Batch = dict[str, np.ndarray]
 
@@ -33,7 +33,7 @@ class TokenRows:
     """
 
     def __init__(self, folder: str | Path, split: str, document_mask: bool = False):
-        require(split in SPLITS, "split", split, ", ".join(SPLITS))
+        check_field(split in SPLITS, "split", split, ", ".join(SPLITS))
         self.manifest = load_manifest(folder)
         self.file = rows_file(folder, split)
         self._document_mask = document_mask

@@ -30,7 +30,7 @@ from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.data.units import UNIT_BYTES, Tokeniser, Tokens, is_held_out, tokenised
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_remote
-from mythos_jax.typed import require
+from mythos_jax.typed import check_field
 
 __all__ = ["ensure_prepared", "is_held_out", "prepare"]
 
@@ -41,32 +41,32 @@ def prepare(
     *,
     tokenizer: str | Path = "bytes",
     seq_len: int,
-    held_out: float,
+    held_out_fraction: float,
     max_bytes: int = 0,
     workers: int = 0,
     progress: bool = True,
 ) -> Manifest:
     """Tokenises `sources` (see data/sources.py) into the folder `out` and returns its manifest.
 
-    `seq_len`: targets a row. `held_out`: share of documents, chosen by a hash of their names. `max_bytes`: of text;
+    `seq_len`: targets a row. `held_out_fraction`: of the documents, by a hash of their names. `max_bytes`: of text;
     0: all. `workers`: threads that tokenise, 0: one per core; the result does not depend on them. `progress`: a bar on
     a terminal. All is written beside `out` and renamed at the end, so `out` is whole or not there; killed, the same
     call goes on. Where `out` is there already it stays, and holding anything but the same data is an error.
 
     Raises ConfigError: bad sources, no text, an empty split, `out` taken or not writable, a full disk.
     """
-    require(seq_len >= 1, "seq_len", seq_len, "an integer >= 1")
-    require(0 <= held_out < 1, "held_out", held_out, "a fraction in [0, 1)")
-    require(max_bytes >= 0, "max_bytes", max_bytes, "an integer >= 0")
-    require(workers >= 0, "workers", workers, "an integer >= 0")
-    require(len(sources) > 0, "sources", list(sources), "files, folders, or stdlib")
+    check_field(seq_len >= 1, "seq_len", seq_len, "an integer >= 1")
+    check_field(0 <= held_out_fraction < 1, "held_out_fraction", held_out_fraction, "a fraction in [0, 1)")
+    check_field(max_bytes >= 0, "max_bytes", max_bytes, "an integer >= 0")
+    check_field(workers >= 0, "workers", workers, "an integer >= 0")
+    check_field(len(sources) > 0, "sources", list(sources), "files, folders, or stdlib")
     if is_remote(out):
         raise ConfigError(f"{out}: rows are prepared on a disk; allowed: a local folder, which you then copy there")
     sources = tuple(str(source) for source in sources)
     out, encoder = Path(out), load_tokenizer(tokenizer)
     there = load_manifest(out) if (out / MANIFEST_FILE).exists() else None
     if there is not None:
-        asked = {"seq_len": seq_len, "sources": sources, "held_out": held_out, "max_bytes": max_bytes}
+        asked = {"seq_len": seq_len, "sources": sources, "held_out_fraction": held_out_fraction, "max_bytes": max_bytes}
         _require_same(there, out, encoder, asked)
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out}: is there and holds something else; allowed: a new folder")
@@ -81,7 +81,7 @@ def prepare(
         end_of_document=encoder.end_of_document,
         splits={},
         sources=sources,
-        held_out=held_out,
+        held_out_fraction=held_out_fraction,
         max_bytes=max_bytes,
         skipped=skipped,
         inputs=_hash_of(inputs),
@@ -95,10 +95,10 @@ def prepare(
             rows = partial / "rows"
             shutil.rmtree(rows, ignore_errors=True)
             rows.mkdir()
-            tokenise = Tokeniser(encoder, request.dtype, held_out, partial / "units")
+            tokenise = Tokeniser(encoder, request.dtype, held_out_fraction, partial / "units")
             units = tokenised(inputs, max_bytes, tokenise, workers or _cores())
             splits = _write_rows(_with_progress(units, inputs, max_bytes, progress), rows, request)
-            _require_text(splits, sources, held_out)
+            _require_text(splits, sources, held_out_fraction)
             encoder.save(rows)
             manifest = replace(request, splits=splits)
             manifest.save(rows)
@@ -120,12 +120,12 @@ def ensure_prepared(
     data, folder = config.data, Path(path or config.data_path)
     tokenizer = load_tokenizer(data.tokenizer)
     allowed = f"at least {tokenizer.vocab_size}, the vocabulary of tokenizer {data.tokenizer}"
-    require(config.model.vocab_size >= tokenizer.vocab_size, "model.vocab_size", config.model.vocab_size, allowed)
+    check_field(config.model.vocab_size >= tokenizer.vocab_size, "model.vocab_size", config.model.vocab_size, allowed)
     if (folder / MANIFEST_FILE).exists():
         manifest = load_manifest(folder)
         asked = {"seq_len": data.seq_len}
         if data.sources:
-            asked |= {"sources": data.sources, "held_out": data.held_out, "max_bytes": data.max_bytes}
+            asked |= {"sources": data.sources, "held_out_fraction": data.held_out_fraction, "max_bytes": data.max_bytes}
         _require_same(manifest, folder, tokenizer, asked, "data.")
         return manifest
     if not prepare_missing:
@@ -139,7 +139,7 @@ def ensure_prepared(
         folder,
         tokenizer=data.tokenizer,
         seq_len=data.seq_len,
-        held_out=data.held_out,
+        held_out_fraction=data.held_out_fraction,
         max_bytes=data.max_bytes,
         progress=progress,
     )
@@ -232,7 +232,7 @@ def _hash_of(inputs: Sequence[Input]) -> str:
 
 def _request_hash(request: Manifest) -> str:
     """Names what a partial folder is a part of."""
-    text = json.dumps([request.fingerprint, request.held_out, request.max_bytes, request.inputs, UNIT_BYTES])
+    text = json.dumps([request.fingerprint, request.held_out_fraction, request.max_bytes, request.inputs, UNIT_BYTES])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -307,17 +307,17 @@ def _write_rows(units: Iterable[Tokens], folder: Path, request: Manifest) -> dic
         raise
 
 
-def _require_text(splits: dict[str, Split], sources: Sequence[str], held_out: float) -> None:
+def _require_text(splits: dict[str, Split], sources: Sequence[str], held_out_fraction: float) -> None:
     total = sum(split.documents for split in splits.values())
     if not total:
         raise ConfigError(f"sources: no text in {', '.join(sources)}; allowed: at least one document that is not empty")
     if sum(split.tokens for split in splits.values()) == total:  # nothing but ends of documents
         raise ConfigError(f"sources: the tokenizer makes no tokens of the text in {', '.join(sources)}")
     for name, split in splits.items():
-        if not split.documents and (name == "train" or held_out > 0):
+        if not split.documents and (name == "train" or held_out_fraction > 0):
             raise ConfigError(
-                f"held_out: got {held_out}, which leaves none of {total} documents for the {name} split; "
-                "allowed: a share that does (or 0: keep none back), or more documents"
+                f"held_out_fraction: got {held_out_fraction}, which leaves none of {total} documents for the {name} "
+                "split; allowed: a fraction that does (or 0: keep none back), or more documents"
             )
 
 
@@ -368,4 +368,4 @@ def _require_same(
         raise ConfigError(f"{prefix}tokenizer: got {ours}, allowed: {theirs}, {remedy}")
     for name, value in asked.items():
         there = getattr(manifest, name)
-        require(value == there, prefix + name, value, f"{there!r}, {remedy}")
+        check_field(value == there, prefix + name, value, f"{there!r}, {remedy}")

@@ -2,8 +2,8 @@
 
 Global batch s of a run holds the examples s B … s B + B - 1 of its seed, so the order is a pure function of
 (seed, step) and a process makes its own rows only. Which problems are held out is a property of the problem (a hash
-of its tokens, `data.held_out` of all), so no example of training is ever one of evaluation; with `data.held_out` 0
-the two are drawn apart, but may meet.
+of its tokens, `data.held_out_fraction` of all), so no example of training is ever one of evaluation; with a fraction of
+0 the two are drawn apart, but may meet.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from mythos_jax.config import Config, DataConfig
 from mythos_jax.data.manifest import SPLITS
 from mythos_jax.data.problems import PADDING, PROBLEMS, Draw, Problem, Rows, content_hash, fold, share_of
 from mythos_jax.errors import ConfigError
-from mythos_jax.typed import require, to_dict
+from mythos_jax.typed import check_field, to_dict
 
 Batch = dict[str, np.ndarray]
 VERSION = 1  # of the examples: raised when the same seed and index begin to mean another problem
@@ -36,7 +36,7 @@ class TaskData:
         self.difficulties = config.evaluation.difficulties or tuple(sorted(set(config.data.task.difficulty)))
         needed = len(self.problem.symbols)
         allowed = f"at least {needed}, the vocabulary of task {config.data.task.name}"
-        require(config.model.vocab_size >= needed, "model.vocab_size", config.model.vocab_size, allowed)
+        check_field(config.model.vocab_size >= needed, "model.vocab_size", config.model.vocab_size, allowed)
         for difficulty in (*config.data.task.difficulty, *self.difficulties):
             check_width(self.data, self.problem, difficulty)
         for difficulty in self.difficulties:  # now, rather than after the training: are there any?
@@ -44,7 +44,7 @@ class TaskData:
         self.identity = {
             "task": to_dict(config.data.task),
             "seq_len": config.data.seq_len,
-            "held_out": config.data.held_out,
+            "held_out": config.data.held_out_fraction,
             "version": VERSION,
         }
 
@@ -83,7 +83,7 @@ def open_problem(data: DataConfig) -> Problem:
 def check_width(data: DataConfig, problem: Problem, difficulty: int) -> None:
     """Raises ConfigError where rows of this difficulty are longer than data.seq_len."""
     width = problem.width(difficulty)
-    require(
+    check_field(
         width <= data.seq_len,
         "data.seq_len",
         data.seq_len,
@@ -122,7 +122,8 @@ def examples(
         else:
             raise ConfigError(
                 f"data.task: {ATTEMPTS} draws in a row were no {split} example of {data.task.name} at difficulty "
-                f"{difficulty}; allowed: a lower difficulty, for p_hop a larger data.task.length, or data.held_out 0"
+                f"{difficulty}; allowed: a lower difficulty, for p_hop a larger data.task.length, or "
+                "data.held_out_fraction 0"
             )
     batch["targets"][~batch["mask"]] = PADDING
     return batch
@@ -143,6 +144,6 @@ class _TrainBatches:
 
 
 def _wanted(data: DataConfig, split: str, rows: Rows) -> np.ndarray:
-    if not data.held_out:
+    if not data.held_out_fraction:
         return rows.valid
-    return rows.valid & ((share_of(content_hash(rows.tokens)) < data.held_out) == (split == "held_out"))
+    return rows.valid & ((share_of(content_hash(rows.tokens)) < data.held_out_fraction) == (split == "held_out"))

@@ -63,7 +63,7 @@ class Tokeniser:
 
     tokenizer: Tokenizer
     dtype: str
-    held_out: float
+    held_out_fraction: float
     folder: Path
 
     def __call__(self, unit: Unit) -> Tokens:
@@ -80,7 +80,7 @@ class Tokeniser:
             lengths=np.array([len(part) for part in parts], np.int64),
             text_bytes=np.array([len(piece.text.encode()) for piece in unit.pieces], np.int64),
             begins=np.array([piece.begins for piece in unit.pieces]),
-            held_out=np.array([is_held_out(piece.name, self.held_out) for piece in unit.pieces]),
+            held_out=np.array([is_held_out(piece.name, self.held_out_fraction) for piece in unit.pieces]),
             next_input=np.int64(unit.next_input),
             text_end=np.int64(unit.text_end),
         )
@@ -91,10 +91,10 @@ class Tokeniser:
         return made
 
 
-def is_held_out(name: str, share: float) -> bool:
+def is_held_out(name: str, fraction: float) -> bool:
     """Whether the document of this name is kept for evaluation: the same answer on every machine, in any corpus."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def tokenised(inputs: Sequence[Input], max_bytes: int, tokenise: Tokeniser, workers: int) -> Iterator[Tokens]:

@@ -14,7 +14,7 @@ from flax import struct
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.layers import compute_dtype
 from mythos_jax.sharding import constrain
-from mythos_jax.typed import require
+from mythos_jax.typed import check_field
 
 
 class KV(NamedTuple):
@@ -76,7 +76,7 @@ def init_cache(
     """
     slots = loops or config.loops
     if loop_cache_slots is not None:
-        require(loop_cache_slots >= 1, "loop_cache_slots", loop_cache_slots, "an integer >= 1, or None")
+        check_field(loop_cache_slots >= 1, "loop_cache_slots", loop_cache_slots, "an integer >= 1, or None")
         slots = loop_cache_slots
 
     def layers(n: int, slots: int) -> tuple[Memory, ...]:

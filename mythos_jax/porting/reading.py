@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError, safe_open
 
-from mythos_jax.config import ModelConfig, load_config
+from mythos_jax.config import ModelConfig, load_run_config
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting.families import FAMILIES, NATIVE, Family, recognise
 from mythos_jax.porting.tables import Shape, Table
@@ -231,7 +231,7 @@ def _read_config(path: Path) -> ModelConfig | dict[str, Any]:
     if path.suffix == ".json":
         return _read_json(path)
     tree = read_yaml(path)
-    return load_config(path).model if isinstance(tree.get("model"), dict) else tree
+    return load_run_config(path).model if isinstance(tree.get("model"), dict) else tree
 
 
 def _line(error: Exception) -> str:

@@ -100,8 +100,8 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
     mesh = _mesh(config, topology)
     rows, length = config.training.batch_size, config.data.seq_len
     check_batch(mesh, rows, "training.batch_size")
-    parts = rows // config.training.accumulation
-    check_batch(mesh, parts, "training.batch_size / training.accumulation")
+    parts = rows // config.training.grad_accumulation_steps
+    check_batch(mesh, parts, "training.batch_size / training.grad_accumulation_steps")
     state = abstract_state(config, mesh)
     batch = {
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))

@@ -114,9 +114,10 @@ def advice(config: Config, program: Program, hbm: dict[str, float], topology: To
     if config.model.remat != "full":
         return f"set model.remat to full (it is {config.model.remat})"
     shards = program.mesh.size // (program.mesh.shape["tensor"] * program.mesh.shape["sequence"])
-    rows = t.batch_size // t.accumulation // shards
+    rows = t.batch_size // t.grad_accumulation_steps // shards
     if rows > 1:
-        return f"set training.accumulation to {t.accumulation * rows} (each chip takes {rows} rows at a time)"
+        steps = t.grad_accumulation_steps * rows
+        return f"set training.grad_accumulation_steps to {steps} (each chip takes {rows} rows at a time)"
     return "a chip takes one row at a time already: raise mesh.tensor or mesh.sequence, or take more chips"
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from mythos_jax.config import Config, DataConfig, ModelConfig, load_config
+from mythos_jax.config import Config, DataConfig, ModelConfig, load_run_config
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import Mythos, abstract_variables
@@ -103,7 +103,7 @@ def open_source(path: str | Path, config: str | None = None) -> Source:
 
 
 def _open_run(directory: Path, step: int | None) -> LoadedModel:
-    config = load_config(directory / "config.yaml")
+    config = load_run_config(directory / "config.yaml")
     mesh = make_mesh(config.mesh)
     checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
     steps = checkpoints.steps()

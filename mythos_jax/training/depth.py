@@ -16,7 +16,7 @@ def draw_depths(config: Config, step: jax.Array, rows: int) -> jax.Array:
     mean = curriculum_mean(depth, mean_loops(config), step)
     # Apart from the keys that initialise the weights, which are drawn from the seed directly.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.training.seed), 0x6465), step)
-    drawn = _DRAWS[depth.distribution](key, mean, (rows if depth.per == "sequence" else 1,))
+    drawn = _DRAWS[depth.distribution](key, mean, (rows if depth.sample_per == "sequence" else 1,))
     # By every device for itself: else all of them wait for each other in each round of a sampler.
     drawn = constrain(drawn, None)
     return jnp.broadcast_to(jnp.clip(drawn, 1, max_loops(config)).astype(jnp.int32), (rows,))
@@ -25,7 +25,7 @@ def draw_depths(config: Config, step: jax.Array, rows: int) -> jax.Array:
 def loops_without_gradient(config: Config, steps: int = 32) -> float:
     """How many loops the first phase of a step runs, as many as the row that draws most: the mean over some steps at
     full depth, for estimates."""
-    rows = config.training.batch_size // config.training.accumulation
+    rows = config.training.batch_size // config.training.grad_accumulation_steps
     late = config.training.depth.curriculum_steps + jnp.arange(steps)
     drawn = jax.vmap(lambda step: draw_depths(config, step, rows).max())(late)
     return float(jnp.maximum(drawn - backprop_loops(config), 0).mean())

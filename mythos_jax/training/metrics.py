@@ -127,7 +127,7 @@ class WandbWriter:
         except wandb.errors.Error as error:
             why = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"training.writers: wandb refused ({why}); allowed: `wandb login`, or WANDB_MODE=offline"
+                f"training.loggers: wandb refused ({why}); allowed: `wandb login`, or WANDB_MODE=offline"
             ) from error
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ def check_writers(names: tuple[str, ...]) -> None:
             importlib.import_module(name)
         except ImportError:
             raise ConfigError(
-                f"training.writers: {name} is not installed; allowed: pip install 'mythos-jax[{name}]'"
+                f"training.loggers: {name} is not installed; allowed: pip install 'mythos-jax[{name}]'"
             ) from None
 
 

@@ -21,12 +21,12 @@ _EXPERTS = MuonDimensionNumbers((1,), (2,))  # [E, D, F]
 
 def schedule(config: TrainingConfig, peak: float) -> optax.Schedule:
     """Linear from peak / (warm-up + 1) at step 0 to the peak, then as `config.schedule` says."""
-    warm, final = config.warmup_steps, peak * config.final_learning_rate
+    warm, final = config.warmup_steps, peak * config.final_learning_rate_fraction
     rest = max(config.steps - warm, 1)
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, config.final_learning_rate)
+        after = optax.cosine_decay_schedule(peak, rest, config.final_learning_rate_fraction)
     elif config.schedule == "wsd":
-        down = max(round(config.decay_share * config.steps), 1)
+        down = max(round(config.decay_fraction * config.steps), 1)
         after = optax.linear_schedule(peak, final, down, transition_begin=max(rest - down, 0))
     else:
         after = optax.constant_schedule(peak)

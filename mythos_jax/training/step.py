@@ -88,7 +88,7 @@ def jitted_step(config: Config) -> Any:
             "gradient_norm": gradient_norm,
             "tokens": sums["tokens"],
             "mean_loops": sums["loops"] / sums["tokens"],
-            **{name: value / t.accumulation for name, value in sums["extra"].items()},
+            **{name: value / t.grad_accumulation_steps for name, value in sums["extra"].items()},
         }
         load = sums["expert_load"]
         if load is not None:
@@ -135,7 +135,7 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, 
         nats_BT, out = next_token_nats(model, variables, part, **keywords)
         extra = extra_objectives(weights, out.aux, part["mask"])
         loss = nats_BT.sum() / tokens
-        loss += sum(getattr(weights, name) * value for name, value in extra.items()) / t.accumulation
+        loss += sum(getattr(weights, name) * value for name, value in extra.items()) / t.grad_accumulation_steps
         sums = {
             "nats": nats_BT.sum(),
             "loops": (out.loops * part["mask"]).sum(),
@@ -151,7 +151,7 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, 
             batch = {**batch, "loops": draw_depths(config, state.step, batch["tokens"].shape[0])}
         gradient = jax.grad(loss_of, has_aux=True)
         params = state.variables["params"]
-        if t.accumulation == 1:
+        if t.grad_accumulation_steps == 1:
             found, sums = gradient(params, state, batch, jnp.int32(0), tokens)
             return found, {**sums, "tokens": tokens}
 
@@ -160,8 +160,10 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, 
             return jax.tree.map(jnp.add, total, gradient(params, state, rows, index, tokens)), None
 
         # Part i takes rows i, i + n, i + 2 n, …: each device then splits the rows it holds.
-        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, t.accumulation, *x.shape[1:]), 1, 0), batch)
-        indices = jnp.arange(t.accumulation)
+        parts = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, t.grad_accumulation_steps, *x.shape[1:]), 1, 0), batch
+        )
+        indices = jnp.arange(t.grad_accumulation_steps)
         first = jax.tree.map(lambda x: x[0], (indices, parts))
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),

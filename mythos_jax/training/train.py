@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mythos_jax.config import Config, ModelConfig, save_config
+from mythos_jax.config import Config, ModelConfig, TrainingConfig, save_config
 from mythos_jax.data.open import Batch, Data, open_data
 from mythos_jax.data.placement import batch_sharding, check_batch, local_rows, to_global
 from mythos_jax.errors import BadStepError, ConfigError, Interrupted
@@ -29,7 +29,7 @@ from mythos_jax.runs.state import TrainState, evaluated
 from mythos_jax.sharding import check_sharded, make_mesh
 from mythos_jax.training.metrics import Goodput, check_writers, open_writers, plain
 from mythos_jax.training.step import init_state, make_train_step
-from mythos_jax.typed import differences, to_dict
+from mythos_jax.typed import differences, to_dict, upgrade
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
     Interrupted.
     """
     workdir = to_path(workdir)
-    check_writers(config.training.writers)
+    check_writers(config.training.loggers)
     mesh = make_mesh(config.mesh)
     check_sharded(mesh, abstract_variables(config.model))
     check_batch(mesh, config.training.batch_size, "training.batch_size")
@@ -102,7 +102,7 @@ class _Loop:
         with contextlib.ExitStack() as stack:
             writers = []
             if is_process_zero():
-                writers = open_writers(t.writers, self.workdir, self.config.name, restored_step=start)
+                writers = open_writers(t.loggers, self.workdir, self.config.name, restored_step=start)
             self.writers = [stack.enter_context(contextlib.closing(writer)) for writer in writers]
             title = f"train {self.config.name}"
             self.bar = stack.enter_context(
@@ -248,8 +248,14 @@ _FIXED = ("model.", "data", "training.batch_size", "training.seed", "training.op
 _FREE = ("model.remat", "model.expert_exchange")
 
 
-def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    return differences({name: saved[name] for name in now}, now)
+def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, old and new, by dotted name; those of an earlier version go by their present names."""
+    upgraded = {
+        "model": upgrade(ModelConfig, saved["model"]),
+        "training": upgrade(TrainingConfig, saved["training"]),
+        "data": saved["data"],
+    }
+    return differences(upgraded, now)
 
 
 def _check_resume(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:

@@ -28,7 +28,7 @@ def parts(tmp_path_factory):
             for _ in range(documents):
                 letters = random.integers(first, first + 8, 14)
                 file.write(json.dumps({"text": bytes(letters.tolist()).decode()}) + "\n")
-        prepare([str(root / f"{name}.jsonl")], root / name, seq_len=T, held_out=0.2)
+        prepare([str(root / f"{name}.jsonl")], root / name, seq_len=T, held_out_fraction=0.2)
     return [str(root / name) for name in "abc"]
 
 
@@ -115,8 +115,8 @@ def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
     a = parts[0]
     (tmp_path / "text.txt").write_text("a b w3 " * 20)
     words = words_tokenizer(tmp_path / "w.json")
-    prepare([str(tmp_path / "text.txt")], tmp_path / "words", tokenizer=words, seq_len=T, held_out=0.0)
-    prepare([str(tmp_path / "text.txt")], tmp_path / "longer", seq_len=T + 1, held_out=0.0)
+    prepare([str(tmp_path / "text.txt")], tmp_path / "words", tokenizer=words, seq_len=T, held_out_fraction=0.0)
+    prepare([str(tmp_path / "text.txt")], tmp_path / "longer", seq_len=T + 1, held_out_fraction=0.0)
 
     def opened(mixture, **fields):
         return open_data(Config(data=DataConfig(mixture=mixture, seq_len=T, **fields)))

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
         for _ in range(30):
             letters = generator.integers(97, 123, generator.integers(3, 15))
             file.write(json.dumps({"text": bytes(letters.tolist()).decode()}) + "\n")
-    manifest = prepare([str(root / SOURCE)], root / "out", seq_len=T, held_out=0.2)
+    manifest = prepare([str(root / SOURCE)], root / "out", seq_len=T, held_out_fraction=0.2)
     for split in manifest.splits.values():
         assert split.tokens % T
         assert split.rows > 8
@@ -208,7 +208,7 @@ def test_bad_folders_are_named(folder, tmp_path):
     with pytest.raises(ConfigError, match="no such folder"):
         train_batches(tmp_path / "none", batch_size=2, seed=0)
     (tmp_path / "a.txt").write_text("some text")
-    prepare([str(tmp_path / "a.txt")], tmp_path / "all", seq_len=4, held_out=0.0)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "all", seq_len=4, held_out_fraction=0.0)
     with pytest.raises(ConfigError, match=r"held_out\.array_record: has no rows"):
         eval_batches(tmp_path / "all", batch_size=2)
 
@@ -216,7 +216,7 @@ def test_bad_folders_are_named(folder, tmp_path):
 def test_damage_names_file_and_row(tmp_path):
     lines = [json.dumps({"text": np.random.default_rng(i).bytes(40).hex()}) for i in range(3000)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", seq_len=32, held_out=0.0)
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", seq_len=32, held_out_fraction=0.0)
     file = tmp_path / "out" / "train.array_record"
     whole = file.read_bytes()
     middle = len(whole) // 2

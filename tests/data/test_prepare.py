@@ -60,7 +60,7 @@ def stream_of(texts):
 
 @pytest.mark.parametrize("seq_len", [1, 7, 32, 10_000])
 def test_every_token_is_a_target_exactly_once(corpus, tmp_path, seq_len):
-    manifest = prepare([str(corpus)], tmp_path / "out", seq_len=seq_len, held_out=0.3)
+    manifest = prepare([str(corpus)], tmp_path / "out", seq_len=seq_len, held_out_fraction=0.3)
     for split in ["train", "held_out"]:
         texts = [text for name, text in documents().items() if is_held_out(name, 0.3) == (split == "held_out")]
         expected = stream_of(texts)
@@ -89,17 +89,17 @@ def test_held_out_is_a_stable_property_of_the_name(corpus, tmp_path):
     assert not any(is_held_out(name, 0.0) for name in documents())
     # Of the name within the source, wherever that is.
     moved = corpus.rename(tmp_path / "elsewhere")
-    prepare([str(moved)], tmp_path / "out", seq_len=16, held_out=0.1)
+    prepare([str(moved)], tmp_path / "out", seq_len=16, held_out_fraction=0.1)
     assert join(read_rows(tmp_path / "out", "held_out")) == stream_of([documents()[name] for name in chosen])
 
 
 def test_fingerprint_is_of_the_data(corpus, tmp_path):
-    first = prepare([str(corpus)], tmp_path / "a", seq_len=16, held_out=0.2)
+    first = prepare([str(corpus)], tmp_path / "a", seq_len=16, held_out_fraction=0.2)
     moved = corpus.rename(tmp_path / "elsewhere")
-    assert prepare([str(moved)], tmp_path / "b", seq_len=16, held_out=0.2).fingerprint == first.fingerprint
-    assert prepare([str(moved)], tmp_path / "c", seq_len=17, held_out=0.2).fingerprint != first.fingerprint
+    assert prepare([str(moved)], tmp_path / "b", seq_len=16, held_out_fraction=0.2).fingerprint == first.fingerprint
+    assert prepare([str(moved)], tmp_path / "c", seq_len=17, held_out_fraction=0.2).fingerprint != first.fingerprint
     (moved / "000.txt").write_text("another")
-    assert prepare([str(moved)], tmp_path / "d", seq_len=16, held_out=0.2).fingerprint != first.fingerprint
+    assert prepare([str(moved)], tmp_path / "d", seq_len=16, held_out_fraction=0.2).fingerprint != first.fingerprint
 
 
 def test_all_kinds_of_sources_give_the_same_stream(tmp_path):
@@ -114,14 +114,14 @@ def test_all_kinds_of_sources_give_the_same_stream(tmp_path):
     for name in ["image.png", ".hidden.txt", ".git/x.txt"]:
         (folder / name).write_bytes(b"\xff\x00")
     for source in ["a.jsonl", "b.parquet", "c"]:
-        manifest = prepare([str(tmp_path / source)], tmp_path / f"out-{source}", seq_len=4, held_out=0.0)
+        manifest = prepare([str(tmp_path / source)], tmp_path / f"out-{source}", seq_len=4, held_out_fraction=0.0)
         assert join(read_rows(tmp_path / f"out-{source}", "train")) == stream_of(["one é", "two\nlines", "three"])
         assert manifest.splits["held_out"].rows == 0
 
 
 def test_rows_of_a_file_are_documents_of_their_own(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)))
-    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", seq_len=8, held_out=0.3)
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", seq_len=8, held_out_fraction=0.3)
     held_out = [f"text {i}" for i in range(50) if is_held_out(f"a.jsonl:{i + 1}", 0.3)]
     assert 5 < len(held_out) < 25
     assert join(read_rows(tmp_path / "out", "held_out")) == stream_of(held_out)
@@ -138,7 +138,7 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
     assert len(parts) > 15
     assert max(map(len, parts)) <= 32
     assert all(part.endswith("\n") for part in parts if "x" not in part)
-    manifest = prepare([str(tmp_path / "long.txt")] * 2, tmp_path / "out", seq_len=8, held_out=0.0)
+    manifest = prepare([str(tmp_path / "long.txt")] * 2, tmp_path / "out", seq_len=8, held_out_fraction=0.0)
     assert join(read_rows(tmp_path / "out", "train")) == stream_of([text, text])
     assert manifest.splits["train"].documents == 2
 
@@ -148,7 +148,7 @@ def test_max_bytes_cuts_the_text_and_no_character(tmp_path):
     (tmp_path / "b.txt").write_text("dé" * 10)
     sources = [str(tmp_path / name) for name in ["a.txt", "b.txt"]]
     for limit, texts in [(2, ["ab"]), (3, ["abc"]), (5, ["abc", "d"]), (6, ["abc", "dé"]), (99, ["abc", "dé" * 10])]:
-        prepare(sources, tmp_path / f"out{limit}", seq_len=8, held_out=0.0, max_bytes=limit)
+        prepare(sources, tmp_path / f"out{limit}", seq_len=8, held_out_fraction=0.0, max_bytes=limit)
         assert join(read_rows(tmp_path / f"out{limit}", "train")) == stream_of(texts), limit
 
 
@@ -165,7 +165,7 @@ def words_tokenizer(path, size=6):
 def test_tokenizer_json(tmp_path, size, dtype):
     (tmp_path / "a.txt").write_text(f"a b w{size - 1}")
     spec = words_tokenizer(tmp_path / "words.json", size)
-    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=spec, seq_len=8, held_out=0.0)
+    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=spec, seq_len=8, held_out_fraction=0.0)
     assert manifest.dtype == dtype
     assert (manifest.vocab_size, manifest.end_of_document) == (size + 1, size)
     assert read_rows(tmp_path / "out", "train") == [[size, 0, 1, size - 1, size]]
@@ -184,7 +184,7 @@ def test_standard_library(tmp_path):
     assert len(names) == len(set(names)) > 300
     assert not [name for name in names if "site-packages" in name or "/test/" in name or not name.endswith(".py")]
     assert skipped < 5
-    manifest = prepare(["stdlib"], tmp_path / "out", seq_len=64, held_out=0.5, max_bytes=500_000)
+    manifest = prepare(["stdlib"], tmp_path / "out", seq_len=64, held_out_fraction=0.5, max_bytes=500_000)
     assert sum(split.text_bytes for split in manifest.splits.values()) == 500_000
     assert manifest.splits["held_out"].text_bytes > 0
     assert manifest.in_bytes
@@ -232,7 +232,7 @@ def test_bad_sources_give_a_line_and_leave_nothing(tmp_path, case):
     (tmp_path / "in").mkdir()
     (tmp_path / "work").mkdir()
     with pytest.raises(ConfigError, match=message) as caught:
-        prepare(make(tmp_path / "in"), tmp_path / "work" / "out", seq_len=8, held_out=0.1)
+        prepare(make(tmp_path / "in"), tmp_path / "work" / "out", seq_len=8, held_out_fraction=0.1)
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -240,13 +240,13 @@ def test_bad_sources_give_a_line_and_leave_nothing(tmp_path, case):
 def test_no_training_document_left(tmp_path):
     name = next(f"{i}.txt" for i in range(1000) if is_held_out(f"{i}.txt", 0.1))
     with pytest.raises(ConfigError, match="leaves none of 1 documents for the train split"):
-        prepare(write(tmp_path / name, "x"), tmp_path / "out", seq_len=8, held_out=0.1)
+        prepare(write(tmp_path / name, "x"), tmp_path / "out", seq_len=8, held_out_fraction=0.1)
 
 
 def test_a_tokenizer_that_finds_nothing(tmp_path):
     spec = words_tokenizer(tmp_path / "words.json")
     with pytest.raises(ConfigError, match="makes no tokens"):
-        prepare(write(tmp_path / "a.txt", "  \n "), tmp_path / "out", tokenizer=spec, seq_len=8, held_out=0.0)
+        prepare(write(tmp_path / "a.txt", "  \n "), tmp_path / "out", tokenizer=spec, seq_len=8, held_out_fraction=0.0)
 
 
 def test_a_folder_that_is_there_is_never_overwritten(corpus, tmp_path):
@@ -254,14 +254,14 @@ def test_a_folder_that_is_there_is_never_overwritten(corpus, tmp_path):
         return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
 
     def again(**changes):
-        return prepare([str(corpus)], tmp_path / "out", **{"seq_len": 16, "held_out": 0.2} | changes)
+        return prepare([str(corpus)], tmp_path / "out", **{"seq_len": 16, "held_out_fraction": 0.2} | changes)
 
     first, before = again(), None
     before = state()
     assert again() == first  # the same again is no error
     for change, message in [
         ({"seq_len": 8}, r"seq_len: got 8, allowed: 16, with which .*out was prepared"),
-        ({"held_out": 0.3}, r"held_out: got 0.3, allowed: 0.2"),
+        ({"held_out_fraction": 0.3}, r"held_out_fraction: got 0.3, allowed: 0.2"),
         ({"max_bytes": 10}, r"max_bytes: got 10, allowed: 0"),
         ({"tokenizer": words_tokenizer(tmp_path / "w.json")}, r"tokenizer: got w\.json .*, allowed: bytes"),
     ]:
@@ -273,14 +273,14 @@ def test_a_folder_that_is_there_is_never_overwritten(corpus, tmp_path):
     assert state() == before
     for taken in [corpus, corpus / "new.txt"]:
         with pytest.raises(ConfigError, match="holds something else"):
-            prepare([str(corpus)], taken, seq_len=16, held_out=0.2)
+            prepare([str(corpus)], taken, seq_len=16, held_out_fraction=0.2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out", "w.json"]
 
 
 def test_a_destination_that_cannot_be_written(corpus, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match=r"file/out: cannot be written \(Not a directory\)"):
-        prepare([str(corpus)], tmp_path / "file" / "out", seq_len=16, held_out=0.2)
+        prepare([str(corpus)], tmp_path / "file" / "out", seq_len=16, held_out_fraction=0.2)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
@@ -291,7 +291,7 @@ def test_a_full_disk(corpus, tmp_path, monkeypatch, split):
         prepare_module, "rows_file", lambda folder, name: Path("/dev/full") if name == split else place(folder, name)
     )
     with pytest.raises(ConfigError, match=r"/dev/full: cannot be written \(.*No space left on device"):
-        prepare([str(corpus)], tmp_path / "out", seq_len=16, held_out=0.2)
+        prepare([str(corpus)], tmp_path / "out", seq_len=16, held_out_fraction=0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
@@ -301,7 +301,7 @@ def test_damage_is_named(corpus, tmp_path):
         load_manifest(out)
     with pytest.raises(ConfigError, match=r"corpus: has no manifest\.json"):
         load_manifest(corpus)
-    prepare([str(corpus)], out, seq_len=16, held_out=0.2)
+    prepare([str(corpus)], out, seq_len=16, held_out_fraction=0.2)
     file, manifest = out / "train.array_record", out / "manifest.json"
     whole, text = file.read_bytes(), manifest.read_text()
 
@@ -333,7 +333,7 @@ def test_damage_is_named(corpus, tmp_path):
 
 
 def test_ensure_prepared(corpus, tmp_path):
-    data = DataConfig(path=str(tmp_path / "out"), sources=(str(corpus),), seq_len=16, held_out=0.2)
+    data = DataConfig(path=str(tmp_path / "out"), sources=(str(corpus),), seq_len=16, held_out_fraction=0.2)
     config = Config(data=data)
 
     def changed(**changes):
@@ -343,14 +343,14 @@ def test_ensure_prepared(corpus, tmp_path):
         ensure_prepared(changed(sources=()))
     manifest = ensure_prepared(config)
     written = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
-    assert ensure_prepared(config) == manifest == ensure_prepared(changed(sources=(), held_out=0.5))
+    assert ensure_prepared(config) == manifest == ensure_prepared(changed(sources=(), held_out_fraction=0.5))
     assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == written
     words = str(words_tokenizer(tmp_path / "w.json"))
     for wrong, message in [
         (changed(seq_len=8), r"data\.seq_len: got 8, allowed: 16"),
         (changed(tokenizer=words), r"data\.tokenizer: got w\.json"),
         (changed(sources=("stdlib",)), r"data\.sources: got \('stdlib',\), allowed: .*corpus"),
-        (changed(held_out=0.3), r"data\.held_out: got 0\.3, allowed: 0\.2"),
+        (changed(held_out_fraction=0.3), r"data\.held_out_fraction: got 0\.3, allowed: 0\.2"),
         (dataclasses.replace(config, model=ModelConfig(vocab_size=257)), r"model\.vocab_size: got 257.* at least 258"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -363,15 +363,15 @@ def test_two_at_once_make_one_folder(corpus, tmp_path, monkeypatch):
 
     def other_first(partial, out, manifest, seq_len):
         monkeypatch.setattr(prepare_module, "_settle", settle)
-        prepare([str(corpus)], out, seq_len=seq_len, held_out=0.2)
+        prepare([str(corpus)], out, seq_len=seq_len, held_out_fraction=0.2)
         return settle(partial, out, manifest)
 
     monkeypatch.setattr(prepare_module, "_settle", lambda *a: other_first(*a, seq_len=16))
-    first = prepare([str(corpus)], tmp_path / "same", seq_len=16, held_out=0.2)
+    first = prepare([str(corpus)], tmp_path / "same", seq_len=16, held_out_fraction=0.2)
     assert first == load_manifest(tmp_path / "same")
     monkeypatch.setattr(prepare_module, "_settle", lambda *a: other_first(*a, seq_len=8))
     with pytest.raises(ConfigError, match="holds other data"):
-        prepare([str(corpus)], tmp_path / "other", seq_len=16, held_out=0.2)
+        prepare([str(corpus)], tmp_path / "other", seq_len=16, held_out_fraction=0.2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "other", "same"]
 
 

@@ -149,7 +149,7 @@ def test_training_never_meets_a_held_out_example(name):
     }[name]
     seen = {}
     for split, seed in [("train", 0), ("train", 1), ("held_out", 0)]:
-        problem, batch = make(name, split, seed, range(2000), small.difficulty, task=small, held_out=0.3)
+        problem, batch = make(name, split, seed, range(2000), small.difficulty, task=small, held_out_fraction=0.3)
         seen[split, seed] = {as_text(problem, tokens) for tokens in batch["tokens"]}
     assert seen["train", 0] == seen["train", 1]  # each is all of it
     assert len(seen["train", 0]) > 10

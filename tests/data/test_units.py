@@ -23,7 +23,7 @@ from mythos_jax.data.units import cut, load_unit
 from mythos_jax.errors import ConfigError
 
 ENCODE = ByteTokenizer.encode_batch
-ASKED = {"seq_len": 16, "held_out": 0.2}
+ASKED = {"seq_len": 16, "held_out_fraction": 0.2}
 
 
 @pytest.fixture
@@ -264,7 +264,8 @@ def test_a_process_killed_at_any_time(tmp_path):
         "ByteTokenizer.encode_batch = lambda self, texts: (time.sleep(0.02), encode(self, texts))[1]\n"
         "from mythos_jax.data.prepare import prepare\n"
         "print('ready', flush=True)\n"
-        "prepare([sys.argv[1]], sys.argv[2], seq_len=64, held_out=0.1, workers=int(sys.argv[3]), progress=False)\n"
+        "prepare([sys.argv[1]], sys.argv[2], seq_len=64, held_out_fraction=0.1, "
+        "workers=int(sys.argv[3]), progress=False)\n"
     )
 
     def start(out, workers):

@@ -37,7 +37,7 @@ CONFIG = Config(
     training=TrainingConfig(
         steps=60, batch_size=32, learning_rate=1e-2, warmup_steps=5, checkpoint_every=30, log_every=5
     ),
-    data=DataConfig(task=TaskConfig("addition", (1,), digits=2), seq_len=8, held_out=0.2),
+    data=DataConfig(task=TaskConfig("addition", (1,), digits=2), seq_len=8, held_out_fraction=0.2),
     evaluation=EvaluationConfig(batch_size=8, max_rows=20, difficulties=(1, 2), loops=(1, 2, 3)),
     mesh=MeshConfig(),
 )
@@ -62,7 +62,7 @@ def slow(model, variables, batches, loops):
     "task", [TaskConfig("addition", (1,), digits=1), TaskConfig("p_hop", (1,), length=6, alphabet=3)]
 )
 def test_exact_match_is_that_of_the_logits(task):
-    config = Config(model=CONFIG.model, data=DataConfig(task=task, seq_len=8, held_out=0.5))
+    config = Config(model=CONFIG.model, data=DataConfig(task=task, seq_len=8, held_out_fraction=0.5))
     data, model = TaskData(config), Mythos(config.model)
     batches = {d: list(data.eval_batches(d, batch_size=8, max_rows=20)) for d in (1, 2)}
     assert batches[2][-1]["mask"].any(1).sum() == 4  # filled up with rows that do not count

@@ -48,7 +48,7 @@ def config(text_file):
         name="tiny",
         model=MODEL,
         training=TrainingConfig(steps=8, batch_size=8, checkpoint_every=3, log_every=1, warmup_steps=2),
-        data=DataConfig(path=f"{text_file}_rows", sources=(str(text_file),), seq_len=16, held_out=0.2),
+        data=DataConfig(path=f"{text_file}_rows", sources=(str(text_file),), seq_len=16, held_out_fraction=0.2),
         evaluation=EvaluationConfig(batch_size=8),
         mesh=MeshConfig(),
     )

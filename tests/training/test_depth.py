@@ -49,7 +49,7 @@ def test_uniform_and_fixed():
 
 def test_draws_are_bounded_and_one_a_batch_where_asked():
     assert many(with_depth(distribution="poisson", max_loops=9), steps=3).max() == 9
-    per_batch = draw_depths(with_depth(distribution="poisson", per="batch"), jnp.int32(3), 64)
+    per_batch = draw_depths(with_depth(distribution="poisson", sample_per="batch"), jnp.int32(3), 64)
     assert len(set(per_batch.tolist())) == 1
 
 

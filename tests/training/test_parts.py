@@ -19,7 +19,7 @@ from mythos_jax.training.optimizer import decays, make_optimizer, path_names, sc
 
 
 def test_learning_rate_warms_up_from_above_zero_and_falls_as_a_cosine():
-    rate = schedule(TrainingConfig(steps=100, warmup_steps=10, final_learning_rate=0.1), 1.0)
+    rate = schedule(TrainingConfig(steps=100, warmup_steps=10, final_learning_rate_fraction=0.1), 1.0)
     assert rate(0) == pytest.approx(1 / 11)
     assert rate(10) == pytest.approx(1.0)
     assert rate(55) == pytest.approx(0.55)
@@ -27,7 +27,9 @@ def test_learning_rate_warms_up_from_above_zero_and_falls_as_a_cosine():
 
 
 def test_wsd_and_constant_schedules():
-    config = TrainingConfig(steps=100, warmup_steps=10, final_learning_rate=0.1, schedule="wsd", decay_share=0.2)
+    config = TrainingConfig(
+        steps=100, warmup_steps=10, final_learning_rate_fraction=0.1, schedule="wsd", decay_fraction=0.2
+    )
     rate = schedule(config, 1.0)
     assert [float(rate(n)) for n in (10, 79, 80, 90, 100)] == pytest.approx([1, 1, 1, 0.55, 0.1])
     rate = schedule(dataclasses.replace(config, schedule="constant"), 1.0)

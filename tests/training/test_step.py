@@ -60,7 +60,7 @@ RANDOM = config_with(
 
 
 def test_accumulated_parts_are_the_whole_batch_at_random_depth():
-    training = dataclasses.replace(RANDOM.training, accumulation=2)
+    training = dataclasses.replace(RANDOM.training, grad_accumulation_steps=2)
     whole, parts = run(RANDOM, 2)[1], run(dataclasses.replace(RANDOM, training=training), 2)[1]
     for a, b in zip(whole, parts, strict=True):
         for name in ["loss", "gradient_norm", "mean_loops", "expert_load", "tokens"]:
@@ -79,7 +79,9 @@ def test_documents_in_one_row_are_as_if_alone():
     """Two documents of six tokens a row, at random depth, accumulated and sharded: the loss is that of the documents
     in rows of their own; positions go on through the row, since RoPE turns by their differences alone."""
     dense = dataclasses.replace(RANDOM.model, feed_forward="dense")
-    config = dataclasses.replace(RANDOM, model=dense, training=dataclasses.replace(RANDOM.training, accumulation=2))
+    config = dataclasses.replace(
+        RANDOM, model=dense, training=dataclasses.replace(RANDOM.training, grad_accumulation_steps=2)
+    )
     mesh = make_mesh(MESH, jax.local_devices()[:4])
     state, step = init_state(config, mesh), make_train_step(config, mesh)
     (batch,) = batches(1)

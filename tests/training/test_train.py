@@ -58,6 +58,45 @@ def test_resume_equals_an_uninterrupted_run(config, undisturbed, tmp_path):
     assert timeless(lines(workdir)) == timeless(lines(undisturbed))
 
 
+def as_written_by_0_1_0(workdir):
+    """Rewrites the config and the checkpoints' meta of a run to what mythos_jax 0.1.0 wrote."""
+    old_names = {
+        "grad_accumulation_steps": "accumulation",
+        "decay_fraction": "decay_share",
+        "final_learning_rate_fraction": "final_learning_rate",
+        "loggers": "writers",
+        "sample_per": "per",
+        "held_out_fraction": "held_out",
+    }
+    config = (workdir / "config.yaml").read_text().split("\n", 1)[1]  # without the version
+    for new, old in old_names.items():
+        config = config.replace(f" {new}:", f" {old}:")
+    (workdir / "config.yaml").write_text(config)
+    for meta in workdir.glob("checkpoints/*/meta/metadata"):
+        tree = json.loads(meta.read_text())
+        del tree["digest"]
+        text = json.dumps(tree)
+        for new, old in old_names.items():
+            text = text.replace(f'"{new}":', f'"{old}":')
+        assert '"accumulation":' in text
+        meta.write_text(text)
+
+
+def test_a_run_of_version_0_1_0_resumes_and_is_evaluated(config, undisturbed, tmp_path, capsys):
+    workdir = shutil.copytree(undisturbed, tmp_path / "old")
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    as_written_by_0_1_0(workdir)
+    capsys.readouterr()
+    assert load_model(workdir).config == config
+    train(config, workdir, progress=False)
+    assert "resuming" in capsys.readouterr().err
+    assert_same(parameters(undisturbed), parameters(workdir))
+    changed = dataclasses.replace(config, training=dataclasses.replace(config.training, grad_accumulation_steps=2))
+    as_written_by_0_1_0(workdir)
+    train(changed, workdir, progress=False)
+    assert "training.grad_accumulation_steps was 1, is now 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_goes_on_as_if_nothing_happened(config, tmp_path, number):
     config = with_training(config, steps=60, checkpoint_every=20)
@@ -193,7 +232,7 @@ def test_resume_refuses_another_model_batch_seed_or_data(config, undisturbed, tm
         train(with_training(config, batch_size=16), undisturbed, progress=False)
     with pytest.raises(ConfigError, match=r"training\.seed was 0, is 1"):
         train(with_training(config, seed=1), undisturbed, progress=False)
-    data = dataclasses.replace(config.data, path=str(tmp_path / "other"), held_out=0.5)
+    data = dataclasses.replace(config.data, path=str(tmp_path / "other"), held_out_fraction=0.5)
     with pytest.raises(ConfigError, match="data was"):
         train(dataclasses.replace(config, data=data), undisturbed, progress=False)
     assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["6", "8"]  # nothing is set aside
