@@ -74,7 +74,7 @@ def as_written_by_0_1_0(workdir):
     (workdir / "config.yaml").write_text(config)
     for meta in workdir.glob("checkpoints/*/meta/metadata"):
         tree = json.loads(meta.read_text())
-        del tree["digest"]
+        tree.pop("digest", None)
         text = json.dumps(tree)
         for new, old in old_names.items():
             text = text.replace(f'"{new}":', f'"{old}":')
