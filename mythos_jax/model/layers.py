@@ -1,6 +1,5 @@
 """The small parts every layer is made of: linear maps, RMS norm, rotary positions, dense feed-forward."""
 
-import math
 from functools import partial
 
 import flax.linen as nn
@@ -8,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.sharding import constrain, in_use
+from mythos_jax.ops.matmul import matmul
+from mythos_jax.sharding import constrain
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -66,37 +66,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
         kernel = weight(self, "kernel", shape, self.axes, self.std, x.dtype)
-        return product(x, kernel, self.inputs)
-
-
-def product(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
-    """x w, summed over the last `inputs` axes of x and the first of w.
-
-    On one device as a product of two matrices: on a CPU its gradient takes half the time of one over [B, T] (docs/
-    speed.md). On a mesh that cuts both axes of the tokens they cannot be made one.
-    """
-    return jnp.tensordot(x, w, inputs) if in_use() else _flat_product(x, w, inputs)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _flat_product(x: jax.Array, w: jax.Array, inputs: int) -> jax.Array:
-    """The backward pass keeps x as it came, once for all products of one x; flattened, each would keep a copy."""
-    x_NI, w_IO = _flat(x, w, inputs)
-    return (x_NI @ w_IO).reshape(*x.shape[: x.ndim - inputs], *w.shape[inputs:])
-
-
-def _flat_product_backward(inputs: int, kept: tuple[jax.Array, jax.Array], ct: jax.Array):
-    x_NI, w_IO = _flat(*kept, inputs)
-    ct_NO = ct.reshape(-1, w_IO.shape[1])
-    return tuple(d.reshape(a.shape) for d, a in zip((ct_NO @ w_IO.T, x_NI.T @ ct_NO), kept, strict=True))
-
-
-_flat_product.defvjp(lambda x, w, inputs: (_flat_product(x, w, inputs), (x, w)), _flat_product_backward)
-
-
-def _flat(x: jax.Array, w: jax.Array, inputs: int) -> tuple[jax.Array, jax.Array]:
-    size = math.prod(w.shape[:inputs])
-    return x.reshape(-1, size), w.reshape(size, -1)
+        return matmul(x, kernel, self.inputs)
 
 
 # For what is cheaper to compute again in the backward pass than to keep.

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mythos_jax.ops.grouped_matmul import ExpertWeights
+
 # Blocks multiplied at a time.
 STRIDE = 8
-
-Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
 
 
 class Plan(NamedTuple):
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     used: jax.Array
 
 
-def blocked_experts(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Weights) -> jax.Array:
+def blocked_experts(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: ExpertWeights) -> jax.Array:
     """The sum over each token's K chosen experts, SwiGLU times gate; a choice outside 0 … E - 1 adds nothing.
 
     x: [..., D]. gates, experts: [..., K]. Returns [..., D].
@@ -101,11 +101,11 @@ def _each_part(plan: Plan, some: Callable[[_Part, Any], Any], sums: Any) -> Any:
 
 
 @jax.custom_vjp
-def _run(x: jax.Array, gates: jax.Array, plan: Plan, weights: Weights) -> jax.Array:
+def _run(x: jax.Array, gates: jax.Array, plan: Plan, weights: ExpertWeights) -> jax.Array:
     return _forward(x, gates, plan, weights)[0]
 
 
-def _forward(x: jax.Array, gates: jax.Array, plan: Plan, weights: Weights):
+def _forward(x: jax.Array, gates: jax.Array, plan: Plan, weights: ExpertWeights):
     x_ND, gates_NK = _flat(x), _flat(gates)
     (M, R), D, F = plan.choice_MR.shape, x_ND.shape[1], weights[0].shape[2]
 

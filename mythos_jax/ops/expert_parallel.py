@@ -15,9 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mythos_jax.ops.blocked_experts import Weights, blocked_experts
+from mythos_jax.ops.blocked_experts import blocked_experts
 from mythos_jax.ops.exchange import exchange
-from mythos_jax.ops.grouped_matmul import grouped_matmul
+from mythos_jax.ops.grouped_matmul import ExpertWeights, grouped_matmul
 from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, placement, platform
 
 # Tokens gathered at a time: so many that an expert has this many rows on average, which keeps a chip's matrix units
@@ -40,7 +40,7 @@ def experts_on_mesh(
     x_BTD: jax.Array,
     gates_BTK: jax.Array,
     experts_BTK: jax.Array,
-    weights: Weights,
+    weights: ExpertWeights,
     width: str = "embed",
     way: str = "ring",
 ) -> jax.Array:

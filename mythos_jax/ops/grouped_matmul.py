@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from mythos_jax.sharding import platform
 
+ExpertWeights = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
+
 
 def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Rows [N, D], sorted by expert, times their expert's matrix: [N, F].

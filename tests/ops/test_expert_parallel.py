@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mythos_jax.config import MeshConfig
-from mythos_jax.model.moe import sorted_experts
 from mythos_jax.ops import expert_parallel
 from mythos_jax.ops.expert_parallel import experts_on_mesh
+from mythos_jax.ops.experts import experts_on_one_device
 from mythos_jax.sharding import make_mesh, use_mesh
 
 B, T, D, F, E, K = 4, 8, 12, 16, 8, 2
@@ -42,7 +42,7 @@ def value_and_gradients(layer):
 def test_equals_one_device(way, mesh, monkeypatch):
     """Two chunks; with skewed routing all tokens go to one device's experts, in several rounds."""
     monkeypatch.setattr(expert_parallel, "ROWS_PER_EXPERT", 2)
-    on_one, on_mesh = value_and_gradients(sorted_experts), value_and_gradients(partial(experts_on_mesh, way=way))
+    on_one, on_mesh = value_and_gradients(experts_on_one_device), value_and_gradients(partial(experts_on_mesh, way=way))
     for skew in [0, 5]:
         arguments = inputs(skew)
         expected = on_one(*arguments)
@@ -56,7 +56,7 @@ def test_a_batch_that_the_mesh_does_not_divide():
     arguments = inputs(0, (1, 3))
     with use_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))):
         found = jax.jit(experts_on_mesh)(*arguments[:4])
-    np.testing.assert_allclose(found, jax.jit(sorted_experts)(*arguments[:4]), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found, jax.jit(experts_on_one_device)(*arguments[:4]), rtol=0, atol=1e-5)
 
 
 def test_other_devices_experts_cost_nothing():
