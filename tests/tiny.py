@@ -12,7 +12,8 @@ import numpy as np
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.halting import Halting
-from mythos_jax.model.mythos import Mythos, Output
+from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.state import Output
 
 B, T, V = 2, 8, 40
 

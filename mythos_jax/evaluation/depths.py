@@ -17,7 +17,7 @@ from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.ranks import rank_correlation
 from mythos_jax.evaluation.results import DepthResult, TokenTrace
-from mythos_jax.model.likelihood import next_token_nats
+from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.sharding import replicate, use_mesh
 
@@ -28,7 +28,7 @@ KEPT_TOKENS = 2**18  # whose loss and loops are kept one by one, for ranks and t
 def _measured(model, variables, batch, loops, halting):
     """Of a batch: sums of nats, tokens and the loops they ran; and of each token its nats and loops."""
     rngs = {"state": jax.random.key(0)}  # models that start from noise: the same at every depth
-    nats_BT, out = next_token_nats(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
+    nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
     totals = nats_BT.sum(), batch["mask"].sum(), (out.loops * batch["mask"]).sum()
     return totals, replicate((nats_BT, out.loops))
 

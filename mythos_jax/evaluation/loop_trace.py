@@ -10,7 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mythos_jax.data.placement import place_batch
-from mythos_jax.model.mythos import Aux, Mythos
+from mythos_jax.model.likelihood import forward
+from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.state import Aux
 from mythos_jax.sharding import replicate, use_mesh
 
 QUANTILES = (0.1, 0.5, 0.9)
@@ -41,8 +43,8 @@ def _load(model, variables, batch, loops):
 
 
 def _aux(model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: int | jax.Array) -> Aux:
-    rngs, segments = {"state": jax.random.key(0)}, batch.get("segment_ids")
-    return model.apply(variables, batch["tokens"], loops=loops, segment_ids=segments, rngs=rngs, method="trunk").aux
+    rngs = {"state": jax.random.key(0)}
+    return model.apply(variables, batch["tokens"], batch.get("segment_ids"), loops, None, rngs=rngs, method=forward).aux
 
 
 def trace_loops(model: Mythos, variables: Any, batch: dict[str, np.ndarray], loops: int, *, mesh: Mesh) -> LoopTrace:

@@ -14,7 +14,7 @@ from mythos_jax.data.placement import place_batch
 from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.inference.generate import generate
-from mythos_jax.model.likelihood import next_token_nats
+from mythos_jax.model.likelihood import token_loss
 from mythos_jax.ops.best_tokens import best_tokens
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import replicate, use_mesh
@@ -36,7 +36,7 @@ class Score:
 @partial(jax.jit, static_argnames="model")
 def _scores(model, variables, batch, loops, halting):
     rngs = {"state": jax.random.key(0)}
-    nats_BT, out = next_token_nats(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
+    nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
     table_VD = nn.unbox(variables["params"]["embedding"])
     right_BT = (best_tokens(out.features, table_VD) == batch["targets"]) | ~batch["mask"]
     found = -nats_BT.sum(-1), right_BT.all(-1), batch["mask"].sum(-1), (out.loops * batch["mask"]).sum(-1)
@@ -90,7 +90,7 @@ def bucket(length: int, most: int) -> int:
 
 
 def _padded(sequences: Sequence[tuple[Sequence[int], int]], size: int, width: int) -> dict[str, np.ndarray]:
-    """A batch as `next_token_nats` takes it; what is padding has segment 0 and never loops under halting."""
+    """A batch as `token_loss` takes it; what is padding has segment 0 and never loops under halting."""
     tokens, targets = np.zeros((2, size, width), np.int32)
     mask, segments = np.zeros((size, width), bool), np.zeros((size, width), np.int32)
     for row, (sequence, n) in enumerate(sequences):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.mythos import initial_noise
+from mythos_jax.model.state import initial_noise
 
 TOKENS, STATES = 0, 1  # the two streams of randomness of a request
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.cache import KV, Memory, remember
-from mythos_jax.model.layers import Linear, RMSNorm, apply_rope, matrix_init, rms_norm, weight
+from mythos_jax.model.cache import KV, LayerCache, update_cache
+from mythos_jax.model.gather import sharded_weight
+from mythos_jax.model.layers import Linear, RMSNorm, apply_rope, matrix_init, rms_norm
 from mythos_jax.ops.attention import Mask, attend
 from mythos_jax.sharding import constrain
 
@@ -18,21 +19,22 @@ VALUE_GATE_CHANNELS = 32
 
 
 @struct.dataclass
-class View:
-    """What attention layers share in one call of the model.
+class AttentionContext:
+    """What the attention layers of one call share.
 
-    rope: cosines and sines [B, T, rope_dim / 2]. mask: who attends to whom. index_BT: where the tokens are written
-    in a cache. loop: the one at hand, 0 outside the loop. frozen_BT: tokens whose loops have ended.
+    rope: cosines and sines, [B or 1, T, rope_dim / 2]. mask: which keys a query may attend to, and with a cache where
+    the tokens are in it. loop: t, int32 [] or one per row [B]; 0 outside the loop. frozen_BT: bool, tokens whose loops
+    have ended (None: no token can be frozen).
     """
 
     rope: tuple[jax.Array, jax.Array]
     mask: Mask
-    index_BT: jax.Array | None = None
     loop: jax.Array | int = 0
     frozen_BT: jax.Array | None = None
 
-    def remember(self, memory: Memory, new: KV) -> tuple[Memory, KV]:
-        return remember(memory, new, loop=self.loop, index_BT=self.index_BT, frozen_BT=self.frozen_BT)
+    def update(self, cache: LayerCache, new: KV) -> tuple[LayerCache, KV]:
+        """`update_cache` for the current loop."""
+        return update_cache(cache, new, loop=self.loop, index_BT=self.mask.index_BT, frozen_BT=self.frozen_BT)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -43,8 +45,8 @@ class GroupedQueryAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, view: View, memory: Memory, value_BTGK: jax.Array | None = None
-    ) -> tuple[jax.Array, Memory]:
+        self, x_BTD: jax.Array, context: AttentionContext, cache: LayerCache, value_BTGK: jax.Array | None = None
+    ) -> tuple[jax.Array, LayerCache]:
         c = self.config
         H, G, K = c.n_heads, c.n_kv_heads, c.gqa_head_dim
 
@@ -55,7 +57,7 @@ class GroupedQueryAttention(nn.Module):
         if c.qk_bias:
             q_BTHK += self._bias("q_bias", "heads", H).astype(x_BTD.dtype)
             k_BTGK += self._bias("k_bias", "kv_heads", G).astype(x_BTD.dtype)
-        q_BTHK, k_BTGK = apply_rope(q_BTHK, view.rope), apply_rope(k_BTGK, view.rope)
+        q_BTHK, k_BTGK = apply_rope(q_BTHK, context.rope), apply_rope(k_BTGK, context.rope)
         if c.qk_norm:
             q_BTHK, k_BTGK = (rms_norm(x, QK_NORM_EPS).astype(x_BTD.dtype) for x in (q_BTHK, k_BTGK))
         if self.value_gate:
@@ -63,9 +65,9 @@ class GroupedQueryAttention(nn.Module):
             if value_BTGK is not None:
                 opening_BTG = 2 * nn.sigmoid(x_BTD[..., :VALUE_GATE_CHANNELS] @ gate.astype(x_BTD.dtype))
                 v_BTGK += opening_BTG[..., None] * value_BTGK
-        memory, (k_BSGK, v_BSGK) = view.remember(memory, KV(k_BTGK, v_BTGK))
-        out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, view.mask, K**-0.5)
-        return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHK), memory
+        cache, (k_BSGK, v_BSGK) = context.update(cache, KV(k_BTGK, v_BTGK))
+        out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, context.mask, K**-0.5)
+        return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHK), cache
 
     def _bias(self, name: str, kind: str, heads: int) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.zeros, (kind, "head_dim"))
@@ -84,7 +86,7 @@ class MultiHeadLatentAttention(nn.Module):
     absorb: bool | None = None  # None: with a cache, whichever costs fewer FLOPs at these lengths; else expanded
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, view: View, memory: Memory) -> tuple[jax.Array, Memory]:
+    def __call__(self, x_BTD: jax.Array, context: AttentionContext, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         c = self.config
         H, R, nope, rope, V = c.n_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
 
@@ -92,28 +94,28 @@ class MultiHeadLatentAttention(nn.Module):
         q_latent = RMSNorm(c.norm_eps, name="q_norm")(q_latent)
         q_BTHK = Linear((H, nope + rope), ("latent", "heads", "head_dim"), c.std, name="q_up")(q_latent)
         q_BTHK = constrain(q_BTHK, "batch", "length", "heads", "head_dim")
-        q_nope, q_rope = q_BTHK[..., :nope], apply_rope(q_BTHK[..., nope:], view.rope)
+        q_nope, q_rope = q_BTHK[..., :nope], apply_rope(q_BTHK[..., nope:], context.rope)
 
         down = Linear((R + rope,), ("embed", "latent"), c.std, name="kv_down")(x_BTD)
         latent_BTR = RMSNorm(c.norm_eps, name="kv_norm")(down[..., :R])
-        k_rope = apply_rope(down[..., None, R:], view.rope)[:, :, 0]
-        memory, (seen, _) = view.remember(memory, KV(jnp.concatenate([latent_BTR, k_rope], axis=-1), None))
+        k_rope = apply_rope(down[..., None, R:], context.rope)[:, :, 0]
+        cache, (seen, _) = context.update(cache, KV(jnp.concatenate([latent_BTR, k_rope], axis=-1), None))
         # Queries cut by `sequence` look at all latents: those travel, not the keys and values made of them. A single
         # query is not cut, so a cache stays as it is.
-        positions = "keys" if memory.cache is None or x_BTD.shape[1] > 1 else "cache_length"
+        positions = "keys" if cache.kv is None or x_BTD.shape[1] > 1 else "cache_length"
         seen = constrain(seen, "batch", positions, "latent")
 
-        kv_up = weight(self, "kv_up", (R, H, nope + V), ("latent", "heads", "head_dim"), c.std, x_BTD.dtype)
+        kv_up = sharded_weight(self, "kv_up", (R, H, nope + V), ("latent", "heads", "head_dim"), c.std, x_BTD.dtype)
         k_up_RHK, v_up_RHV = kv_up[..., :nope], kv_up[..., nope:]
         scale = (nope + rope) ** -0.5
         absorb = self.absorb
         if absorb is None:
             # Without a cache there are as many keys as queries. Then absorbing saves no projection, and its products
             # over the latent's width are wider than kernels are made for.
-            absorb = memory.cache is not None and self._absorbed_is_cheaper(x_BTD.shape[1], seen.shape[1])
+            absorb = cache.kv is not None and self._absorbed_is_cheaper(x_BTD.shape[1], seen.shape[1])
         if absorb:
             query = jnp.concatenate([jnp.einsum("BTHK,RHK->BTHR", q_nope, k_up_RHK), q_rope], axis=-1)
-            out_BTHR = attend(query, seen[:, :, None], seen[:, :, None, :R], view.mask, scale)
+            out_BTHR = attend(query, seen[:, :, None], seen[:, :, None, :R], context.mask, scale)
             out_BTHV = jnp.einsum("BTHR,RHV->BTHV", out_BTHR, v_up_RHV)
         else:
             latent_BSR, k_rope = seen[..., :R], seen[..., R:]
@@ -122,8 +124,8 @@ class MultiHeadLatentAttention(nn.Module):
             v_BSHV = jnp.einsum("BSR,RHV->BSHV", latent_BSR, v_up_RHV)
             query, key = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1)
             key, v_BSHV = (constrain(x, "batch", positions, "heads", "head_dim") for x in (key, v_BSHV))
-            out_BTHV = attend(query, key, v_BSHV, view.mask, scale)
-        return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHV), memory
+            out_BTHV = attend(query, key, v_BSHV, context.mask, scale)
+        return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHV), cache
 
     def _absorbed_is_cheaper(self, T: int, S: int) -> bool:
         """Compares multiply-adds per head: projections of T queries and S keys, then T x S scores and sums."""

@@ -1,11 +1,13 @@
-"""One transformer layer: where the norms stand, which attention, which feed-forward."""
+"""One transformer layer: norm placement, attention, feed-forward."""
+
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.attention import GroupedQueryAttention, MultiHeadLatentAttention, View
-from mythos_jax.model.cache import Memory
+from mythos_jax.model.attention import AttentionContext, GroupedQueryAttention, MultiHeadLatentAttention
+from mythos_jax.model.cache import LayerCache
 from mythos_jax.model.layers import FeedForward, RMSNorm
 from mythos_jax.model.moe import MoE, RouterStats
 from mythos_jax.sharding import constrain
@@ -25,12 +27,14 @@ class TransformerBlock(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        view: View,
-        memory: Memory,
+        context: AttentionContext,
+        cache: LayerCache,
         counted_BT: jax.Array,
         value_BTGK: jax.Array | None = None,
-    ) -> tuple[jax.Array, Memory, RouterStats | None]:
-        """Returns the stream, the layer's memory, and the router's statistics (None where dense)."""
+    ) -> tuple[jax.Array, LayerCache, RouterStats | None]:
+        """counted_BT: bool, tokens that count in the router's statistics. value_BTGK: value embeddings, if any.
+
+        Returns the residual stream [B, T, D], the layer's cache, and the router's statistics (None where dense)."""
         c = self.config
         stats = None
 
@@ -39,10 +43,10 @@ class TransformerBlock(nn.Module):
 
         y = norm(x_BTD, "attention_norm")
         if c.attention == "mla":
-            y, memory = MultiHeadLatentAttention(c, name="attention")(y, view, memory)
+            y, cache = MultiHeadLatentAttention(c, name="attention")(y, context, cache)
         else:
             gate = self.layer in c.value_gate_layers
-            y, memory = GroupedQueryAttention(c, gate, name="attention")(y, view, memory, value_BTGK)
+            y, cache = GroupedQueryAttention(c, gate, name="attention")(y, context, cache, value_BTGK)
         x_BTD = x_BTD + y
         if c.norm == "sandwich":
             x_BTD = norm(x_BTD, "attention_out_norm")
@@ -56,4 +60,21 @@ class TransformerBlock(nn.Module):
         x_BTD = x_BTD + y
         if c.norm == "sandwich":
             x_BTD = norm(x_BTD, "feed_forward_out_norm")
-        return constrain(x_BTD, "batch", "length", "act_embed"), memory, stats
+        return constrain(x_BTD, "batch", "length", "act_embed"), cache, stats
+
+
+def apply_layers(
+    blocks: Sequence[TransformerBlock],
+    x_BTD: jax.Array,
+    context: AttentionContext,
+    caches: Sequence[LayerCache],
+    counted_BT: jax.Array,
+    values: Sequence[jax.Array | None],
+) -> tuple[jax.Array, tuple[LayerCache, ...], list[RouterStats | None]]:
+    """Layers one after the other: the stream, each layer's cache and its router's statistics."""
+    new_caches, stats = [], []
+    for block, cache, value_BTGK in zip(blocks, caches, values, strict=True):
+        x_BTD, cache, layer_stats = block(x_BTD, context, cache, counted_BT, value_BTGK)
+        new_caches.append(cache)
+        stats.append(layer_stats)
+    return x_BTD, tuple(new_caches), stats

@@ -1,7 +1,7 @@
-"""What attention layers remember: explicit, preallocated arrays, written in place under jit.
+"""What attention layers keep: explicit, preallocated arrays, written in place under jit.
 
 One structure serves three needs: a key-value cache for decoding (one slot per loop for layers in the loop), the keys
-and values of a token's previous loop (kept while its state is frozen), both, or neither.
+and values of a token's last loop (kept while its state is frozen), both, or neither.
 """
 
 from functools import partial
@@ -18,34 +18,39 @@ from mythos_jax.typed import check_field
 
 
 class KV(NamedTuple):
-    """Keys and values of one layer: gqa [..., G, K] each; mla: [..., R + rope], latent then shared key, no values."""
+    """Keys and values of one layer. gqa: [..., G, K] each. mla: [..., R + rope], the latent followed by the RoPE key
+    that all heads share, and no values."""
 
     keys: jax.Array
     values: jax.Array | None
 
 
 @struct.dataclass
-class Memory:
-    """The memory of one attention layer. None where nothing is kept."""
+class LayerCache:
+    """What one attention layer keeps; a field is None where nothing is kept.
 
-    cache: KV | None = None  # [slots, B, S, ...]
-    last: KV | None = None  # [B, T, ...], what these tokens' keys and values were in the loop before
+    kv: [slots, B, S, ...], the decode cache; loop t writes slot t mod slots. exit_kv: [B, T, ...], keys and values of
+    the current tokens from the last loop that they ran.
+    """
+
+    kv: KV | None = None
+    exit_kv: KV | None = None
 
 
 @struct.dataclass
 class Cache:
-    """The decode cache of a model; `length_B` int32 counts the tokens each row holds."""
+    """The decode cache of a model; `length_B` int32 counts the tokens that each row holds."""
 
-    prelude: tuple[Memory, ...]
-    loop: tuple[Memory, ...]
-    coda: tuple[Memory, ...]
+    prelude: tuple[LayerCache, ...]
+    loop: tuple[LayerCache, ...]
+    coda: tuple[LayerCache, ...]
     length_B: jax.Array
     loop_slots: int = struct.field(pytree_node=False)
-    bounded: bool = struct.field(pytree_node=False)  # loop t uses slot t mod loop_slots
+    bounded: bool = struct.field(pytree_node=False)  # fewer slots than loops: loop t uses slot t mod loop_slots
 
     @property
     def capacity(self) -> int:
-        """Tokens a row can hold."""
+        """Tokens that a row can hold."""
         return jax.tree.leaves((self.prelude, self.loop, self.coda))[0].shape[2]
 
 
@@ -57,9 +62,9 @@ def empty_kv(config: ModelConfig, *shape: int) -> KV:
     return KV(*(jnp.zeros((*shape, config.n_kv_heads, config.gqa_head_dim), dtype) for _ in range(2)))
 
 
-def placed(kv: KV) -> KV:
-    """A cache [slots, B, S, ...] where the mesh in use wants it: rows over the batch axes, positions over
-    sequence, heads over tensor."""
+def constrain_cache(kv: KV) -> KV:
+    """A cache [slots, B, S, ...], placed on the mesh in use: rows over the batch axes, positions over sequence, heads
+    over tensor."""
     heads = ("latent",) if kv.values is None else ("kv_heads", None)
     return jax.tree.map(lambda x: constrain(x, "slots", "batch", "cache_length", *heads), kv)
 
@@ -70,17 +75,17 @@ def init_cache(
 ) -> Cache:
     """An empty cache for `batch` rows of up to `capacity` tokens.
 
-    loops: the most loops any call will run (default: the config's); each gets a slot. loop_cache_slots: bounds the
-    memory whatever the depth, loop t then shares slot t mod n, and decoding is an approximation. Raises ConfigError
-    for less than one slot.
+    loops: the maximum that any call will run (default: the config's); each loop gets a slot. loop_cache_slots: bounds
+    the memory at any depth. Loop t then shares slot t mod n, and decoding is an approximation. Raises ConfigError for
+    fewer than one slot.
     """
     slots = loops or config.loops
     if loop_cache_slots is not None:
         check_field(loop_cache_slots >= 1, "loop_cache_slots", loop_cache_slots, "an integer >= 1, or None")
         slots = loop_cache_slots
 
-    def layers(n: int, slots: int) -> tuple[Memory, ...]:
-        return tuple(Memory(cache=placed(empty_kv(config, slots, batch, capacity))) for _ in range(n))
+    def layers(n: int, slots: int) -> tuple[LayerCache, ...]:
+        return tuple(LayerCache(kv=constrain_cache(empty_kv(config, slots, batch, capacity))) for _ in range(n))
 
     return Cache(
         prelude=layers(config.prelude_layers, 1),
@@ -92,46 +97,59 @@ def init_cache(
     )
 
 
-def remember(
-    memory: Memory, new: KV, *, loop: jax.Array | int, index_BT: jax.Array | None, frozen_BT: jax.Array | None
-) -> tuple[Memory, KV]:
-    """Takes in the keys and values of the tokens at hand; returns the memory and all that queries may look at.
+def update_cache(
+    cache: LayerCache, new: KV, *, loop: jax.Array | int, index_BT: jax.Array | None, frozen_BT: jax.Array | None
+) -> tuple[LayerCache, KV]:
+    """Writes the current tokens' keys and values; returns the updated cache and everything queries may attend to.
 
-    Loop t writes slot t mod n, at `index_BT`; an index beyond the capacity writes nothing. Frozen tokens keep the keys
-    and values of their exit loop (design: halting semantics), and write them to slots that they never ran a loop in.
+    loop: t, one for all rows or int32 [B]; it writes slot t mod slots, at `index_BT`. An index beyond the capacity
+    writes nothing. Frozen tokens keep the keys and values of the last loop that they ran, and write those to the slots
+    of loops that they did not run.
     """
-    if memory.last is not None:
-        new = jax.tree.map(lambda a, b: jnp.where(_like(frozen_BT, b), a, b), memory.last, new)
-        memory = memory.replace(last=new)
-    if memory.cache is None:
-        return memory, new
-    slots, _, capacity = memory.cache.keys.shape[:3]
+    if cache.exit_kv is not None:
+        new = jax.tree.map(lambda a, b: jnp.where(_broadcast_to_rank(frozen_BT, b), a, b), cache.exit_kv, new)
+        cache = cache.replace(exit_kv=new)
+    if cache.kv is None:
+        return cache, new
+    slots, _, capacity = cache.kv.keys.shape[:3]
     if frozen_BT is not None:
-        # From loop n on every slot holds a loop that the token ran, or its last one.
-        index_BT = jnp.where(frozen_BT & (loop >= slots), capacity, index_BT)
-    rows, slot = jnp.arange(index_BT.shape[0])[:, None], loop % slots
-    cache = jax.tree.map(lambda c, n: c.at[slot, rows, index_BT].set(n.astype(c.dtype), mode="drop"), memory.cache, new)
-    cache = placed(cache)
-    seen = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, slot, keepdims=False), cache)
-    return memory.replace(cache=cache), seen
+        # From loop `slots` on, every slot holds a loop that the token ran, or its last one.
+        beyond = loop >= slots if jnp.ndim(loop) == 0 else (loop >= slots)[:, None]
+        index_BT = jnp.where(frozen_BT & beyond, capacity, index_BT)
+    rows, slot = jnp.arange(index_BT.shape[0]), loop % slots
+    by_row = jnp.ndim(slot) == 1
+    at = (slot[:, None] if by_row else slot, rows[:, None], index_BT)
+    kv = jax.tree.map(lambda c, n: c.at[at].set(n.astype(c.dtype), mode="drop"), cache.kv, new)
+    kv = constrain_cache(kv)
+    if by_row:
+        seen = jax.tree.map(lambda c: c[slot, rows], kv)
+    else:  # one slice, which is not copied
+        seen = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, slot, keepdims=False), kv)
+    return cache.replace(kv=kv), seen
 
 
-def fill_deeper(memory: Memory, first_slot: jax.Array, index_BT: jax.Array) -> Memory:
-    """Copies the tokens' last keys and values to every slot from `first_slot` on: loops they exited before.
+def fill_skipped_loops(
+    cache: LayerCache, exit_kv: KV, first_slot: jax.Array, index_BT: jax.Array, tokens_BT: jax.Array
+) -> LayerCache:
+    """Copies the exit keys and values of `tokens_BT` (bool) to every slot from `first_slot` on: the loops that these
+    tokens exited before, in which deeper tokens will look for them.
 
-    Slot by slot and in place, so that a token pays only for what it skipped and nothing of the cache's size is made.
+    first_slot: int32 [] or, one per row, [B]. Slot by slot and in place, so that a token pays only for what it skipped
+    and nothing of the cache's size is made.
     """
-    rows = jnp.arange(index_BT.shape[0])[:, None]
+    slots, _, capacity = cache.kv.keys.shape[:3]
+    rows, first = jnp.arange(index_BT.shape[0])[:, None], first_slot
+    if jnp.ndim(first_slot) == 1:
+        first = jnp.where(tokens_BT, first_slot[:, None], slots).min()
 
-    def fill(slot: jax.Array, cache: KV) -> KV:
-        return jax.tree.map(
-            lambda c, last: c.at[slot, rows, index_BT].set(last.astype(c.dtype), mode="drop"), cache, memory.last
-        )
+    def fill(slot: jax.Array, kv: KV) -> KV:
+        fills_BT = tokens_BT if jnp.ndim(first_slot) == 0 else tokens_BT & (slot >= first_slot[:, None])
+        at = (slot, rows, jnp.where(fills_BT, index_BT, capacity))
+        return jax.tree.map(lambda c, exit: c.at[at].set(exit.astype(c.dtype), mode="drop"), kv, exit_kv)
 
-    slots = memory.cache.keys.shape[0]
-    return memory.replace(cache=jax.lax.fori_loop(first_slot, slots, fill, memory.cache))
+    return cache.replace(kv=jax.lax.fori_loop(first, slots, fill, cache.kv))
 
 
-def _like(mask_BT: jax.Array, x: jax.Array) -> jax.Array:
+def _broadcast_to_rank(mask_BT: jax.Array, x: jax.Array) -> jax.Array:
     """The mask with trailing axes of 1, to broadcast against x."""
     return mask_BT.reshape(mask_BT.shape + (1,) * (x.ndim - mask_BT.ndim))

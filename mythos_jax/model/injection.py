@@ -139,6 +139,6 @@ class LoopLoRA(nn.Module):
         rows = c.lora_loops or c.loops
         init = nn.with_logical_partitioning(nn.initializers.normal(c.std), (None, "lora"))
         scale_LR = self.param("scale", init, (rows, c.lora_rank), jnp.float32)
-        scale_BR = scale_LR[jnp.minimum(loop_index_B, rows - 1)].astype(y_BTD.dtype)
+        scale_BR = jnp.asarray(scale_LR)[jnp.minimum(loop_index_B, rows - 1)].astype(y_BTD.dtype)
         low_BTR = Linear((c.lora_rank,), ("embed", "lora"), c.std, name="down")(y_BTD) * scale_BR[:, None]
         return Linear((c.dim,), ("lora", "embed"), c.std, name="up")(low_BTR)

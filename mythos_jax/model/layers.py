@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.model.gather import sharded_weight
 from mythos_jax.ops.matmul import matmul
 from mythos_jax.sharding import constrain
 
@@ -23,37 +24,6 @@ def matrix_init(std: float, *axes: str):
     return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
 
 
-def weight(
-    module: nn.Module,
-    name: str,
-    shape: tuple[int, ...],
-    axes: tuple[str, ...],
-    std: float,
-    dtype: jnp.dtype,
-    whole: bool = True,
-) -> jax.Array:
-    """A matrix parameter, float32 where it is kept, as a product uses it: in `dtype`, and whole along `embed`.
-
-    The loop's weights may come with a copy that is so already, in the collection `whole` (see `sharding.loop_whole`).
-    whole: false to leave a weight that has no such copy cut as it is kept.
-    """
-    kept = module.param(name, matrix_init(std, *axes), shape, jnp.float32)
-    if module.has_variable("whole", name):
-        return stand_in(kept, module.get_variable("whole", name))
-    # Cast where it lies, so that half the bytes travel.
-    cut = constrain(kept.astype(dtype), *axes)
-    return constrain(cut, *("act_embed" if axis == "embed" else axis for axis in axes)) if whole else cut
-
-
-@jax.custom_vjp
-def stand_in(kept: jax.Array, copy: jax.Array) -> jax.Array:
-    """The copy's value; the gradient is that of what it is a copy of, and adds up in its dtype."""
-    return copy
-
-
-stand_in.defvjp(lambda kept, copy: (copy, None), lambda _, ct: (ct.astype(jnp.float32), None))
-
-
 class Linear(nn.Module):
     """y = x W, no bias, over the last `inputs` axes of x. W is float32, [*in, *features], cast to x's dtype."""
 
@@ -65,7 +35,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
-        kernel = weight(self, "kernel", shape, self.axes, self.std, x.dtype)
+        kernel = sharded_weight(self, "kernel", shape, self.axes, self.std, x.dtype)
         return matmul(x, kernel, self.inputs)
 
 

@@ -1,23 +1,59 @@
 """How likely the model finds a text: what training minimises and evaluation reports."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 
-from mythos_jax.model.mythos import Mythos, Output
+from mythos_jax.model.halting import Halting
+from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.state import Output
 from mythos_jax.ops.cross_entropy import cross_entropy
 
 
-def next_token_nats(
-    model: Mythos, variables: Any, batch: dict[str, jax.Array], **keywords: Any
+class Forward(Protocol):
+    """A way to run the model on a batch without its head."""
+
+    def __call__(
+        self,
+        model: Mythos,
+        tokens_BT: jax.Array,
+        segment_ids: jax.Array | None,
+        loops: int | jax.Array | None,
+        halting: Halting | None,
+    ) -> Output: ...
+
+
+def forward(
+    model: Mythos,
+    tokens_BT: jax.Array,
+    segment_ids: jax.Array | None,
+    loops: int | jax.Array | None,
+    halting: Halting | None,
+) -> Output:
+    """The plain forward pass."""
+    tokens, _ = model.begin(tokens_BT, segment_ids=segment_ids)
+    tokens, _, trace = model.loop(tokens, loops=loops, halting=halting)
+    return model.finish(tokens, trace=trace, logits=False)
+
+
+def token_loss(
+    model: Mythos,
+    variables: Any,
+    batch: dict[str, jax.Array],
+    *,
+    loops: int | jax.Array | None = None,
+    halting: Halting | None = None,
+    rngs: dict[str, jax.Array] | None = None,
+    run: Forward = forward,
 ) -> tuple[jax.Array, Output]:
-    """Float32 nats [B, T] of each target, 0 where the mask is 0, and what the model returned.
+    """Cross-entropy of each target in nats, float32 [B, T], 0 where the mask is 0; and what the model returned.
 
     batch: int32 tokens and targets [B, T], mask [B, T] with 1 where the target counts, and int32 segment_ids [B, T]
-    where tokens see only their own segment. Keywords go to the model.
+    where tokens attend to their own segment only. rngs: {"state": key} for models that start from noise.
     """
-    out = model.apply(variables, batch["tokens"], method="trunk", segment_ids=batch.get("segment_ids"), **keywords)
+    segment_ids = batch.get("segment_ids")
+    out = model.apply(variables, batch["tokens"], segment_ids, loops, halting, rngs=rngs, method=run)
     table_VD = nn.unbox(variables["params"]["embedding"])
-    nats_BT = cross_entropy(out.features, table_VD, batch["targets"])
-    return nats_BT * batch["mask"], out
+    loss_BT = cross_entropy(out.features, table_VD, batch["targets"])
+    return loss_BT * batch["mask"], out

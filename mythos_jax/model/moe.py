@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.layers import FeedForward, matrix_init, weight
+from mythos_jax.model.gather import sharded_weight, width_axis
+from mythos_jax.model.layers import FeedForward, matrix_init
 from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
 from mythos_jax.ops.experts import experts_on_one_device
 from mythos_jax.ops.matmul import matmul
@@ -61,7 +62,7 @@ class MoE(nn.Module):
         )
         # On a mesh, weights that it cuts along D are gathered together with the tokens.
         weights = tuple(
-            weight(self, name, shape, axes, std, x_BTD.dtype, whole=not in_use())
+            sharded_weight(self, name, shape, axes, std, x_BTD.dtype, gather=not in_use())
             for name, std, shape, axes in [
                 ("gate", c.std, (E, D, F), ("expert", "embed", "mlp")),
                 ("up", c.std, (E, D, F), ("expert", "embed", "mlp")),
@@ -69,7 +70,7 @@ class MoE(nn.Module):
             ]
         )
         if in_use():
-            width = "act_embed" if self.has_variable("whole", "gate") else "embed"
+            width = width_axis(self, "gate")
             y_BTD = experts_on_mesh(x_BTD, gates_BTK, experts_BTK, weights, width, c.expert_exchange)
         else:
             y_BTD = experts_on_one_device(x_BTD, gates_BTK, experts_BTK, weights)

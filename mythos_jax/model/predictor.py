@@ -1,4 +1,4 @@
-"""How many loops a token will need, read from the prelude's output before the first loop.
+"""How many loops a token will need, predicted from the prelude's output before the first loop.
 
 A small head predicts, for every depth t below the L it was trained on, how far the next-token distribution after t
 loops will still be from the final one (KL, in nats). A token then runs the t that minimises
@@ -6,8 +6,8 @@ loops will still be from the final one (KL, in nats). A token then runs the t th
     predicted KL after t loops + price * t,
 
 which for true expectations is the best use of a given mean number of loops (`price` is its Lagrange multiplier). The
-price that keeps the mean within a budget was measured on rows of their own, see `training/predictor.py`. All of it is a
-pytree of arrays: the collection "predictor" of a model's variables.
+price that keeps the mean within a budget is measured on separate rows (training/predictor.py). A predictor is a pytree
+of arrays, the collection "predictor" of a model's variables.
 """
 
 from typing import Any
@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-COLLECTION = "predictor"
-LARGEST = 10.0  # of the logarithm of a predicted KL, so that no exponential overflows
+from mythos_jax.errors import ConfigError
 
-# From one that buys every loop to one that buys none but the first.
+COLLECTION = "predictor"
+MAX_LOG_KL = 10.0  # bound on the logarithm of a predicted KL, so that no exponential overflows
+
+# From a price that buys every loop to one that buys only the first.
 PRICES = np.concatenate([[0.0], np.logspace(-7, 1.5, 256)]).astype(np.float32)
 
 
@@ -38,20 +40,30 @@ def log_excess(head: dict[str, jax.Array], injected_BTD: jax.Array) -> jax.Array
     x = injected_BTD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
     hidden = jax.nn.gelu(x @ head["in"] + head["in_bias"])
-    return jnp.minimum(hidden @ head["out"] + head["out_bias"], LARGEST)
+    return jnp.minimum(hidden @ head["out"] + head["out_bias"], MAX_LOG_KL)
 
 
 def loops_at(excess: jax.Array, price: jax.Array | float) -> jax.Array:
-    """The loops that minimise excess + price * loops, the fewest of equals; int32 [...] from [..., L - 1]."""
-    total = jnp.pad(excess, [(0, 0)] * (excess.ndim - 1) + [(0, 1)])  # nothing is left after L loops
+    """The loops that minimise excess + price * loops, the smaller of equals; int32 [...] from [..., L - 1]."""
+    total = jnp.pad(excess, [(0, 0)] * (excess.ndim - 1) + [(0, 1)])  # after L loops the KL is 0
     total += price * jnp.arange(1, total.shape[-1] + 1)
     return jnp.argmin(total, axis=-1).astype(jnp.int32) + 1
 
 
-def predicted_loops(predictor: dict[str, Any], injected_BTD: jax.Array, budget: float | jax.Array | None) -> jax.Array:
-    """Loops that each token is to run, int32 [B, T]; on average at most `budget` (None: the predictor's own)."""
+def predicted_loops(
+    predictor: dict[str, Any] | None, injected_BTD: jax.Array, budget: float | jax.Array | None
+) -> jax.Array:
+    """Loops that each token is to run, int32 [B, T]; on average at most `budget` (None: the predictor's own).
+
+    Raises ConfigError where the model's variables have no predictor.
+    """
+    if predictor is None:
+        raise ConfigError(
+            "halting criterion: got 'predicted' for weights without a predictor; "
+            "`mythos train-predictor RUN` trains one"
+        )
     budget = predictor["budget"] if budget is None else budget
-    # The mean falls with the price; the highest price is there for budgets that none keeps.
-    place = jnp.argmax(jnp.append(predictor["mean_loops"] <= budget, True))
-    price = predictor["prices"][jnp.minimum(place, len(predictor["prices"]) - 1)]
+    # The mean falls as the price rises; a budget that no price meets gets the highest.
+    first = jnp.argmax(jnp.append(predictor["mean_loops"] <= budget, True))
+    price = predictor["prices"][jnp.minimum(first, len(predictor["prices"]) - 1)]
     return loops_at(jnp.exp(log_excess(predictor, injected_BTD)), price)

@@ -1,9 +1,12 @@
-"""How many loops to train: one draw per row of the global batch, a function of seed and step alone."""
+"""Training at random depth: how many loops each row runs, and backpropagation through the last of them."""
 
 import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import Config, DepthConfig, backprop_loops, max_loops, mean_loops
+from mythos_jax.model.halting import Halting
+from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.state import Output
 from mythos_jax.sharding import constrain
 
 
@@ -14,17 +17,49 @@ def draw_depths(config: Config, step: jax.Array, rows: int) -> jax.Array:
     """
     depth = config.training.depth
     mean = curriculum_mean(depth, mean_loops(config), step)
-    # Apart from the keys that initialise the weights, which are drawn from the seed directly.
+    # A stream of its own, apart from the keys that initialise the weights.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.training.seed), 0x6465), step)
     drawn = _DRAWS[depth.distribution](key, mean, (rows if depth.sample_per == "sequence" else 1,))
-    # By every device for itself: else all of them wait for each other in each round of a sampler.
+    # Every device draws for itself; otherwise all would wait for each other in each round of the sampler.
     drawn = constrain(drawn, None)
     return jnp.broadcast_to(jnp.clip(drawn, 1, max_loops(config)).astype(jnp.int32), (rows,))
 
 
+def truncated_forward(
+    model: Mythos,
+    tokens_BT: jax.Array,
+    segment_ids: jax.Array | None,
+    loops: jax.Array,
+    halting: Halting | None,
+    *,
+    backprop_loops: int,
+) -> Output:
+    """The forward pass with gradients through each row's last `backprop_loops` loops only (truncated backpropagation
+    through depth: Huginn, arXiv 2502.05171, section 3.3). loops: int32 [B], traced: any depth is the same program.
+
+    First the loops without gradient, under a while loop, then the others, under a scan; rows that are done are carried
+    unchanged. With ACT the output of every loop counts, so all have gradients and `backprop_loops` must bound them.
+    """
+    tokens, _ = model.begin(tokens_BT, segment_ids=segment_ids)
+    start_B = jnp.maximum(loops - backprop_loops, 0)
+    router = None
+    if tokens.act is None:
+        before, _, trace = model.loop(tokens, loops=loops, halting=halting, count=start_B)
+        before, router = jax.lax.stop_gradient((before, trace.router))
+        # Rows whose loops all have gradients keep the gradient of their initial state.
+        state_BTD = jnp.where((start_B > 0)[:, None, None], before.state_BTD, tokens.state_BTD)
+        tokens = before.replace(inputs=tokens.inputs, state_BTD=state_BTD)
+    tokens, _, trace = model.loop(tokens, loops=loops, halting=halting, start=start_B, count=backprop_loops)
+    if router is not None:
+        trace = trace.replace(router=jax.tree.map(jnp.add, router, trace.router))
+    return model.finish(tokens, trace=trace, logits=False)
+
+
 def loops_without_gradient(config: Config, steps: int = 32) -> float:
-    """How many loops the first phase of a step runs, as many as the row that draws most: the mean over some steps at
-    full depth, for estimates."""
+    """How many loops a training step runs without gradient, for estimates: the mean over some steps at full depth.
+
+    A step runs as many as the row with the deepest draw.
+    """
     rows = config.training.batch_size // config.training.grad_accumulation_steps
     late = config.training.depth.curriculum_steps + jnp.arange(steps)
     drawn = jax.vmap(lambda step: draw_depths(config, step, rows).max())(late)

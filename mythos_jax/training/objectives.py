@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import ObjectivesConfig
-from mythos_jax.model.mythos import Aux
+from mythos_jax.model.state import Aux
 
 
 def extra_objectives(config: ObjectivesConfig, aux: Aux, mask_BT: jax.Array) -> dict[str, jax.Array]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mythos_jax.data.open import open_data
 from mythos_jax.data.placement import place_batch
 from mythos_jax.errors import ConfigError
-from mythos_jax.model.likelihood import next_token_nats
+from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import COLLECTION, PRICES, init_head, log_excess, loops_at
 from mythos_jax.paths import to_path
@@ -82,7 +82,7 @@ def _exits(model: Mythos, variables: Any, batch: Any, most: int) -> tuple[jax.Ar
     """As `record_exits`, [B, T, ...] of one batch; one compiled loop body, and the logits of one depth at a time."""
 
     def at(loops):
-        nats_BT, out = next_token_nats(model, variables, batch, loops=loops, rngs={"state": jax.random.key(0)})
+        nats_BT, out = token_loss(model, variables, batch, loops=loops, rngs={"state": jax.random.key(0)})
         return nats_BT, out, jax.nn.log_softmax(model.apply(variables, out.features, method="head"))
 
     nats_BT, out, final_BTV = at(jnp.int32(most))

@@ -1,6 +1,7 @@
 """The state of training and the jitted step that replaces it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,12 +10,14 @@ import optax
 from jax.sharding import Mesh
 
 from mythos_jax.config import Config, TrainingConfig, backprop_loops, is_static
-from mythos_jax.model.likelihood import next_token_nats
+from mythos_jax.model.gather import gather_loop_weights
+from mythos_jax.model.layers import compute_dtype
+from mythos_jax.model.likelihood import forward, token_loss
 from mythos_jax.model.moe import balanced
-from mythos_jax.model.mythos import Mythos, with_whole_loop
+from mythos_jax.model.mythos import Mythos, abstract_variables
 from mythos_jax.runs.state import TrainState
 from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
-from mythos_jax.training.depth import draw_depths
+from mythos_jax.training.depth import draw_depths, truncated_forward
 from mythos_jax.training.objectives import extra_objectives
 from mythos_jax.training.optimizer import make_optimizer, schedule
 
@@ -40,7 +43,7 @@ def _fresh_state(config: Config) -> Callable[[jax.Array], TrainState]:
 
     def make(key: jax.Array) -> TrainState:
         # Shapes do not matter to the weights, so the smallest call makes them.
-        variables = model.init({"params": key, "state": key}, jnp.zeros((1, 1), jnp.int32), method="trunk")
+        variables = model.init({"params": key, "state": key}, jnp.zeros((1, 1), jnp.int32))
         return TrainState(
             step=jnp.int32(0),
             variables={"balance": {}, **variables},
@@ -116,28 +119,31 @@ def jitted_step(config: Config) -> Any:
 
 def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, dict[str, Any]]]:
     """(state, batch) -> gradients of the mean loss over the batch, and sums over it; part by part if accumulating."""
-    model, t = Mythos(config.model), config.training
+    model, t = Mythos(config.model, gather_per_loop=config.mesh.gather == "per_loop"), config.training
     weights = t.objectives
+    # Where all rows of all steps run the same loops, depth is a constant and one scan runs them all.
+    run = forward if is_static(config) else partial(truncated_forward, backprop_loops=backprop_loops(config))
 
     def loss_of(params: Any, state: TrainState, part: Batch, part_index: jax.Array, tokens: jax.Array):
         """This part's share of the batch's mean loss; shares add up to it."""
         key = jax.random.fold_in(jax.random.key(t.seed), state.step)
-        keywords: dict[str, Any] = {"rngs": {"state": jax.random.fold_in(key, part_index)}}
-        if not is_static(config):
-            keywords |= {"loops": part["loops"], "backprop_loops": backprop_loops(config)}
-        else:
-            keywords |= {"loops": backprop_loops(config)}
         variables = {**state.variables, "params": params}
         if config.mesh.gather == "once":
-            variables = with_whole_loop(config.model, variables)
-        else:
-            keywords["gather_per_loop"] = True
-        nats_BT, out = next_token_nats(model, variables, part, **keywords)
+            dtype = compute_dtype(config.model)
+            variables = gather_loop_weights(variables, abstract_variables(config.model), dtype)
+        loss_BT, out = token_loss(
+            model,
+            variables,
+            part,
+            loops=part.get("loops", backprop_loops(config)),
+            rngs={"state": jax.random.fold_in(key, part_index)},
+            run=run,
+        )
         extra = extra_objectives(weights, out.aux, part["mask"])
-        loss = nats_BT.sum() / tokens
+        loss = loss_BT.sum() / tokens
         loss += sum(getattr(weights, name) * value for name, value in extra.items()) / t.grad_accumulation_steps
         sums = {
-            "nats": nats_BT.sum(),
+            "nats": loss_BT.sum(),
             "loops": (out.loops * part["mask"]).sum(),
             "expert_load": out.aux.expert_load,
             "extra": extra,

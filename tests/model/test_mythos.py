@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from mythos_jax.model.mythos import Mythos, initial_noise
+from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.state import initial_noise
 from tests.tiny import HUGINN, MLA, PARCAE, B, T, V, run, some_tokens, variables
 
 LOOPS = 5

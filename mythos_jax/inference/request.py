@@ -1,0 +1,145 @@
+"""The arguments of generation: what may be asked for, and the checks that turn a request into a `Job`."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mythos_jax.config import ModelConfig
+from mythos_jax.inference.sampling import Sampling
+from mythos_jax.inference.state import GenerateResult, Job, Setup, State
+from mythos_jax.model.cache import init_cache
+from mythos_jax.model.halting import Halting, check_halting
+from mythos_jax.model.mythos import Mythos
+
+PREFILL_CHUNK = 512  # tokens of a prompt that are read by one call
+
+Tokens = jax.Array | np.ndarray | Sequence[Sequence[int]]
+Lengths = jax.Array | np.ndarray | Sequence[int] | None
+Seed = int | Sequence[int] | np.ndarray
+
+
+class Options(TypedDict, total=False):
+    """The keywords that `generate`, `stream` and `speculate` share; `generate` says what they mean."""
+
+    max_new_tokens: int
+    loops: int | None
+    halting: Halting | None
+    temperature: float
+    top_k: int
+    top_p: float
+    stop_tokens: Sequence[int]
+    seed: Seed
+    initial_state: str | None
+    loop_cache_slots: int | None
+    prefill_chunk: int
+
+
+def prepare(
+    model: Mythos,
+    variables: Any,
+    tokens_BT: Tokens,
+    lengths: Lengths,
+    *,
+    max_new_tokens: int = 16,
+    loops: int | None = None,
+    halting: Halting | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] = (),
+    seed: Seed = 0,
+    initial_state: str | None = None,
+    loop_cache_slots: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Job:
+    """Checks a request. Raises ValueError with one line that names the argument, what it got and what is allowed."""
+    config = model.config
+    loops = config.loops if loops is None else loops
+    tokens_BT, lengths_B = _check_prompts(config, tokens_BT, lengths, max_new_tokens)
+    stop_tokens = _check_tokens("stop_tokens", np.asarray(stop_tokens, np.int64).reshape(-1), config)
+    sampling = _check_sampling(config, temperature, top_k, top_p, seed, len(tokens_BT))
+    check(loops >= 1, "loops", loops, "an integer >= 1")
+    check(initial_state in (None, "zeros"), "initial_state", initial_state, "'zeros' or None")
+    check(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "an integer >= 1")
+    slots = loop_cache_slots
+    check(slots is None or slots >= 1, "loop_cache_slots", slots, "an integer >= 1, or None")
+    check_halting(config, halting, cached=True)
+
+    B, T = tokens_BT.shape
+    size = min(T, prefill_chunk)
+    # Chunks that no row reaches are not read, and those that are read have one size: lengths compile nothing.
+    starts = range(0, int(lengths_B.max()), size)
+    padded_BT = np.pad(tokens_BT, ((0, 0), (0, -T % size)))
+    active_BT = np.arange(padded_BT.shape[1]) < lengths_B[:, None]
+    state = State(
+        # With as many slots as loops, nothing is shared and nothing is approximate.
+        cache=init_cache(config, B, T + max_new_tokens, loops, slots if slots and slots < loops else None),
+        done_B=jnp.zeros(B, bool),
+        step=jnp.int32(0),
+        result=GenerateResult(
+            tokens=jnp.zeros((B, max_new_tokens), jnp.int32),
+            lengths=jnp.zeros(B, jnp.int32),
+            loops=jnp.zeros((B, max_new_tokens), jnp.int32),
+        ),
+    )
+    setup = Setup(model, loops, initial_state, variables, halting, sampling, stop_tokens)
+    chunks = [(padded_BT[:, t : t + size], active_BT[:, t : t + size]) for t in starts]
+    return Job(setup, state, chunks, max_new_tokens)
+
+
+def _check_prompts(
+    config: ModelConfig, tokens_BT: Tokens, lengths: Lengths, max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts, zeros where they are padding, and their lengths, both int32."""
+    try:
+        tokens_BT = np.asarray(tokens_BT)
+    except ValueError:
+        raise ValueError("tokens: got rows of different lengths, allowed: [B, T] padded on the right") from None
+    check(tokens_BT.ndim == 2, "tokens", f"shape {tokens_BT.shape}", "[B, T]")
+    B, T = tokens_BT.shape
+    check(B >= 1 and T >= 1, "tokens", f"shape {tokens_BT.shape}, an empty prompt", "at least one token per row")
+    check(np.issubdtype(tokens_BT.dtype, np.integer), "tokens", tokens_BT.dtype, "integers")
+    lengths_B = np.full(B, T) if lengths is None else np.asarray(lengths)
+    check(lengths_B.shape == (B,), "lengths", f"shape {lengths_B.shape}", f"one for each of the {B} rows")
+    bad = lengths_B[(lengths_B < 1) | (lengths_B > T)]
+    check(not bad.size, "lengths", bad[:1].tolist(), f"from 1 (no prompt is empty) to {T}, the width of tokens")
+    check(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "an integer >= 0")
+    check(
+        max(T, lengths_B.max() + max_new_tokens) <= config.max_seq_len,
+        "prompt",
+        f"{max(T, lengths_B.max())} tokens and {max_new_tokens} new ones",
+        f"at most max_seq_len, {config.max_seq_len}, together",
+    )
+    active_BT = np.arange(T) < lengths_B[:, None]
+    return _check_tokens("tokens", np.where(active_BT, tokens_BT, 0), config), lengths_B.astype(np.int32)
+
+
+def _check_sampling(config: ModelConfig, temperature: float, top_k: int, top_p: float, seed: Seed, B: int) -> Sampling:
+    check(0 <= temperature < np.inf, "temperature", temperature, "a number >= 0")
+    check(0 <= top_k <= config.vocab_size, "top_k", top_k, f"0 (all) to the vocabulary size, {config.vocab_size}")
+    check(0 < top_p <= 1, "top_p", top_p, "a number in (0, 1]")
+    seed = np.asarray(seed)
+    check(seed.shape in [(), (B,)], "seed", f"shape {seed.shape}", f"one integer, or one for each of the {B} rows")
+    check(
+        np.issubdtype(seed.dtype, np.integer) and (0 <= seed).all() and (seed < 2**32).all(),
+        "seed",
+        seed.tolist(),
+        "integers from 0 to 2^32 - 1",
+    )
+    seed_B = np.broadcast_to(seed, B).astype(np.uint32)
+    return Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p), seed_B)
+
+
+def _check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
+    bad = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    check(not bad.size, name, bad[:1].tolist(), f"0 to {config.vocab_size - 1}, the vocabulary")
+    return tokens.astype(np.int32)
+
+
+def check(ok: bool, name: str, got: Any, allowed: str) -> None:
+    """Raises ValueError with the line that users see."""
+    if not ok:
+        raise ValueError(f"{name}: got {got}, allowed: {allowed}")

@@ -1,0 +1,103 @@
+"""Weights that the mesh cuts (FSDP): when and how they are gathered for a product.
+
+Outside the loop a weight is gathered where it is used. The loop's weights are used once per loop, so there are two
+ways (`mesh.gather`, docs/sharding.md): `once` gathers all of them before the first loop, `per_loop` in every loop,
+which holds one layer's whole weights at a time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mythos_jax.sharding import axis_size, constrain
+
+# The collection of gathered copies of the loop's weights in the compute dtype.
+GATHERED = "gathered"
+
+
+def sharded_weight(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    std: float,
+    dtype: jnp.dtype,
+    gather: bool = True,
+) -> jax.Array:
+    """A normally initialised matrix parameter, stored in float32; returned in `dtype` and gathered along `embed`.
+
+    gather: false to leave a weight cut as it is stored, unless it has a gathered copy.
+    """
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    stored = module.param(name, init, shape, jnp.float32)
+    if module.has_variable(GATHERED, name):
+        return copy_with_gradient(stored, module.get_variable(GATHERED, name))
+    # Cast before it is gathered, so that half the bytes travel.
+    cut = constrain(stored.astype(dtype), *axes)
+    return constrain(cut, *_gathered(axes)) if gather else cut
+
+
+def width_axis(module: nn.Module, name: str) -> str:
+    """The logical name of the width of a weight that was asked for with `gather` false."""
+    return "act_embed" if module.has_variable(GATHERED, name) else "embed"
+
+
+def gather_loop_weights(variables: dict[str, Any], boxed: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
+    """Variables whose loop weights are gathered once, before the first loop, where the mesh in use cuts their width.
+
+    boxed: the model's abstract variables, with logical axes. Products use a copy in `dtype` (collection `gathered`).
+    The gathered float32 weight only accumulates the gradients of all loops, so that they are reduced over devices once.
+    """
+    if axis_size("fsdp") * axis_size("expert") == 1:
+        return variables
+    params = variables["params"]
+    loop = nn.unbox(params["recurrence"]["cell"])
+
+    def gather(box: Any, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        axes = box.names if isinstance(box, nn.LogicallyPartitioned) else (None,) * x.ndim
+        return constrain(x.astype(dtype), *_gathered(axes))
+
+    def all_as(dtype: jnp.dtype) -> Any:
+        is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+        boxes = boxed["params"]["recurrence"]["cell"]
+        return jax.tree.map(lambda box, x: gather(box, x, dtype), boxes, loop, is_leaf=is_box)
+
+    copies = jax.lax.stop_gradient(all_as(dtype))
+    return {
+        **variables,
+        "params": {**params, "recurrence": {**params["recurrence"], "cell": all_as(jnp.float32)}},
+        GATHERED: {"recurrence": {"cell": copies}},
+    }
+
+
+def prevent_hoisting(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The cell's call with weights that seem to depend on the loop, so that no compiler gathers them before the first.
+
+    XLA moves whatever is the same in every loop out of it, also past an optimization barrier (seen on CPU and TPU).
+    """
+
+    def run(cell: nn.Module, carry: Any, *arguments: Any) -> Any:
+        never = (carry.tokens.loops_BT < 0).any()
+
+        def tie(variables: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), variables)
+
+        return nn.map_variables(call, "params", trans_in_fn=tie)(cell, carry, *arguments)
+
+    return run
+
+
+@jax.custom_vjp
+def copy_with_gradient(stored: jax.Array, copy: jax.Array) -> jax.Array:
+    """The copy's value; the gradient flows to the stored weight, in its dtype."""
+    return copy
+
+
+copy_with_gradient.defvjp(lambda stored, copy: (copy, None), lambda _, ct: (ct.astype(jnp.float32), None))
+
+
+def _gathered(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    return tuple("act_embed" if axis == "embed" else axis for axis in axes)

@@ -1,0 +1,228 @@
+"""Running one loop many times: what is carried from loop to loop, what all loops share, and the two drivers.
+
+Both drivers run the same cell and broadcast the same weights: `nn.scan` for a fixed number of loops, with reverse mode
+and a trace of every loop; `nn.while_loop` for a number that is traced or depends on the tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mythos_jax.config import ModelConfig
+from mythos_jax.model.attention import AttentionContext
+from mythos_jax.model.cache import Cache, LayerCache, empty_kv
+from mythos_jax.model.exit_probe import LogitProbe
+from mythos_jax.model.gather import GATHERED, prevent_hoisting
+from mythos_jax.model.halting import Halting, check_halting
+from mythos_jax.model.moe import RouterStats
+from mythos_jax.model.state import TokenInputs, TokenState, Trace
+from mythos_jax.ops.attention import SAVED
+
+# What the backward pass keeps of each loop besides the state it starts from (`none`: everything that it reads).
+REMAT_POLICIES = {
+    "full": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[SAVED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+# The collections that all loops read: parameters, router biases, gathered copies of parameters (model/gather.py).
+SHARED = ("params", "balance", GATHERED)
+
+# Which tokens a loop carries unchanged: none; those that have halted; or those in rows that have run all their loops.
+Freeze = Literal["none", "halted", "finished"]
+
+
+@struct.dataclass
+class LoopContext:
+    """What all loops of a call share.
+
+    values: for each layer of the loop, value embeddings [B, T, G, K] or None. predicted_BT: int32, the loops that each
+    token is to run, where the halting policy predicts them.
+    limit, stop: int32 [] or [B, 1]. `limit` is the depth that a row is on its way to; this call ends before loop
+    `stop`. start: int32 [] or [B], the first loop of this call. count: how many loops it runs, where that is fixed and
+    no token can halt, else None. uniform: all rows are at the same loop.
+    """
+
+    inputs: TokenInputs
+    attention: AttentionContext
+    values: tuple[jax.Array | None, ...]
+    predicted_BT: jax.Array | None
+    halting: Halting | None
+    limit: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    count: int | None = struct.field(pytree_node=False)
+    freeze: Freeze = struct.field(pytree_node=False)
+    uniform: bool = struct.field(pytree_node=False)
+
+
+def make_context(
+    config: ModelConfig,
+    inputs: TokenInputs,
+    attention: AttentionContext,
+    values: tuple[jax.Array | None, ...],
+    predicted_BT: jax.Array | None,
+    cache: Cache | None,
+    loops: int | jax.Array,
+    halting: Halting | None,
+    start: int | jax.Array,
+    count: int | jax.Array | None,
+) -> LoopContext:
+    """Checks the loops that `Mythos.loop` was asked for, and decides who is frozen."""
+    check_halting(config, halting, cached=cache is not None)
+    _check_loops(loops, start, count, cache)
+    fixed = None
+    if halting is None:
+        fixed = count if isinstance(count, int) else None
+        if count is None and isinstance(loops, int) and isinstance(start, int):
+            fixed = loops - start
+    limit = jnp.asarray(loops if halting is None else halting.limit(loops), jnp.int32)
+    if cache is not None and not cache.bounded:
+        limit = jnp.minimum(limit, cache.loop_slots)
+    start = jnp.asarray(start, jnp.int32)
+    stop = limit if count is None else jnp.minimum(limit, start + count)
+    freeze: Freeze = "none"
+    if halting is not None and config.freeze_halted:
+        freeze = "halted"
+    elif stop.ndim == 1:
+        freeze = "finished"
+    return LoopContext(
+        inputs=inputs,
+        attention=attention,
+        values=values,
+        predicted_BT=predicted_BT,
+        halting=halting,
+        limit=limit[:, None] if limit.ndim == 1 else limit,
+        start=start,
+        stop=stop[:, None] if stop.ndim == 1 else stop,
+        count=fixed,
+        freeze=freeze,
+        uniform=start.ndim == 0,
+    )
+
+
+def prepare_tokens(
+    config: ModelConfig, tokens: TokenState, context: LoopContext, probe: LogitProbe | None
+) -> TokenState:
+    """The tokens with all fields that this call's loops need: those who freeze tokens remember keys and values of the
+    last loop, a probe what it measured. Padding starts out halted where halted tokens are frozen."""
+    exit_kv = tokens.exit_kv
+    if exit_kv is None and (context.freeze == "halted" or (context.freeze != "none" and cached(context))):
+        exit_kv = (empty_kv(config, *tokens.halted_BT.shape),) * config.loop_layers
+    return tokens.replace(
+        halted_BT=tokens.halted_BT | ~context.inputs.active_BT if context.freeze == "halted" else tokens.halted_BT,
+        exit_kv=exit_kv,
+        # Without a probe, what an earlier one saw is out of date after the next loop.
+        probe=probe and (tokens.probe or probe.start(tokens.state_BTD)),
+    )
+
+
+def cached(context: LoopContext) -> bool:
+    """Whether the loops write a decode cache."""
+    return context.inputs.index_BT is not None
+
+
+def _check_loops(
+    loops: int | jax.Array, start: int | jax.Array, count: int | jax.Array | None, cache: Cache | None
+) -> None:
+    """Raises ValueError for numbers of loops that cannot be run; traced numbers are not looked at."""
+    if isinstance(loops, int):
+        if loops < 1:
+            raise ValueError(f"loops: got {loops}, allowed: an integer >= 1")
+        if cache is not None and not cache.bounded and loops > cache.loop_slots:
+            raise ValueError(f"loops: got {loops}, allowed: at most the {cache.loop_slots} the cache was made for")
+        if isinstance(start, int) and not 0 <= start <= loops:
+            raise ValueError(f"start: got {start}, allowed: 0 to loops, {loops}")
+    left = loops - start if isinstance(loops, int) and isinstance(start, int) else None
+    if isinstance(count, int) and not 0 <= count <= (count if left is None else left):
+        allowed = "an integer >= 0" if left is None else f"0 to {left}, the loops that are left"
+        raise ValueError(f"count: got {count}, allowed: {allowed}")
+
+
+@struct.dataclass
+class Carry:
+    """What goes from loop to loop.
+
+    tokens: without their inputs, which no loop changes (in a scan they would be saved once per loop). caches: of the
+    loop's layers. coda: the coda's caches, written by a halting criterion that looks at logits. router: sums so far.
+    """
+
+    tokens: TokenState
+    caches: tuple[LayerCache, ...]
+    coda: tuple[LayerCache, ...]
+    router: RouterStats | None
+
+
+Cell = Any  # RecurrentCell, which is above this file
+RunLoop = Callable[[Cell, Carry, jax.Array, LoopContext], tuple[Carry, Trace]]
+
+
+def loop_function(call: RunLoop, remat: str, gather_per_loop: bool) -> RunLoop:
+    """The cell's call as the drivers run it: with rematerialisation, and with weights gathered in every loop."""
+    if gather_per_loop:
+        call = prevent_hoisting(call)
+    if remat != "none":
+        call = nn.remat(call, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return call
+
+
+def scan_loops(run: RunLoop, cell: Cell, carry: Carry, context: LoopContext) -> tuple[Carry, Trace]:
+    """`context.count` loops of every row, from `context.start` on; returns the trace stacked over loops."""
+    start_B = jnp.broadcast_to(context.start, carry.tokens.halted_BT.shape[:1])
+    scan = nn.scan(
+        run,
+        variable_broadcast=SHARED,
+        split_rngs={"params": False},
+        in_axes=(0, nn.broadcast),
+        length=context.count,
+    )
+    return scan(cell, carry, start_B + jnp.arange(context.count, dtype=jnp.int32)[:, None], context)
+
+
+def while_loops(
+    run: RunLoop, cell: Cell, carry: Carry, context: LoopContext, probe: LogitProbe | None
+) -> tuple[Carry, jax.Array]:
+    """Loops from `context.start` to `context.stop`, ending early when every token has halted.
+
+    Returns the carry and, shaped like `start`, the loop that each row ended before. No reverse mode.
+    """
+    rows, start, halting = carry.tokens.halted_BT.shape[0], context.start, context.halting
+    if context.uniform:  # count with t itself
+        first, end = start, context.stop.max()
+    else:  # count the loops of this call
+        first, end = jnp.int32(0), (context.stop.reshape(-1) - start).max()
+
+    def loop_of(t: jax.Array) -> jax.Array:
+        return jnp.full(rows, t, jnp.int32) if context.uniform else start + t
+
+    def more(_, state):
+        t, carry = state
+        # Without a policy all loops run: tokens whose ACT has halted still have keys and values to remember.
+        return t < end if halting is None else (t < end) & ~carry.tokens.halted_BT.all()
+
+    def body(cell, state):
+        t, carry = state
+        carry, _ = run(cell, carry, loop_of(t), context)
+        if probe is not None:
+            carry = _halt_by_logits(probe, halting, carry, t if context.uniform else loop_of(t)[:, None])
+        return t + 1, carry
+
+    t, carry = nn.while_loop(more, body, cell, (first, carry), broadcast_variables=SHARED, split_rngs={"params": False})
+    return carry, t if context.uniform else start + t
+
+
+def _halt_by_logits(probe: LogitProbe, halting: Halting, carry: Carry, loop_B1: jax.Array) -> Carry:
+    tokens = carry.tokens
+    found, coda, met_BT = probe.look(halting, tokens.probe, carry.coda, tokens.state_BTD, loop_B1)
+    halted_BT = tokens.halted_BT | (met_BT & (loop_B1 + 1 >= halting.min_loops))
+    return carry.replace(tokens=tokens.replace(halted_BT=halted_BT, probe=found), coda=coda)
