@@ -17,7 +17,7 @@ import numpy as np
 
 from mythos_jax.data.open import open_data
 from mythos_jax.model.halting import Halting
-from mythos_jax.model.likelihood import next_token_nats
+from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel, load_model
 from mythos_jax.sharding import use_mesh
@@ -35,7 +35,7 @@ Point = tuple[float, float, float]  # mean loops, nats a token, share of rows wi
 
 @partial(jax.jit, static_argnames="model")
 def totals(model: Mythos, variables: Any, batch: Any, loops: jax.Array, halting: Halting | None) -> jax.Array:
-    nats_BT, out = next_token_nats(
+    nats_BT, out = token_loss(
         model, variables, batch, loops=loops, halting=halting, rngs={"state": jax.random.key(0)}
     )
     asked_BT = jnp.asarray(batch["mask"], bool)

@@ -26,9 +26,9 @@ from benchmarks.timing import by_turns, head, milliseconds, ratios, row, spread,
 from benchmarks.utilisation import utilisation
 from mythos_jax.config import Config, ModelConfig, TrainingConfig, load_config
 from mythos_jax.flops import count_parameters
-from mythos_jax.model.attention import View
+from mythos_jax.model.attention import AttentionContext
 from mythos_jax.model.block import TransformerBlock
-from mythos_jax.model.cache import Memory, init_cache
+from mythos_jax.model.cache import LayerCache, init_cache
 from mythos_jax.model.layers import RMSNorm, compute_dtype, rope_tables
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.attention import Mask
@@ -95,10 +95,11 @@ def unrolled_features(config: ModelConfig, params: Any, tokens_BT: jax.Array) ->
     """Features [B, T, D] of a model without injection, its loops written out: the layers and nothing else."""
     c = config
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-    view, active_BT = View(rope_tables(positions_BT, c.rope_dim, c.rope_theta), Mask()), jnp.ones_like(tokens_BT, bool)
+    context = AttentionContext(rope_tables(positions_BT, c.rope_dim, c.rope_theta), Mask())
+    active_BT = jnp.ones_like(tokens_BT, bool)
 
     def layer(x_BTD: jax.Array, index: int, weights: Any) -> jax.Array:
-        return TransformerBlock(c, index).apply({"params": weights}, x_BTD, view, Memory(), active_BT)[0]
+        return TransformerBlock(c, index).apply({"params": weights}, x_BTD, context, LayerCache(), active_BT)[0]
 
     x_BTD = params["embedding"].astype(compute_dtype(c))[tokens_BT] * c.embedding_scale
     for i in range(c.prelude_layers):

@@ -185,11 +185,11 @@ def test_generation_on_a_mesh_gives_the_same_tokens(model):
     prompts = random.integers(0, model.vocab_size, (2, 4))
 
     def run(variables):
-        return generate(Mythos(model), variables, prompts, [4, 2], 6, temperature=1.0, seed=[0, 1]).tokens
+        return generate(Mythos(model), variables, prompts, [4, 2], max_new_tokens=6, temperature=1.0, seed=[0, 1]).tokens
 
     expected = run(variables)
     with use_mesh(mesh := make_mesh(MeshConfig(fsdp=2, tensor=2, sequence=2))):
-        keys = init_cache(model, 2, 10).loop[0].cache.keys
+        keys = init_cache(model, 2, 10).loop[0].kv.keys
         last = (model.n_kv_heads // 2, model.gqa_head_dim) if model is BARE else keys.shape[3:]
         assert keys.sharding.shard_shape(keys.shape) == (model.loops, 1, 5, *last)
         found = run(jax.device_put(variables, shardings(mesh, abstract_variables(model))))

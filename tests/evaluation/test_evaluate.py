@@ -34,9 +34,9 @@ TRACES = []
 class Counted(Mythos):
     """The model, noting each time it is traced."""
 
-    def trunk(self, *arguments, **keywords):
+    def loop(self, *arguments, **keywords):
         TRACES.append(keywords["loops"])
-        return super().trunk(*arguments, **keywords)
+        return super().loop(*arguments, **keywords)
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ def test_nothing_of_the_caches_size_is_copied(config):
     B, S = 3, 3001
     halting = Halting("act", 0.6, 1, 5) if config is GQA else Halting("kl", 0.02, 1, 5)
     cache = jax.eval_shape(lambda: init_cache(config, B, S, 5))
-    cell = cache.loop[0].cache.keys
+    cell = cache.loop[0].kv.keys
     state = State(cache, *jax.eval_shape(lambda: _empty(B)))
     setup = _setup(config, halting, B)
     compiled = decode.lower(setup, state, jax.ShapeDtypeStruct((), jnp.int32)).compile()

@@ -100,18 +100,32 @@ def test_no_loop_is_run_twice():
         return jax.tree_util.tree_map_with_path(spoil, variables(config))
 
     truth = run(config, variables(config), tokens, loops=LOOPS, cache=init_cache(config, 3, 3, LOOPS))
-    draft = paused(config, without([2, 3]), tokens, pause=d, cache=init_cache(config, 3, 3, LOOPS))
-    assert np.isfinite(draft.logits).all()
-    cache = draft.cache.replace(length_B=jnp.zeros(3, jnp.int32))
-    out = paused(config, without([0, 1]), tokens, resume=draft.paused, cache=cache)
+
+    @jax.jit
+    def draft(variables):
+        def forward(model):
+            tokens_3, cache = model.begin(tokens, cache=init_cache(config, 3, 3, LOOPS))
+            tokens_3, cache, _ = model.loop(tokens_3, cache, loops=LOOPS, count=d)
+            return tokens_3, model.finish(tokens_3, cache)
+
+        return Mythos(config).apply(variables, method=forward)
+
+    @jax.jit
+    def verify(variables, drafted, cache):
+        def forward(model):
+            drafted_3, new_cache, _ = model.loop(drafted, cache, loops=LOOPS, start=d)
+            return model.finish(drafted_3, new_cache)
+
+        return Mythos(config).apply(variables, method=forward)
+
+    drafted, out = draft(without([2, 3]))
+    assert np.isfinite(out.logits).all()
+    cache = out.cache
+    out = verify(without([0, 1]), drafted, cache)
     np.testing.assert_allclose(out.logits, truth.logits, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(out.loops, truth.loops)
+    cache = cache.replace(length_B=jnp.zeros(3, jnp.int32))
     assert np.isnan(run(config, without([1]), tokens, loops=LOOPS, cache=cache).logits).any()
-
-
-@partial(jax.jit, static_argnames=("config", "pause"))
-def paused(config, variables, tokens, **keywords):
-    return Mythos(config).apply(variables, tokens, loops=LOOPS, **keywords)
 
 
 @pytest.mark.parametrize(
@@ -129,4 +143,4 @@ def paused(config, variables, tokens, **keywords):
 def test_bad_input(keywords, message):
     keywords = {"draft_loops": 1, "loops": LOOPS, **keywords}
     with pytest.raises(ValueError, match=message):
-        speculate(Mythos(MLA), variables(MLA), PROMPTS, LENGTHS, N, **keywords)
+        speculate(Mythos(MLA), variables(MLA), PROMPTS, LENGTHS, max_new_tokens=N, **keywords)

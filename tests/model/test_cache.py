@@ -140,7 +140,7 @@ def test_cache_bytes(config, numbers):
 
 def test_bounded_cache_shares_slots():
     cache = init_cache(MLA, B, T, LOOPS, loop_cache_slots=2)
-    assert [layer.cache.keys.shape[0] for layer in cache.loop] == [2]
+    assert [layer.kv.keys.shape[0] for layer in cache.loop] == [2]
     assert cache.bounded
 
 

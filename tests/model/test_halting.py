@@ -81,8 +81,13 @@ def test_halting_by_logits_in_a_full_forward_pass(monkeypatch):
     monkeypatch.setattr("mythos_jax.ops.chunks.WHOLE_VOCAB", 1)
     policy = halting("kl", 0.02)
 
+    def without_head(model, tokens_BT, loops, halting):
+        tokens, _ = model.begin(tokens_BT)
+        tokens, _, trace = model.loop(tokens, loops=loops, halting=halting)
+        return model.finish(tokens, trace=trace, logits=False)
+
     def forward(policy):
-        return Mythos(config).apply(variables(config), some_tokens(), loops=LOOPS, halting=policy, method="trunk")
+        return Mythos(config).apply(variables(config), some_tokens(), loops=LOOPS, halting=policy, method=without_head)
 
     traced = jax.jit(forward).trace(policy)
     assert f"[{B},3,{V}]" in str(traced.jaxpr) or f"[{B},6,{V}]" in str(traced.jaxpr)
@@ -132,9 +137,9 @@ def test_act_weights(loops, remainder, least):
     cumulative, running = jnp.zeros((50, 1)), jnp.ones((50, 1), bool)
     for t, p in enumerate(probabilities[..., None]):
         last = jnp.full((50, 1), t == loops - 1) if remainder else None
-        weight, halts = act_weight(p, cumulative, threshold, jnp.full((50, 1), t + 1 >= least), last)
+        weight, total, halts = act_weight(p, cumulative, threshold, jnp.full((50, 1), t + 1 >= least), last)
         weights.append(np.where(running, weight, 0)[:, 0])
-        cumulative, running = cumulative + p * running, running & ~halts
+        cumulative, running = jnp.where(running, total, cumulative), running & ~halts
     weights, running = np.stack(weights), np.asarray(running[:, 0])
 
     expected = [simulate(list(map(float, column)), threshold, remainder, least) for column in probabilities.T]

@@ -42,7 +42,7 @@ def test_tokens_run_what_is_foreseen_and_decoding_equals_the_full_forward(budget
     ("config", "weights", "message"),
     [
         (GQA, with_predictor, "halting criterion: got 'predicted', allowed with readout act: act"),
-        (MLA, variables, "halting criterion: got 'predicted' for weights without a predictor; `mythos predictor RUN`"),
+        (MLA, variables, "halting criterion: got 'predicted' for weights without a predictor; `mythos train-pr"),
     ],
 )
 def test_refusals(config, weights, message):

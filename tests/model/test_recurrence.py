@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.model.recurrence import REMAT_POLICIES
+from mythos_jax.model.loop import REMAT_POLICIES
 from tests import reference
 from tests.tiny import (
     GQA,

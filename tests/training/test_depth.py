@@ -1,6 +1,7 @@
 """Random depth: the draws against their published moments, and truncated backpropagation against plain loops."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from mythos_jax.config import Config, DepthConfig, ModelConfig, TrainingConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.training.depth import draw_depths
+from mythos_jax.training.depth import draw_depths, truncated_forward
 from tests.tiny import GQA, GQA_LAST, MLA, variables
 
 
@@ -76,14 +77,22 @@ def test_act_needs_every_loop():
 TOKENS = jax.random.randint(jax.random.key(7), (3, 8), 0, 40)
 
 
+def run(variables, config, tokens, loops, backprop_loops):
+    """The forward pass, with gradients through the last `backprop_loops` loops (None: all of a fixed depth)."""
+    model = Mythos(config)
+    if backprop_loops is None:
+        return model.apply(variables, tokens, loops=loops)
+    forward = partial(truncated_forward, backprop_loops=backprop_loops)
+    out = model.apply(variables, tokens, None, loops, None, method=forward)
+    return out.replace(logits=model.apply(variables, out.features, method="head"))
+
+
 def gradients(config, loops, backprop_loops, rows=slice(None)):
     """Gradient of a sum over the logits of some rows."""
     weights = jax.random.normal(jax.random.key(1), (3, 8, 40))[rows]
 
     def score(params, loops):
-        out = Mythos(config).apply(
-            {**variables(config), "params": params}, TOKENS[rows], loops=loops, backprop_loops=backprop_loops
-        )
+        out = run({**variables(config), "params": params}, config, TOKENS[rows], loops, backprop_loops)
         return (out.logits * weights).sum(), out
 
     static = (1,) if isinstance(loops, int) else ()
@@ -136,8 +145,7 @@ def test_memory_does_not_grow_with_loops_without_gradient():
     tokens = jnp.zeros((4, 16), jnp.int32)
 
     def score(params, loops, k):
-        out = Mythos(config).apply({**held, "params": params}, tokens, loops=loops, backprop_loops=k)
-        return out.logits.var()
+        return run({**held, "params": params}, config, tokens, loops, k).logits.var()
 
     def temporaries(k):
         compiled = jax.jit(jax.grad(score), static_argnums=2).lower(held["params"], jnp.full(4, 2), k).compile()

@@ -10,7 +10,7 @@ import pytest
 
 from mythos_jax.config import Config, DepthConfig, MeshConfig, ObjectivesConfig, TrainingConfig
 from mythos_jax.data.placement import batch_sharding, to_global
-from mythos_jax.model.likelihood import next_token_nats
+from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.depth import draw_depths
@@ -89,7 +89,7 @@ def test_documents_in_one_row_are_as_if_alone():
     split = {name: array.reshape(32, 6) for name, array in batch.items() if name != "segment_ids"}
     loops = draw_depths(config, jnp.int32(0), 16)
     model, variables = Mythos(config.model), jax.device_get(state.variables)
-    nats_of = jax.jit(lambda batch, loops: next_token_nats(model, variables, batch, loops=loops)[0])
+    nats_of = jax.jit(lambda batch, loops: token_loss(model, variables, batch, loops=loops)[0])
     alone = np.asarray(nats_of(split, jnp.repeat(loops, 2))).reshape(16, 12)
     np.testing.assert_allclose(nats_of(batch, loops), alone, atol=1e-5)
     assert np.abs(nats_of({**batch, "segment_ids": np.ones((16, 12), np.int32)}, loops) - alone)[:, 6:].max() > 1e-3

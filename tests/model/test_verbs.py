@@ -1,0 +1,190 @@
+"""begin, loop, finish: depth stepped through by hand, and tokens that are gathered, joined and resumed at different
+loops, against calls that run each alone and whole."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mythos_jax.model.cache import init_cache
+from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.state import TokenState
+from tests.tiny import (
+    GQA,
+    GQA_LAST,
+    HUGINN,
+    MLA,
+    MLA_ACT,
+    PARCAE,
+    B,
+    T,
+    halting,
+    run,
+    some_state,
+    some_tokens,
+    variables,
+)
+
+LOOPS = 5
+
+
+def apply(config, forward):
+    return Mythos(config).apply(variables(config), method=forward)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("config", [GQA, MLA, HUGINN, PARCAE], ids=["gqa_act", "mla", "huginn", "parcae"])
+def test_stepping_by_hand_shows_every_depth(config, cached):
+    """Finishing after loop t is the model at t + 1 loops, at every t, and leaves the tokens free to go deeper."""
+    start = some_state(config)
+
+    @jax.jit
+    def step_through():
+        def forward(model):
+            empty = init_cache(config, B, T, LOOPS) if cached else None
+            tokens, cache = model.begin(some_tokens(), initial_state=start, cache=empty)
+            outs = []
+            for t in range(LOOPS):
+                tokens, cache, trace = model.loop(tokens, cache, loops=LOOPS, start=t, count=1)
+                outs.append(model.finish(tokens, cache, trace))
+            return outs
+
+        return apply(config, forward)
+
+    outs = step_through()
+    for t, out in enumerate(outs):
+        whole = run(config, variables(config), some_tokens(), loops=t + 1, initial_state=start)
+        np.testing.assert_allclose(out.logits, whole.logits, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(out.state, whole.state, rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(out.loops, whole.loops)
+        np.testing.assert_allclose(out.aux.change_LBT[0], whole.aux.change_LBT[t], rtol=1e-4, atol=1e-6)
+    if cached:
+        np.testing.assert_array_equal(outs[-1].cache.length_B, [T] * B)
+
+
+POLICIES = {
+    "gqa_act": (GQA, halting("act", 0.9)),
+    "mla_act": (MLA_ACT, halting("act", 0.9)),
+    "gqa_latent": (GQA_LAST, halting("latent", 0.25)),
+    "mla_latent": (MLA, halting("latent", 0.1)),
+    "mla_kl": (MLA, halting("kl", 0.02)),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_halting_can_be_stepped_through_by_hand(policy):
+    """One loop per call, with a cache, token after token, is what one call per token gives: exits, and the keys and
+    values that exited tokens leave for deeper ones."""
+    config, policy = POLICIES[policy]
+
+    @partial(jax.jit, static_argnames="by_hand")
+    def decode(cache, token_B, by_hand):
+        def forward(model):
+            tokens, new = model.begin(token_B[:, None], cache=cache)
+            if not by_hand:
+                return model.finish(*model.loop(tokens, new, loops=LOOPS, halting=policy)[:2])
+            for t in range(LOOPS):
+                tokens, new, _ = model.loop(tokens, new, loops=LOOPS, halting=policy, start=t, count=1)
+            return model.finish(tokens, new)
+
+        return apply(config, forward)
+
+    caches, seen = [init_cache(config, B, T, LOOPS)] * 2, set()
+    for token_B in some_tokens().T:
+        outs = [decode(cache, token_B, by_hand) for cache, by_hand in zip(caches, [False, True], strict=True)]
+        np.testing.assert_array_equal(outs[0].loops, outs[1].loops)
+        np.testing.assert_allclose(outs[0].logits, outs[1].logits, rtol=0, atol=1e-4)
+        caches = [out.cache for out in outs]
+        seen |= set(outs[0].loops.ravel().tolist())
+    assert len(seen) >= 3, "the tokens must halt at different loops"
+
+
+@pytest.mark.parametrize("policy", [None, "latent"])
+@pytest.mark.parametrize("config", [GQA_LAST, MLA, replace(PARCAE, initial_state="zeros")], ids=["gqa", "mla", "parcae"])
+def test_rows_at_different_loops_share_a_call(config, policy):
+    """What a server does: rows stand at loops 3 and 0 of the same batch, run on one loop per call, and each gives what
+    it gives alone, also when the next token finds their keys and values."""
+    policy = policy and halting(policy, 0.2)
+    prompt, token_B = some_tokens()[:, :4], some_tokens()[:, 4]
+
+    @jax.jit
+    def alone(cache, token_B):
+        def forward(model):
+            tokens, new = model.begin(token_B[:, None], cache=cache)
+            return model.finish(*model.loop(tokens, new, loops=LOOPS, halting=policy)[:2])
+
+        return apply(config, forward)
+
+    @jax.jit
+    def start(cache, token_B):
+        return apply(config, lambda model: model.begin(token_B[:, None], cache=cache))
+
+    @jax.jit
+    def one_loop(tokens, cache, loop_B):
+        def forward(model):
+            return model.loop(tokens, cache, loops=LOOPS, halting=policy, start=loop_B, count=1)[:2]
+
+        return apply(config, forward)
+
+    finish = jax.jit(lambda tokens, cache: apply(config, lambda model: model.finish(tokens, cache)))
+
+    before = run(config, variables(config), prompt, loops=LOOPS, halting=policy, cache=init_cache(config, B, T, LOOPS))
+    truth = alone(before.cache, token_B)
+    tokens, cache = start(before.cache, token_B)
+    loop_B = jnp.zeros(B, jnp.int32)
+    for _ in range(3):  # row 0 alone: row 1 is carried along at its end and its progress is thrown away
+        ahead, cache = one_loop(tokens, cache, jnp.array([0, LOOPS]) + loop_B * jnp.array([1, 0]))
+        tokens = TokenState.join([ahead.rows(slice(0, 1)), like(ahead, tokens).rows(slice(1, 2))], axis=0)
+        loop_B = loop_B + jnp.array([1, 0])
+    assert loop_B.tolist() == [3, 0]
+    for _ in range(LOOPS):
+        tokens, cache = one_loop(tokens, cache, loop_B)
+        loop_B += 1
+    out = finish(tokens, cache)
+    np.testing.assert_array_equal(out.loops, truth.loops)
+    np.testing.assert_allclose(out.logits, truth.logits, rtol=0, atol=1e-4)
+
+    following_B = some_tokens()[:, 5]
+    np.testing.assert_allclose(
+        alone(out.cache, following_B).logits, alone(truth.cache, following_B).logits, rtol=0, atol=1e-4
+    )
+
+
+def like(prepared, tokens):
+    """`tokens` with the fields that a call of `loop` adds, from `prepared`."""
+    return tokens.replace(exit_kv=tokens.exit_kv or prepared.exit_kv, probe=tokens.probe or prepared.probe)
+
+
+def test_tokens_of_one_row_are_split_and_joined():
+    @jax.jit
+    def halves():
+        def forward(model):
+            tokens, cache = model.begin(some_tokens(), cache=init_cache(MLA, B, T, LOOPS))
+            first, cache, _ = model.loop(tokens.tokens(slice(0, 3)), cache, loops=LOOPS, count=2)
+            second, cache, _ = model.loop(tokens.tokens(slice(3, T)), cache, loops=LOOPS, count=2)
+            tokens, cache, _ = model.loop(TokenState.join([first, second]), cache, loops=LOOPS, start=2)
+            return model.finish(tokens, cache)
+
+        return apply(MLA, forward)
+
+    whole = run(MLA, variables(MLA), some_tokens(), loops=LOOPS, initial_state=None)
+    np.testing.assert_allclose(halves().logits, whole.logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"start": 6}, "start: got 6, allowed: 0 to loops, 5"),
+        ({"start": 2, "count": 4}, "count: got 4, allowed: 0 to 3, the loops that are left"),
+        ({"count": -1, "loops": jnp.int32(3)}, "count: got -1, allowed: an integer >= 0"),
+    ],
+)
+def test_loops_that_cannot_be_run_are_refused(keywords, message):
+    def forward(model):
+        return model.loop(model.begin(some_tokens())[0], **{"loops": LOOPS, **keywords})
+
+    with pytest.raises(ValueError, match=message):
+        apply(MLA, forward)
