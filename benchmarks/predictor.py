@@ -35,9 +35,7 @@ Point = tuple[float, float, float]  # mean loops, nats a token, share of rows wi
 
 @partial(jax.jit, static_argnames="model")
 def totals(model: Mythos, variables: Any, batch: Any, loops: jax.Array, halting: Halting | None) -> jax.Array:
-    nats_BT, out = token_loss(
-        model, variables, batch, loops=loops, halting=halting, rngs={"state": jax.random.key(0)}
-    )
+    nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs={"state": jax.random.key(0)})
     asked_BT = jnp.asarray(batch["mask"], bool)
     right_BT = (model.apply(variables, out.features, method="head").argmax(-1) == batch["targets"]) | ~asked_BT
     exact = right_BT.all(-1) & asked_BT.any(-1)

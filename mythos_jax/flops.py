@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import jax
 
 from mythos_jax.config import Config, ModelConfig, backprop_loops, mean_loops
+from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.layers import compute_dtype
-from mythos_jax.model.mythos import abstract_variables
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -22,7 +22,8 @@ from mythos_jax.config import (
 )
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import count_parameters, forward_flops
-from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.model.mythos import Mythos
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 

@@ -9,8 +9,9 @@ import pytest
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.flops import cache_bytes, count_parameters, decode_bytes, forward_flops
+from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.cache import init_cache
-from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.model.mythos import Mythos
 
 GQA = ModelConfig(vocab_size=64, dim=64, n_heads=4, n_kv_heads=2, hidden_dim=96, max_seq_len=64, prelude_layers=2)
 MLA = ModelConfig(

@@ -15,8 +15,9 @@ from mythos_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from mythos_jax.data.placement import batch_sharding, check_batch, local_rows, to_global
 from mythos_jax.errors import ConfigError
 from mythos_jax.inference.generate import generate
+from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.cache import init_cache
-from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.cross_entropy import cross_entropy
 from mythos_jax.sharding import check_sharded, in_slices, make_mesh, shardings, use_mesh
 from mythos_jax.training.step import abstract_state, init_state, jitted_step
@@ -185,7 +186,9 @@ def test_generation_on_a_mesh_gives_the_same_tokens(model):
     prompts = random.integers(0, model.vocab_size, (2, 4))
 
     def run(variables):
-        return generate(Mythos(model), variables, prompts, [4, 2], max_new_tokens=6, temperature=1.0, seed=[0, 1]).tokens
+        return generate(
+            Mythos(model), variables, prompts, [4, 2], max_new_tokens=6, temperature=1.0, seed=[0, 1]
+        ).tokens
 
     expected = run(variables)
     with use_mesh(mesh := make_mesh(MeshConfig(fsdp=2, tensor=2, sequence=2))):

@@ -129,9 +129,7 @@ def prefill_all(job: Job) -> State:
 def prefill(setup: Setup, state: State, tokens_BC: jax.Array, active_BC: jax.Array) -> State:
     """Reads a chunk of the prompts. A row's first new token is the one sampled in the chunk that ends its prompt."""
     # No halting by logits, also not in a chunk of one token: a prompt gives the same result however it is cut.
-    loops, halting = setup.loops, setup.halting
-    if halting is not None and halting.reads_logits:
-        loops, halting = halting.limit(loops), None
+    loops, halting = (setup.loops, None) if setup.halting is None else setup.halting.for_prompt(setup.loops)
     cache, token_B, loops_B = _next_token(setup, state.cache, tokens_BC, active_BC, loops=loops, halting=halting)
     reads_B, result = active_BC.any(-1), state.result
 

@@ -8,7 +8,8 @@ from flax import struct
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.cache import KV, LayerCache, update_cache
 from mythos_jax.model.gather import sharded_weight
-from mythos_jax.model.layers import Linear, RMSNorm, apply_rope, matrix_init, rms_norm
+from mythos_jax.model.layers import Linear, RMSNorm, apply_rope, matrix_init, rms_norm, rope_tables
+from mythos_jax.model.state import TokenInputs
 from mythos_jax.ops.attention import Mask, attend
 from mythos_jax.sharding import constrain
 
@@ -35,6 +36,17 @@ class AttentionContext:
     def update(self, cache: LayerCache, new: KV) -> tuple[LayerCache, KV]:
         """`update_cache` for the current loop."""
         return update_cache(cache, new, loop=self.loop, index_BT=self.mask.index_BT, frozen_BT=self.frozen_BT)
+
+
+def make_attention_context(config: ModelConfig, inputs: TokenInputs) -> AttentionContext:
+    """Positions and masks of these tokens, outside the loop."""
+    index_BT, positions_BT = inputs.index_BT, inputs.positions_BT
+    if positions_BT is None:
+        T = inputs.tokens_BT.shape[1]
+        positions_BT = jnp.arange(T, dtype=jnp.int32)[None] if index_BT is None else index_BT
+    # In a cache a query sees everything up to its own place; segments exist without one only.
+    mask = Mask(segments_BT=inputs.segments_BT) if index_BT is None else Mask(index_BT=index_BT)
+    return AttentionContext(rope_tables(positions_BT, config.rope_dim, config.rope_theta), mask)
 
 
 class GroupedQueryAttention(nn.Module):

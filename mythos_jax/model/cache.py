@@ -129,7 +129,7 @@ def update_cache(
 
 
 def fill_skipped_loops(
-    cache: LayerCache, exit_kv: KV, first_slot: jax.Array, index_BT: jax.Array, tokens_BT: jax.Array
+    cache: LayerCache, first_slot: jax.Array, index_BT: jax.Array, tokens_BT: jax.Array
 ) -> LayerCache:
     """Copies the exit keys and values of `tokens_BT` (bool) to every slot from `first_slot` on: the loops that these
     tokens exited before, in which deeper tokens will look for them.
@@ -145,7 +145,7 @@ def fill_skipped_loops(
     def fill(slot: jax.Array, kv: KV) -> KV:
         fills_BT = tokens_BT if jnp.ndim(first_slot) == 0 else tokens_BT & (slot >= first_slot[:, None])
         at = (slot, rows, jnp.where(fills_BT, index_BT, capacity))
-        return jax.tree.map(lambda c, exit: c.at[at].set(exit.astype(c.dtype), mode="drop"), kv, exit_kv)
+        return jax.tree.map(lambda c, exit: c.at[at].set(exit.astype(c.dtype), mode="drop"), kv, cache.exit_kv)
 
     return cache.replace(kv=jax.lax.fori_loop(first, slots, fill, cache.kv))
 

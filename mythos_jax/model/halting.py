@@ -73,6 +73,11 @@ class Halting:
         """The maximum number of loops that a token may run in a call with `loops`."""
         return loops if self.max_loops is None else jnp.minimum(loops, self.max_loops)
 
+    def for_prompt(self, loops: int | jax.Array) -> tuple[int | jax.Array, "Halting | None"]:
+        """Loops and policy for a prompt that fills a cache: criteria that look at the logits apply to new tokens only,
+        so a prompt runs all its loops."""
+        return (self.limit(loops), None) if self.reads_logits else (loops, self)
+
 
 def check_halting(config: ModelConfig, halting: Halting | None, cached: bool) -> None:
     """Raises ConfigError for a policy that this model cannot follow."""

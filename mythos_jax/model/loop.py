@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.attention import AttentionContext
+from mythos_jax.model.attention import AttentionContext, make_attention_context
 from mythos_jax.model.cache import Cache, LayerCache, empty_kv
 from mythos_jax.model.exit_probe import LogitProbe
 from mythos_jax.model.gather import GATHERED, prevent_hoisting
 from mythos_jax.model.halting import Halting, check_halting
 from mythos_jax.model.moe import RouterStats
+from mythos_jax.model.predictor import predicted_loops
 from mythos_jax.model.state import TokenInputs, TokenState, Trace
 from mythos_jax.ops.attention import SAVED
 
@@ -69,9 +70,8 @@ class LoopContext:
 def make_context(
     config: ModelConfig,
     inputs: TokenInputs,
-    attention: AttentionContext,
     values: tuple[jax.Array | None, ...],
-    predicted_BT: jax.Array | None,
+    predictor: dict[str, jax.Array] | None,
     cache: Cache | None,
     loops: int | jax.Array,
     halting: Halting | None,
@@ -86,6 +86,9 @@ def make_context(
         fixed = count if isinstance(count, int) else None
         if count is None and isinstance(loops, int) and isinstance(start, int):
             fixed = loops - start
+    predicted_BT = None
+    if halting is not None and halting.criterion == "predicted":
+        predicted_BT = predicted_loops(predictor, inputs.injected_BTD, halting.threshold)
     limit = jnp.asarray(loops if halting is None else halting.limit(loops), jnp.int32)
     if cache is not None and not cache.bounded:
         limit = jnp.minimum(limit, cache.loop_slots)
@@ -98,7 +101,7 @@ def make_context(
         freeze = "finished"
     return LoopContext(
         inputs=inputs,
-        attention=attention,
+        attention=make_attention_context(config, inputs),
         values=values,
         predicted_BT=predicted_BT,
         halting=halting,
@@ -153,8 +156,9 @@ def _check_loops(
 class Carry:
     """What goes from loop to loop.
 
-    tokens: without their inputs, which no loop changes (in a scan they would be saved once per loop). caches: of the
-    loop's layers. coda: the coda's caches, written by a halting criterion that looks at logits. router: sums so far.
+    tokens: without their inputs, which no loop changes (in a scan they would be saved once per loop), and without
+    exit_kv, which are in the caches. caches: of the loop's layers. coda: the coda's caches, written by a halting
+    criterion that looks at logits. router: sums so far.
     """
 
     tokens: TokenState

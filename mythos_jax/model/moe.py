@@ -22,6 +22,13 @@ class RouterStats:
     z: jax.Array
 
 
+def no_stats(config: ModelConfig) -> RouterStats | None:
+    """Sums before the first loop, stacked over the layers of the loop; None where they are dense."""
+    if config.feed_forward != "moe":
+        return None
+    return RouterStats(jnp.zeros((config.loop_layers, config.n_experts)), jnp.zeros(config.loop_layers))
+
+
 class Router(nn.Module):
     """Chooses k experts a token by logit plus bias; gates are the unbiased softmax, renormalised over the chosen.
 

@@ -1,33 +1,39 @@
 """The model: embed and prelude once, recurrent block `loops` times, coda and head once.
 
-Shape letters: B batch, T positions, D model width, V vocabulary, L loops. H query heads, G key-value heads, K channels
-of a head, S positions in the cache, R width of the latent of latent attention. E experts, F hidden width. An array's
-name ends in its letters: x_BTD is [B, T, D].
+Shape letters: B batch, T positions, D model width, V vocabulary, L loops; H query heads, G key-value heads, K channels
+of a head, S positions in the cache, R latent width (MLA); E experts, F hidden width. x_BTD is [B, T, D].
 """
 
-import dataclasses
-from functools import cache as memoize
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.attention import AttentionContext
+from mythos_jax.model.attention import make_attention_context
 from mythos_jax.model.block import TransformerBlock, apply_layers
 from mythos_jax.model.cache import Cache, LayerCache
 from mythos_jax.model.exit_probe import LogitProbe
 from mythos_jax.model.halting import Halting, check_halting
-from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init, rope_tables
+from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init
 from mythos_jax.model.loop import make_context, prepare_tokens
-from mythos_jax.model.predictor import COLLECTION, predicted_loops
+from mythos_jax.model.predictor import COLLECTION
 from mythos_jax.model.recurrence import RecurrentBlock
-from mythos_jax.model.state import Output, TokenInputs, TokenState, Trace, act_readout, make_aux, start_tokens
-from mythos_jax.model.state import initial_state as make_initial_state
-from mythos_jax.ops.attention import Mask
+from mythos_jax.model.state import (
+    Output,
+    TokenInputs,
+    TokenState,
+    Trace,
+    act_readout,
+    make_aux,
+    make_inputs,
+    start_tokens,
+)
 from mythos_jax.sharding import constrain
+
+Loops = int | jax.Array
+Caches = tuple[LayerCache, ...]
 
 
 class Mythos(nn.Module):
@@ -71,7 +77,7 @@ class Mythos(nn.Module):
         self,
         tokens_BT: jax.Array,
         *,
-        loops: int | jax.Array | None = None,
+        loops: Loops | None = None,
         halting: Halting | None = None,
         initial_state: jax.Array | str | None = None,
         positions: jax.Array | None = None,
@@ -104,15 +110,7 @@ class Mythos(nn.Module):
         halting. cache: from `init_cache`; its `length_B` counts these tokens from here on.
         """
         c = self.config
-        chex.assert_rank(tokens_BT, 2)
-        chex.assert_type(tokens_BT, int)
-        if tokens_BT.shape[1] > c.max_seq_len:
-            got = tokens_BT.shape[1]
-            raise ValueError(f"tokens: got {got} positions, allowed: at most max_seq_len, {c.max_seq_len}")
-        index_BT = None
-        if cache is not None:
-            index_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        inputs = TokenInputs(tokens_BT, None, index_BT, positions, segment_ids)
+        inputs = make_inputs(c, tokens_BT, positions, segment_ids, cache)
 
         table_VD = constrain(self.embedding.astype(compute_dtype(c)), "vocab", "act_embed")
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0) * c.embedding_scale
@@ -121,20 +119,18 @@ class Mythos(nn.Module):
         if c.prelude_norm:
             x_BTD = self.prelude_norm(x_BTD)
         if cache is not None:
-            new_B = inputs.active_BT.sum(-1, dtype=jnp.int32)
-            cache = cache.replace(prelude=caches, length_B=cache.length_B + new_B)
-        if initial_state is None and self.is_initializing():
-            initial_state = "zeros"
+            length_B = cache.length_B + inputs.active_BT.sum(-1, dtype=jnp.int32)
+            cache = cache.replace(prelude=caches, length_B=length_B)
+        given = "zeros" if initial_state is None and self.is_initializing() else initial_state
         key = self.make_rng("state") if self.has_rng("state") else None
-        state_BTD = make_initial_state(c, x_BTD, initial_state, key)
-        return start_tokens(c, inputs.replace(injected_BTD=x_BTD), state_BTD), cache
+        return start_tokens(c, inputs.replace(injected_BTD=x_BTD), given, key), cache
 
     def loop(
         self,
         tokens: TokenState,
         cache: Cache | None = None,
         *,
-        loops: int | jax.Array | None = None,
+        loops: Loops | None = None,
         halting: Halting | None = None,
         start: int | jax.Array = 0,
         count: int | jax.Array | None = None,
@@ -150,21 +146,17 @@ class Mythos(nn.Module):
         the current states of a token's neighbours.
         """
         c, inputs, loops = self.config, tokens.inputs, self.config.loops if loops is None else loops
-        reads_logits = halting is not None and halting.reads_logits
-        if reads_logits and cache is not None and inputs.tokens_BT.shape[1] > 1:
+        if halting is not None and cache is not None and inputs.tokens_BT.shape[1] > 1:
             check_halting(c, halting, cached=True)
-            loops, halting, reads_logits = halting.limit(loops), None, False
-        first = c.prelude_layers
+            loops, halting = halting.for_prompt(loops)
+        first, predictor = c.prelude_layers, self.variables.get(COLLECTION)
         values = tuple(self._value_embeddings(inputs.tokens_BT, first + i) for i in range(c.loop_layers))
-        predicted_BT = self._predicted_loops(inputs.injected_BTD, halting)
-        attention = self._attention_context(inputs)
-        context = make_context(c, inputs, attention, values, predicted_BT, cache, loops, halting, start, count)
-        probe = self._probe(inputs) if reads_logits else None
-        empty = LayerCache()
+        context = make_context(c, inputs, values, predictor, cache, loops, halting, start, count)
+        probe = self._probe(inputs, halting)
         tokens, loop_caches, coda_caches, trace = self.recurrence(
             prepare_tokens(c, tokens, context, probe),
-            cache.loop if cache else (empty,) * c.loop_layers,
-            cache.coda if cache else (empty,) * c.coda_layers,
+            cache.loop if cache else (LayerCache(),) * c.loop_layers,
+            cache.coda if cache else (LayerCache(),) * c.coda_layers,
             context,
             probe,
         )
@@ -179,10 +171,9 @@ class Mythos(nn.Module):
         """
         c = self.config
         readout_BTD = tokens.state_BTD if tokens.act is None else act_readout(tokens, c.act_remainder)
-        state_BTD = self._coda_input(readout_BTD)
-        if tokens.probe is None:
-            features_BTD, caches = self._coda(state_BTD, tokens.inputs, cache and cache.coda)
-        else:  # after the last loop, the halting criterion has run the coda on this very state
+        state_BTD, features_BTD, caches = self._coda(readout_BTD, tokens.inputs, cache and cache.coda)
+        if tokens.probe is not None:
+            # The halting criterion has run the coda on this very state; under jit the run above is dropped as unused.
             features_BTD, caches = tokens.probe.features_BTD, cache and cache.coda
         return Output(
             logits=self.head(features_BTD) if logits else None,
@@ -194,12 +185,7 @@ class Mythos(nn.Module):
         )
 
     def features(
-        self,
-        tokens_BT: jax.Array,
-        *,
-        loops: int | jax.Array | None = None,
-        halting: Halting | None = None,
-        **begin: Any,
+        self, tokens_BT: jax.Array, *, loops: Loops | None = None, halting: Halting | None = None, **begin: Any
     ) -> jax.Array:
         """[B, T, D] before the head, for losses that never build [B, T, V]; other keywords as in `begin`."""
         tokens, cache = self.begin(tokens_BT, **begin)
@@ -212,52 +198,38 @@ class Mythos(nn.Module):
         logits_BTV = jnp.einsum("BTD,VD->BTV", features_BTD, table_VD, preferred_element_type=jnp.float32)
         return constrain(logits_BTV, "batch", "length", "act_vocab")
 
-    def _attention_context(self, inputs: TokenInputs) -> AttentionContext:
-        """Positions, masks and places in the cache, the same for all layers."""
-        index_BT, positions_BT = inputs.index_BT, inputs.positions_BT
-        if positions_BT is None:
-            T = inputs.tokens_BT.shape[1]
-            positions_BT = jnp.arange(T, dtype=jnp.int32)[None] if index_BT is None else index_BT
-        mask = Mask(segments_BT=inputs.segments_BT) if index_BT is None else Mask(index_BT=index_BT)
-        return AttentionContext(rope_tables(positions_BT, self.config.rope_dim, self.config.rope_theta), mask)
-
-    def _run_layers(self, blocks, x_BTD, inputs: TokenInputs, caches) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    def _run_layers(
+        self, blocks: list[TransformerBlock], x_BTD: jax.Array, inputs: TokenInputs, caches: Caches | None
+    ) -> tuple[jax.Array, Caches]:
         """The layers of the prelude or of the coda."""
         values = [self._value_embeddings(inputs.tokens_BT, block.layer) for block in blocks]
-        caches = caches or (LayerCache(),) * len(blocks)
-        context = self._attention_context(inputs)
-        return apply_layers(blocks, x_BTD, context, caches, inputs.active_BT, values)[:2]
+        context, no_caches = make_attention_context(self.config, inputs), (LayerCache(),) * len(blocks)
+        return apply_layers(blocks, x_BTD, context, caches or no_caches, inputs.active_BT, values)[:2]
 
-    def _coda_input(self, readout_BTD: jax.Array) -> jax.Array:
-        """From the loop's read-out to what the coda receives."""
-        if self.config.readout_norm:
-            readout_BTD = self.final_norm(readout_BTD)
-        return self.readout_projection(readout_BTD) if self.config.readout_projection else readout_BTD
+    def _coda(
+        self, readout_BTD: jax.Array, inputs: TokenInputs, caches: Caches | None
+    ) -> tuple[jax.Array, jax.Array, Caches]:
+        """From the loop's read-out: what the coda receives, the features before the head, and the coda's caches."""
+        c, x_BTD = self.config, readout_BTD
+        if c.readout_norm:
+            x_BTD = self.final_norm(x_BTD)
+        if c.readout_projection:
+            x_BTD = self.readout_projection(x_BTD)
+        features_BTD, caches = self._run_layers(self.coda, x_BTD, inputs, caches)
+        return x_BTD, self.final_norm(features_BTD), caches
 
-    def _coda(self, x_BTD, inputs: TokenInputs, caches) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """From what the coda receives to the features before the head."""
-        x_BTD, caches = self._run_layers(self.coda, x_BTD, inputs, caches)
-        return self.final_norm(x_BTD), caches
-
-    def _read_out(self, state_BTD, inputs: TokenInputs, caches) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        return self._coda(self._coda_input(state_BTD), inputs, caches)
-
-    def _probe(self, inputs: TokenInputs) -> LogitProbe:
-        """Coda and head as functions of arrays."""
+    def _probe(self, inputs: TokenInputs, halting: Halting | None) -> LogitProbe | None:
+        """Coda and head as functions of arrays, if the policy looks at logits."""
+        if halting is None or not halting.reads_logits:
+            return None
         # Inside a lifted while loop, submodules of an outer module cannot be called. A second model that is bound to
         # the same variables can: it holds no state of its own.
         model, variables = Mythos(self.config, parent=None), self.variables
 
         def coda(state_BTD, caches):
-            return model.apply(variables, state_BTD, inputs, caches, method="_read_out")
+            return model.apply(variables, state_BTD, inputs, caches, method="_coda")[1:]
 
         return LogitProbe(coda, lambda features_BTD: model.apply(variables, features_BTD, method="head"))
-
-    def _predicted_loops(self, injected_BTD: jax.Array, halting: Halting | None) -> jax.Array | None:
-        """The loops that each token is to run, int32 [B, T], if the policy predicts them."""
-        if halting is None or halting.criterion != "predicted":
-            return None
-        return predicted_loops(self.variables.get(COLLECTION), injected_BTD, halting.threshold)
 
     def _value_embeddings(self, tokens_BT: jax.Array, layer: int) -> jax.Array | None:
         """This layer's value embeddings [B, T, G, K], where it has both a table and a gate (Parcae)."""
@@ -266,11 +238,3 @@ class Mythos(nn.Module):
             return None
         rows = jnp.take(self.value_tables[layer], tokens_BT, axis=0).astype(compute_dtype(c))
         return rows.reshape(*tokens_BT.shape, c.n_kv_heads, c.gqa_head_dim)
-
-
-@memoize
-def abstract_variables(config: ModelConfig) -> dict[str, Any]:
-    """The model's variables as boxed shapes and dtypes, with their logical axes; nothing is allocated."""
-    # Shapes of weights depend neither on the tokens nor on what the backward pass keeps.
-    model = Mythos(dataclasses.replace(config, remat="none"))
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))

@@ -1,11 +1,9 @@
 """The recurrent block: the mathematics of one loop, and the bookkeeping that decides which tokens it applies to.
 
 `RecurrentCell` holds the loop's weights and runs one loop: `next_state` is the equation, `__call__` the bookkeeping
-around it. `RecurrentBlock` runs the cell from any loop to any loop, with one of two drivers (model/loop.py):
-`nn.scan` for a fixed number of loops, which can be differentiated, or `nn.while_loop` where the number is traced,
-differs by row, or tokens may halt.
-
-Shape letters as in model/mythos.py; B1 is one value per row, to broadcast over its tokens.
+around it. `RecurrentBlock` runs the cell from any loop to any loop (model/loop.py): under `nn.scan` for a fixed number
+of loops, which can be differentiated, or `nn.while_loop` where the number is traced, differs by row, or tokens may
+halt. Shape letters as in model/mythos.py; B1 is one value per row, to broadcast over its tokens.
 """
 
 from typing import NamedTuple
@@ -23,7 +21,7 @@ from mythos_jax.model.halting import act_weight, relative_change, state_converge
 from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
 from mythos_jax.model.layers import RMSNorm
 from mythos_jax.model.loop import Carry, LoopContext, cached, loop_function, scan_loops, while_loops
-from mythos_jax.model.moe import RouterStats
+from mythos_jax.model.moe import RouterStats, no_stats
 from mythos_jax.model.state import ActState, TokenState, Trace
 from mythos_jax.sharding import constrain
 
@@ -101,12 +99,10 @@ class RecurrentCell(nn.Module):
         old, halting = carry.tokens, context.halting
         who = make_masks(old.halted_BT, loop_B[:, None], context)
         attention = context.attention.replace(loop=loop_B[0] if context.uniform else loop_B, frozen_BT=who.frozen_BT)
-        caches = carry.caches
-        if old.exit_kv is not None:
-            caches = tuple(cache.replace(exit_kv=kv) for cache, kv in zip(caches, old.exit_kv, strict=True))
 
+        e_BTD, values = context.inputs.injected_BTD, context.values
         state_BTD, caches, stats = self.next_state(
-            old.state_BTD, context.inputs.injected_BTD, loop_B, attention, caches, context.values, who.counted_BT
+            old.state_BTD, e_BTD, loop_B, attention, carry.caches, values, who.counted_BT
         )
         trace = Trace(change_LBT=relative_change(state_BTD, old.state_BTD))
         if who.frozen_BT is not None:
@@ -130,9 +126,7 @@ class RecurrentCell(nn.Module):
             halted_BT=old.halted_BT | halts_BT,
             loops_BT=old.loops_BT + who.running_BT,
             act=act,
-            exit_kv=None if old.exit_kv is None else tuple(cache.exit_kv for cache in caches),
         )
-        caches = tuple(cache.replace(exit_kv=None) for cache in caches)
         router = carry.router and jax.tree.map(lambda total, *new: total + jnp.stack(new), carry.router, *stats)
         return carry.replace(tokens=tokens, caches=caches, router=router), trace
 
@@ -179,10 +173,9 @@ class RecurrentBlock(nn.Module):
         Returns the tokens, both caches, and the trace of the loops.
         """
         c, before = self.config, tokens
-        router = None
-        if c.feed_forward == "moe":
-            router = RouterStats(jnp.zeros((c.loop_layers, c.n_experts)), jnp.zeros(c.loop_layers))
-        carry = Carry(tokens.replace(inputs=None), caches, coda, router)
+        if tokens.exit_kv is not None:
+            caches = tuple(cache.replace(exit_kv=kv) for cache, kv in zip(caches, tokens.exit_kv, strict=True))
+        carry = Carry(tokens.replace(inputs=None, exit_kv=None), caches, coda, no_stats(c))
         cell = RecurrentCell(c, name="cell")
         run = loop_function(RecurrentCell.__call__, c.remat, self.gather_per_loop)
 
@@ -195,12 +188,13 @@ class RecurrentBlock(nn.Module):
             end += context.count
         else:
             carry, end = while_loops(run, cell, carry, context, probe)
+
         tokens, caches = carry.tokens.replace(inputs=before.inputs), carry.caches
-        if tokens.exit_kv is not None and cached(context):
-            # Tokens that run deeper than these did will look for them in the loops that they skipped.
-            index_BT, new_BT = context.inputs.index_BT, tokens.halted_BT & ~before.halted_BT
-            caches = tuple(
-                fill_skipped_loops(cache, kv, end, index_BT, new_BT)
-                for cache, kv in zip(caches, tokens.exit_kv, strict=True)
-            )
+        if before.exit_kv is not None:
+            tokens = tokens.replace(exit_kv=tuple(cache.exit_kv for cache in caches))
+            if cached(context):
+                # Tokens that run deeper than these did will look for them in the loops that they skipped.
+                index_BT, new_BT = context.inputs.index_BT, tokens.halted_BT & ~before.halted_BT
+                caches = tuple(fill_skipped_loops(cache, end, index_BT, new_BT) for cache in caches)
+            caches = tuple(cache.replace(exit_kv=None) for cache in caches)
         return tokens, caches, carry.coda, trace.replace(router=carry.router)

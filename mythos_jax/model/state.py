@@ -27,7 +27,7 @@ class TokenInputs:
     """
 
     tokens_BT: jax.Array
-    injected_BTD: jax.Array
+    injected_BTD: Any  # None before the prelude has run
     index_BT: jax.Array | None
     positions_BT: jax.Array | None
     segments_BT: jax.Array | None
@@ -142,9 +142,30 @@ class Output:
     cache: Cache | None
 
 
-def start_tokens(config: ModelConfig, inputs: TokenInputs, state_BTD: jax.Array) -> TokenState:
-    """Tokens before their first loop."""
-    shape = inputs.tokens_BT.shape
+def make_inputs(
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None,
+    segments_BT: jax.Array | None,
+    cache: Cache | None,
+) -> TokenInputs:
+    """Checks the tokens and places them after what the cache holds; `injected_BTD` is still to come."""
+    chex.assert_rank(tokens_BT, 2)
+    chex.assert_type(tokens_BT, int)
+    T = tokens_BT.shape[1]
+    if T > config.max_seq_len:
+        raise ValueError(f"tokens: got {T} positions, allowed: at most max_seq_len, {config.max_seq_len}")
+    index_BT = None
+    if cache is not None:
+        index_BT = cache.length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    return TokenInputs(tokens_BT, None, index_BT, positions_BT, segments_BT)
+
+
+def start_tokens(
+    config: ModelConfig, inputs: TokenInputs, given: jax.Array | str | None, key: jax.Array | None
+) -> TokenState:
+    """Tokens before their first loop; `given` and `key` as in `initial_state`."""
+    shape, state_BTD = inputs.tokens_BT.shape, initial_state(config, inputs.injected_BTD, given, key)
     act = ActState(jnp.zeros(state_BTD.shape), jnp.zeros(shape)) if config.readout == "act" else None
     return TokenState(inputs, state_BTD, jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), act)
 

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.errors import ConfigError
-from mythos_jax.model.mythos import abstract_variables
+from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.porting import huginn, openmythos, parcae
 from mythos_jax.porting.fields import Fields
 from mythos_jax.porting.tables import Row, Shape, Table, one

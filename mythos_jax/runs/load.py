@@ -14,7 +14,8 @@ from safetensors.numpy import load
 from mythos_jax.config import Config, DataConfig, ModelConfig, load_run_config
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
-from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import COLLECTION
 from mythos_jax.paths import to_path
 from mythos_jax.porting.pretrained import variables_of

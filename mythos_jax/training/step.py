@@ -10,11 +10,12 @@ import optax
 from jax.sharding import Mesh
 
 from mythos_jax.config import Config, TrainingConfig, backprop_loops, is_static
+from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.gather import gather_loop_weights
 from mythos_jax.model.layers import compute_dtype
 from mythos_jax.model.likelihood import forward, token_loss
 from mythos_jax.model.moe import balanced
-from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.state import TrainState
 from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
 from mythos_jax.training.depth import draw_depths, truncated_forward

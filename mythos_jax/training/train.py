@@ -20,7 +20,8 @@ from mythos_jax.data.placement import batch_sharding, check_batch, local_rows, t
 from mythos_jax.errors import BadStepError, ConfigError, Interrupted
 from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.evaluation.policies import fixed
-from mythos_jax.model.mythos import Mythos, abstract_variables
+from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.model.mythos import Mythos
 from mythos_jax.paths import copy_tree, is_remote, to_path
 from mythos_jax.processes import StopSignal, is_process_zero, log0, process_zero_first
 from mythos_jax.runs.checkpoints import Checkpoints

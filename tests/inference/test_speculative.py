@@ -1,7 +1,6 @@
 """Speculative decoding against plain greedy decoding at full depth, and the work it does."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.loop import REMAT_POLICIES
+from mythos_jax.model.mythos import Mythos
 from tests import reference
 from tests.tiny import (
     GQA,

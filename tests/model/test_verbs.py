@@ -103,7 +103,9 @@ def test_halting_can_be_stepped_through_by_hand(policy):
 
 
 @pytest.mark.parametrize("policy", [None, "latent"])
-@pytest.mark.parametrize("config", [GQA_LAST, MLA, replace(PARCAE, initial_state="zeros")], ids=["gqa", "mla", "parcae"])
+@pytest.mark.parametrize(
+    "config", [GQA_LAST, MLA, replace(PARCAE, initial_state="zeros")], ids=["gqa", "mla", "parcae"]
+)
 def test_rows_at_different_loops_share_a_call(config, policy):
     """What a server does: rows stand at loops 3 and 0 of the same batch, run on one loop per call, and each gives what
     it gives alone, also when the next token finds their keys and values."""

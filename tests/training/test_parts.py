@@ -12,7 +12,7 @@ import pytest
 
 from mythos_jax.config import ModelConfig, TrainingConfig
 from mythos_jax.errors import ConfigError
-from mythos_jax.model.mythos import abstract_variables
+from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.ops.cross_entropy import cross_entropy
 from mythos_jax.training.metrics import MetricsLog, TensorBoardWriter, check_writers, plain
 from mythos_jax.training.optimizer import decays, make_optimizer, path_names, schedule
