@@ -107,7 +107,7 @@ def update_cache(
     of loops that they did not run.
     """
     if cache.exit_kv is not None:
-        new = jax.tree.map(lambda a, b: jnp.where(_broadcast_to_rank(frozen_BT, b), a, b), cache.exit_kv, new)
+        new = jax.tree.map(lambda a, b: jnp.where(broadcast_mask(frozen_BT, b), a, b), cache.exit_kv, new)
         cache = cache.replace(exit_kv=new)
     if cache.kv is None:
         return cache, new
@@ -150,6 +150,6 @@ def fill_skipped_loops(
     return cache.replace(kv=jax.lax.fori_loop(first, slots, fill, cache.kv))
 
 
-def _broadcast_to_rank(mask_BT: jax.Array, x: jax.Array) -> jax.Array:
+def broadcast_mask(mask_BT: jax.Array, x: jax.Array) -> jax.Array:
     """The mask with trailing axes of 1, to broadcast against x."""
     return mask_BT.reshape(mask_BT.shape + (1,) * (x.ndim - mask_BT.ndim))

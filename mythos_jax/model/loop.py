@@ -14,7 +14,7 @@ from flax import struct
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.attention import AttentionContext, make_attention_context
-from mythos_jax.model.cache import Cache, LayerCache, empty_kv
+from mythos_jax.model.cache import Cache, LayerCache, broadcast_mask, empty_kv
 from mythos_jax.model.exit_probe import LogitProbe
 from mythos_jax.model.gather import GATHERED, prevent_hoisting
 from mythos_jax.model.halting import Halting, check_halting
@@ -94,6 +94,8 @@ def make_context(
         limit = jnp.minimum(limit, cache.loop_slots)
     start = jnp.asarray(start, jnp.int32)
     stop = limit if count is None else jnp.minimum(limit, start + count)
+    if start.ndim == 1:  # rows that start at different loops also end in different ones
+        stop = jnp.broadcast_to(stop, start.shape)
     freeze: Freeze = "none"
     if halting is not None and config.freeze_halted:
         freeze = "halted"
@@ -218,15 +220,23 @@ def while_loops(
         t, carry = state
         carry, _ = run(cell, carry, loop_of(t), context)
         if probe is not None:
-            carry = _halt_by_logits(probe, halting, carry, t if context.uniform else loop_of(t)[:, None])
+            carry = _halt_by_logits(probe, carry, t if context.uniform else loop_of(t)[:, None], context, halting)
         return t + 1, carry
 
     t, carry = nn.while_loop(more, body, cell, (first, carry), broadcast_variables=SHARED, split_rngs={"params": False})
     return carry, t if context.uniform else start + t
 
 
-def _halt_by_logits(probe: LogitProbe, halting: Halting, carry: Carry, loop_B1: jax.Array) -> Carry:
+def _halt_by_logits(
+    probe: LogitProbe, carry: Carry, loop_B1: jax.Array, context: LoopContext, halting: Halting
+) -> Carry:
+    """Who halts after loop t = `loop_B1`, which the cell has just run."""
     tokens = carry.tokens
-    found, coda, met_BT = probe.look(halting, tokens.probe, carry.coda, tokens.state_BTD, loop_B1)
+    seen, coda, met_BT = probe.look(halting, tokens.probe, carry.coda, tokens.state_BTD, loop_B1)
+    if context.stop.ndim > 0:
+        # Rows that have run all their loops have not moved: comparing them again would say that they have converged.
+        moved_B1 = loop_B1 < context.stop
+        met_BT &= moved_B1
+        seen = jax.tree.map(lambda new, old: jnp.where(broadcast_mask(moved_B1, new), new, old), seen, tokens.probe)
     halted_BT = tokens.halted_BT | (met_BT & (loop_B1 + 1 >= halting.min_loops))
-    return carry.replace(tokens=tokens.replace(halted_BT=halted_BT, probe=found), coda=coda)
+    return carry.replace(tokens=tokens.replace(halted_BT=halted_BT, probe=seen), coda=coda)

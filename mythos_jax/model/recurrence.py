@@ -53,8 +53,8 @@ def make_masks(halted_BT: jax.Array, loop_B1: jax.Array, context: LoopContext) -
     finished_BT = jnp.broadcast_to(loop_B1 >= context.stop, halted_BT.shape)
     if context.freeze == "finished":
         frozen_BT = finished_BT
-    else:  # rows at the same loop finish together, when the driver ends
-        frozen_BT = halted_BT if context.uniform else halted_BT | finished_BT
+    else:  # rows that stop at the same loop do so when the driver ends
+        frozen_BT = halted_BT if context.stop.ndim == 0 else halted_BT | finished_BT
     return Masks(frozen_BT, ~halted_BT & ~frozen_BT, active_BT & ~frozen_BT, may_halt_B1, last_B1)
 
 

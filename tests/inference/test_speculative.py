@@ -23,8 +23,8 @@ MLA_MOE = replace(MLA, feed_forward="moe", n_experts=5, experts_per_token=2, exp
 
 def plain_and_speculative(config, d, n, **keywords):
     """By default with a stop token that never comes, so that tests share compiled programs."""
-    arguments = (Mythos(config), variables(config), PROMPTS, LENGTHS, N)
-    keywords = {"loops": LOOPS, "stop_tokens": [UNUSED], **keywords}
+    arguments = (Mythos(config), variables(config), PROMPTS, LENGTHS)
+    keywords = {"max_new_tokens": N, "loops": LOOPS, "stop_tokens": [UNUSED], **keywords}
     return generate(*arguments, **keywords), speculate(*arguments, draft_loops=d, draft_tokens=n, **keywords)
 
 
@@ -60,7 +60,15 @@ def test_pieces_side_by_side_are_the_whole():
     plain, result = plain_and_speculative(GQA, 1, 3)
     rows = [[] for _ in LENGTHS]
     pieces = stream_drafts(
-        Mythos(GQA), variables(GQA), PROMPTS, LENGTHS, N, loops=LOOPS, stop_tokens=[UNUSED], draft_loops=1, every=1
+        Mythos(GQA),
+        variables(GQA),
+        PROMPTS,
+        LENGTHS,
+        max_new_tokens=N,
+        loops=LOOPS,
+        stop_tokens=[UNUSED],
+        draft_loops=1,
+        every=1,
     )
     for piece in pieces:
         for row, tokens, length in zip(rows, piece.tokens, piece.lengths, strict=True):

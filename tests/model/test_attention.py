@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.model.attention import MultiHeadLatentAttention, View
-from mythos_jax.model.cache import Memory, empty_kv
+from mythos_jax.model.attention import AttentionContext, MultiHeadLatentAttention
+from mythos_jax.model.cache import LayerCache, empty_kv
 from mythos_jax.model.layers import rope_tables
 from mythos_jax.ops.attention import Mask, attend
 from tests import reference
@@ -61,21 +61,21 @@ def test_absorbed_mla_equals_expanded():
     """On a cache that holds more tokens than are asked about, as in decoding."""
     random, queries = np.random.default_rng(0), 3
     index = jnp.broadcast_to(T - queries + jnp.arange(queries), (B, queries))
-    view = View(rope=rope_tables(index, MLA.rope_dim, MLA.rope_theta), mask=Mask(index_BT=index), index_BT=index)
+    context = AttentionContext(rope=rope_tables(index, MLA.rope_dim, MLA.rope_theta), mask=Mask(index_BT=index))
     held = jax.tree.map(lambda x: random.standard_normal(x.shape).astype(np.float32), empty_kv(MLA, 1, B, T))
     x = random.standard_normal((B, queries, MLA.dim)).astype(np.float32)
     params = variables(MLA)["params"]["coda_0"]["attention"]
 
     def call(absorb):
         module = MultiHeadLatentAttention(MLA, absorb=absorb)
-        return jax.jit(module.apply)({"params": params}, x, view, Memory(cache=held))
+        return jax.jit(module.apply)({"params": params}, x, context, LayerCache(kv=held))
 
-    (absorbed, memory), (expanded, _) = call(True), call(False)
+    (absorbed, cache), (expanded, _) = call(True), call(False)
     assert np.abs(expanded).max() > 0.1
     np.testing.assert_allclose(absorbed, expanded, rtol=0, atol=1e-5)
     # Only the new tokens' places were written.
-    np.testing.assert_array_equal(memory.cache.keys[:, :, : T - queries], held.keys[:, :, : T - queries])
-    assert np.abs(memory.cache.keys - held.keys)[:, :, T - queries :].min(-1).max() > 0
+    np.testing.assert_array_equal(cache.kv.keys[:, :, : T - queries], held.keys[:, :, : T - queries])
+    assert np.abs(cache.kv.keys - held.keys)[:, :, T - queries :].min(-1).max() > 0
 
 
 def test_kv_head_serves_neighbouring_query_heads():

@@ -102,14 +102,15 @@ def test_halting_can_be_stepped_through_by_hand(policy):
     assert len(seen) >= 3, "the tokens must halt at different loops"
 
 
-@pytest.mark.parametrize("policy", [None, "latent"])
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("policy", [None, "latent", "kl"])
 @pytest.mark.parametrize(
     "config", [GQA_LAST, MLA, replace(PARCAE, initial_state="zeros")], ids=["gqa", "mla", "parcae"]
 )
-def test_rows_at_different_loops_share_a_call(config, policy):
-    """What a server does: rows stand at loops 3 and 0 of the same batch, run on one loop per call, and each gives what
-    it gives alone, also when the next token finds their keys and values."""
-    policy = policy and halting(policy, 0.2)
+def test_rows_at_different_loops_share_a_call(config, policy, at_once):
+    """What a server does: rows at loops 3 and 0 of the same batch run on, one loop per call or all that are left at
+    once, and each gives what it gives alone, also when the next token finds their keys and values."""
+    policy = policy and halting(policy, {"latent": 0.2, "kl": 0.05}[policy])
     prompt, token_B = some_tokens()[:, :4], some_tokens()[:, 4]
 
     @jax.jit
@@ -131,6 +132,13 @@ def test_rows_at_different_loops_share_a_call(config, policy):
 
         return apply(config, forward)
 
+    @jax.jit
+    def the_rest(tokens, cache, loop_B):
+        def forward(model):
+            return model.loop(tokens, cache, loops=LOOPS, halting=policy, start=loop_B)[:2]
+
+        return apply(config, forward)
+
     finish = jax.jit(lambda tokens, cache: apply(config, lambda model: model.finish(tokens, cache)))
 
     before = run(config, variables(config), prompt, loops=LOOPS, halting=policy, cache=init_cache(config, B, T, LOOPS))
@@ -142,7 +150,9 @@ def test_rows_at_different_loops_share_a_call(config, policy):
         tokens = TokenState.join([ahead.rows(slice(0, 1)), like(ahead, tokens).rows(slice(1, 2))], axis=0)
         loop_B = loop_B + jnp.array([1, 0])
     assert loop_B.tolist() == [3, 0]
-    for _ in range(LOOPS):
+    if at_once:
+        tokens, cache = the_rest(tokens, cache, loop_B)
+    for _ in range(0 if at_once else LOOPS):
         tokens, cache = one_loop(tokens, cache, loop_B)
         loop_B += 1
     out = finish(tokens, cache)
