@@ -386,9 +386,9 @@ def _info(arguments: argparse.Namespace, overrides: list[str]) -> None:
         config = load_run_config(path / "config.yaml", overrides) if is_run else load_config(path, overrides)
         name, model = config.name, config.model
     else:
-        from mythos_jax.porting.reading import Source
+        from mythos_jax.porting.reading import FileSource
 
-        source = Source(arguments.config)
+        source = FileSource(arguments.config)
         name, model = source.path.stem, source.config
     print(describe(name, model, arguments.context))
 

@@ -1,4 +1,4 @@
-"""Against the real thing: PyTorch and open-mythos 0.5.0 (see docs/weights.md for the environment)."""
+"""Comparison with the original: PyTorch and open-mythos 0.5.0. `make test-torch` sets up the environment."""
 
 from dataclasses import asdict
 from functools import partial
@@ -21,8 +21,8 @@ BUFFERS = ("freqs_cis", "freqs_cis_mla")
 TOKENS = np.random.default_rng(1).integers(0, 96, (2, 12)).astype(np.int32)
 
 
-def original(attention, seed, perturbed):
-    """The original with its own initial weights, or far from them, so that every tensor has a say."""
+def make_original(attention, seed, perturbed):
+    """The original with its initial weights, or perturbed so far from them that every tensor affects the logits."""
     torch.manual_seed(seed)
     config = MythosConfig(
         vocab_size=96,
@@ -56,18 +56,18 @@ def original(attention, seed, perturbed):
     return model
 
 
-def logits_of(model, loops):
+def original_logits(model, loops):
     with torch.no_grad():
         return model(torch.from_numpy(TOKENS).long(), n_loops=loops).numpy()
 
 
 @partial(jax.jit, static_argnums=0)
-def ours(config, variables, loops):
+def our_logits(config, variables, loops):
     return Mythos(config).apply(variables, TOKENS, loops=loops).logits
 
 
 def save_checkpoint(model, path):
-    """What the original's trainer saves."""
+    """Saves a checkpoint as the original's trainer does."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     model(torch.from_numpy(TOKENS).long()).sum().backward()
     optimizer.step()
@@ -76,14 +76,14 @@ def save_checkpoint(model, path):
     torch.save({**checkpoint, "vocab_size": 96}, path)
 
 
-def cases(test):
+def attention_and_weights(test):
     test = pytest.mark.parametrize("perturbed", [False, True], ids=["initial", "perturbed"])(test)
     return pytest.mark.parametrize("attention", ["gqa", "mla"])(test)
 
 
-@cases
-def test_there_and_back_is_bit_identical(attention, perturbed, tmp_path):
-    model = original(attention, 0, perturbed)
+@attention_and_weights
+def test_round_trip_is_bit_identical(attention, perturbed, tmp_path):
+    model = make_original(attention, 0, perturbed)
     state = {name: t for name, t in model.state_dict().items() if name not in (*BUFFERS, "head.weight")}
     torch.save({"model": model.state_dict(), "cfg": model.cfg}, tmp_path / "model.pt")
     config, variables = load_pretrained(tmp_path / "model.pt")
@@ -95,79 +95,78 @@ def test_there_and_back_is_bit_identical(attention, perturbed, tmp_path):
         assert torch.equal(tensor.view(torch.int32), back[name].view(torch.int32)), name
 
 
-@cases
-def test_logits_agree_both_ways(attention, perturbed, tmp_path):
-    model = original(attention, 1, perturbed)
+@attention_and_weights
+def test_logits_agree_in_both_directions(attention, perturbed, tmp_path):
+    model = make_original(attention, 1, perturbed)
     torch.save({"model": model.state_dict(), "cfg": model.cfg}, tmp_path / "model.pt")
     config, variables = load_pretrained(tmp_path / "model.pt")
     for loops in (1, 2, 4, 7):
-        difference = np.abs(np.asarray(ours(config, variables, loops)) - logits_of(model, loops)).max()
+        difference = np.abs(np.asarray(our_logits(config, variables, loops)) - original_logits(model, loops)).max()
         assert difference <= TOLERANCE
     save_pretrained(tmp_path / "back", config, variables, "openmythos")
     fields = FAMILIES["openmythos"].from_model(config)
-    kept = ("max_output_tokens", "dropout")
-    assert {k: v for k, v in fields.items() if k not in kept} == {
-        k: v for k, v in asdict(model.cfg).items() if k not in kept
+    unused = ("max_output_tokens", "dropout")
+    assert {k: v for k, v in fields.items() if k not in unused} == {
+        k: v for k, v in asdict(model.cfg).items() if k not in unused
     }
     again = OpenMythos(MythosConfig(**fields)).eval()
-    left, unexpected = again.load_state_dict(load_file(tmp_path / "back" / "model.safetensors"), strict=False)
+    missing, unexpected = again.load_state_dict(load_file(tmp_path / "back" / "model.safetensors"), strict=False)
     assert not unexpected
-    assert set(left) == {*BUFFERS, "head.weight"}
-    np.testing.assert_array_equal(logits_of(again, 4), logits_of(model, 4))
+    assert set(missing) == {*BUFFERS, "head.weight"}
+    np.testing.assert_array_equal(original_logits(again, 4), original_logits(model, 4))
 
 
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
-def test_weights_made_here_run_in_the_original(attention, tmp_path):
-    """From our own initialisation, in a config of ours that the original can express."""
-    config = FAMILIES["openmythos"].model_config(asdict(original(attention, 2, False).cfg), "cfg")
+def test_our_initial_weights_in_the_original(attention, tmp_path):
+    """Weights from our own initialisation, in a config that the original can express."""
+    config = FAMILIES["openmythos"].model_config(asdict(make_original(attention, 2, False).cfg), "cfg")
     variables = Mythos(config).init(jax.random.key(3), TOKENS)
     save_pretrained(tmp_path / "out", config, variables, "openmythos")
     model = OpenMythos(MythosConfig(**FAMILIES["openmythos"].from_model(config))).eval()
     model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=False)
     for loops in (1, 4):
-        difference = np.abs(np.asarray(ours(config, variables, loops)) - logits_of(model, loops)).max()
+        difference = np.abs(np.asarray(our_logits(config, variables, loops)) - original_logits(model, loops)).max()
         assert difference <= TOLERANCE
 
 
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
-def test_a_trainers_checkpoint_with_check(attention, tmp_path):
-    model = original(attention, 4, True)
+def test_trainer_checkpoint_with_check(attention, tmp_path):
+    model = make_original(attention, 4, True)
     save_checkpoint(model, tmp_path / "step_7.pt")
-    there = convert(tmp_path / "step_7.pt", tmp_path / "ours", "mythos_jax", check=True)
-    assert there.ok, format_report(there)
-    assert there.coverage.tied == ["head.weight"]
-    assert sorted(there.coverage.buffers) == sorted(BUFFERS)
+    to_ours = convert(tmp_path / "step_7.pt", tmp_path / "ours", "mythos_jax", check=True)
+    assert to_ours.ok, format_report(to_ours)
+    assert to_ours.coverage.tied == ["head.weight"]
+    assert sorted(to_ours.coverage.buffers) == sorted(BUFFERS)
     back = convert(tmp_path / "ours", tmp_path / "back", "openmythos", check=True)
     assert back.ok, format_report(back)
     assert max(back.check.max_abs_difference.values()) <= TOLERANCE
     assert "greedy tokens agree" in format_report(back)
 
 
-def test_check_finds_a_difference(tmp_path, monkeypatch):
-    """Weights that were changed on the way do not pass."""
-    model = original("gqa", 5, True)
+def test_check_detects_changed_weights(tmp_path, monkeypatch):
+    model = make_original("gqa", 5, True)
     save_checkpoint(model, tmp_path / "model.pt")
     from mythos_jax.porting import check
 
-    truth = check.variables_of
+    load_variables = check.load_variables
 
-    def spoiled(source):
-        config, variables = truth(source)
+    def load_changed(source):
+        config, variables = load_variables(source)
         return config, jax.tree.map(lambda x: x * 1.001, variables)
 
-    monkeypatch.setattr(check, "variables_of", spoiled)
+    monkeypatch.setattr(check, "load_variables", load_changed)
     report = convert(tmp_path / "model.pt", tmp_path / "ours", "mythos_jax", check=True)
     assert not report.ok
 
 
 def test_check_without_an_original(tmp_path):
-    with pytest.raises(ConfigError, match="huginn and parcae have no original in a package"):
+    with pytest.raises(ConfigError, match="no package has the originals of huginn and parcae"):
         convert("tests/golden/huginn", tmp_path / "out", "mythos_jax", check=True)
 
 
-def test_state_dicts_as_people_save_them(tmp_path):
-    """Bare, in bfloat16, under names that torch.compile or DDP prefix, as safetensors with both names of the head."""
-    model = original("mla", 6, True)
+def test_common_ways_to_save_a_state_dict(tmp_path):
+    """Bare, in bfloat16, with the prefixes of torch.compile and DDP, or as safetensors with both names of the head."""
+    model = make_original("mla", 6, True)
     expected, variables = None, None
     fields = asdict(model.cfg)
     state = model.state_dict()
@@ -178,10 +177,10 @@ def test_state_dicts_as_people_save_them(tmp_path):
     )
     for name in ("bare.pt", "prefixed.bin", "both.safetensors"):
         config, variables = load_pretrained(tmp_path / name, config=fields)
-        got = np.asarray(ours(config, variables, 4))
+        got = np.asarray(our_logits(config, variables, 4))
         expected = got if expected is None else expected
         np.testing.assert_array_equal(got, expected)
-    assert np.abs(expected - logits_of(model, 4)).max() <= TOLERANCE
+    assert np.abs(expected - original_logits(model, 4)).max() <= TOLERANCE
 
     low = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
     torch.save(low, tmp_path / "low.pt")
@@ -189,9 +188,9 @@ def test_state_dicts_as_people_save_them(tmp_path):
     np.testing.assert_array_equal(variables["params"]["embedding"], low["embed.weight"].float().numpy())
 
 
-def test_what_weights_only_refuses_is_refused(tmp_path):
-    """A whole pickled module names its classes; so does a NumPy number in the state."""
-    model = original("gqa", 7, False)
+def test_globals_that_weights_only_refuses(tmp_path):
+    """A pickled module refers to its classes, and a NumPy scalar to NumPy functions."""
+    model = make_original("gqa", 7, False)
     torch.save(model, tmp_path / "module.pt")
     with pytest.raises(ConfigError, match=r"refused: its pickle names open_mythos\.main\.OpenMythos"):
         load_pretrained(tmp_path / "module.pt")
@@ -204,7 +203,7 @@ def test_what_weights_only_refuses_is_refused(tmp_path):
 
 
 def test_views_and_shared_storages(tmp_path):
-    """Tensors that are slices or transposes of one storage come out as PyTorch sees them."""
+    """Slices and transposes of one storage are read with the values that PyTorch gives them."""
     from mythos_jax.porting.torch_files import TorchFile
 
     base = torch.arange(60.0).reshape(5, 12)

@@ -1,4 +1,4 @@
-"""A model that `mythos train` made, handed to PyTorch users."""
+"""A model trained by `mythos train`, exported to PyTorch."""
 
 import json
 
@@ -7,7 +7,7 @@ from open_mythos.main import MythosConfig
 
 from mythos_jax.cli import main
 
-FAITHFUL = {  # what the original can express, its quirks included
+EXPRESSIBLE = {  # a model that the original can express
     "vocab_size": 264, "dim": 48, "max_seq_len": 32, "loops": 3, "n_heads": 4, "n_kv_heads": 2, "rope_theta": 5e5,
     "hidden_dim": 64, "feed_forward": "moe", "n_experts": 4, "experts_per_token": 2, "expert_dim": 16,
     "n_shared_experts": 1, "shared_expert_dim": 32, "loop_embedding": True, "lora_rank": 4, "lora_loops": 3,
@@ -26,7 +26,7 @@ def train(tmp_path, **changes):
         "held_out_fraction": 0.2,
     }
     config = {
-        "model": {**FAITHFUL, **changes},
+        "model": {**EXPRESSIBLE, **changes},
         "training": {"steps": 12, "batch_size": 8, "warmup_steps": 2, "learning_rate": 1e-2},
         "data": data,
     }
@@ -34,11 +34,11 @@ def train(tmp_path, **changes):
     assert main(["train", str(tmp_path / "config.yaml"), "--workdir", str(tmp_path / "run")]) == 0
 
 
-def test_a_trained_model_gives_the_originals_logits(tmp_path, capsys):
+def test_trained_model_in_the_original(tmp_path, capsys):
     train(tmp_path)
     capsys.readouterr()
-    words = ["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "openmythos", "--check", "--json"]
-    assert main(words) == 0
+    arguments = ["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "openmythos", "--check", "--json"]
+    assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["check"]["ok"]
     assert max(report["check"]["max_abs_difference"].values()) <= 1e-4
@@ -46,7 +46,7 @@ def test_a_trained_model_gives_the_originals_logits(tmp_path, capsys):
     assert MythosConfig(**{name: fields[name] for name in fields if name not in ("family", "tied")}).dim == 48
 
 
-def test_a_repaired_feature_is_named(tmp_path, capsys):
+def test_inexpressible_features_are_named(tmp_path, capsys):
     train(tmp_path, act_remainder=True, state_norm=True)
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "openmythos"]) == 2
     errors = capsys.readouterr().err

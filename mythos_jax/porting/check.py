@@ -1,6 +1,7 @@
-"""Running the PyTorch original beside our model, on the same tokens (`mythos convert --check`)."""
+"""Comparing the PyTorch original with our model on the same tokens (`mythos convert --check`)."""
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,17 +12,19 @@ import numpy as np
 from mythos_jax.config import ModelConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.porting.pretrained import variables_of
+from mythos_jax.porting.pretrained import load_variables
 from mythos_jax.porting.reading import Source
 
 TOLERANCE = 1e-4
 INSTALL = "pip install torch transformers, then pip install --no-deps open-mythos==0.5.0"
 
+Logits = Callable[[np.ndarray, int], np.ndarray]  # tokens [B, T] and the number of loops -> logits [B, T, V]
+
 
 @dataclass(frozen=True)
 class Check:
-    """max_abs_difference: of float32 logits, the largest over all tokens, by loop count. greedy_agree: whether both
-    continue a prompt with the same `greedy_tokens` tokens."""
+    """max_abs_difference: the largest difference of a float32 logit over all tokens, by number of loops.
+    greedy_agree: whether both models continue a prompt with the same `greedy_tokens` tokens."""
 
     max_abs_difference: dict[int, float]
     greedy_tokens: int
@@ -39,47 +42,42 @@ class Check:
         return [*differences, f"check: {self.greedy_tokens} greedy tokens {verdict}"]
 
 
-def require_original(source: str, target: str) -> None:
-    """Raises ConfigError where the PyTorch original cannot be run."""
-    if "openmythos" not in (source, target):
+def require_original(source_format: str, target_format: str) -> None:
+    """Raises ConfigError if the PyTorch original cannot be run."""
+    if "openmythos" not in (source_format, target_format):
         raise ConfigError(
-            f"--check: got {source} to {target}, allowed: openmythos on one side (huginn and parcae have no original "
-            "in a package; golden data made with theirs is in tests/golden)"
+            f"--check: got {source_format} to {target_format}, allowed: openmythos on one side (no package has the "
+            "originals of huginn and parcae; tests/golden has data that was made with them)"
         )
-    lacks = [name for name in ("torch", "transformers", "open_mythos") if importlib.util.find_spec(name) is None]
-    if lacks:
-        raise ConfigError(f"--check: needs {', '.join(lacks)}, not installed ({INSTALL})")
+    missing = [name for name in ("torch", "transformers", "open_mythos") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--check: needs {', '.join(missing)}, not installed ({INSTALL})")
 
 
 def check_conversion(source: Source, target: Source, *, length: int = 24, greedy: int = 8) -> Check:
-    """Runs the original on whichever side is openmythos and our model on the other."""
+    """Runs the original with the weights of whichever side is openmythos, and our model with those of the other."""
     theirs, ours = (target, source) if target.family.name == "openmythos" else (source, target)
-    config, variables = variables_of(ours)
+    config, variables = load_variables(ours)
     config = replace(config, dtype="float32")
-    run_original = original(theirs)
+    their_logits = load_original(theirs)
+    apply = jax.jit(_apply, static_argnums=(0, 3))
+
+    def our_logits(tokens: np.ndarray, loops: int) -> np.ndarray:
+        return np.asarray(apply(config, variables, tokens, loops))
+
     length = min(length, config.max_seq_len - greedy)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length)).astype(np.int32)
-    depths = sorted({1, config.loops, config.loops + 2})
-    run = jax.jit(_run, static_argnums=(0, 3))
-
-    def run_ours(row: np.ndarray, loops: int) -> np.ndarray:
-        return np.asarray(run(config, variables, row, loops))
-
-    differences = {n: float(np.abs(run_ours(tokens, n) - run_original(tokens, n)).max()) for n in depths}
-
-    def continued(logits_of: Any) -> np.ndarray:
-        row = np.pad(tokens, ((0, 0), (0, greedy)))  # causal: what stands behind a token does not change it
-        for i in range(length, length + greedy):
-            row[:, i] = logits_of(row)[:, i - 1].argmax(-1)
-        return row
-
-    one = continued(lambda row: run_ours(row, config.loops))
-    other = continued(lambda row: run_original(row, config.loops))
-    return Check(differences, greedy, bool(np.array_equal(one, other)))
+    differences = {
+        loops: float(np.abs(our_logits(tokens, loops) - their_logits(tokens, loops)).max())
+        for loops in sorted({1, config.loops, config.loops + 2})
+    }
+    our_tokens = _continue(our_logits, tokens, config.loops, greedy)
+    their_tokens = _continue(their_logits, tokens, config.loops, greedy)
+    return Check(differences, greedy, bool(np.array_equal(our_tokens, their_tokens)))
 
 
-def original(source: Source) -> Any:
-    """The PyTorch model with the source's tensors: a function from tokens [B, T] and loops to logits [B, T, V]."""
+def load_original(source: Source) -> Logits:
+    """The PyTorch model with the source's tensors, as a function."""
     import torch
     from open_mythos.main import MythosConfig, OpenMythos
 
@@ -87,17 +85,30 @@ def original(source: Source) -> Any:
     model = OpenMythos(MythosConfig(**fields))
     state = {name: torch.from_numpy(np.array(source.read(name), np.float32)) for name in source.table.their_shapes}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    left = {*missing} - {*source.family.buffers, *source.family.tied}
-    if left or unexpected:
-        raise ConfigError(f"{source.path}: the original does not take it: {sorted(left)} {unexpected}")
+    missing = {*missing} - {*source.family.buffers, *source.family.tied}
+    if missing or unexpected:
+        raise ConfigError(
+            f"{source.path}: the original does not accept it: missing {sorted(missing)}, unexpected {unexpected}"
+        )
     model.eval()
 
-    def run(tokens: np.ndarray, loops: int) -> np.ndarray:
+    def logits(tokens: np.ndarray, loops: int) -> np.ndarray:
         with torch.no_grad():
             return model(torch.from_numpy(tokens).long(), n_loops=loops).float().numpy()
 
-    return run
+    return logits
 
 
-def _run(config: ModelConfig, variables: Any, tokens: jax.Array, loops: int) -> jax.Array:
-    return Mythos(config).apply(variables, jnp.asarray(tokens), loops=loops).logits
+def _continue(logits: Logits, tokens: np.ndarray, loops: int, count: int) -> np.ndarray:
+    """The tokens followed by `count` greedily chosen ones, computed without a cache."""
+    length = tokens.shape[1]
+    # One shape for every step. Padding at the end does not change what precedes it, since the models are causal.
+    rows = np.pad(tokens, ((0, 0), (0, count)))
+    for i in range(length, length + count):
+        rows[:, i] = logits(rows, loops)[:, i - 1].argmax(-1)
+    return rows
+
+
+def _apply(config: ModelConfig, variables: Any, tokens: jax.Array, loops: int) -> jax.Array:
+    output: Any = Mythos(config).apply(variables, jnp.asarray(tokens), loops=loops)
+    return output.logits

@@ -1,4 +1,4 @@
-"""`mythos convert`: from one format to another, with a report of every tensor."""
+"""`mythos convert`: from one weight format to another, with a report of every tensor."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -6,28 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from mythos_jax.porting.check import Check, check_conversion, require_original
-from mythos_jax.porting.coverage import Coverage, cover
-from mythos_jax.porting.families import family
-from mythos_jax.porting.reading import Config, Source
-from mythos_jax.porting.writing import SHARD_BYTES, new_directory, refuse_existing, write_model
+from mythos_jax.porting.coverage import Coverage, check_tensors
+from mythos_jax.porting.families import get_family
+from mythos_jax.porting.reading import ConfigLike, FileSource, Source
+from mythos_jax.porting.writing import SHARD_BYTES, WrittenTensors, new_directory, refuse_existing, write_model
 
 
 @dataclass
-class Report:
-    """What a conversion found and did. `tensors`: shape and dtype of each tensor written, empty if none was."""
+class ConversionReport:
+    """The result of a conversion. tensors: shape and dtype of each tensor written; empty if nothing was written."""
 
     source: str
     source_format: str
     target: str
     target_format: str
     coverage: Coverage
-    tensors: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    tensors: WrittenTensors = field(default_factory=dict)
     tokenizer: bool = False
     check: Check | None = None
 
     @property
     def ok(self) -> bool:
-        """Written, and as good as the original where that was checked."""
+        """Whether the model was written, and agrees with the original if that was checked."""
         return bool(self.tensors) and (self.check is None or self.check.ok)
 
 
@@ -35,33 +35,33 @@ def convert(
     src: str | Path | Source,
     dst: str | Path,
     to: str,
-    config: Config | None = None,
+    config: ConfigLike | None = None,
     check: bool = False,
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
-) -> Report:
+) -> ConversionReport:
     """Writes the model at `src` as a new directory `dst` in the format `to`; stored dtypes are kept.
 
-    src: as for `load_pretrained`, or an open `Source` (`VariablesSource` for a model in memory, as of a run).
-    config: for sources that hold tensors only. check: also run the original and ours on the same tokens.
-    Where tensors are missing, unexpected or of another shape, the report lists them, and nothing is written.
-    Raises ConfigError as `load_pretrained` and `save_pretrained` do, and when `check` lacks what it needs.
+    src: a path or Hugging Face id as for `load_pretrained`, or an open `Source` (`VariablesSource` for a model in
+    memory). config: for a `src` that holds only tensors. check: also run the PyTorch original and our model on the
+    same tokens, and compare. If tensors are missing, unexpected or of the wrong shape, the report lists them and
+    nothing is written. Raises ConfigError as `load_pretrained` and `save_pretrained` do, and if `check` is impossible.
     """
-    target = family(to)
+    target_family = get_family(to)
     refuse_existing(dst)
-    source = src if isinstance(src, Source) else Source(src, config)
+    source = src if isinstance(src, Source) else FileSource(src, config)
     if check:
         require_original(source.family.name, to)
-    config_json = target.config_json(source.config)
-    report = Report(str(source.path), source.family.name, str(dst), to, cover(source))
+    config_json = target_family.config_json(source.config)
+    report = ConversionReport(str(source.path), source.family.name, str(dst), to, check_tensors(source))
     if report.coverage.problems:
         return report
     with new_directory(dst) as directory:
         report.tensors = write_model(
             directory,
             config_json,
-            target.table(source.config),
+            target_family.table(source.config),
             source.parameter,
             source.parameter_dtype,
             tokenizer=source.tokenizer,
@@ -70,29 +70,30 @@ def convert(
         )
     report.tokenizer = source.tokenizer is not None
     if check:
-        report.check = check_conversion(source, Source(dst))
+        report.check = check_conversion(source, FileSource(dst))
     return report
 
 
-def format_report(report: Report, tensors: bool = True) -> str:
-    """The report as text; `tensors` lists each one."""
-    found = report.coverage
-    dtypes = ", ".join(f"{count} {name}" for name, count in sorted(found.dtypes.items()))
+def format_report(report: ConversionReport, tensors: bool = True) -> str:
+    """The report as text. tensors: list each tensor written."""
+    coverage = report.coverage
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(coverage.dtypes.items()))
     lines = [
         f"{report.source} ({report.source_format}) -> {report.target} ({report.target_format})",
-        f"source tensors: {found.used} used once each ({dtypes})" if dtypes else "source tensors: none can be used",
+        f"source tensors: {coverage.used}, each used once ({dtypes})" if dtypes else "source tensors: none can be used",
     ]
-    if found.tied:
-        lines.append(f"tied, the same as one that is used: {', '.join(found.tied)}")
-    if found.buffers:
-        lines.append(f"recomputed, not read: {', '.join(found.buffers)}")
-    if found.problems:
-        return "\n".join([*lines, f"{len(found.problems)} problems:", *(f"  {p}" for p in found.problems), NOTHING])
+    if coverage.tied:
+        lines.append(f"tied, equal to a tensor that is used: {', '.join(coverage.tied)}")
+    if coverage.buffers:
+        lines.append(f"recomputed, not read: {', '.join(coverage.buffers)}")
+    problems = coverage.problems
+    if problems:
+        return "\n".join([*lines, f"{len(problems)} problems:", *(f"  {p}" for p in problems), "nothing was written"])
     if tensors:
         width = max(map(len, report.tensors))
         lines += [f"  {name:{width}} {dtype:9} {list(shape)}" for name, (shape, dtype) in report.tensors.items()]
-    lines.append(f"target tensors: {len(report.tensors)}, all filled")
-    lines.append(f"parameters: {found.parameters:,}")
+    lines.append(f"target tensors: {len(report.tensors)}, all written")
+    lines.append(f"parameters: {coverage.parameters:,}")
     if report.tokenizer:
         lines.append("tokenizer.json: copied")
     if report.check:
@@ -100,11 +101,8 @@ def format_report(report: Report, tensors: bool = True) -> str:
     return "\n".join(lines)
 
 
-NOTHING = "nothing was written"
-
-
-def report_as_json(report: Report) -> dict[str, Any]:
-    """The report as plain containers."""
+def report_as_json(report: ConversionReport) -> dict[str, Any]:
+    """The report as plain containers, for `json.dumps`."""
     return {
         "source": report.source,
         "source_format": report.source_format,
@@ -115,6 +113,6 @@ def report_as_json(report: Report) -> dict[str, Any]:
         "parameters": report.coverage.parameters,
         "tokenizer": report.tokenizer,
         "coverage": {**dataclasses.asdict(report.coverage), "problems": report.coverage.problems},
-        "tensors": {name: {"shape": list(shape), "dtype": d} for name, (shape, d) in report.tensors.items()},
+        "tensors": {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in report.tensors.items()},
         "check": dataclasses.asdict(report.check) | {"ok": report.check.ok} if report.check else None,
     }

@@ -1,4 +1,4 @@
-"""Does a file hold exactly the tensors that its config asks for?"""
+"""Does a model hold exactly the tensors that its config asks for?"""
 
 import math
 from dataclasses import dataclass, field
@@ -8,13 +8,17 @@ import numpy as np
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting.reading import Source
 
+SHOWN_PROBLEMS = 4  # in an error of one line
+
 
 @dataclass
 class Coverage:
-    """What was found of a source's tensors, before any is read.
+    """How a source's tensors match its table, judged by names, shapes and dtypes before any is loaded.
 
-    used: each exactly once. tied: aliases of a used one, found equal to it. buffers: recomputed here, not read.
-    Problems: missing; unexpected; wrong, one line each.
+    used: the number of tensors that are used, each exactly once; dtypes: how many of them have each dtype.
+    parameters: the number of parameters of the model. tied: aliases of a used tensor, with equal contents.
+    buffers: tensors that are recomputed here. The rest are problems: missing and unexpected tensors by name, and
+    `wrong`, one line for each with the wrong shape, dtype or contents.
     """
 
     used: int = 0
@@ -35,60 +39,74 @@ class Coverage:
         ]
 
 
-def cover(source: Source) -> Coverage:
+def check_tensors(source: Source) -> Coverage:
     """Compares a source's tensors with its table."""
-    found, family, table = Coverage(), source.family, source.table
-    aliases = {key: alias for alias, key in family.tied.items()}
-    seen = set()
-    for name, shape in table.their_shapes.items():
-        stored = name if name in source.tensors else aliases.get(name)
-        if stored not in source.tensors:
-            found.missing.append(name)
-            continue
-        seen.add(stored)
-        tensor = source.tensors[stored]
-        if tensor.shape != shape:
-            turned = " (it looks transposed)" if tensor.shape == shape[::-1] else ""
-            found.wrong.append(f"{stored}: shape {list(tensor.shape)}, expected {list(shape)}{turned}")
-        elif not _is_float(tensor.dtype):
-            found.wrong.append(f"{stored}: dtype {tensor.dtype.name}, allowed: floating point")
-        else:
-            found.used += 1
-            found.dtypes[tensor.dtype.name] = found.dtypes.get(tensor.dtype.name, 0) + 1
-    for name in source.tensors:
-        if name in seen:
-            continue
-        key = family.tied.get(name)
-        if key in seen:
-            if _differ(source, name, key):
-                found.wrong.append(f"{name}: differs from {key}, allowed: tied, the same numbers")
-            else:
-                found.tied.append(name)
-        elif name in family.buffers:
-            found.buffers.append(name)
-        else:
-            found.unexpected.append(name)
-    found.parameters = sum(math.prod(shape) for path, shape in table.ours.items() if path.startswith("params."))
-    return found
+    coverage = Coverage()
+    our_shapes = source.table.our_shapes
+    coverage.parameters = sum(math.prod(shape) for path, shape in our_shapes.items() if path.startswith("params."))
+    present = _check_expected(source, coverage)
+    _check_others(source, present, coverage)
+    return coverage
 
 
-def require_covered(source: Source) -> Coverage:
-    """The coverage, or a ConfigError of one line with the first problems."""
-    found = cover(source)
-    if found.problems:
-        more = len(found.problems) - 4
-        text = "; ".join(found.problems[:4]) + (f"; and {more} more" if more > 0 else "")
+def require_tensors(source: Source) -> Coverage:
+    """As `check_tensors`. Raises ConfigError, one line with the first problems, if there are any."""
+    coverage = check_tensors(source)
+    problems = coverage.problems
+    if problems:
+        more = len(problems) - SHOWN_PROBLEMS
+        text = "; ".join(problems[:SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
         raise ConfigError(f"{source.path}: its tensors do not fit its config ({source.family.name}): {text}")
-    return found
+    return coverage
+
+
+def _check_expected(source: Source, coverage: Coverage) -> set[str]:
+    """Checks every tensor that the table asks for. Returns the stored names of those that are there."""
+    alias_of = {tied_to: alias for alias, tied_to in source.family.tied.items()}
+    present = set()
+    for name, shape in source.table.their_shapes.items():
+        stored_name = name if name in source.tensors else alias_of.get(name, name)
+        if stored_name not in source.tensors:
+            coverage.missing.append(name)
+            continue
+        present.add(stored_name)
+        tensor = source.tensors[stored_name]
+        dtype = tensor.dtype.name
+        if tensor.shape != shape:
+            hint = " (it looks transposed)" if tensor.shape == shape[::-1] else ""
+            coverage.wrong.append(f"{stored_name}: shape {list(tensor.shape)}, expected {list(shape)}{hint}")
+        elif not _is_float(tensor.dtype):
+            coverage.wrong.append(f"{stored_name}: dtype {dtype}, allowed: floating point")
+        else:
+            coverage.used += 1
+            coverage.dtypes[dtype] = coverage.dtypes.get(dtype, 0) + 1
+    return present
+
+
+def _check_others(source: Source, present: set[str], coverage: Coverage) -> None:
+    """Classifies the tensors that the table does not ask for: aliases, buffers, and unexpected ones."""
+    for name in source.tensors:
+        if name in present:
+            continue
+        tied_to = source.family.tied.get(name)
+        if tied_to in present:
+            if _same_bits(source, name, tied_to):
+                coverage.tied.append(name)
+            else:
+                coverage.wrong.append(f"{name}: differs from {tied_to}, allowed: equal values, since the two are tied")
+        elif name in source.family.buffers:
+            coverage.buffers.append(name)
+        else:
+            coverage.unexpected.append(name)
 
 
 def _is_float(dtype: np.dtype) -> bool:
-    return dtype.kind == "f" or dtype.name == "bfloat16"
+    return dtype.kind == "f" or dtype.name == "bfloat16"  # NumPy sees bfloat16 as kind V
 
 
-def _differ(source: Source, alias: str, key: str) -> bool:
-    """Whether two tensors differ in any bit; NaNs compare by their bits."""
-    if source.tensors[alias] != source.tensors[key]:
-        return True
-    one, other = (np.ascontiguousarray(source.read(name)).view(np.uint8) for name in (alias, key))
-    return not np.array_equal(one, other)
+def _same_bits(source: Source, name: str, other: str) -> bool:
+    """Whether two tensors are equal bit by bit, NaNs included."""
+    if source.tensors[name] != source.tensors[other]:
+        return False
+    bits, other_bits = (np.ascontiguousarray(source.read(n)).view(np.uint8) for n in (name, other))
+    return np.array_equal(bits, other_bits)

@@ -1,63 +1,66 @@
-"""Reading a reference's `config.json`: its own field names, checked, with errors that name the field."""
+"""Reading the `config.json` of a reference implementation: its own field names, checked one by one."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from mythos_jax.errors import ConfigError
 
-MISSING = object()
+_REQUIRED = object()
 
 
 class Fields:
-    """The fields of one file. `where` is named in errors; `known` are the names that this family may have.
+    """The fields of one file. Every error names `where` and the field.
 
-    A name that is no known field but nearly one is an error; other unknown names are left alone, since Hugging Face
-    adds its own.
+    known: the names that this format may have. Hugging Face adds fields of its own, so unknown names are ignored,
+    unless one is so similar to a known name that it must be a misspelling.
     """
 
     def __init__(self, given: Mapping[str, Any], where: str, known: Iterable[str]):
         self.given, self.where, self.known = given, where, set(known)
-        self._strange = [name for name in given if name not in self.known]
-        for name in self._strange:
+        self._unknown = [name for name in given if name not in self.known]
+        for name in self._unknown:
             near = difflib.get_close_matches(name, self.known - set(given), n=1, cutoff=0.75)
             if near:
                 raise ConfigError(f"{where}: {name}: unknown field; did you mean {near[0]}?")
 
-    def integer(self, name: str, default: Any = MISSING) -> int:
+    def integer(self, name: str, default: Any = _REQUIRED) -> int:
         value = self._get(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        return self._checked(name, value, isinstance(value, int) and not isinstance(value, bool), "an integer")
+        self._check(name, value, isinstance(value, int) and not isinstance(value, bool), "an integer")
+        return value
 
-    def number(self, name: str, default: Any = MISSING) -> float:
+    def number(self, name: str, default: Any = _REQUIRED) -> float:
         value = self._get(name, default)
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(self._checked(name, value, ok, "a number"))
+        self._check(name, value, isinstance(value, int | float) and not isinstance(value, bool), "a number")
+        return float(value)
 
-    def flag(self, name: str, default: Any = MISSING) -> bool:
+    def boolean(self, name: str, default: Any = _REQUIRED) -> bool:
         value = self._get(name, default)
-        return self._checked(name, value, isinstance(value, bool), "true or false")
+        self._check(name, value, isinstance(value, bool), "true or false")
+        return value
 
-    def word(self, name: str, allowed: Iterable[str], default: Any = MISSING) -> str:
+    def choice(self, name: str, allowed: Collection[str], default: Any = _REQUIRED) -> str:
         value = self._get(name, default)
-        return self._checked(name, value, value in allowed, ", ".join(allowed))
+        self._check(name, value, value in allowed, ", ".join(allowed))
+        return value
 
-    def fixed(self, values: Mapping[str, Any]) -> None:
-        """Fields that may be absent, but if present must have this value: nothing else is supported."""
-        for name, value in values.items():
-            got = self.given.get(name, value)
-            self._checked(name, got, got == value and isinstance(got, bool) == isinstance(value, bool), repr(value))
+    def expect(self, values: Mapping[str, Any]) -> None:
+        """Each of these fields must be absent or have this value, since no other is supported."""
+        for name, expected in values.items():
+            value = self.given.get(name, expected)
+            same_kind = isinstance(value, bool) == isinstance(expected, bool)  # 0 == False, but means another thing
+            self._check(name, value, value == expected and same_kind, repr(expected))
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.given.get(name, default)
-        if value is MISSING:
-            near = difflib.get_close_matches(name, self._strange, n=1)
-            hint = f"; is {near[0]} it?" if near else ""
+        if value is _REQUIRED:
+            near = difflib.get_close_matches(name, self._unknown, n=1)
+            hint = f"; is it {near[0]}?" if near else ""
             raise ConfigError(f"{self.where}: {name}: missing{hint}")
         return value
 
-    def _checked(self, name: str, value: Any, ok: bool, allowed: str) -> Any:
+    def _check(self, name: str, value: Any, ok: bool, allowed: str) -> None:
         if not ok:
             raise ConfigError(f"{self.where}: {name}: got {value!r}, allowed: {allowed}")
-        return value

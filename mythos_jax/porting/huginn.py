@@ -1,16 +1,42 @@
-"""Huginn-0125 (`RavenForCausalLM`, arXiv 2502.05171): its fields and its tensors, and ours."""
+"""Huginn-0125 (`RavenForCausalLM`, arXiv 2502.05171)."""
 
 import math
 from typing import Any
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.porting import raven
+from mythos_jax.porting.family import Family
 from mythos_jax.porting.fields import Fields
-from mythos_jax.porting.tables import FROM_HEADS, LINEAR, TO_HEADS, Row, cut, one
+from mythos_jax.porting.layouts import FROM_HEADS, LINEAR, TO_HEADS
+from mythos_jax.porting.tables import Row, rename, split, with_prefix
 
-NAME = "huginn"
-TIED = {"lm_head.weight": "transformer.wte.weight"}
-BUFFERS = ("freqs_cis",)
-MARKS = ("transformer.adapter.weight", "transformer.core_block.0.attn.Wqkv.weight")
+MODEL = [
+    rename("transformer.wte.weight", "params.embedding"),
+    rename("transformer.adapter.weight", "params.recurrence.cell.injection.adapter.kernel", LINEAR),
+    rename("transformer.ln_f.weight", "params.final_norm.scale"),
+]
+
+LAYER = [
+    rename("norm_1.weight", "attention_norm.scale"),
+    rename("norm_2.weight", "attention_out_norm.scale"),
+    rename("norm_3.weight", "feed_forward_norm.scale"),
+    rename("norm_4.weight", "feed_forward_out_norm.scale"),
+    split("attn.Wqkv.weight", ["attention.q.kernel", "attention.k.kernel", "attention.v.kernel"], TO_HEADS),
+    rename("attn.proj.weight", "attention.out.kernel", FROM_HEADS),
+    split("mlp.fc.weight", ["feed_forward.gate.kernel", "feed_forward.up.kernel"], LINEAR),
+    rename("mlp.proj.weight", "feed_forward.down.kernel", LINEAR),
+]
+
+QK_BIAS = [split("attn.qk_bias", ["attention.q_bias", "attention.k_bias"], "1 1 h k -> h k")]
+
+
+def rows(config: ModelConfig) -> list[Row]:
+    layer = [*LAYER, *QK_BIAS] if config.qk_bias else LAYER
+    table = [*MODEL]
+    for theirs, ours in raven.layer_prefixes(config):
+        table += with_prefix(layer, theirs, ours)
+    return table
+
 
 SUPPORTED = {
     "bias": False,
@@ -22,7 +48,8 @@ SUPPORTED = {
     "injection_type": "linear",
     "test_time_noise": 0,
 }
-NOT_OF_THE_WEIGHTS = {
+# Any value is accepted, since none changes what the weights compute; these are written.
+UNUSED = {
     "architecture_class_name": "RecurrentGPT",
     "init_strategy": "takase",
     "init_orthogonal": False,
@@ -33,28 +60,13 @@ NOT_OF_THE_WEIGHTS = {
     "architectures": ["RavenForCausalLM"],
     "torch_dtype": "float32",
 }
-STATES = {"like-init": "noise", "zero": "zeros"}
-FIELDS = (
+CONFIG_FIELDS = (
+    *raven.CONFIG_FIELDS,
     *SUPPORTED,
-    *NOT_OF_THE_WEIGHTS,
-    "n_embd",
+    *UNUSED,
     "n_heads",
-    "num_attention_heads",
-    "num_key_value_heads",
     "head_dim",
     "n_layers",
-    "block_size",
-    "vocab_size",
-    "padded_vocab_size",
-    "padding_multiple",
-    "intermediate_size",
-    "norm_eps",
-    "state_init",
-    "n_layers_in_prelude",
-    "n_layers_in_recurrent_block",
-    "n_layers_in_coda",
-    "mean_recurrence",
-    "mean_backprop_depth",
     "qk_bias",
     "rope_base",
     "effective_expected_depth",
@@ -63,65 +75,44 @@ FIELDS = (
 
 
 def to_model(fields: Fields) -> dict[str, Any]:
-    """Fields of `ModelConfig` for fields of `RavenConfig`."""
-    fields.fixed(SUPPORTED)
-    dim, heads = fields.integer("n_embd"), fields.integer("n_heads")
-    fields.fixed({"num_attention_heads": heads, "num_key_value_heads": heads})
-    scale = Fields(fields.given.get("init_values") or {}, f"{fields.where}: init_values", ["embed_scale"])
-    prelude, coda = fields.integer("n_layers_in_prelude"), fields.integer("n_layers_in_coda")
-    layers, loops = fields.integer("n_layers_in_recurrent_block"), fields.integer("mean_recurrence")
+    """Fields of `ModelConfig` from those of `RavenConfig`."""
+    fields.expect(SUPPORTED)
+    common = raven.to_model(fields)
+    heads = fields.integer("n_heads")
+    fields.expect({"num_attention_heads": heads, "num_key_value_heads": heads})
+    init = Fields(fields.given.get("init_values") or {}, f"{fields.where}: init_values", ["embed_scale"])
+    depth = common["prelude_layers"] + common["loop_layers"] * common["loops"] + common["coda_layers"]
     return {
-        # The model class builds padded_vocab_size rows, and its config sets both alike.
+        **common,
+        # The model class builds padded_vocab_size rows, and its config sets both to the same value.
         "vocab_size": fields.integer("padded_vocab_size", fields.integer("vocab_size")),
-        "dim": dim,
-        "max_seq_len": fields.integer("block_size"),
-        "prelude_layers": prelude,
-        "loop_layers": layers,
-        "coda_layers": coda,
-        "loops": loops,
-        "attention": "gqa",
         "n_heads": heads,
         "n_kv_heads": heads,
         "rope_theta": fields.number("rope_base"),
-        "qk_bias": fields.flag("qk_bias"),
-        "feed_forward": "dense",
+        "qk_bias": fields.boolean("qk_bias"),
         "activation": "swiglu",
         "hidden_dim": fields.integer("intermediate_size"),
         "norm": "sandwich",
         "norm_eps": fields.number("norm_eps"),
-        "embedding_scale": scale.number("embed_scale", math.sqrt(dim)),
+        "embedding_scale": init.number("embed_scale", math.sqrt(common["dim"])),
         "readout_norm": True,
         "injection": "concat",
-        "initial_state": STATES[fields.word("state_init", STATES, "like-init")],
-        "readout": "last",
-        "output_init": 1 / math.sqrt(2 * (prelude + layers * loops + coda)),
+        "output_init": 1 / math.sqrt(2 * depth),
     }
 
 
 def from_model(config: ModelConfig) -> dict[str, Any]:
-    """Fields of `RavenConfig`; right only where `to_model` leads back (the caller checks)."""
-    depth = config.prelude_layers + config.coda_layers + config.loop_layers * config.loops
+    """Fields of `RavenConfig`; correct only if `to_model` restores the config, which the caller checks."""
+    depth = config.prelude_layers + config.loop_layers * config.loops + config.coda_layers
     std = math.sqrt(2 / (5 * config.dim))
     return {
-        **NOT_OF_THE_WEIGHTS,
+        **UNUSED,
         **SUPPORTED,
-        "n_embd": config.dim,
+        **raven.from_model(config),
         "n_heads": config.n_heads,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_heads,
         "head_dim": config.gqa_head_dim,
         "n_layers": config.prelude_layers + config.loop_layers + config.coda_layers,
-        "block_size": config.max_seq_len,
-        "vocab_size": config.vocab_size,
-        "padded_vocab_size": config.vocab_size,
         "padding_multiple": math.gcd(config.vocab_size, 4096),
-        "intermediate_size": config.hidden_dim,
-        "norm_eps": config.norm_eps,
-        "state_init": {ours: theirs for theirs, ours in STATES.items()}.get(config.initial_state, "like-init"),
-        "n_layers_in_prelude": config.prelude_layers,
-        "n_layers_in_recurrent_block": config.loop_layers,
-        "n_layers_in_coda": config.coda_layers,
-        "mean_recurrence": config.loops,
         "mean_backprop_depth": min(8, config.loops),
         "qk_bias": config.qk_bias,
         "rope_base": config.rope_theta,
@@ -135,40 +126,13 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def rows(config: ModelConfig) -> list[Row]:
-    """The table."""
-    layer = [*LAYER, *(QK_BIAS if config.qk_bias else [])]
-    parts = (
-        ("prelude", "prelude_", config.prelude_layers),
-        ("core_block", "recurrence.cell.layer_", config.loop_layers),
-        ("coda", "coda_", config.coda_layers),
-    )
-    return [
-        *MODEL,
-        *(
-            row.under(f"transformer.{theirs}.{i}.", f"params.{ours}{i}.")
-            for theirs, ours, count in parts
-            for i in range(count)
-            for row in layer
-        ),
-    ]
-
-
-MODEL = [
-    one("transformer.wte.weight", "params.embedding"),
-    one("transformer.adapter.weight", "params.recurrence.cell.injection.adapter.kernel", LINEAR),
-    one("transformer.ln_f.weight", "params.final_norm.scale"),
-]
-
-LAYER = [
-    one("norm_1.weight", "attention_norm.scale"),
-    one("norm_2.weight", "attention_out_norm.scale"),
-    one("norm_3.weight", "feed_forward_norm.scale"),
-    one("norm_4.weight", "feed_forward_out_norm.scale"),
-    cut("attn.Wqkv.weight", ["attention.q.kernel", "attention.k.kernel", "attention.v.kernel"], TO_HEADS),
-    one("attn.proj.weight", "attention.out.kernel", FROM_HEADS),
-    cut("mlp.fc.weight", ["feed_forward.gate.kernel", "feed_forward.up.kernel"], LINEAR),
-    one("mlp.proj.weight", "feed_forward.down.kernel", LINEAR),
-]
-
-QK_BIAS = [cut("attn.qk_bias", ["attention.q_bias", "attention.k_bias"], "1 1 h k -> h k")]
+FAMILY = Family(
+    name="huginn",
+    rows=rows,
+    to_model=to_model,
+    from_model=from_model,
+    config_fields=CONFIG_FIELDS,
+    signature=("transformer.adapter.weight", "transformer.core_block.0.attn.Wqkv.weight"),
+    tied=raven.TIED,
+    buffers=raven.BUFFERS,
+)

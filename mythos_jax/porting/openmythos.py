@@ -1,31 +1,120 @@
-"""OpenMythos 0.5.0 (`open_mythos.main.OpenMythos`): its fields and its tensors, and ours."""
+"""OpenMythos 0.5.0 (`open_mythos.main.OpenMythos`)."""
 
 from typing import Any
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.porting.family import Family
 from mythos_jax.porting.fields import Fields
-from mythos_jax.porting.tables import FROM_HEADS, LINEAR, TO_HEADS, Row, beside, one, stack
+from mythos_jax.porting.layouts import FROM_HEADS, LINEAR, TO_HEADS
+from mythos_jax.porting.tables import Row, concat, rename, stack, with_prefix
 
-NAME = "openmythos"
-TIED = {"head.weight": "embed.weight"}
-BUFFERS = ("freqs_cis", "freqs_cis_mla")
-MARKS = ("recurrent.injection.log_A",)
+MODEL = [
+    rename("embed.weight", "params.embedding"),
+    rename("norm.weight", "params.final_norm.scale"),
+]
 
-MLA_SIZES = {  # MythosConfig's defaults; a GQA model has them too and does not use them
+NORMS = [
+    rename("attn_norm.weight", "attention_norm.scale"),
+    rename("ffn_norm.weight", "feed_forward_norm.scale"),
+]
+
+GQA = [
+    rename("attn.wq.weight", "attention.q.kernel", TO_HEADS),
+    rename("attn.wk.weight", "attention.k.kernel", TO_HEADS),
+    rename("attn.wv.weight", "attention.v.kernel", TO_HEADS),
+    rename("attn.wo.weight", "attention.out.kernel", FROM_HEADS),
+]
+
+FEED_FORWARD = [
+    rename("gate.weight", "gate.kernel", LINEAR),
+    rename("up.weight", "up.kernel", LINEAR),
+    rename("down.weight", "down.kernel", LINEAR),
+]
+
+RECURRENCE = [
+    rename("norm.weight", "injection.norm.scale"),
+    rename("injection.log_A", "injection.log_a"),
+    rename("injection.log_dt", "injection.log_dt"),
+    rename("injection.B", "injection.b"),
+    rename("lora.down.weight", "lora.down.kernel", LINEAR),
+    rename("lora.scale.weight", "lora.scale"),
+    rename("lora.B", "lora.up.kernel"),
+    rename("act.halt.weight", "halt_kernel", LINEAR),
+    rename("act.halt.bias", "halt_bias"),
+]
+
+
+def rows(config: ModelConfig) -> list[Row]:
+    attention = _mla(config) if config.attention == "mla" else GQA
+    layer = [*NORMS, *attention]
+    dense_layer = [*layer, *with_prefix(FEED_FORWARD, "ffn.", "feed_forward.")]
+    table = [*MODEL]
+    for i in range(config.prelude_layers):
+        table += with_prefix(dense_layer, f"prelude.{i}.", f"params.prelude_{i}.")
+    for i in range(config.coda_layers):
+        table += with_prefix(dense_layer, f"coda.{i}.", f"params.coda_{i}.")
+    table += with_prefix(layer, "recurrent.block.", "params.recurrence.cell.layer_0.")
+    table += with_prefix(RECURRENCE, "recurrent.", "params.recurrence.cell.")
+    table += with_prefix(_moe(config), "recurrent.block.ffn.", "")
+    return table
+
+
+def _mla(config: ModelConfig) -> list[Row]:
+    """Multi-head latent attention. Each head's query is [nope, rope]: two tensors of theirs, one parameter of ours."""
+    query_up = ("attn.q_up_nope.weight", "attn.q_up_rope.weight")
+    widths = (config.qk_nope_head_dim, config.qk_rope_head_dim)
+    return [
+        rename("attn.q_down.weight", "attention.q_down.kernel", LINEAR),
+        rename("attn.q_norm.weight", "attention.q_norm.scale"),
+        concat(query_up, "attention.q_up.kernel", TO_HEADS, axis=2, widths=widths),
+        rename("attn.kv_down.weight", "attention.kv_down.kernel", LINEAR),
+        rename("attn.kv_norm.weight", "attention.kv_norm.scale"),
+        rename("attn.kv_up.weight", "attention.kv_up", TO_HEADS),
+        rename("attn.wo.weight", "attention.out.kernel", FROM_HEADS),
+    ]
+
+
+def _moe(config: ModelConfig) -> list[Row]:
+    """The mixture of experts of the loop's layer. Our paths are full: the router's bias is not in `params`."""
+    moe = "recurrence.cell.layer_0.moe"
+    table = [
+        rename("router.weight", f"params.{moe}.router.kernel", LINEAR),
+        rename("router_bias", f"balance.{moe}.router.bias"),
+    ]
+    for name in ("gate", "up", "down"):
+        experts = [f"routed_experts.{i}.{name}.weight" for i in range(config.n_experts)]
+        table.append(stack(experts, f"params.{moe}.{name}", LINEAR))
+    for i in range(config.n_shared_experts):
+        table += with_prefix(FEED_FORWARD, f"shared_experts.{i}.", f"params.{moe}.shared_{i}.")
+    return table
+
+
+MLA_SIZES = {  # MythosConfig's defaults; a GQA model has these fields too, without using them
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 128,
     "v_head_dim": 128,
 }
-SAME_NAMES = ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "prelude_layers", "coda_layers")
-MOE_SIZES = ("n_experts", "n_shared_experts", "expert_dim")
-NOT_OF_THE_WEIGHTS = {"max_output_tokens": 4096, "dropout": 0.0}
-FIELDS = (
+# Integers that have the same names here and there.
+SAME_NAMES = (
+    "vocab_size",
+    "dim",
+    "n_heads",
+    "n_kv_heads",
+    "max_seq_len",
+    "prelude_layers",
+    "coda_layers",
+    "n_experts",
+    "n_shared_experts",
+    "expert_dim",
+)
+# Any value is accepted, since neither changes what the weights compute; these are written.
+UNUSED = {"max_output_tokens": 4096, "dropout": 0.0}
+CONFIG_FIELDS = (
     *SAME_NAMES,
     *MLA_SIZES,
-    *MOE_SIZES,
-    *NOT_OF_THE_WEIGHTS,
+    *UNUSED,
     "max_loop_iters",
     "attn_type",
     "n_experts_per_tok",
@@ -36,19 +125,19 @@ FIELDS = (
 
 
 def to_model(fields: Fields) -> dict[str, Any]:
-    """Fields of `ModelConfig` for fields of `MythosConfig`; the original's quirks included."""
-    sizes = {name: fields.integer(name) for name in (*SAME_NAMES, *MOE_SIZES)}
-    loops, chosen = fields.integer("max_loop_iters"), fields.integer("n_experts_per_tok")
+    """Fields of `ModelConfig` from those of `MythosConfig`, including what the original hard-codes."""
+    sizes = {name: fields.integer(name) for name in SAME_NAMES}
+    loops, experts_per_token = fields.integer("max_loop_iters"), fields.integer("n_experts_per_tok")
     return {
         **sizes,
         **{name: fields.integer(name, default) for name, default in MLA_SIZES.items()},
         "loops": loops,
-        "attention": fields.word("attn_type", ("gqa", "mla")),
+        "attention": fields.choice("attn_type", ("gqa", "mla")),
         "rope_theta": fields.number("rope_theta"),
         "hidden_dim": sizes["dim"] * 4 // 3,
         "feed_forward": "moe",
-        "experts_per_token": chosen,
-        "shared_expert_dim": sizes["expert_dim"] * chosen,
+        "experts_per_token": experts_per_token,
+        "shared_expert_dim": sizes["expert_dim"] * experts_per_token,
         "norm_eps": 1e-6,
         "injection": "openmythos",
         "initial_state": "injected",
@@ -64,9 +153,9 @@ def to_model(fields: Fields) -> dict[str, Any]:
 
 
 def from_model(config: ModelConfig) -> dict[str, Any]:
-    """Fields of `MythosConfig`; right only where `to_model` leads back (the caller checks)."""
+    """Fields of `MythosConfig`; correct only if `to_model` restores the config, which the caller checks."""
     return {
-        **{name: getattr(config, name) for name in (*SAME_NAMES, *MOE_SIZES)},
+        **{name: getattr(config, name) for name in SAME_NAMES},
         **{name: getattr(config, name) or default for name, default in MLA_SIZES.items()},
         "max_loop_iters": config.lora_loops or config.loops,
         "attn_type": config.attention,
@@ -74,87 +163,17 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
         "act_threshold": config.act_threshold,
         "rope_theta": config.rope_theta,
         "lora_rank": config.lora_rank,
-        **NOT_OF_THE_WEIGHTS,
+        **UNUSED,
     }
 
 
-def rows(config: ModelConfig) -> list[Row]:
-    """The table."""
-    attention = _mla(config) if config.attention == "mla" else GQA
-    dense = [row.under("ffn.", "feed_forward.") for row in FEED_FORWARD]
-    table = [
-        one("embed.weight", "params.embedding"),
-        one("norm.weight", "params.final_norm.scale"),
-    ]
-    for part, count in (("prelude", config.prelude_layers), ("coda", config.coda_layers)):
-        for i in range(count):
-            table += [row.under(f"{part}.{i}.", f"params.{part}_{i}.") for row in (*NORMS, *attention, *dense)]
-    table += [row.under("recurrent.block.", "params.recurrence.cell.layer_0.") for row in (*NORMS, *attention)]
-    table += [row.under("recurrent.", "params.recurrence.cell.") for row in RECURRENCE]
-    table += [row.under("recurrent.block.ffn.", "") for row in _moe(config)]
-    return table
-
-
-NORMS = [
-    one("attn_norm.weight", "attention_norm.scale"),
-    one("ffn_norm.weight", "feed_forward_norm.scale"),
-]
-
-GQA = [
-    one("attn.wq.weight", "attention.q.kernel", TO_HEADS),
-    one("attn.wk.weight", "attention.k.kernel", TO_HEADS),
-    one("attn.wv.weight", "attention.v.kernel", TO_HEADS),
-    one("attn.wo.weight", "attention.out.kernel", FROM_HEADS),
-]
-
-FEED_FORWARD = [
-    one("gate.weight", "gate.kernel", LINEAR),
-    one("up.weight", "up.kernel", LINEAR),
-    one("down.weight", "down.kernel", LINEAR),
-]
-
-RECURRENCE = [
-    one("norm.weight", "injection.norm.scale"),
-    one("injection.log_A", "injection.log_a"),
-    one("injection.log_dt", "injection.log_dt"),
-    one("injection.B", "injection.b"),
-    one("lora.down.weight", "lora.down.kernel", LINEAR),
-    one("lora.scale.weight", "lora.scale"),
-    one("lora.B", "lora.up.kernel"),
-    one("act.halt.weight", "halt_kernel", LINEAR),
-    one("act.halt.bias", "halt_bias"),
-]
-
-
-def _mla(config: ModelConfig) -> list[Row]:
-    query = ("attn.q_up_nope.weight", "attn.q_up_rope.weight")
-    widths = (config.qk_nope_head_dim, config.qk_rope_head_dim)
-    return [
-        one("attn.q_down.weight", "attention.q_down.kernel", LINEAR),
-        one("attn.q_norm.weight", "attention.q_norm.scale"),
-        beside(query, "attention.q_up.kernel", TO_HEADS, axis=2, widths=widths),
-        one("attn.kv_down.weight", "attention.kv_down.kernel", LINEAR),
-        one("attn.kv_norm.weight", "attention.kv_norm.scale"),
-        one("attn.kv_up.weight", "attention.kv_up", TO_HEADS),
-        one("attn.wo.weight", "attention.out.kernel", FROM_HEADS),
-    ]
-
-
-def _moe(config: ModelConfig) -> list[Row]:
-    ours = "recurrence.cell.layer_0.moe."
-
-    def experts(name: str) -> Row:
-        theirs = [f"routed_experts.{j}.{name}.weight" for j in range(config.n_experts)]
-        return stack(theirs, f"params.{ours}{name}", LINEAR)
-
-    shared = [
-        row.under(f"shared_experts.{j}.", f"params.{ours}shared_{j}.")
-        for j in range(config.n_shared_experts)
-        for row in FEED_FORWARD
-    ]
-    return [
-        one("router.weight", f"params.{ours}router.kernel", LINEAR),
-        one("router_bias", f"balance.{ours}router.bias"),
-        *(experts(name) for name in ("gate", "up", "down")),
-        *shared,
-    ]
+FAMILY = Family(
+    name="openmythos",
+    rows=rows,
+    to_model=to_model,
+    from_model=from_model,
+    config_fields=CONFIG_FIELDS,
+    signature=("recurrent.injection.log_A",),
+    tied={"head.weight": "embed.weight"},
+    buffers=("freqs_cis", "freqs_cis_mla"),
+)

@@ -1,41 +1,45 @@
-"""Models as directories: `load_pretrained` and `save_pretrained`."""
+"""Pretrained models as directories: `load_pretrained` and `save_pretrained`."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.porting.coverage import require_covered
-from mythos_jax.porting.families import NATIVE, family
-from mythos_jax.porting.reading import Config, Source, VariablesSource
+from mythos_jax.porting import native
+from mythos_jax.porting.coverage import require_tensors
+from mythos_jax.porting.families import get_family
+from mythos_jax.porting.reading import ConfigLike, FileSource, Source, VariablesSource
 from mythos_jax.porting.writing import SHARD_BYTES, new_directory, refuse_existing, write_model
 
 
 def load_pretrained(
-    path: str | Path, config: Config | None = None, *, host: bool = False
+    path: str | Path, config: ConfigLike | None = None, *, host: bool = False
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """A model's config and variables, {"params": …, "balance": …} of float32 arrays, without boxes.
+    """Returns a model's config and its variables, `{"params": …, "balance": …}` of float32 arrays, unboxed.
 
-    path: a directory, a `.safetensors`, `.pt` or `.bin` file, or a Hugging Face id `owner/name`; mythos_jax,
-    openmythos, huginn or parcae, told by content. config: see `Source`; a file of tensors only needs one.
-    host: NumPy arrays, to be placed by the caller; otherwise jax arrays on the default device.
-    Raises ConfigError, one line: nothing there, damaged, refused (unsafe pickle), tensors that do not fit the config.
+    path: a directory, a `.safetensors`, `.pt` or `.bin` file, or a Hugging Face id `owner/name`. The format
+    (mythos_jax, openmythos, huginn or parcae) is detected.
+    config: a ModelConfig, a reference's fields, or the path of a `config.json` or of one of our YAML files. Required
+    for a file that holds only tensors; elsewhere it replaces the config that comes with them.
+    host: return NumPy arrays, for the caller to place, instead of jax arrays on the default device.
+    Raises ConfigError, one line: nothing there, a damaged file, an unsafe pickle, tensors that do not fit the config.
     """
-    return variables_of(Source(path, config), host=host)
+    return load_variables(FileSource(path, config), host=host)
 
 
-def variables_of(source: Source, *, host: bool = False) -> tuple[ModelConfig, dict[str, Any]]:
-    """As `load_pretrained`, of a source that is open already."""
-    require_covered(source)
-    flat = {}
-    for name in tqdm(source.table.ours, desc="loading", unit="tensor", disable=None):
-        array = np.ascontiguousarray(source.parameter(name), np.float32)
-        flat[name] = array if host else jnp.asarray(array)
+def load_variables(source: Source, *, host: bool = False) -> tuple[ModelConfig, dict[str, Any]]:
+    """As `load_pretrained`, from a source that is already open."""
+    require_tensors(source)
+    flat: dict[str, np.ndarray | jax.Array] = {}
+    for path in tqdm(source.table.our_shapes, desc="loading", unit="tensor", disable=None):
+        array = np.ascontiguousarray(source.parameter(path), np.float32)
+        flat[path] = array if host else jnp.asarray(array)
     return source.config, unflatten_dict(flat, sep=".")
 
 
@@ -43,27 +47,27 @@ def save_pretrained(
     path: str | Path,
     model_config: ModelConfig,
     variables: Mapping[str, Any],
-    format: str = NATIVE,
+    format: str = native.NAME,
     *,
     tokenizer: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a model as a new directory: `config.json`, `model.safetensors` (several with an index where they would
-    exceed `shard_bytes`), and a copy of the file `tokenizer` if given.
+    """Writes a model as a new directory: `config.json`, `model.safetensors`, and a copy of `tokenizer` if given.
 
-    format: "mythos_jax", "openmythos", "huginn" or "parcae". Raises ConfigError: the directory exists; a feature that
-    the format cannot express (all are listed); variables that are not this config's.
+    format: "mythos_jax", "openmythos", "huginn" or "parcae". Weights of more than `shard_bytes` are written as several
+    files with an index. Raises ConfigError: the directory exists; the format cannot express the model (every reason is
+    listed); the variables do not fit the config.
     """
-    target = family(format)
+    family = get_family(format)
     refuse_existing(path)
-    config_json = target.config_json(model_config)
+    config_json = family.config_json(model_config)
     source = VariablesSource(model_config, variables, "variables", tokenizer)
-    require_covered(source)
+    require_tensors(source)
     with new_directory(path) as directory:
         write_model(
             directory,
             config_json,
-            target.table(model_config),
+            family.table(model_config),
             source.parameter,
             source.parameter_dtype,
             tokenizer=source.tokenizer,

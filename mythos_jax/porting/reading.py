@@ -1,216 +1,171 @@
-"""Opening a model wherever it is: a directory, one file, or a name on the Hugging Face hub.
+"""Sources of a model to convert or load: a directory, one file, a Hugging Face id, or variables in memory.
 
-Tensors stay in their files until one is asked for, so that memory holds one at a time.
+Tensors stay in their files until they are asked for, so that memory holds one at a time.
 """
 
 import json
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors import SafetensorError, safe_open
 
 from mythos_jax.config import ModelConfig, load_run_config
 from mythos_jax.errors import ConfigError
-from mythos_jax.porting.families import FAMILIES, NATIVE, Family, recognise
-from mythos_jax.porting.tables import Shape, Table
+from mythos_jax.porting import native
+from mythos_jax.porting.families import detect
+from mythos_jax.porting.family import Family
+from mythos_jax.porting.hub import resolve
+from mythos_jax.porting.safetensors_files import SafetensorsFile, TensorInfo
 from mythos_jax.porting.torch_files import TorchFile
 from mythos_jax.typed import read_yaml
 
-DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-    "C64": np.complex64,
-}
-# In this order; the first that a directory has is read.
-WEIGHTS = (
+# In order of preference; the first that a directory has is read.
+WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "model.pt",
 )
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-Config = ModelConfig | Mapping[str, Any] | str | Path
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file."""
-
-    shape: Shape
-    dtype: np.dtype
+# A ModelConfig, a reference's own fields, or the path of a `config.json` or of one of our YAML files.
+ConfigLike = ModelConfig | Mapping[str, Any] | str | Path
+TensorFile = SafetensorsFile | TorchFile
 
 
-class SafetensorsFile:
-    """The tensors of one `.safetensors` file. Raises ConfigError: not one, cut off, or damaged."""
+class Source(ABC):
+    """A model to read.
 
-    fields = None
+    path: names it in reports and errors. tensors: those it has, under its family's names. tokenizer: its
+    `tokenizer.json`, if any. table: the rows that `config` asks for, whether or not the tensors are there.
+    """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            with safe_open(self.path, framework="np") as file:
-                self.tensors = {name: self._stored(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
-            raise ConfigError(f"{self.path}: damaged or cut off safetensors file ({_line(error)})") from None
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be read ({_line(error)})") from None
+    def __init__(
+        self,
+        path: Path,
+        family: Family,
+        config: ModelConfig,
+        tensors: Mapping[str, TensorInfo],
+        tokenizer: Path | None,
+    ):
+        self.path, self.family, self.config = path, family, config
+        self.tensors, self.tokenizer = tensors, tokenizer
+        self.table = family.table(config)
 
-    def _stored(self, name: str, part: Any) -> Stored:
-        if part.get_dtype() not in DTYPES:
-            raise ConfigError(f"{self.path}: {name}: dtype {part.get_dtype()}, allowed: {', '.join(DTYPES)}")
-        return Stored(tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]))
+    @abstractmethod
+    def _read(self, stored_name: str) -> np.ndarray: ...
 
     def read(self, name: str) -> np.ndarray:
-        try:
-            # Opened anew each time: a mapping that stays would count all that was ever read as memory in use.
-            with safe_open(self.path, framework="np") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{self.path}: {name} cannot be read ({_line(error)})") from None
+        """One tensor in its stored dtype; a tied tensor under either of its names."""
+        return self._read(self._stored_name(name))
 
+    def parameter(self, path: str) -> np.ndarray:
+        """Our parameter at `path`, in its stored dtype."""
+        return self.table.read(path, self.read)
 
-class Source:
-    """A model to be read: its family, its config, its tensors by the family's names, its tokenizer file if any."""
-
-    def __init__(self, path: str | Path, config: Config | None = None):
-        """config: for a file that holds tensors only; a ModelConfig, a reference's fields, or the path of a
-        `config.json` or of one of our YAML files. Given, it wins over what the model's directory says."""
-        self.path = resolve(path)
-        if self.path.is_dir():
-            self.files = [_open(file) for file in weight_files(self.path)]
-            settings, tokenizer = self.path / "config.json", self.path / "tokenizer.json"
-            self.tokenizer = tokenizer if tokenizer.is_file() else None
-            fields = _read_json(settings) if settings.is_file() else None
-        else:
-            self.files, self.tokenizer = [_open(self.path)], None
-            settings, fields = self.path, self.files[0].fields
-        if isinstance(config, str | Path):
-            settings, config = Path(config), _read_config(Path(config))
-        if isinstance(config, Mapping):
-            fields, config = config, None
-        self.tensors = {name: Stored(t.shape, np.dtype(t.dtype)) for f in self.files for name, t in f.tensors.items()}
-        self._file_of = {name: file for file in self.files for name in file.tensors}
-        if config is None and fields is None:
-            raise ConfigError(
-                f"{self.path}: holds tensors only, which do not tell heads or RoPE base; give its config "
-                "(a config.json, or one of our YAML files)"
-            )
-        self.family: Family = recognise(None if config else fields, self.tensors, str(settings))
-        self.config: ModelConfig = config or self.family.model_config(fields, str(settings))
-        self.table: Table = self.family.table(self.config)
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file; a tied one under either of its names."""
-        name = self._stored_name(name)
-        return self._file_of[name].read(name)
+    def parameter_dtype(self, path: str) -> np.dtype:
+        """The dtype of `parameter(path)`, without reading it."""
+        names = self.table.tensors_of(path)
+        return np.result_type(*(self.tensors[self._stored_name(name)].dtype for name in names))
 
     def _stored_name(self, name: str) -> str:
         if name in self.tensors:
             return name
-        return next(alias for alias, key in self.family.tied.items() if key == name)
+        return next(alias for alias, tied_to in self.family.tied.items() if tied_to == name)
 
-    def parameter(self, path: str) -> np.ndarray:
-        """Our parameter of this path, in the dtype of the file."""
-        return self.table.read(path, self.read)
 
-    def parameter_dtype(self, path: str) -> np.dtype:
-        """Its dtype, told without reading it."""
-        stored = [self.tensors[self._stored_name(name)].dtype for name in self.table.sources(path)]
-        return np.result_type(*stored)
+class FileSource(Source):
+    """A model in a directory, in one file, or on the Hugging Face hub.
+
+    config: required for a file that holds only tensors; elsewhere it replaces the config that comes with them.
+    Raises ConfigError: nothing there, damaged, or no config.
+    """
+
+    def __init__(self, path: str | Path, config: ConfigLike | None = None):
+        path = resolve(path)
+        files = [_open(file) for file in (weight_files(path) if path.is_dir() else [path])]
+        self._file_of = {name: file for file in files for name in file.tensors}
+        tensors = {
+            name: TensorInfo(tensor.shape, np.dtype(tensor.dtype))
+            for file in files
+            for name, tensor in file.tensors.items()
+        }
+        fields, config_path = _accompanying_fields(path, files)
+        if isinstance(config, str | Path):
+            config_path = Path(config)
+            config = _read_config(config_path)
+        if isinstance(config, Mapping):
+            fields, config = config, None
+        if config is None and fields is None:
+            raise ConfigError(
+                f"{path}: holds only tensors, from which the number of heads and the RoPE base cannot be determined; "
+                "give its config (a config.json, or one of our YAML files)"
+            )
+        family = detect(fields if config is None else None, tensors, str(config_path))
+        if config is None:
+            config = family.model_config(fields or {}, str(config_path))
+        tokenizer = path / "tokenizer.json"  # of a directory
+        super().__init__(path, family, config, tensors, tokenizer if tokenizer.is_file() else None)
+
+    def _read(self, stored_name: str) -> np.ndarray:
+        return self._file_of[stored_name].read(stored_name)
 
 
 class VariablesSource(Source):
-    """A model in memory as a source, in our own format. `label` names it in reports and errors."""
+    """A model in memory, in our own format. `label` names it in reports and errors."""
 
     def __init__(
         self, config: ModelConfig, variables: Mapping[str, Any], label: str | Path, tokenizer: str | Path | None = None
     ):
-        self.path, self.tokenizer = Path(label), None if tokenizer is None else Path(tokenizer)
-        self.family, self.config = FAMILIES[NATIVE], config
-        self.table = self.family.table(config)
-        kept = {name: tree for name, tree in variables.items() if name in ("params", "balance")}
-        self._arrays = flatten_dict(nn.unbox(kept), sep=".")
-        self.tensors = {name: Stored(tuple(a.shape), np.dtype(a.dtype)) for name, a in self._arrays.items()}
+        saved = {name: tree for name, tree in variables.items() if name in ("params", "balance")}
+        self._arrays = flatten_dict(nn.unbox(saved), sep=".")
+        tensors = {name: TensorInfo(tuple(array.shape), np.dtype(array.dtype)) for name, array in self._arrays.items()}
+        super().__init__(Path(label), native.FAMILY, config, tensors, None if tokenizer is None else Path(tokenizer))
 
-    def read(self, name: str) -> np.ndarray:
-        return np.asarray(self._arrays[name])
-
-
-def resolve(path: str | Path) -> Path:
-    """The local file or directory; a name `owner/name` that is no local path is fetched from the hub."""
-    local = Path(path)
-    if local.exists():
-        return local
-    if isinstance(path, str) and HUB_ID.fullmatch(path) and not local.parent.exists():
-        return _download(path)
-    raise ConfigError(f"{path}: no such file or directory, and not a Hugging Face id (owner/name)")
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what goes wrong is said once, below
-    try:
-        names = [file.rfilename for file in HfApi().model_info(repository).siblings or []]
-        wanted = ["*.safetensors"] if any(name.endswith(".safetensors") for name in names) else ["*.bin", "*.pt"]
-        return Path(snapshot_download(repository, allow_patterns=["*.json", *wanted]))
-    except Exception as error:  # many kinds: no network, no such repository, not allowed to see it
-        try:
-            return Path(snapshot_download(repository, local_files_only=True))  # fetched before
-        except Exception:
-            raise ConfigError(
-                f"{repository}: no local path, and it cannot be fetched from the Hugging Face hub "
-                f"({type(error).__name__}: {_line(error)[:160]})"
-            ) from None
-    finally:
-        logging.set_verbosity(verbosity)
+    def _read(self, stored_name: str) -> np.ndarray:
+        return np.asarray(self._arrays[stored_name])
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a directory's tensors. Raises ConfigError: none, or several that may be meant."""
-    for name in WEIGHTS:
+    """The files that hold a directory's tensors. Raises ConfigError if there are none, or several candidates."""
+    for name in WEIGHT_FILES:
         path = directory / name
-        if not path.is_file():
-            continue
-        if not name.endswith(".index.json"):
-            return [path]
-        index = _read_json(path).get("weight_map")
-        if not isinstance(index, Mapping) or not index:
-            raise ConfigError(f"{path}: no weight_map")
-        shards = sorted({str(shard) for shard in index.values()})
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise ConfigError(f"{path}: got shard {shard!r}, allowed: names of files beside it")
-            if not (directory / shard).is_file():
-                raise ConfigError(f"{path}: names shard {shard}, which is missing")
-        return [directory / shard for shard in shards]
-    found = sorted(p for p in directory.iterdir() if p.suffix in (".safetensors", ".pt", ".bin"))
-    if len(found) == 1:
-        return found
-    got = ", ".join(p.name for p in found) if found else "none"
+        if path.is_file():
+            return _shards(path) if name.endswith(".index.json") else [path]
+    candidates = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".pt", ".bin"))
+    if len(candidates) == 1:
+        return candidates
+    got = ", ".join(path.name for path in candidates) or "none"
     raise ConfigError(f"{directory}: got weight files: {got}, allowed: one .safetensors, .pt or .bin, or an index")
 
 
-def _open(path: Path) -> SafetensorsFile | TorchFile:
+def _shards(index_path: Path) -> list[Path]:
+    """The files that an index names."""
+    weight_map = _read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise ConfigError(f"{index_path}: no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:  # an index must not name files anywhere else on the disk
+            raise ConfigError(f"{index_path}: got shard {name!r}, allowed: names of files in the same directory")
+        if not (index_path.parent / name).is_file():
+            raise ConfigError(f"{index_path}: names shard {name}, which is missing")
+    return [index_path.parent / name for name in names]
+
+
+def _accompanying_fields(path: Path, files: list[TensorFile]) -> tuple[Mapping[str, Any] | None, Path]:
+    """The config fields that come with the weights, if any, and the file they are in."""
+    if not path.is_dir():
+        return files[0].fields, path
+    config_json = path / "config.json"
+    return (_read_json(config_json) if config_json.is_file() else None), config_json
+
+
+def _open(path: Path) -> TensorFile:
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
@@ -227,12 +182,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> ModelConfig | dict[str, Any]:
-    """A reference's fields (JSON, or a YAML file without sections), or the model of one of our YAML files."""
+    """A reference's fields (JSON, or YAML without sections), or the model of one of our YAML files."""
     if path.suffix == ".json":
         return _read_json(path)
     tree = read_yaml(path)
     return load_run_config(path).model if isinstance(tree.get("model"), dict) else tree
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

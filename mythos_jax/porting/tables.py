@@ -1,165 +1,174 @@
-"""One table from a reference's tensor names to our parameter paths, read in both directions.
+"""Tables of which tensors of a reference implementation hold which of our parameters, read in both directions.
 
-A `Row` ties tensors of theirs to parameters of ours. Its pattern says how one piece is laid out, theirs on the left:
-`(h k) d -> d h k` splits their first axis into heads and channels and puts the input axis first. Rows come in four
-shapes: one to one; one of theirs cut into several of ours (`cut`); several of theirs put side by side in one of ours
-(`beside`); several of theirs stacked on a new first axis of ours (`stack`).
+A row pairs their tensors with our parameters that hold the same numbers. There are four kinds:
+
+    rename  one tensor is one parameter
+    split   one tensor holds several parameters one after the other, such as a fused projection
+    concat  several tensors follow each other along an axis of one parameter
+    stack   several tensors are stacked along a new first axis of one parameter, such as the experts of a layer
+
+The layout of a row (`layouts.py`) says how the axes of one tensor, or one piece of it, become ours.
 """
 
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from itertools import accumulate
 
 import numpy as np
 
-# Layouts, theirs -> ours. PyTorch stores a linear map as [out, in]; ours are [in, out].
-SAME = ""
-LINEAR = "out in -> in out"
-TO_HEADS = "(h k) d -> d h k"
-FROM_HEADS = "d (h k) -> h k d"
+from mythos_jax.porting.layouts import SAME, Shape, their_shape, to_ours, to_theirs
 
-Shape = tuple[int, ...]
+ReadArray = Callable[[str], np.ndarray]  # an array by its name
 
 
 @dataclass(frozen=True)
-class Row:
-    """Tensors of theirs and parameters of ours that hold the same numbers.
-
-    axis: of `cut`, the axis of their tensor along which our parameters follow each other; of `beside`, the axis of
-    our parameter along which their tensors do, with `widths` along it. None: the pieces are stacked, or there is one.
-    """
+class Row(ABC):
+    """Tensors and parameters that hold the same numbers: `theirs` by name, `ours` by dotted path."""
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
-    pattern: str = SAME
-    axis: int | None = None
-    widths: tuple[int, ...] = ()
+    layout: str
 
-    def under(self, theirs: str, ours: str) -> "Row":
-        """The row with a prefix before every name."""
-        return replace(
-            self, theirs=tuple(theirs + name for name in self.theirs), ours=tuple(ours + path for path in self.ours)
-        )
+    @abstractmethod
+    def their_shapes(self, our_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Shapes of their tensors by name."""
 
+    @abstractmethod
+    def read(self, path: str, our_shapes: Mapping[str, Shape], read_theirs: ReadArray) -> np.ndarray:
+        """Our parameter at `path`, from their tensors; the dtype is kept."""
 
-def one(theirs: str, ours: str, pattern: str = SAME) -> Row:
-    return Row((theirs,), (ours,), pattern)
-
-
-def cut(theirs: str, ours: Sequence[str], pattern: str, axis: int = 0) -> Row:
-    return Row((theirs,), tuple(ours), pattern, axis)
+    @abstractmethod
+    def write(self, read_ours: ReadArray) -> Iterator[tuple[str, np.ndarray]]:
+        """Their tensors with their names, from our parameters; dtypes are kept."""
 
 
-def beside(theirs: Sequence[str], ours: str, pattern: str, axis: int, widths: Sequence[int]) -> Row:
-    return Row(tuple(theirs), (ours,), pattern, axis, tuple(widths))
+@dataclass(frozen=True)
+class _Rename(Row):
+    def their_shapes(self, our_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        return {self.theirs[0]: their_shape(self.layout, our_shapes[self.ours[0]])}
+
+    def read(self, path: str, our_shapes: Mapping[str, Shape], read_theirs: ReadArray) -> np.ndarray:
+        return to_ours(self.layout, read_theirs(self.theirs[0]), our_shapes[path])
+
+    def write(self, read_ours: ReadArray) -> Iterator[tuple[str, np.ndarray]]:
+        yield self.theirs[0], to_theirs(self.layout, read_ours(self.ours[0]))
 
 
-def stack(theirs: Sequence[str], ours: str, pattern: str) -> Row:
-    return Row(tuple(theirs), (ours,), pattern)
+@dataclass(frozen=True)
+class _Split(Row):
+    axis: int  # of their tensor
+
+    def their_shapes(self, our_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        shape = list(their_shape(self.layout, our_shapes[self.ours[0]]))
+        shape[self.axis] = sum(self._sizes(our_shapes))
+        return {self.theirs[0]: tuple(shape)}
+
+    def read(self, path: str, our_shapes: Mapping[str, Shape], read_theirs: ReadArray) -> np.ndarray:
+        fused = read_theirs(self.theirs[0])
+        ends = list(accumulate(self._sizes(our_shapes)))
+        piece = np.split(fused, ends[:-1], self.axis)[self.ours.index(path)]
+        return to_ours(self.layout, piece, our_shapes[path])
+
+    def write(self, read_ours: ReadArray) -> Iterator[tuple[str, np.ndarray]]:
+        pieces = [to_theirs(self.layout, read_ours(path)) for path in self.ours]
+        yield self.theirs[0], np.concatenate(pieces, self.axis)
+
+    def _sizes(self, our_shapes: Mapping[str, Shape]) -> list[int]:
+        """The size of each parameter along the axis of their tensor."""
+        return [their_shape(self.layout, our_shapes[path])[self.axis] for path in self.ours]
+
+
+@dataclass(frozen=True)
+class _Concat(Row):
+    axis: int  # of our parameter
+    widths: tuple[int, ...]  # of each tensor along that axis
+
+    def their_shapes(self, our_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        pieces = self._piece_shapes(our_shapes)
+        return {name: their_shape(self.layout, piece) for name, piece in zip(self.theirs, pieces, strict=True)}
+
+    def read(self, path: str, our_shapes: Mapping[str, Shape], read_theirs: ReadArray) -> np.ndarray:
+        pieces = zip(self.theirs, self._piece_shapes(our_shapes), strict=True)
+        return np.concatenate([to_ours(self.layout, read_theirs(name), piece) for name, piece in pieces], self.axis)
+
+    def write(self, read_ours: ReadArray) -> Iterator[tuple[str, np.ndarray]]:
+        ends = list(accumulate(self.widths))
+        pieces = np.split(read_ours(self.ours[0]), ends[:-1], self.axis)
+        for name, piece in zip(self.theirs, pieces, strict=True):
+            yield name, to_theirs(self.layout, piece)
+
+    def _piece_shapes(self, our_shapes: Mapping[str, Shape]) -> list[Shape]:
+        """Of our parameter, the part that each tensor holds."""
+        shape = our_shapes[self.ours[0]]
+        return [(*shape[: self.axis], width, *shape[self.axis + 1 :]) for width in self.widths]
+
+
+@dataclass(frozen=True)
+class _Stack(Row):
+    def their_shapes(self, our_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        shape = their_shape(self.layout, our_shapes[self.ours[0]][1:])
+        return dict.fromkeys(self.theirs, shape)
+
+    def read(self, path: str, our_shapes: Mapping[str, Shape], read_theirs: ReadArray) -> np.ndarray:
+        return np.stack([to_ours(self.layout, read_theirs(name), our_shapes[path][1:]) for name in self.theirs])
+
+    def write(self, read_ours: ReadArray) -> Iterator[tuple[str, np.ndarray]]:
+        for name, piece in zip(self.theirs, read_ours(self.ours[0]), strict=True):
+            yield name, to_theirs(self.layout, piece)
+
+
+def rename(theirs: str, ours: str, layout: str = SAME) -> Row:
+    """One tensor is one parameter."""
+    return _Rename((theirs,), (ours,), layout)
+
+
+def split(theirs: str, ours: Sequence[str], layout: str, axis: int = 0) -> Row:
+    """One tensor holds several parameters, one after the other along `axis` of the tensor."""
+    return _Split((theirs,), tuple(ours), layout, axis)
+
+
+def concat(theirs: Sequence[str], ours: str, layout: str, axis: int, widths: Sequence[int]) -> Row:
+    """Several tensors, each `widths` wide, follow each other along `axis` of our parameter."""
+    return _Concat(tuple(theirs), (ours,), layout, axis, tuple(widths))
+
+
+def stack(theirs: Sequence[str], ours: str, layout: str) -> Row:
+    """Several tensors are stacked along a new first axis of our parameter."""
+    return _Stack(tuple(theirs), (ours,), layout)
+
+
+def with_prefix(rows: Iterable[Row], theirs: str, ours: str) -> list[Row]:
+    """The rows with a prefix in front of every name of theirs and every path of ours."""
+    return [
+        replace(row, theirs=tuple(theirs + name for name in row.theirs), ours=tuple(ours + path for path in row.ours))
+        for row in rows
+    ]
 
 
 class Table:
-    """The rows of one model, with the shapes of our parameters.
+    """The rows of one model.
 
-    their_shapes: what each of their tensors must have; ours: shapes of our parameters by path.
+    our_shapes: the shapes of our parameters by dotted path; their_shapes: those that their tensors must have, by name.
+    Raises AssertionError unless the rows hold each parameter exactly once.
     """
 
-    def __init__(self, rows: Iterable[Row], ours: dict[str, Shape]):
-        self.rows, self.ours = list(rows), ours
+    def __init__(self, rows: Iterable[Row], our_shapes: dict[str, Shape]):
+        self.rows = list(rows)
+        self.our_shapes = our_shapes
         paths = [path for row in self.rows for path in row.ours]
-        if sorted(paths) != sorted(ours):
-            raise AssertionError(f"the table does not fit the model: {sorted({*paths} ^ {*ours}) or 'repeated rows'}")
+        if sorted(paths) != sorted(our_shapes):
+            mismatch = sorted({*paths} ^ {*our_shapes}) or "repeated rows"
+            raise AssertionError(f"the table does not fit the model: {mismatch}")
         self._row_of = {path: row for row in self.rows for path in row.ours}
-        self.their_shapes = {name: shape for row in self.rows for name, shape in self._their_shapes(row).items()}
+        self.their_shapes: dict[str, Shape] = {}
+        for row in self.rows:
+            self.their_shapes |= row.their_shapes(our_shapes)
 
-    def read(self, path: str, get: Callable[[str], np.ndarray]) -> np.ndarray:
-        """Our parameter, made from the tensors that `get` gives by their names; dtypes are left as they are."""
-        row, shape = self._row_of[path], self.ours[path]
-        if len(row.ours) > 1:  # cut
-            array = get(row.theirs[0])
-            sizes = [_left_shape(row.pattern, self.ours[other])[row.axis] for other in row.ours]
-            start = sum(sizes[: row.ours.index(path)])
-            index = [slice(None)] * array.ndim
-            index[row.axis] = slice(start, start + sizes[row.ours.index(path)])
-            return _to_right(row.pattern, array[tuple(index)], shape)
-        if len(row.theirs) == 1 and row.axis is None and not self._stacked(row):
-            return _to_right(row.pattern, get(row.theirs[0]), shape)
-        pieces = [
-            _to_right(row.pattern, get(name), piece) for name, piece in zip(row.theirs, self._pieces(row), strict=True)
-        ]
-        return np.stack(pieces) if row.axis is None else np.concatenate(pieces, row.axis)
+    def read(self, path: str, read_theirs: ReadArray) -> np.ndarray:
+        """Our parameter at `path`, made from the tensors that `read_theirs` returns by name; the dtype is kept."""
+        return self._row_of[path].read(path, self.our_shapes, read_theirs)
 
-    def sources(self, path: str) -> tuple[str, ...]:
-        """Names of the tensors that our parameter is made from."""
+    def tensors_of(self, path: str) -> tuple[str, ...]:
+        """Names of the tensors that our parameter at `path` is made from."""
         return self._row_of[path].theirs
-
-    def write(self, row: Row, get: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-        """The row's tensors under their names, made from our parameters that `get` gives by path."""
-        arrays = [get(path) for path in row.ours]
-        if len(row.ours) > 1:
-            yield row.theirs[0], np.concatenate([_to_left(row.pattern, array) for array in arrays], row.axis)
-        elif self._stacked(row):
-            for name, array in zip(row.theirs, arrays[0], strict=True):
-                yield name, _to_left(row.pattern, array)
-        elif row.axis is not None:
-            bounds = np.cumsum(row.widths)[:-1]
-            for name, array in zip(row.theirs, np.split(arrays[0], bounds, row.axis), strict=True):
-                yield name, _to_left(row.pattern, array)
-        else:
-            yield row.theirs[0], _to_left(row.pattern, arrays[0])
-
-    def _stacked(self, row: Row) -> bool:
-        """A stack may hold one tensor only: told by the extra axis of ours."""
-        return row.axis is None and bool(row.pattern) and len(self.ours[row.ours[0]]) > len(_parse(row.pattern)[1])
-
-    def _pieces(self, row: Row) -> list[Shape]:
-        """Our shape of each of their tensors, for rows with several of theirs."""
-        shape = self.ours[row.ours[0]]
-        if row.axis is None:
-            return [shape[1:]] * len(row.theirs)
-        return [(*shape[: row.axis], width, *shape[row.axis + 1 :]) for width in row.widths]
-
-    def _their_shapes(self, row: Row) -> dict[str, Shape]:
-        if len(row.ours) > 1:
-            pieces = [_left_shape(row.pattern, self.ours[path]) for path in row.ours]
-            whole = list(pieces[0])
-            whole[row.axis] = sum(piece[row.axis] for piece in pieces)
-            return {row.theirs[0]: tuple(whole)}
-        many = row.axis is not None or self._stacked(row)
-        pieces = self._pieces(row) if many else [self.ours[row.ours[0]]]
-        return {name: _left_shape(row.pattern, piece) for name, piece in zip(row.theirs, pieces, strict=True)}
-
-
-@cache
-def _parse(pattern: str) -> tuple[list[list[str]], list[str]]:
-    """`(h k) 1 d -> d h k` as ([[h, k], [], [d]], [d, h, k])."""
-    left, right = pattern.split("->")
-    groups = re.findall(r"\(([^)]*)\)|(\S+)", left)
-    return [[] if name == "1" else (names or name).split() for names, name in groups], right.split()
-
-
-def _left_shape(pattern: str, right: Shape) -> Shape:
-    if not pattern:
-        return right
-    groups, names = _parse(pattern)
-    size = dict(zip(names, right, strict=True))
-    return tuple(math.prod(size[name] for name in group) for group in groups)
-
-
-def _to_right(pattern: str, array: np.ndarray, right: Shape) -> np.ndarray:
-    if not pattern:
-        return array
-    groups, names = _parse(pattern)
-    size = dict(zip(names, right, strict=True))
-    flat = [name for group in groups for name in group]
-    return array.reshape([size[name] for name in flat]).transpose([flat.index(name) for name in names])
-
-
-def _to_left(pattern: str, array: np.ndarray) -> np.ndarray:
-    if not pattern:
-        return array
-    groups, names = _parse(pattern)
-    flat = [name for group in groups for name in group]
-    return array.transpose([names.index(name) for name in flat]).reshape(_left_shape(pattern, array.shape))

@@ -1,8 +1,8 @@
-"""PyTorch checkpoints (`.pt`, `.bin`), read without PyTorch and without running anything that they name.
+"""PyTorch checkpoints (`.pt`, `.bin`), read without PyTorch and without executing anything they contain.
 
-A checkpoint is a zip of one pickle and one raw record per storage. The pickle is read by an unpickler that knows
-plain containers, tensors, and the config dataclass of OpenMythos's trainer, whose fields it keeps in an inert
-stand-in; every other global is refused by name before anything is called.
+A checkpoint is a zip archive of one pickle and one raw record per storage. The unpickler below accepts plain
+containers, tensors, and the config dataclass that OpenMythos's trainer saves, whose fields it puts into an inert
+placeholder. Any other global is refused by name before anything is called.
 """
 
 import io
@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -35,11 +35,14 @@ STORAGES = {
     "ComplexDoubleStorage": np.complex128,
 }
 CONFIG_CLASS = ("open_mythos.main", "MythosConfig")
+CONFIG_KEYS = ("cfg", "config")
+STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict")
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # put in front of every name by torch.compile and by DDP
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is still in the file: a strided view of one storage, counted in elements."""
+    """A tensor that is still in the file: a strided view of one storage. Offset and strides count elements."""
 
     storage: str
     dtype: np.dtype
@@ -56,71 +59,78 @@ class _Storage:
 
 
 class TorchFile:
-    """The tensors of one checkpoint by name, and the config that the trainer put beside them, if any.
+    """The tensors of one checkpoint by name, and in `fields` the config that was saved with them, if any.
 
-    Looks for the state dict at the top or under "model", "model_state_dict" or "state_dict". Raises ConfigError:
-    not a checkpoint, damaged, or a global that is not plain data.
+    The state dict is the whole checkpoint or its entry "model", "model_state_dict" or "state_dict". Raises
+    ConfigError: not a checkpoint, damaged, or with a global that is not plain data.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._last: tuple[str, bytes] | None = None
+        self._last_record: tuple[str, bytes] | None = None
         try:
             with self.path.open("rb") as file:
-                zipped = zipfile.is_zipfile(file)
-                if not zipped:
+                if not zipfile.is_zipfile(file):
                     file.seek(0)
-                    raise ConfigError(_not_a_zip(self.path, file))
+                    raise ConfigError(_explain_not_a_zip(self.path, file))
             self._zip = zipfile.ZipFile(self.path)
-            pickles = [name for name in self._zip.namelist() if name.split("/")[1:] == ["data.pkl"]]
-            if len(pickles) != 1:
-                raise ConfigError(f"{self.path}: a zip file, but not a PyTorch checkpoint (no data.pkl)")
-            self._root = pickles[0].removesuffix("data.pkl")
-            names = set(self._zip.namelist())
-            order = self._zip.read(self._root + "byteorder") if self._root + "byteorder" in names else b"little"
-            if order.strip() != b"little":
-                raise ConfigError(f"{self.path}: stored big-endian; load and save it again on a little-endian machine")
-            tree = _load(self.path, self._zip.read(pickles[0]))
+            self._root, pickled = self._read_pickle()
+            checkpoint = _unpickle(self.path, io.BytesIO(pickled))
         except (zipfile.BadZipFile, EOFError) as error:
             raise ConfigError(f"{self.path}: damaged checkpoint ({error})") from None
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be read ({error.strerror or error})") from None
-        self.tensors, self.fields = _find(self.path, tree)
+        self.tensors, self.fields = _find_state_dict(self.path, checkpoint)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor; only its storage is in memory."""
+        """One tensor. Only its storage is held in memory."""
         tensor = self.tensors[name]
         if not math.prod(tensor.shape):
             return np.zeros(tensor.shape, tensor.dtype)
-        record = self._record(tensor.storage)
-        data = np.frombuffer(record, tensor.dtype, len(record) // tensor.dtype.itemsize)
+        record = self._read_record(tensor.storage)
+        storage = np.frombuffer(record, tensor.dtype, len(record) // tensor.dtype.itemsize)
         last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
-        if last >= data.size:
-            raise ConfigError(f"{self.path}: damaged checkpoint ({name} lies outside of its storage)")
-        strides = [stride * data.itemsize for stride in tensor.strides]
-        return np.lib.stride_tricks.as_strided(data[tensor.offset :], tensor.shape, strides, writeable=False)
+        if last >= storage.size:  # as_strided would read memory that does not belong to the file
+            raise ConfigError(f"{self.path}: damaged checkpoint ({name} extends beyond its storage)")
+        strides = [stride * storage.itemsize for stride in tensor.strides]
+        return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides, writeable=False)
 
-    def _record(self, key: str) -> bytes:
-        if self._last is None or self._last[0] != key:
-            self._last = None  # frees the storage before the next is read
-            try:
-                self._last = key, self._zip.read(f"{self._root}data/{key}")
-            except (KeyError, zipfile.BadZipFile, EOFError, OSError) as error:
-                raise ConfigError(f"{self.path}: damaged checkpoint (storage {key}: {error})") from None
-        return self._last[1]
+    def _read_pickle(self) -> tuple[str, bytes]:
+        """The folder inside the archive that holds everything, and the pickle."""
+        names = self._zip.namelist()
+        pickles = [name for name in names if name.split("/")[1:] == ["data.pkl"]]
+        if len(pickles) != 1:
+            raise ConfigError(f"{self.path}: a zip file, but not a PyTorch checkpoint (no data.pkl)")
+        root = pickles[0].removesuffix("data.pkl")
+        byteorder = root + "byteorder"
+        if byteorder in names and self._zip.read(byteorder).strip() != b"little":
+            raise ConfigError(f"{self.path}: stored big-endian; load and save it again on a little-endian machine")
+        return root, self._zip.read(pickles[0])
+
+    def _read_record(self, storage: str) -> bytes:
+        """The bytes of a storage. The last one is kept, since tensors that share a storage follow each other."""
+        if self._last_record is not None and self._last_record[0] == storage:
+            return self._last_record[1]
+        self._last_record = None  # frees its memory before the next storage is read
+        try:
+            record = self._zip.read(f"{self._root}data/{storage}")
+        except (KeyError, zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ConfigError(f"{self.path}: damaged checkpoint (storage {storage}: {error})") from None
+        self._last_record = storage, record
+        return record
 
 
-def _load(path: Path, data: bytes) -> Any:
+def _unpickle(path: Path, file: BinaryIO) -> Any:
     try:
-        return _unpickler(path, io.BytesIO(data)).load()
+        return _make_unpickler(path, file).load()
     except ConfigError:
         raise
-    except Exception as error:  # whatever a crooked pickle leads to: it ran nothing but what is allowed below
+    except Exception as error:  # a malformed pickle can raise anything, but could only call what is allowed below
         raise ConfigError(f"{path}: its pickle cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _unpickler(path: Path, file: Any) -> pickle.Unpickler:
-    """A new unpickler with stand-ins of its own, so that nothing a pickle does to them outlives it."""
+def _make_unpickler(path: Path, file: BinaryIO) -> pickle.Unpickler:
+    """A new unpickler with placeholders of its own, so that nothing a pickle does to them outlasts it."""
 
     class Config(dict):
         """Holds the pickled dataclass's fields."""
@@ -129,18 +139,17 @@ def _unpickler(path: Path, file: Any) -> pickle.Unpickler:
             if isinstance(state, Mapping):
                 self.update(state)
 
-    def rebuild_tensor(storage, offset, shape, strides, *_):
-        whole = [offset, *shape, *strides]
+    def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
         if not isinstance(storage, _Storage) or len(shape) != len(strides):
             raise ConfigError(f"{path}: damaged checkpoint (a tensor without a storage)")
-        if not all(isinstance(n, int) and n >= 0 for n in whole):
+        if not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides)):
             raise ConfigError(f"{path}: damaged checkpoint (a tensor of impossible shape)")
         return StoredTensor(storage.key, np.dtype(storage.dtype), offset, tuple(shape), tuple(strides))
 
-    def rebuild_parameter(tensor, *_):
+    def rebuild_parameter(tensor: Any, *_: Any) -> Any:
         return tensor
 
-    allowed = {
+    allowed: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): OrderedDict,
         ("torch", "Size"): tuple,
         ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
@@ -153,24 +162,24 @@ def _unpickler(path: Path, file: Any) -> pickle.Unpickler:
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) not in allowed:
-                raise ConfigError(f"{path}: refused: its pickle names {module}.{name}, which is no plain data")
+                raise ConfigError(f"{path}: refused: its pickle names {module}.{name}, which is not plain data")
             return allowed[module, name]
 
         def persistent_load(self, pid: Any) -> _Storage:
             if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or pid[1] not in STORAGES:
-                raise ConfigError(f"{path}: holds a storage of an unknown kind, {str(pid[1:2])[:60]}")
+                raise ConfigError(f"{path}: holds a storage of an unknown type, {str(pid[1:2])[:60]}")
             return _Storage(str(pid[2]), np.dtype(STORAGES[pid[1]]), pid[4])
 
     return Unpickler(file)
 
 
-def _not_a_zip(path: Path, file: Any) -> str:
-    """What is wrong with a file that is no zip; the pickle of an old checkpoint is looked at, to name what it names."""
+def _explain_not_a_zip(path: Path, file: BinaryIO) -> str:
+    """The error for a file that is not a zip. An old checkpoint is a bare pickle, so what it refers to is checked."""
     if file.read(2) == b"PK":
-        return f"{path}: damaged checkpoint (a zip file that is cut off)"
+        return f"{path}: damaged checkpoint (a truncated zip file)"
     file.seek(0)
     try:
-        _unpickler(path, file).load()
+        _make_unpickler(path, file).load()
     except ConfigError as error:
         return str(error)
     except Exception:
@@ -178,17 +187,19 @@ def _not_a_zip(path: Path, file: Any) -> str:
     return f"{path}: a plain pickle or a checkpoint from before PyTorch 1.6; load and save it again with a newer one"
 
 
-def _find(path: Path, tree: Any) -> tuple[dict[str, StoredTensor], dict[str, Any] | None]:
-    """The state dict and the config in what was unpickled."""
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"{path}: got a {type(tree).__name__}, allowed: a state dict, or a dict that holds one")
-    fields = next((dict(tree[key]) for key in ("cfg", "config") if isinstance(tree.get(key), Mapping)), None)
-    states = [tree.get(key) for key in ("model", "model_state_dict", "state_dict")]
-    state = next((state for state in states if isinstance(state, Mapping)), tree)
+def _find_state_dict(path: Path, checkpoint: Any) -> tuple[dict[str, StoredTensor], dict[str, Any] | None]:
+    """The tensors by name, and the config's fields if the checkpoint has any."""
+    if not isinstance(checkpoint, Mapping):
+        got = type(checkpoint).__name__
+        raise ConfigError(f"{path}: got a {got}, allowed: a state dict, or a dict that holds one")
+    configs = [checkpoint.get(key) for key in CONFIG_KEYS]
+    fields = next((dict(config) for config in configs if isinstance(config, Mapping)), None)
+    states = [checkpoint.get(key) for key in STATE_DICT_KEYS]
+    state = next((state for state in states if isinstance(state, Mapping)), checkpoint)
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, StoredTensor)}
     if not tensors:
         raise ConfigError(f"{path}: holds no tensors; allowed: a state dict, or a dict with one under 'model'")
-    for prefix in ("_orig_mod.", "module."):  # what torch.compile and DDP put before every name
+    for prefix in WRAPPER_PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors, fields

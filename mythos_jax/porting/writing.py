@@ -1,6 +1,7 @@
-"""Writing a model's directory: tensors, `config.json`, tokenizer. It appears whole or not at all."""
+"""Writing a model's directory: tensors, `config.json`, tokenizer. It appears complete or not at all."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -14,24 +15,27 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from mythos_jax.errors import ConfigError
-from mythos_jax.porting.tables import Row, Table
+from mythos_jax.porting.layouts import Shape
+from mythos_jax.porting.tables import ReadArray, Row, Table
 
 SHARD_BYTES = 5 * 10**9
+
+WrittenTensors = dict[str, tuple[Shape, str]]  # shape and dtype by name
 
 
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-    """A directory beside `path` that becomes `path` when the block ends well and vanishes when it does not.
+    """A temporary directory that becomes `path` if the block succeeds and is deleted if it raises.
 
-    Raises ConfigError when `path` exists: nothing is ever overwritten.
+    Raises ConfigError if `path` exists: nothing is ever overwritten.
     """
     path = Path(path)
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # On the same file system, so that the rename is one step.
+    # Next to `path`, hence on the same file system, where a rename is atomic.
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        os.chmod(temporary, 0o777 & ~_umask())
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes directories that only their owner can enter
         yield temporary
         refuse_existing(path)
         temporary.rename(path)
@@ -41,72 +45,81 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
 
 def refuse_existing(path: str | Path) -> None:
+    """Raises ConfigError if `path` exists or looks like the name of a file."""
     path = Path(path)
     if path.exists() or path.is_symlink():
-        raise ConfigError(f"{path}: exists already; allowed: a new path, nothing is overwritten")
+        raise ConfigError(f"{path}: exists already; allowed: a new path, since nothing is overwritten")
     if path.suffix in (".safetensors", ".pt", ".bin", ".json"):
-        raise ConfigError(f"{path}: got the name of a file, allowed: a directory to make")
+        raise ConfigError(f"{path}: got the name of a file, allowed: a directory to create")
 
 
 def write_model(
     directory: Path,
     config_json: Mapping[str, Any],
     table: Table,
-    parameter: Callable[[str], np.ndarray],
-    dtype_of: Callable[[str], np.dtype],
+    parameter: ReadArray,
+    parameter_dtype: Callable[[str], np.dtype],
     *,
     tokenizer: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
-) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Writes `config.json`, the tensors that the table makes of our parameters, and a copy of the tokenizer.
+) -> WrittenTensors:
+    """Writes `config.json`, the table's tensors, and a copy of the tokenizer; returns the tensors written.
 
-    parameter gives one of our parameters by path, dtype_of its dtype without reading it. Memory holds one shard: the
-    model where it fits into `shard_bytes`. Returns shape and dtype of every tensor written.
+    parameter: returns our parameter at a path; parameter_dtype: its dtype, without reading it. One shard is in memory
+    at a time, which is the whole model if it fits into `shard_bytes`.
     """
     (directory / "config.json").write_text(json.dumps(config_json, indent=1) + "\n")
     if tokenizer is not None:
         shutil.copyfile(tokenizer, directory / "tokenizer.json")
-    shards = _shards(table, dtype_of, shard_bytes)
-    written: dict[str, tuple[tuple[int, ...], str]] = {}
-    where: dict[str, str] = {}
-    total = 0
+    shards = _shards(table, parameter_dtype, shard_bytes)
+    written: WrittenTensors = {}
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
     with tqdm(total=len(table.rows), desc="writing", unit="tensor", disable=None if progress else True) as bar:
         for number, rows in enumerate(shards, 1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file_name = "model.safetensors"
+            if len(shards) > 1:
+                file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors: dict[str, np.ndarray] = {}
             for row in rows:
-                tensors |= {name: np.ascontiguousarray(array) for name, array in table.write(row, parameter)}
+                tensors |= {name: np.ascontiguousarray(array) for name, array in row.write(parameter)}
                 bar.update()
-            save_file(tensors, directory / name, metadata={"format": "pt"})
-            (directory / name).chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-            with (directory / name).open("rb") as file:
-                os.fsync(file.fileno())
-            written |= {key: (array.shape, array.dtype.name) for key, array in tensors.items()}
-            where |= dict.fromkeys(tensors, name)
-            total += sum(array.nbytes for array in tensors.values())
-            del tensors
+            _save(tensors, directory / file_name)
+            written |= {name: (array.shape, array.dtype.name) for name, array in tensors.items()}
+            weight_map |= dict.fromkeys(tensors, file_name)
+            total_bytes += sum(array.nbytes for array in tensors.values())
+            del tensors  # before the next shard is built
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     return written
 
 
-def _shards(table: Table, dtype_of: Callable[[str], np.dtype], most: int) -> list[list[Row]]:
-    """The rows in order, cut where a shard would grow beyond `most` bytes; a row is never cut."""
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes one safetensors file and waits until it is on the disk."""
+    save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses files without a format
+    path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _shards(table: Table, parameter_dtype: Callable[[str], np.dtype], max_bytes: int) -> list[list[Row]]:
+    """The rows in order, in shards of at most `max_bytes`; a row is never divided, even if it is larger."""
     shards: list[list[Row]] = [[]]
-    size = 0
+    shard_size = 0
     for row in table.rows:
-        bytes_ = sum(int(np.prod(table.ours[path])) * dtype_of(path).itemsize for path in row.ours)
-        if shards[-1] and size + bytes_ > most:
+        row_size = sum(math.prod(table.our_shapes[path]) * parameter_dtype(path).itemsize for path in row.ours)
+        if shards[-1] and shard_size + row_size > max_bytes:
             shards.append([])
-            size = 0
+            shard_size = 0
         shards[-1].append(row)
-        size += bytes_
+        shard_size += row_size
     return shards
 
 
 def _umask() -> int:
+    """The process's file-creation mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -18,8 +18,8 @@ from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import COLLECTION
 from mythos_jax.paths import to_path
-from mythos_jax.porting.pretrained import variables_of
-from mythos_jax.porting.reading import Source, VariablesSource
+from mythos_jax.porting.pretrained import load_variables
+from mythos_jax.porting.reading import FileSource, Source, VariablesSource
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.sharding import make_mesh, shardings
 
@@ -65,8 +65,8 @@ def load_model(path: str | Path, step: int | None = None, config: str | None = N
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
         raise ConfigError(f"{path}: a pretrained model has no step {step}; allowed with a run directory only")
-    source = Source(str(path), config)
-    model_config, variables = variables_of(source, host=True)
+    source = FileSource(str(path), config)
+    model_config, variables = load_variables(source, host=True)
     mesh = make_mesh(Config().mesh)
     return LoadedModel(
         directory=source.path if source.path.is_dir() else source.path.parent,
@@ -96,7 +96,7 @@ def place(model_config: ModelConfig, mesh: Mesh, variables: dict[str, Any]) -> d
 def open_source(path: str | Path, config: str | None = None) -> Source:
     """A run or a pretrained model as a source of tensors, for `convert`."""
     if not is_run(path):
-        return Source(str(path), config)
+        return FileSource(str(path), config)
     run = _open_run(to_path(path), None)
     spec = run.tokenizer_spec
     file = Path(spec) if spec and Path(spec).is_file() else None

@@ -1,4 +1,4 @@
-"""The golden models: made with the PyTorch originals, each folder's README says how."""
+"""The golden models, made with the PyTorch originals; the README in each folder says how."""
 
 import json
 from functools import cache

@@ -1,4 +1,4 @@
-"""Files that are wrong get one clear line each, and nothing is written."""
+"""Each kind of invalid file gives one clear line, and nothing is written."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mythos_jax.config import ConfigError
+from mythos_jax.errors import ConfigError
 from mythos_jax.porting.convert import convert, format_report
 from mythos_jax.porting.pretrained import load_pretrained
 from tests.porting import golden
@@ -20,7 +20,7 @@ from tests.porting import golden
 
 @pytest.fixture
 def model(tmp_path):
-    """A copy of a golden model that a test may spoil."""
+    """A copy of a golden model that a test may damage."""
     shutil.copytree(golden.FOLDER / "openmythos_gqa", tmp_path / "model")
     return tmp_path / "model"
 
@@ -32,12 +32,13 @@ def edit_tensors(model, change):
 
 
 def edit_fields(model, **fields):
+    """Sets fields of the model's config.json; `...` deletes one."""
     path = model / "config.json"
-    kept = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps({name: value for name, value in kept.items() if value is not ...}))
+    merged = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in merged.items() if value is not ...}))
 
 
-def fails(path, match, **keywords):
+def assert_refused(path, match, **keywords):
     with pytest.raises(ConfigError, match=match) as error:
         load_pretrained(path, **keywords)
     assert "\n" not in str(error.value)
@@ -48,12 +49,12 @@ def fails(path, match, **keywords):
 def test_truncated_safetensors(model, keep):
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    assert str(path) in fails(model, "damaged or cut off safetensors")
+    assert str(path) in assert_refused(model, "damaged or truncated safetensors")
 
 
 def test_renamed_tensor(model):
     edit_tensors(model, lambda t: t.update({"coda.0.attn.wx.weight": t.pop("coda.0.attn.wq.weight")}))
-    fails(model, r"missing: coda\.0\.attn\.wq\.weight; unexpected: coda\.0\.attn\.wx\.weight")
+    assert_refused(model, r"missing: coda\.0\.attn\.wq\.weight; unexpected: coda\.0\.attn\.wx\.weight")
     report = convert(model, model.parent / "out", "mythos_jax", progress=False)
     assert not report.ok
     text = format_report(report)
@@ -66,12 +67,12 @@ def test_renamed_tensor(model):
 def test_transposed_tensor(model):
     name = "prelude.0.ffn.up.weight"
     edit_tensors(model, lambda t: t.update({name: np.ascontiguousarray(t[name].T)}))
-    fails(model, r"prelude\.0\.ffn\.up\.weight: shape \[64, 85\], expected \[85, 64\] \(it looks transposed\)")
+    assert_refused(model, r"prelude\.0\.ffn\.up\.weight: shape \[64, 85\], expected \[85, 64\] \(it looks transposed\)")
 
 
 def test_integer_tensor(model):
     edit_tensors(model, lambda t: t.update({"norm.weight": np.ones(64, np.int32)}))
-    fails(model, r"norm\.weight: dtype int32, allowed: floating point")
+    assert_refused(model, r"norm\.weight: dtype int32, allowed: floating point")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_integer_tensor(model):
 )
 def test_wrong_config_field(model, fields, message):
     edit_fields(model, **fields)
-    fails(model, message)
+    assert_refused(model, message)
 
 
 @pytest.mark.parametrize(
@@ -104,77 +105,77 @@ def test_wrong_config_field(model, fields, message):
         ("parcae", {"mean_backprop_depth": 2}, r"missing: transformer\.prelude\.1\.attn\.ve_gate\.weight"),
     ],
 )
-def test_variants_that_are_not_supported(name, fields, message, tmp_path):
+def test_unsupported_variants(name, fields, message, tmp_path):
     shutil.copytree(golden.FOLDER / name, tmp_path / "model")
     edit_fields(tmp_path / "model", **fields)
-    fails(tmp_path / "model", message)
+    assert_refused(tmp_path / "model", message)
 
 
 @pytest.mark.parametrize("name", golden.NAMES)
-def test_the_family_is_told_by_content(name, tmp_path):
+def test_family_is_detected_without_its_name(name, tmp_path):
     shutil.copytree(golden.FOLDER / name, tmp_path / "model")
     edit_fields(tmp_path / "model", family=..., tied=...)
     config, _ = load_pretrained(tmp_path / "model")
     assert config == golden.load(name)[0]
 
 
-def test_a_file_of_tensors_needs_its_config(model):
+def test_file_of_tensors_needs_a_config(model):
     path = model / "model.safetensors"
-    fails(path, "holds tensors only")
+    assert_refused(path, "holds only tensors")
     config = golden.load("openmythos_gqa")[0]
-    for given in (config, golden.fields("openmythos_gqa"), model / "config.json"):
-        assert load_pretrained(path, config=given)[0] == config
+    for config_like in (config, golden.fields("openmythos_gqa"), model / "config.json"):
+        assert load_pretrained(path, config=config_like)[0] == config
 
 
-def test_directories_that_hold_no_model(tmp_path, model):
-    fails(tmp_path / "none", "no such file or directory")
+def test_directories_without_a_model(tmp_path, model):
+    assert_refused(tmp_path / "none", "no such file or directory")
     (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", "got weight files: none")
+    assert_refused(tmp_path / "empty", "got weight files: none")
     (model / "config.json").write_text("{")
-    fails(model, "config.json: not JSON")
+    assert_refused(model, "config.json: not JSON")
     (model / "config.json").unlink()
-    fails(model, "holds tensors only")
+    assert_refused(model, "holds only tensors")
 
 
-def test_sharded_with_a_shard_missing(model, tmp_path):
+def test_missing_shard(model, tmp_path):
     convert(model, tmp_path / "shards", "openmythos", shard_bytes=100_000, progress=False)
-    gone = sorted((tmp_path / "shards").glob("model-*.safetensors"))[1]
-    gone.unlink()
-    fails(tmp_path / "shards", f"names shard {gone.name}, which is missing")
+    missing = sorted((tmp_path / "shards").glob("model-*.safetensors"))[1]
+    missing.unlink()
+    assert_refused(tmp_path / "shards", f"names shard {missing.name}, which is missing")
     index = tmp_path / "shards" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"embed.weight": "../model/model.safetensors"}}))
-    fails(tmp_path / "shards", "allowed: names of files beside it")
+    assert_refused(tmp_path / "shards", "allowed: names of files in the same directory")
 
 
-def test_a_hub_id_offline_says_so(monkeypatch):
+def test_hub_id_while_offline(monkeypatch):
     def offline(*_, **__):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    fails("nobody/no-such-model", "cannot be fetched from the Hugging Face hub .*no network")
+    assert_refused("nobody/no-such-model", "cannot be fetched from the Hugging Face hub .*no network")
 
 
-def test_a_hub_id_is_fetched_and_read(monkeypatch):
-    """What is asked of the hub: safetensors where there are some, and no other weights."""
-    asked = {}
+def test_hub_id_is_downloaded(monkeypatch):
+    """Where the hub has safetensors files, no other weights are requested."""
+    requested = {}
 
-    def fetched(repository, **keywords):
-        asked.update(keywords)
+    def snapshot_download(repository, **keywords):
+        requested.update(keywords)
         return str(golden.FOLDER / "huginn")
 
     files = [SimpleNamespace(rfilename=name) for name in ("model.safetensors", "pytorch_model.bin", "config.json")]
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_: SimpleNamespace(siblings=files))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert load_pretrained("someone/huginn")[0] == golden.load("huginn")[0]
-    assert asked == {"allow_patterns": ["*.json", "*.safetensors"]}
+    assert requested == {"allow_patterns": ["*.json", "*.safetensors"]}
 
 
 # Pickles.
 
 
 class Evil:
-    """Unpickled by the usual means, it creates a file."""
+    """Unpickling it with the standard library creates a directory."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -183,7 +184,7 @@ class Evil:
         return os.mkdir, (self.path,)
 
 
-def zipped(path, data):
+def write_checkpoint(path, data):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", data)
         file.writestr("archive/byteorder", "little")
@@ -191,16 +192,18 @@ def zipped(path, data):
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("wrap", [True, False], ids=["zip", "bare"])
-def test_a_malicious_pickle_is_refused_by_name(tmp_path, protocol, wrap):
+def test_malicious_pickle_is_refused_by_name(tmp_path, protocol, wrap):
     target, path = tmp_path / "pwned", tmp_path / "evil.pt"
     data = pickle.dumps({"model": {"embed.weight": Evil(target)}}, protocol)
     if wrap:
-        zipped(path, data)
+        write_checkpoint(path, data)
     else:
         path.write_bytes(data)
-    fails(path, r"evil\.pt: refused: its pickle names (posix|nt)\.mkdir", config=golden.load("openmythos_gqa")[0])
+    assert_refused(
+        path, r"evil\.pt: refused: its pickle names (posix|nt)\.mkdir", config=golden.load("openmythos_gqa")[0]
+    )
     assert not target.exists()
-    pickle.loads(data)  # the same bytes, read the unsafe way, do create it
+    pickle.loads(data)  # loaded the unsafe way, the same bytes do create it
     assert target.exists()
 
 
@@ -218,41 +221,41 @@ def test_a_malicious_pickle_is_refused_by_name(tmp_path, protocol, wrap):
 def test_only_plain_data_is_allowed(tmp_path, module, name):
     path = tmp_path / "evil.bin"
     strings = b"".join(b"\x8c" + bytes([len(s)]) + s.encode() for s in (module, name))
-    zipped(path, b"\x80\x04" + strings + b"\x93)R.")
-    fails(path, f"refused: its pickle names {module}.{name}", config=golden.load("openmythos_gqa")[0])
+    write_checkpoint(path, b"\x80\x04" + strings + b"\x93)R.")
+    assert_refused(path, f"refused: its pickle names {module}.{name}", config=golden.load("openmythos_gqa")[0])
 
 
-def test_a_config_stand_in_runs_nothing(tmp_path):
-    """The one class that is known by name is never imported; its state is plain data."""
+def test_config_placeholder_runs_nothing(tmp_path):
+    """The one class that is accepted by name is never imported, and its state is plain data."""
     buffer = io.BytesIO()
     buffer.write(b"\x80\x02copen_mythos.main\nMythosConfig\n)\x81}X\x03\x00\x00\x00dimK\x07sb.")
     path = tmp_path / "config.pt"
-    zipped(path, buffer.getvalue())
-    fails(path, "holds no tensors", config=golden.load("openmythos_gqa")[0])
+    write_checkpoint(path, buffer.getvalue())
+    assert_refused(path, "holds no tensors", config=golden.load("openmythos_gqa")[0])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_truncated_checkpoint(tmp_path, share):
-    whole = (golden.FOLDER / "openmythos_trainer" / "checkpoint.pt").read_bytes()
-    path = tmp_path / "cut.pt"
-    path.write_bytes(whole[: int(share * len(whole))])
-    assert str(path) in fails(path, "damaged checkpoint|not a PyTorch checkpoint")
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9, 0.999])
+def test_truncated_checkpoint(tmp_path, fraction):
+    data = (golden.FOLDER / "openmythos_trainer" / "checkpoint.pt").read_bytes()
+    path = tmp_path / "truncated.pt"
+    path.write_bytes(data[: int(fraction * len(data))])
+    assert str(path) in assert_refused(path, "damaged checkpoint|not a PyTorch checkpoint")
 
 
-def test_flipped_bits_in_a_checkpoint(tmp_path):
-    whole = bytearray((golden.FOLDER / "openmythos_trainer" / "checkpoint.pt").read_bytes())
-    whole[len(whole) // 2] ^= 0xFF
+def test_flipped_bits_in_checkpoint(tmp_path):
+    data = bytearray((golden.FOLDER / "openmythos_trainer" / "checkpoint.pt").read_bytes())
+    data[len(data) // 2] ^= 0xFF
     path = tmp_path / "flipped.pt"
-    path.write_bytes(whole)
-    fails(path, "damaged checkpoint")
+    path.write_bytes(data)
+    assert_refused(path, "damaged checkpoint")
 
 
-def test_a_tensor_beyond_its_storage(tmp_path):
-    """A view larger than its storage would read memory that is not the file's."""
+def test_tensor_that_extends_beyond_its_storage(tmp_path):
+    """A view larger than its storage would read memory that does not belong to the file."""
     source = golden.FOLDER / "openmythos_trainer" / "checkpoint.pt"
     path = tmp_path / "beyond.pt"
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
         for item in old.infolist():
             data = old.read(item)
             new.writestr(item.filename, data[:16] if "/data/" in item.filename else data)
-    fails(path, "lies outside of its storage")
+    assert_refused(path, "extends beyond its storage")

@@ -1,4 +1,4 @@
-"""Our model with the originals' weights gives the originals' numbers."""
+"""With the weights of the PyTorch originals, our model gives the same numbers."""
 
 from functools import partial
 
@@ -13,63 +13,63 @@ from mythos_jax.porting.pretrained import load_pretrained
 from tests.porting import golden
 
 TOLERANCE = 1e-4
-every_model = pytest.mark.parametrize("name", golden.NAMES)
+all_models = pytest.mark.parametrize("name", golden.NAMES)
 
 
 @partial(jax.jit, static_argnames=("config", "loops"))
-def scanned(config, variables, tokens, loops, **keywords):
+def run_static(config, variables, tokens, loops, **keywords):
     return Mythos(config).apply(variables, tokens, loops=loops, **keywords)
 
 
 @partial(jax.jit, static_argnames="config")
-def looped(config, variables, tokens, loops, state):
-    """The depth is traced, so that all depths compile once."""
+def run(config, variables, tokens, loops, state):
+    """The number of loops is traced, so that one compilation serves every depth."""
     return Mythos(config).apply(variables, tokens, loops=loops, initial_state=state)
 
 
 @partial(jax.jit, static_argnames=("config", "loops"))
-def decoded(config, variables, tokens, cache, state, loops):
+def decode(config, variables, tokens, cache, state, loops):
     return Mythos(config).apply(variables, tokens, cache=cache, loops=loops, initial_state=state)
 
 
-def close(got, expected):
+def assert_close(got, expected):
     assert got.shape == expected.shape
     assert np.abs(np.asarray(got) - expected).max() <= TOLERANCE
 
 
-@every_model
+@all_models
 def test_logits_at_every_loop_count(name):
     config, variables = golden.load(name)
     g = golden.arrays(name)
     assert g["loop_counts"].max() > config.loops
     for loops in g["loop_counts"]:
-        out = looped(config, variables, g["input_ids"], loops, g.get("initial_state"))
-        close(out.logits, g[f"logits_r{loops}"])
-        close(out.aux.injected_BTD, g["prelude_out"])
+        out = run(config, variables, g["input_ids"], loops, g.get("initial_state"))
+        assert_close(out.logits, g[f"logits_r{loops}"])
+        assert_close(out.aux.injected_BTD, g["prelude_out"])
         for key in (f"rec_out_r{loops}" if config.readout == "act" else f"coda_in_r{loops}", f"latent_r{loops}"):
             if key in g:
-                close(out.state, g[key])
+                assert_close(out.state, g[key])
         if config.readout == "act":
             np.testing.assert_array_equal(out.loops, g[f"n_loops_used_r{loops}"])
         if "initial_state" in g:
             zeros = np.zeros_like(g["initial_state"])
-            close(looped(config, variables, g["input_ids"], loops, zeros).logits, g[f"logits_zero_r{loops}"])
+            assert_close(run(config, variables, g["input_ids"], loops, zeros).logits, g[f"logits_zero_r{loops}"])
 
 
-@every_model
-def test_the_scan_with_its_trace(name):
+@all_models
+def test_static_depth_and_its_trace(name):
     config, variables = golden.load(name)
     g = golden.arrays(name)
     loops = int(g["loop_counts"].max())
-    out = scanned(config, variables, g["input_ids"], loops, initial_state=g.get("initial_state"))
-    close(out.logits, g[f"logits_r{loops}"])
+    out = run_static(config, variables, g["input_ids"], loops, initial_state=g.get("initial_state"))
+    assert_close(out.logits, g[f"logits_r{loops}"])
     if config.readout == "act":
-        close(out.aux.halt_probability_LBT, g["halt_p"])
-        close(out.aux.act_weight_LBT, g["act_weights"])
+        assert_close(out.aux.halt_probability_LBT, g["halt_p"])
+        assert_close(out.aux.act_weight_LBT, g["act_weights"])
         np.testing.assert_array_equal(out.loops, g[f"n_loops_used_r{loops}"])
 
 
-@every_model
+@all_models
 def test_cached_decode_and_greedy_tokens(name):
     config, variables = golden.load(name)
     g = golden.arrays(name)
@@ -80,38 +80,38 @@ def test_cached_decode_and_greedy_tokens(name):
     def state(first, last, zero=False):
         if "initial_state" not in g:
             return None
-        given = g["initial_state"][:, first:last]
-        return np.zeros_like(given) if zero else given
+        initial = g["initial_state"][:, first:last]
+        return np.zeros_like(initial) if zero else initial
 
-    def empty():
+    def empty_cache():
         return init_cache(config, rows, length + g["greedy_tokens"].shape[1], loops)
 
-    out = decoded(config, variables, tokens[:, :start], empty(), state(0, start), loops)
+    out = decode(config, variables, tokens[:, :start], empty_cache(), state(0, start), loops)
     logits = [out.logits[:, -1]]
     for i in range(start, length):
-        out = decoded(config, variables, tokens[:, i : i + 1], out.cache, state(i, i + 1), loops)
+        out = decode(config, variables, tokens[:, i : i + 1], out.cache, state(i, i + 1), loops)
         logits.append(out.logits[:, 0])
-    close(np.stack(logits, 1), g["cached_logits"])
+    assert_close(np.stack(logits, 1), g["cached_logits"])
 
-    out = decoded(config, variables, tokens, empty(), state(0, length, zero=True), loops)
-    logits, chosen = [], []
+    out = decode(config, variables, tokens, empty_cache(), state(0, length, zero=True), loops)
+    logits, greedy_tokens = [], []
     for _ in range(g["greedy_tokens"].shape[1]):
         logits.append(out.logits[:, -1])
-        chosen.append(out.logits[:, -1].argmax(-1).astype(jnp.int32))
-        out = decoded(config, variables, chosen[-1][:, None], out.cache, state(0, 1, zero=True), loops)
-    np.testing.assert_array_equal(np.stack(chosen, 1), g["greedy_tokens"])
-    close(np.stack(logits, 1), g["greedy_logits"])
+        greedy_tokens.append(out.logits[:, -1].argmax(-1).astype(jnp.int32))
+        out = decode(config, variables, greedy_tokens[-1][:, None], out.cache, state(0, 1, zero=True), loops)
+    np.testing.assert_array_equal(np.stack(greedy_tokens, 1), g["greedy_tokens"])
+    assert_close(np.stack(logits, 1), g["greedy_logits"])
 
 
-def test_value_embeddings_act_where_gate_and_table_meet():
+def test_value_gates_and_tables_are_in_the_layers_of_the_original():
     config, _ = golden.load("parcae")
     assert config.value_gate_layers == (0, 2, 4, 5)
     assert config.value_table_layers == (0, 2, 4, 6)
 
 
-def test_a_trainers_checkpoint():
+def test_checkpoint_of_the_openmythos_trainer():
     config, variables = load_pretrained(golden.FOLDER / "openmythos_trainer" / "checkpoint.pt")
     g = golden.arrays("openmythos_trainer")
     assert (config.dim, config.rope_theta, config.lora_rank, config.loops) == (32, 10000.0, 2, 3)
     for loops in (1, 3, 5):
-        close(looped(config, variables, g["input_ids"], loops, None).logits, g[f"logits_r{loops}"])
+        assert_close(run(config, variables, g["input_ids"], loops, None).logits, g[f"logits_r{loops}"])

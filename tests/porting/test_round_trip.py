@@ -1,4 +1,4 @@
-"""There and back again, bit by bit; what a format cannot express is said, not lost."""
+"""Round trips are exact bit by bit, and what a format cannot express is an error."""
 
 import json
 from dataclasses import replace
@@ -20,26 +20,26 @@ from mythos_jax.porting.reading import VariablesSource
 from tests import tiny
 from tests.porting import golden
 
-every_model = pytest.mark.parametrize("name", golden.NAMES)
+all_models = pytest.mark.parametrize("name", golden.NAMES)
 
 
-def tensors(directory):
+def read_tensors(directory):
     return {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def assert_same_bits(one, other):
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-        assert array.dtype == other[name].dtype
-        assert array.shape == other[name].shape
-        assert array.tobytes() == other[name].tobytes(), name
+def assert_same_bits(got, expected):
+    assert got.keys() == expected.keys()
+    for name, array in got.items():
+        assert array.dtype == expected[name].dtype
+        assert array.shape == expected[name].shape
+        assert array.tobytes() == expected[name].tobytes(), name
 
 
-@every_model
-def test_file_to_variables_to_file(name, tmp_path):
+@all_models
+def test_load_and_save(name, tmp_path):
     config, variables = golden.load(name)
     save_pretrained(tmp_path / "back", config, variables, golden.FAMILY[name])
-    assert_same_bits(tensors(tmp_path / "back"), tensors(golden.FOLDER / name))
+    assert_same_bits(read_tensors(tmp_path / "back"), read_tensors(golden.FOLDER / name))
     again, _ = load_pretrained(tmp_path / "back")
     assert again == config
     written = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -47,48 +47,48 @@ def test_file_to_variables_to_file(name, tmp_path):
     assert written["tied"] == golden.fields(name)["tied"]
 
 
-@every_model
-def test_convert_there_and_back(name, tmp_path):
+@all_models
+def test_convert_round_trip(name, tmp_path):
     family = golden.FAMILY[name]
-    there = convert(golden.FOLDER / name, tmp_path / "ours", "mythos_jax", progress=False)
+    to_ours = convert(golden.FOLDER / name, tmp_path / "ours", "mythos_jax", progress=False)
     back = convert(tmp_path / "ours", tmp_path / "back", family, progress=False)
-    original = tensors(golden.FOLDER / name)
-    assert_same_bits(tensors(tmp_path / "back"), original)
-    assert there.ok
-    assert there.coverage.used == len(original) == len(back.tensors)
+    original = read_tensors(golden.FOLDER / name)
+    assert_same_bits(read_tensors(tmp_path / "back"), original)
+    assert to_ours.ok
+    assert to_ours.coverage.used == len(original) == len(back.tensors)
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["family"] == "mythos_jax"
     _, variables = golden.load(name)
     assert_same_bits(
-        {k: np.asarray(v) for k, v in flatten_dict(variables, sep=".").items()}, tensors(tmp_path / "ours")
+        {k: np.asarray(v) for k, v in flatten_dict(variables, sep=".").items()}, read_tensors(tmp_path / "ours")
     )
     count = sum(a.size for k, a in original.items() if not k.endswith("router_bias"))
-    assert f"parameters: {count:,}" in format_report(there)
-    assert json.loads(json.dumps(report_as_json(there)))["parameters"] == count
+    assert f"parameters: {count:,}" in format_report(to_ours)
+    assert json.loads(json.dumps(report_as_json(to_ours)))["parameters"] == count
 
 
 def test_shards_and_stored_dtypes(tmp_path):
-    """bfloat16 stays bfloat16; many small shards hold what one file does."""
+    """bfloat16 stays bfloat16, and many small shards hold the same tensors as one file."""
     source = tmp_path / "bf16"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(golden.fields("huginn")))
     (source / "tokenizer.json").write_text("{}")
-    low = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors(golden.FOLDER / "huginn").items()}
+    low = {k: v.astype(ml_dtypes.bfloat16) for k, v in read_tensors(golden.FOLDER / "huginn").items()}
     save_file(low, source / "model.safetensors")
     convert(source, tmp_path / "ours", "mythos_jax", shard_bytes=50_000, progress=False)
     assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 3
     report = convert(tmp_path / "ours", tmp_path / "back", "huginn", progress=False)
-    assert_same_bits(tensors(tmp_path / "back"), low)
+    assert_same_bits(read_tensors(tmp_path / "back"), low)
     assert report.tokenizer
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
     _, variables = load_pretrained(tmp_path / "ours")
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
 
 
-def test_both_names_of_a_tied_head(tmp_path):
+def test_tied_head_under_both_names(tmp_path):
     source = tmp_path / "both"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(golden.fields("openmythos_gqa")))
-    both = tensors(golden.FOLDER / "openmythos_gqa")
+    both = read_tensors(golden.FOLDER / "openmythos_gqa")
     both["head.weight"] = both["embed.weight"].copy()
     both["freqs_cis"] = np.zeros((4, 4), np.float32)
     save_file(both, source / "model.safetensors")
@@ -109,7 +109,7 @@ def test_both_names_of_a_tied_head(tmp_path):
 
 
 @pytest.mark.parametrize("config", [tiny.GQA, tiny.MLA, tiny.HUGINN, tiny.PARCAE], ids=lambda c: c.injection)
-def test_native_keeps_every_config(config, tmp_path):
+def test_our_format_keeps_every_config(config, tmp_path):
     variables = tiny.variables(config)
     save_pretrained(tmp_path / "model", config, variables)
     again, loaded = load_pretrained(tmp_path / "model", host=True)
@@ -125,7 +125,7 @@ def test_boxed_variables_are_unboxed(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, nn.unbox(boxed))
 
 
-def test_every_feature_that_the_original_lacks_is_listed(tmp_path):
+def test_all_inexpressible_features_are_listed(tmp_path):
     config, variables = golden.load("openmythos_gqa")
     repaired = replace(config, act_remainder=True, freeze_halted=True, state_norm=True, loop_embedding_scale=0.5)
     with pytest.raises(ConfigError, match="openmythos cannot express") as error:
@@ -137,7 +137,7 @@ def test_every_feature_that_the_original_lacks_is_listed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_family_expresses_another(tmp_path):
+def test_families_cannot_express_each_other(tmp_path):
     for name in golden.NAMES:
         config, variables = golden.load(name)
         for family in {*golden.FAMILY.values()} - {golden.FAMILY[name]}:
@@ -147,7 +147,7 @@ def test_no_family_expresses_another(tmp_path):
         save_pretrained(tmp_path / "out", config, variables, "gguf")
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_existing_paths_are_refused(tmp_path):
     config, variables = golden.load("huginn")
     with pytest.raises(ConfigError, match="exists already"):
         save_pretrained(tmp_path, config, variables, "huginn")
@@ -157,26 +157,26 @@ def test_nothing_is_overwritten(tmp_path):
         convert(golden.FOLDER / "huginn", tmp_path / "model.safetensors", "mythos_jax")
 
 
-def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_, **__):
+def test_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
+    def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mythos_jax.porting.writing.save_file", full)
+    monkeypatch.setattr("mythos_jax.porting.writing.save_file", disk_full)
     config, variables = golden.load("huginn")
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(tmp_path / "out", config, variables)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_in_memory_converts_with_a_report(tmp_path):
+def test_model_in_memory_is_converted(tmp_path):
     config, variables = golden.load("parcae")
     report = convert(VariablesSource(config, variables, "runs/x"), tmp_path / "out", "parcae", progress=False)
     assert report.ok
     assert "runs/x (mythos_jax) -> " in format_report(report)
-    assert_same_bits(tensors(tmp_path / "out"), tensors(golden.FOLDER / "parcae"))
+    assert_same_bits(read_tensors(tmp_path / "out"), read_tensors(golden.FOLDER / "parcae"))
 
 
-def test_variables_of_another_model(tmp_path):
+def test_variables_that_do_not_fit_the_config(tmp_path):
     config, variables = golden.load("huginn")
     with pytest.raises(ConfigError, match=r"variables: its tensors do not fit its config .*missing: params\.coda_1"):
         save_pretrained(tmp_path / "out", replace(config, coda_layers=2), variables)

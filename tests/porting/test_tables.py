@@ -1,14 +1,17 @@
-"""The tables themselves, and the published parameter counts that they and the configs must give."""
+"""Rows and tables, and the published parameter counts that the configs and tables must reproduce."""
 
 import math
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from mythos_jax.config import load_config
-from mythos_jax.porting.families import FAMILIES, inexpressible, parameter_shapes
-from mythos_jax.porting.tables import LINEAR, SAME, TO_HEADS, Table, beside, cut, one, stack
+from mythos_jax.porting.families import FAMILIES
+from mythos_jax.porting.family import parameter_shapes
+from mythos_jax.porting.layouts import FROM_HEADS, LINEAR, SAME, TO_HEADS, to_ours, to_theirs
+from mythos_jax.porting.tables import Table, concat, rename, split, stack, with_prefix
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PUBLISHED = {
@@ -36,15 +39,15 @@ def test_published_parameter_counts(name):
     family = FAMILIES[{"mythos": "openmythos"}.get(name.split("_")[0], name.split("_")[0])]
     shapes = parameter_shapes(config)
     assert sum(math.prod(shape) for path, shape in shapes.items() if path.startswith("params.")) == PUBLISHED[name]
-    # The original can express each, and its tensors hold as many numbers as ours.
-    assert inexpressible(family, config) == []
+    # The original can express each of them, and its tensors hold as many numbers as ours.
+    assert family.inexpressible(config) == []
     theirs = family.table(config).their_shapes
     bias = sum(math.prod(shape) for path, shape in shapes.items() if path.startswith("balance."))
     assert sum(map(math.prod, theirs.values())) == PUBLISHED[name] + bias
 
 
 def test_layouts_of_large_models():
-    """Shapes written down in the originals' own files."""
+    """Shapes that the originals' own files state."""
     huginn = FAMILIES["huginn"].table(load_config(CONFIGS / "huginn_0125.yaml").model).their_shapes
     assert huginn["transformer.core_block.3.attn.Wqkv.weight"] == (15840, 5280)
     assert huginn["transformer.coda.1.attn.qk_bias"] == (2, 1, 55, 96)
@@ -59,18 +62,18 @@ def test_layouts_of_large_models():
 
 H, K, D, E = 3, 2, 5, 4
 ROWS = {
-    "one": (one("a", "x", TO_HEADS), {"x": (D, H, K)}, {"a": (H * K, D)}),
-    "same": (one("a", "x", SAME), {"x": (D,)}, {"a": (D,)}),
-    "cut": (cut("a", ["x", "y"], TO_HEADS), {"x": (D, H, K), "y": (D, 1, K)}, {"a": (H * K + K, D)}),
-    "cut bias": (cut("a", ["x", "y"], "1 1 h k -> h k"), {"x": (H, K), "y": (H, K)}, {"a": (2, 1, H, K)}),
-    "beside": (beside(["a", "b"], "x", TO_HEADS, 2, (2, 4)), {"x": (D, H, 6)}, {"a": (H * 2, D), "b": (H * 4, D)}),
+    "rename": (rename("a", "x", TO_HEADS), {"x": (D, H, K)}, {"a": (H * K, D)}),
+    "same layout": (rename("a", "x", SAME), {"x": (D,)}, {"a": (D,)}),
+    "split": (split("a", ["x", "y"], TO_HEADS), {"x": (D, H, K), "y": (D, 1, K)}, {"a": (H * K + K, D)}),
+    "split bias": (split("a", ["x", "y"], "1 1 h k -> h k"), {"x": (H, K), "y": (H, K)}, {"a": (2, 1, H, K)}),
+    "concat": (concat(["a", "b"], "x", TO_HEADS, 2, (2, 4)), {"x": (D, H, 6)}, {"a": (H * 2, D), "b": (H * 4, D)}),
     "stack": (stack(["a", "b"], "x", LINEAR), {"x": (2, D, E)}, {"a": (E, D), "b": (E, D)}),
     "stack of one": (stack(["a"], "x", LINEAR), {"x": (1, D, E)}, {"a": (E, D)}),
 }
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_rows_go_both_ways(case):
+def test_rows_in_both_directions(case):
     row, ours, theirs = ROWS[case]
     table = Table([row], ours)
     assert table.their_shapes == theirs
@@ -78,21 +81,38 @@ def test_rows_go_both_ways(case):
     arrays = {name: random.standard_normal(shape) for name, shape in theirs.items()}
     read = {path: table.read(path, arrays.__getitem__) for path in ours}
     assert {path: array.shape for path, array in read.items()} == ours
-    written = dict(table.write(row, read.__getitem__))
+    written = dict(row.write(read.__getitem__))
     assert written.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(written[name], array)
 
 
-def test_heads_are_rows_of_the_original():
+@pytest.mark.parametrize("layout", [LINEAR, FROM_HEADS, TO_HEADS])
+def test_layouts_keep_every_bit(layout):
+    """Values are moved, never computed: NaNs keep their payload, and bfloat16 is not widened."""
+    shape = (D, E) if layout == LINEAR else (H, K, D) if layout == FROM_HEADS else (D, H, K)
+    bits = np.random.default_rng(0).integers(0, 2**16, shape, np.uint16)
+    ours = bits.view(ml_dtypes.bfloat16)
+    again = to_ours(layout, to_theirs(layout, ours), shape)
+    assert again.dtype == ours.dtype
+    np.testing.assert_array_equal(again.view(np.uint16), bits)
+
+
+def test_prefixes():
+    (row,) = with_prefix([split("qk", ["q", "k"], LINEAR)], "block.0.", "params.layer_0.")
+    assert row.theirs == ("block.0.qk",)
+    assert row.ours == ("params.layer_0.q", "params.layer_0.k")
+
+
+def test_order_of_heads_and_channels():
     """Head h of a projection is rows h K to h K + K of the [out, in] weight."""
-    table = Table([ROWS["one"][0]], ROWS["one"][1])
+    table = Table([ROWS["rename"][0]], ROWS["rename"][1])
     weight = np.arange(H * K * D).reshape(H * K, D)
     ours = table.read("x", {"a": weight}.__getitem__)
     for head in range(H):
         np.testing.assert_array_equal(ours[:, head], weight[head * K : (head + 1) * K].T)
 
 
-def test_a_table_that_does_not_fit_the_model():
+def test_table_that_does_not_fit_the_model():
     with pytest.raises(AssertionError, match="does not fit the model"):
-        Table([one("a", "x")], {"x": (1,), "y": (1,)})
+        Table([rename("a", "x")], {"x": (1,), "y": (1,)})

@@ -1,0 +1,116 @@
+"""What a weight format consists of: a table of tensors, a `config.json`, and the tensors it is detected by."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+from flax.traverse_util import flatten_dict
+
+from mythos_jax.config import ModelConfig
+from mythos_jax.errors import ConfigError
+from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.porting.fields import Fields
+from mythos_jax.porting.layouts import Shape
+from mythos_jax.porting.tables import Row, Table
+from mythos_jax.typed import differences, to_dict
+
+# Fields that do not change what given weights compute: how the program runs, and how weights are initialised.
+EXECUTION_FIELDS = ("dtype", "remat", "expert_exchange")
+INITIALIZATION_FIELDS = ("init_std", "output_init")
+# What `config_json` adds to the format's own fields.
+ADDED_FIELDS = ("family", "tied")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A weight format.
+
+    rows: the rows of a model's table. to_model: fields of `ModelConfig` from the format's own; from_model: the
+    reverse, correct only for models that the format can express. config_fields: the names of the format's own fields.
+    signature: tensors that together occur in files of this format only. tied: aliases of stored tensors, as alias to
+    stored name. buffers: tensors that are recomputed here and not read.
+    """
+
+    name: str
+    rows: Callable[[ModelConfig], list[Row]]
+    to_model: Callable[[Fields], dict[str, Any]]
+    from_model: Callable[[ModelConfig], dict[str, Any]]
+    config_fields: tuple[str, ...]
+    signature: tuple[str, ...]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+
+    def table(self, config: ModelConfig) -> Table:
+        return Table(self.rows(config), parameter_shapes(config))
+
+    def model_config(self, fields: Mapping[str, Any], where: str) -> ModelConfig:
+        """The config that a `config.json` describes. Raises ConfigError, naming `where` and the field."""
+        own_fields = {name: value for name, value in fields.items() if name not in ADDED_FIELDS}
+        try:
+            return self.parse_config(own_fields, where)
+        except ConfigError as error:
+            message = str(error)
+            raise ConfigError(message if message.startswith(where) else f"{where}: {message}") from None
+
+    def parse_config(self, fields: Mapping[str, Any], where: str) -> ModelConfig:
+        return ModelConfig(**self.to_model(Fields(fields, where, self.config_fields)))
+
+    def config_json(self, config: ModelConfig) -> dict[str, Any]:
+        """The contents of `config.json`. Raises ConfigError that lists everything the format cannot express."""
+        problems = self.inexpressible(config)
+        if problems:
+            raise ConfigError(f"{self.name} cannot express {'; '.join(problems)}")
+        return {"family": self.name, **self.from_model(config), "tied": dict(self.tied)}
+
+    def inexpressible(self, config: ModelConfig) -> list[str]:
+        """The fields that the format cannot express: those that do not survive a round trip through its config."""
+        fields = Fields(self.from_model(config), self.name, self.config_fields)
+        round_trip = {**to_dict(ModelConfig()), **self.to_model(fields)}
+        round_trip = {name: list(value) if isinstance(value, tuple) else value for name, value in round_trip.items()}
+        changed = differences(_effective_fields(to_dict(config)), _effective_fields(round_trip))
+        return [
+            f"model.{name}: {json.dumps(ours)} (the format implies {json.dumps(theirs)})"
+            for name, (ours, theirs) in changed.items()
+        ]
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Shapes of all variables by dotted path, `params.…` and `balance.…`."""
+    variables = nn.unbox(abstract_variables(config))
+    return {path: leaf.shape for path, leaf in flatten_dict(variables, sep=".").items()}
+
+
+def _effective_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that affect what the weights compute, with derived defaults filled in."""
+    fields = dict(fields)
+    fields["head_dim"] = fields["head_dim"] or fields["dim"] // fields["n_heads"]
+    fields["loop_hidden_dim"] = fields["loop_hidden_dim"] or fields["hidden_dim"]
+    fields["shared_expert_dim"] = fields["shared_expert_dim"] or fields["expert_dim"]
+    fields["lora_loops"] = fields["lora_loops"] or fields["loops"]
+    excluded = {*EXECUTION_FIELDS, *INITIALIZATION_FIELDS, *_unused_fields(fields)}
+    return {name: value for name, value in fields.items() if name not in excluded}
+
+
+def _unused_fields(fields: Mapping[str, Any]) -> list[str]:
+    """The fields that have no effect because the feature they belong to is off."""
+    unused: list[str] = []
+    if fields["attention"] == "gqa":
+        unused += ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+    else:
+        unused += ["n_kv_heads", "head_dim", "qk_norm", "qk_bias"]
+    if fields["feed_forward"] == "dense":
+        unused += ["n_experts", "experts_per_token", "expert_dim", "n_shared_experts", "shared_expert_dim"]
+    else:
+        unused += ["loop_hidden_dim"]
+        unused += [] if fields["n_shared_experts"] else ["shared_expert_dim"]
+    if not fields["loop_embedding"]:
+        unused += ["loop_embedding_scale"]
+    if not fields["lora_rank"]:
+        unused += ["lora_loops"]
+    if fields["readout"] != "act":
+        unused += ["act_threshold", "act_remainder", "freeze_halted"]
+    if not fields["prelude_layers"] + fields["coda_layers"]:
+        unused += ["hidden_dim"]
+    return unused

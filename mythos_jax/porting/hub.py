@@ -1,0 +1,40 @@
+"""From the name of a model to a local path: models on the Hugging Face hub are downloaded."""
+
+import re
+from pathlib import Path
+
+from mythos_jax.errors import ConfigError, one_line
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve(path: str | Path) -> Path:
+    """The local file or directory; a string `owner/name` that is not a local path is downloaded from the hub."""
+    local = Path(path)
+    if local.exists():
+        return local
+    if isinstance(path, str) and HUB_ID.fullmatch(path) and not local.parent.exists():
+        return _download(path)
+    raise ConfigError(f"{path}: no such file or directory, and not a Hugging Face id (owner/name)")
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # failures are reported once, below
+    try:
+        names = [file.rfilename for file in HfApi().model_info(repository).siblings or []]
+        weights = ["*.safetensors"] if any(name.endswith(".safetensors") for name in names) else ["*.bin", "*.pt"]
+        return Path(snapshot_download(repository, allow_patterns=["*.json", *weights]))
+    except Exception as error:  # of many types: no network, no such repository, no permission to see it
+        try:
+            return Path(snapshot_download(repository, local_files_only=True))  # downloaded earlier
+        except Exception:
+            raise ConfigError(
+                f"{repository}: not a local path, and it cannot be fetched from the Hugging Face hub "
+                f"({type(error).__name__}: {one_line(error, 160)})"
+            ) from None
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,46 @@
+"""Axis layouts: einops patterns from the reference's axes to ours, applied in both directions.
+
+`(h k) d -> d h k` splits their first axis into heads and channels and moves the input axis to the front. Values are
+only moved, never computed, so a round trip is exact in every dtype.
+"""
+
+from functools import cache
+
+import numpy as np
+from einops import parse_shape, rearrange
+
+Shape = tuple[int, ...]
+
+SAME = ""
+# PyTorch stores a linear map as [out, in]; ours are [in, out].
+LINEAR = "d_out d_in -> d_in d_out"
+TO_HEADS = "(h k) d -> d h k"
+FROM_HEADS = "d (h k) -> h k d"
+
+
+def to_ours(layout: str, array: np.ndarray, our_shape: Shape) -> np.ndarray:
+    """Their array in our layout, where it has the shape `our_shape`."""
+    if layout == SAME:
+        return array
+    # einops cannot infer both factors of their `(h k)`; our shape has every axis on its own.
+    _, our_axes = layout.split("->")
+    return rearrange(array, layout, **parse_shape(_placeholder(our_shape), our_axes))
+
+
+def to_theirs(layout: str, array: np.ndarray) -> np.ndarray:
+    """Our array in their layout."""
+    if layout == SAME:
+        return array
+    their_axes, our_axes = layout.split("->")
+    return rearrange(array, f"{our_axes} -> {their_axes}")
+
+
+@cache
+def their_shape(layout: str, our_shape: Shape) -> Shape:
+    """The shape that an array of `our_shape` has in their layout."""
+    return to_theirs(layout, _placeholder(our_shape)).shape
+
+
+def _placeholder(shape: Shape) -> np.ndarray:
+    """An array with a shape but no memory of its own: all its strides are zero."""
+    return np.broadcast_to(np.float32(0), shape)
