@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A pod on this machine: PROCESSES (2) processes of DEVICES (4) CPU devices each, connected over gloo.
+# A run on this machine: PROCESSES (2) processes with DEVICES (4) CPU devices each, connected over gloo.
 #
 #     launch/local.sh [--dry-run] configs/quickstart.yaml --training.steps 50
 #
@@ -15,6 +15,6 @@ dry=()
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$SHARED/compiled}
 
 [ -z "${TOPOLOGY:-}" ] || preflight
-exec "${PYTHON:-python3}" -m mythos_jax.pod --processes "${PROCESSES:-2}" --devices "${DEVICES:-4}" \
+exec "${PYTHON:-python3}" "$(dirname "$0")/local_processes.py" --processes "${PROCESSES:-2}" --devices "${DEVICES:-4}" \
     --restarts "$RESTARTS" --grace "$GRACE" "${dry[@]}" \
     train "$CONFIG" --workdir "$SHARED/runs/$NAME" "${OVERRIDES[@]}"

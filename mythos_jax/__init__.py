@@ -5,7 +5,7 @@ The public names, imported when first used: the model needs jax and flax alone, 
 
 import importlib
 
-__version__ = "0.2.0"
+from mythos_jax.version import __version__
 
 _HOME = {
     "Halting": "model.halting",
@@ -18,7 +18,7 @@ _HOME = {
     "train": "training.train",
 }
 
-__all__ = [*_HOME]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str):

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from mythos_jax import __version__
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import to_path
+from mythos_jax.version import __version__
 from mythos_jax.typed import (
     Formerly,
     Section,

@@ -30,7 +30,8 @@ class Interrupted(Exception):
     """A signal asked the run to stop; it saved first. `signal` says which."""
 
     def __init__(self, number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, saved; the same command goes on")
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} after step {step}; checkpoint saved, run the same command to resume")
         self.signal = number
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from mythos_jax.cli import main
 from mythos_jax.inference.generate import GenerateResult
 from mythos_jax.porting.pretrained import load_pretrained
 from mythos_jax.runs.load import load_model
+from mythos_jax.version import __version__
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = {
@@ -72,7 +75,7 @@ def test_generate_and_info(place, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("doc")
     # A key and a value of 16 float32 in two layers and two loops of a third.
-    assert re.search(r"^mythos: [1-4] tokens, 2.00 loops a token, (.* tokens/s, )?512 bytes of cache a token$", err)
+    assert re.search(r"^mythos: [1-4] tokens, 2.00 loops per token, (.* tokens/s, )?512 bytes of cache per token$", err)
     assert main(["info", str(place / "run")]) == 0
     assert "parameters: " in capsys.readouterr().out
 
@@ -124,7 +127,7 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
         (["eval", "{text}"], "weight files"),
         (["eval", "nothing-here"], "nothing-here: no such file or directory"),
         (["eval", "{run}", "--step", "7"], "no checkpoint of step 7; allowed: 2"),
-        (["eval", "{run}", "--loops", "1,x"], "got '1,x', allowed: integers >= 1 with commas between"),
+        (["eval", "{run}", "--loops", "1,x"], "got '1,x', allowed: integers >= 1, separated by commas"),
         (["eval", "{run}", "--halting", "latent:0.1,latent:x"], "got 'latent:x', allowed: CRITERION:THRESHOLD"),
         (["eval", "{run}", "--loops", "4-1"], "got '4-1', allowed: integers >= 1"),
         (
@@ -140,10 +143,13 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
         (["generate", "{run}", "x", "--max-new-tokens", "4", "--loop-cache-slots", "0"], "loop_cache_slots: got 0"),
         (["generate", "{run}", "x", "--max-new-tokens", "4", "--prefill-chunk", "0"], "prefill_chunk: got 0"),
         (["eval", "{run}", "--data", "{text}"], "has no manifest.json"),
-        (["eval", "{run}", "--nonsense"], "'--nonsense', which `mythos eval` does not know"),
+        (["eval", "{run}", "--nonsense"], "unknown argument '--nonsense' for `mythos eval`"),
         (["generate", "{run}", "x" * 40], "max_seq_len"),
         (["generate", "{run}", "x", "--max-new-tokens", "4", "--top-k", "1000"], "top_k"),
         (["generate", "{run}", "x", "--max-new-tokens", "4", "--temperature", "-1"], "temperature"),
+        (["evl", "{run}"], "mythos: unknown command 'evl'; did you mean eval?"),
+        (["serve"], "mythos: unknown command 'serve'; allowed: train, eval, generate, "),
+        (["predictor", "{run}"], "mythos: `mythos predictor` is now `mythos train-predictor`"),
         (["data", "prepare", "nowhere", "--out", "{text}/../new"], "nowhere"),
         (["convert", "{run}", "{text}/../o", "--to", "gguf"], "format: got 'gguf', allowed: mythos_jax, openmythos"),
         (["convert", "{run}", "{text}/../o", "--to", "openmythos"], "openmythos cannot express"),
@@ -153,6 +159,23 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
 def test_wrong_input_is_one_line_and_exit_code_2(place, capsys, words, line):
     names = {"config": place / "tiny.yaml", "run": place / "run", "text": place / "text"}
     assert line in fails(capsys, [word.format(**names) for word in words])
+
+
+def test_version_and_help_start_without_jax():
+    code = """
+import sys
+sys.modules["jax"] = sys.modules["numpy"] = None  # importing it raises
+from mythos_jax.cli import COMMANDS, main
+for words in [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)]:
+    try:
+        main(words)
+    except SystemExit as stop:
+        assert stop.code == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[0] == f"mythos {__version__}"
+    module = subprocess.run([sys.executable, "-m", "mythos_jax", "--version"], capture_output=True, text=True)
+    assert module.stdout == f"mythos {__version__}\n"
 
 
 def test_debug_shows_where(capsys):

@@ -1,4 +1,4 @@
-"""Two processes of four devices each, as one run: started, stopped, started again, and read elsewhere."""
+"""Two processes of four devices each, as one run: started, stopped, restarted, and its checkpoints read elsewhere."""
 
 import json
 import os
@@ -13,19 +13,19 @@ import jax
 import numpy as np
 import pytest
 
+from launch.local_processes import combined_exit_code, main
 from mythos_jax.cluster import Cluster, find_cluster
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig, TrainingConfig, save_config
 from mythos_jax.errors import ConfigError
-from mythos_jax.pod import main as pod
-from mythos_jax.pod import verdict
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import init_state
 from mythos_jax.training.train import train
 from tests.training.conftest import use_devices
 
+LAUNCHER = Path(__file__).parents[1] / "launch" / "local_processes.py"
 CONFIG = Config(
-    name="pod",
+    name="two",
     model=ModelConfig(
         vocab_size=16,
         dim=16,
@@ -58,27 +58,27 @@ def plain_checksums(tree):
     return sums
 
 
-def test_sigterm_to_one_process_stops_both_and_the_pod_goes_on(tmp_path, monkeypatch):
-    file, workdir = tmp_path / "pod.yaml", tmp_path / "run"
+def test_sigterm_to_one_process_stops_both_and_they_resume(tmp_path, monkeypatch):
+    file, workdir = tmp_path / "two.yaml", tmp_path / "run"
     save_config(CONFIG, file)
-    command = [sys.executable, "-m", "mythos_jax.pod", "--processes", "2", "--devices", "4", "--restarts", "1"]
+    command = [sys.executable, str(LAUNCHER), "--processes", "2", "--devices", "4", "--restarts", "1"]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         process = subprocess.Popen([*command, "train", str(file), "--workdir", str(workdir)], stdout=out, stderr=err)
     end = time.time() + 200
     while 1 not in losses(workdir) and process.poll() is None and time.time() < end:
         time.sleep(0.01)
-    second = re.search(r"pod: started \d+, (\d+)", (tmp_path / "err").read_text())[1]
+    second = re.search(r"local_processes: started \d+, (\d+)", (tmp_path / "err").read_text())[1]
     os.kill(int(second), signal.SIGTERM)
     process.wait(timeout=200)
     output, errors = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
 
     assert process.returncode == 0, errors
-    assert "pod: processes ended with 42, 42" in errors
-    assert "starting again, 1 of at most 1 times" in errors
+    assert "local_processes: processes ended with 42, 42" in errors
+    assert "restart 1 of at most 1" in errors
     steps = Checkpoints(workdir / "checkpoints", read_only=True).steps()
     assert len(steps) == 2
     assert 1 < steps[0] < steps[1] == CONFIG.training.steps
-    assert f"stopped by SIGTERM after step {steps[0]}, saved" in errors
+    assert f"stopped by SIGTERM after step {steps[0]}; checkpoint saved" in errors
     assert f"resuming {workdir} after step {steps[0]}" in errors
     assert "Traceback" not in errors
     # One process speaks.
@@ -157,15 +157,15 @@ def test_a_variable_that_is_no_number_is_named():
         find_cluster({"JAX_NUM_PROCESSES": "two"})
 
 
-def test_the_pod_restarts_what_can_go_on():
-    assert verdict([0, 0]) == 0
-    assert verdict([42, 42]) == verdict([-9, 42]) == verdict([0, -6]) == 42
-    assert verdict([42, 1]) == 1
-    assert verdict([2, 1, -9]) == 2
+def test_what_is_restarted():
+    assert combined_exit_code([0, 0]) == 0
+    assert combined_exit_code([42, 42]) == combined_exit_code([-9, 42]) == combined_exit_code([0, -6]) == 42
+    assert combined_exit_code([42, 1]) == 1
+    assert combined_exit_code([2, 1, -9]) == 2
 
 
 def test_dry_run_starts_nothing(capsys, tmp_path):
-    assert pod(["--processes", "2", "--dry-run", "train", "c.yaml", "--workdir", str(tmp_path / "w")]) == 0
+    assert main(["--processes", "2", "--dry-run", "train", "c.yaml", "--workdir", str(tmp_path / "w")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [f"JAX_PROCESS_ID={i}" in line for i, line in enumerate(lines[:2])] == [True, True]
     assert not (tmp_path / "w").exists()

@@ -21,7 +21,7 @@ from mythos_jax.sharding import use_mesh
 REPLACEMENT, UNFINISHED = "\ufffd", 3
 
 
-class Spelling:
+class StreamingDetokenizer:
     """Text of tokens that come bit by bit: a character whose last bytes are still to come is held back."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -42,7 +42,7 @@ class Spelling:
 
 
 @dataclass
-class Spent:
+class GenerationStats:
     """What a text took. tokens, seconds: from the third piece on, when all programs are compiled."""
 
     cache_bytes_per_token: int
@@ -53,13 +53,13 @@ class Spent:
     accepted: int = 0
 
     def __str__(self) -> str:
-        mean = f"{np.mean(self.loops):.2f} loops a token, " if self.loops else ""
+        mean = f"{np.mean(self.loops):.2f} loops per token, " if self.loops else ""
         speed = f"{self.tokens / self.seconds:.1f} tokens/s, " if self.tokens else ""
         drafts = f"{self.accepted / self.drafted:.0%} of drafts accepted, " if self.drafted else ""
-        return f"{len(self.loops)} tokens, {mean}{drafts}{speed}{self.cache_bytes_per_token:,} bytes of cache a token"
+        return f"{len(self.loops)} tokens, {mean}{drafts}{speed}{self.cache_bytes_per_token:,} bytes of cache per token"
 
 
-def tell(
+def stream_text(
     loaded: LoadedModel,
     prompt: str,
     tokenizer: str | None = None,
@@ -67,7 +67,7 @@ def tell(
     loops: int | None = None,
     loop_cache_slots: int | None = None,
     **keywords: Any,
-) -> tuple[Iterator[str], Spent]:
+) -> tuple[Iterator[str], GenerationStats]:
     """What the model continues the prompt with, up to its end-of-document token, in pieces as they are decoded; and
     what it takes, counted while the pieces are asked for. Other keywords as in `generate`, or, with
     `draft_loops`, as in `speculate`.
@@ -88,10 +88,10 @@ def tell(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     depth = loops or loaded.config.model.loops
-    spent = Spent(cache_bytes(loaded.config.model, min(loop_cache_slots or depth, depth)))
+    spent = GenerationStats(cache_bytes(loaded.config.model, min(loop_cache_slots or depth, depth)))
 
     def texts() -> Iterator[str]:
-        spelling, started = Spelling(reader), 0.0
+        spelling, started = StreamingDetokenizer(reader), 0.0
         for i, piece in enumerate(_on_mesh(loaded, pieces)):
             n = int(piece.lengths[0])
             if i > 1:
@@ -117,7 +117,7 @@ def _on_mesh(loaded: LoadedModel, pieces: Iterator[Any]) -> Iterator[Any]:
         yield piece
 
 
-def complete(loaded: LoadedModel, prompt: str, tokenizer: str | None = None, **keywords: Any) -> str:
-    """All that `tell` tells, as one text."""
-    texts, _ = tell(loaded, prompt, tokenizer, **keywords)
+def generate_text(loaded: LoadedModel, prompt: str, tokenizer: str | None = None, **keywords: Any) -> str:
+    """All that `stream_text` yields, as one text."""
+    texts, _ = stream_text(loaded, prompt, tokenizer, **keywords)
     return "".join(texts)

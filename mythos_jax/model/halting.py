@@ -61,6 +61,19 @@ class Halting:
             if isinstance(value, int | float) and not (math.isfinite(value) and value >= lowest):
                 raise ConfigError(f"halting {name}: got {value}, allowed: a number >= {int(lowest)}")
 
+    @classmethod
+    def parse(cls, text: str) -> "Halting":
+        """The policy written as CRITERION or CRITERION:THRESHOLD, such as `latent:0.03`. Raises ConfigError."""
+        criterion, _, threshold = text.partition(":")
+        try:
+            return cls(criterion, float(threshold) if threshold else None)
+        except ConfigError:
+            raise
+        except ValueError:
+            raise ConfigError(
+                f"halting policy: got {text!r}, allowed: CRITERION:THRESHOLD, as in latent:0.03"
+            ) from None
+
     @property
     def resolved_threshold(self) -> float | jax.Array | None:
         return DEFAULT_THRESHOLDS[self.criterion] if self.threshold is None else self.threshold

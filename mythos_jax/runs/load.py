@@ -127,7 +127,7 @@ def _open_run(directory: Path, step: int | None) -> LoadedModel:
 
 
 def _predictor_of(directory: Path, step: int) -> dict[str, Any]:
-    """Variables to add to those of a run at this step: what `mythos predictor` saved for them, if it did.
+    """Variables to add to those of a run at this step: what `mythos train-predictor` saved for them, if it did.
 
     Raises ConfigError where there is a predictor that cannot be read.
     """
@@ -140,4 +140,4 @@ def _predictor_of(directory: Path, step: int) -> dict[str, Any]:
         return {COLLECTION: load((folder / "predictor.safetensors").read_bytes())}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         why = " ".join(str(error).split())
-        raise ConfigError(f"{folder}: damaged ({why}); `mythos predictor` makes it anew") from None
+        raise ConfigError(f"{folder}: damaged ({why}); `mythos train-predictor` recreates it") from None

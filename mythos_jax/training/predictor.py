@@ -1,4 +1,4 @@
-"""`mythos predictor`: records how a trained model's predictions settle with depth, and trains a head to foresee it.
+"""`mythos train-predictor`: records how a model's predictions settle with depth, and trains a head to predict it.
 
 The label of a token is KL(final || after t loops) of its next-token distribution, for every t: of the exits that a
 zero-shot criterion would take it knows what each would have cost, so one head serves every budget. It needs no

@@ -68,5 +68,5 @@ def test_predictor_of_other_weights_is_not_used_and_a_damaged_one_is_refused(tmp
     assert _predictor_of(tmp_path, 4) == {}
     assert _predictor_of(tmp_path, 3)["predictor"]["budget"] == 2
     (folder / "predictor.safetensors").write_bytes(b"cut")
-    with pytest.raises(ConfigError, match=r"predictor: damaged .*; `mythos predictor` makes it anew"):
+    with pytest.raises(ConfigError, match=r"predictor: damaged .*; `mythos train-predictor` recreates it"):
         _predictor_of(tmp_path, 3)

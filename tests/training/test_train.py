@@ -110,7 +110,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_nothing_happened(config, tmp_path, 
         assert saved in (None, 20, 40)
     else:
         assert 25 <= saved < 60
-        assert f"stopped by {signal.Signals(number).name} after step {saved}, saved" in errors
+        assert f"stopped by {signal.Signals(number).name} after step {saved}; checkpoint saved" in errors
     train(config, workdir, progress=False)
     assert_same(parameters(tmp_path / "undisturbed"), parameters(workdir))
     assert timeless(lines(workdir)) == timeless(lines(tmp_path / "undisturbed"))

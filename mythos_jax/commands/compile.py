@@ -1,0 +1,40 @@
+"""`mythos compile`."""
+
+import argparse
+import json
+import os
+
+from mythos_jax.commands.arguments import add_json
+from mythos_jax.errors import DONE, FAILED
+
+SUMMARY = "Compile for TPUs that are not attached: does it fit into memory, and what limits a step?"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16 or v5p:4x4x8")
+    parser.add_argument(
+        "--slices", type=int, default=1, metavar="N", help="slices, connected by the data centre network (default 1)"
+    )
+    parser.add_argument("--decode", action="store_true", help="compile the decode step instead of the train step")
+    parser.add_argument(
+        "--quick", action="store_true", help="a fifth of the compile time, with rougher estimates of speed"
+    )
+    add_json(parser)
+    parser.set_defaults(takes_overrides=True)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.preflight.topology import parse_topology
+
+    topology = parse_topology(arguments.topology, arguments.slices)
+    # Set before jax is imported, so that it does not claim a local TPU, which may be in use. Programs for devices that
+    # are not attached cannot be read from the compilation cache.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    from mythos_jax.config import load_config
+    from mythos_jax.preflight.report import as_json, as_text, preflight
+
+    config = load_config(arguments.config, overrides)
+    report = preflight(config, topology, decode=arguments.decode, quick=arguments.quick)
+    print(json.dumps(as_json(report)) if arguments.json else as_text(report))
+    return DONE if report.fits else FAILED

@@ -1,0 +1,41 @@
+"""`mythos convert`."""
+
+import argparse
+import json
+
+from mythos_jax.commands.arguments import add_json
+from mythos_jax.errors import DONE, FAILED, WRONG_INPUT
+
+SUMMARY = "Convert a model to another format, with a report on every tensor."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SRC", help="a run, a directory, a .safetensors, .pt or .bin file, or a hub id"
+    )
+    parser.add_argument("target", metavar="DST", help="a directory that does not exist yet")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="openmythos, huginn, parcae or mythos_jax")
+    parser.add_argument(
+        "--config", metavar="FILE", help="for a file that holds only tensors: a config.json, or one of our YAML files"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="also run the original and this implementation on the same tokens"
+    )
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.porting.convert import convert, format_report, report_as_json
+    from mythos_jax.runs.load import open_source
+
+    report = convert(
+        open_source(arguments.source, arguments.config),
+        arguments.target,
+        arguments.to,
+        check=arguments.check,
+        progress=not arguments.json,
+    )
+    print(json.dumps(report_as_json(report)) if arguments.json else format_report(report))
+    if report.coverage.problems:
+        return WRONG_INPUT
+    return DONE if report.ok else FAILED

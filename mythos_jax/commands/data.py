@@ -1,0 +1,50 @@
+"""`mythos data`: so far `mythos data prepare`."""
+
+import argparse
+
+from mythos_jax.errors import DONE
+
+SUMMARY = "Prepare text for training."
+PREPARE = "Turn files, folders, JSONL and Parquet into token rows."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subparsers = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    prepare = subparsers.add_parser("prepare", help=PREPARE, description=PREPARE, allow_abbrev=False)
+    # Suppressed default: a subparser's default would overwrite a --debug before `prepare`.
+    prepare.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    prepare.add_argument("sources", nargs="+", metavar="SRC", help='a file, a folder, or "stdlib"')
+    prepare.add_argument("--out", required=True, metavar="DIR", help="where the rows are written")
+    prepare.add_argument("--tokenizer", default="bytes", metavar="FILE", help='a tokenizer.json (default: "bytes")')
+    prepare.add_argument(
+        "--seq-len", type=int, default=1024, metavar="T", help="tokens predicted per row (default 1024)"
+    )
+    prepare.add_argument(
+        "--held-out-fraction", type=float, default=0.05, metavar="F", help="fraction of documents held out (default 0.05)"
+    )
+    prepare.add_argument(
+        "--max-bytes", type=int, default=0, metavar="N", help="stop after N bytes of text (default 0: read all of it)"
+    )
+    prepare.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="threads that tokenize (default 0: one per core)"
+    )
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.data.prepare import prepare
+
+    manifest = prepare(
+        arguments.sources,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        seq_len=arguments.seq_len,
+        held_out_fraction=arguments.held_out_fraction,
+        max_bytes=arguments.max_bytes,
+        workers=arguments.workers,
+    )
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.rows:,} rows, {split.tokens:,} tokens, {split.documents:,} documents")
+    print(f"prepared: {arguments.out}")
+    return DONE

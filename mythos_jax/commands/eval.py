@@ -1,0 +1,90 @@
+"""`mythos eval`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mythos_jax.commands.arguments import (
+    add_json,
+    add_processes,
+    add_step,
+    add_tokenizer,
+    connect,
+    halting_policies,
+    positive_integers,
+    words,
+)
+from mythos_jax.errors import DONE
+
+if TYPE_CHECKING:
+    from mythos_jax.evaluation.results import Evaluation
+    from mythos_jax.runs.load import LoadedModel
+
+SUMMARY = "Evaluate a run or a pretrained model at several depths and with halting policies."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN|MODEL")
+    parser.add_argument("--data", metavar="DIR", help="prepared rows to evaluate on (default: the run's own)")
+    add_step(parser)
+    parser.add_argument(
+        "--loops", type=positive_integers, metavar="1,2,4", help="depths, also 1-8 (default: the config's)"
+    )
+    parser.add_argument(
+        "--halting",
+        type=halting_policies,
+        action="extend",
+        default=[],
+        metavar="CRITERION[:T],…",
+        help="also let tokens stop early, within the largest depth: latent:0.03,latent:0.1; without T: a sweep",
+    )
+    parser.add_argument(
+        "--tasks", type=words, metavar="A,B", help="lm-evaluation-harness tasks or task files (needs lm_eval)"
+    )
+    parser.add_argument("--include-path", metavar="DIR", help="a folder with more task files, for --tasks")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents per task, for --tasks (default: all)")
+    add_tokenizer(parser)
+    parser.add_argument("--seed", type=int, default=0, help="few-shot examples and sampling, for --tasks (default 0)")
+    add_json(parser)
+    add_processes(parser)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.evaluation.results import as_json
+    from mythos_jax.processes import is_process_zero
+    from mythos_jax.report.page import write_report
+    from mythos_jax.report.tables import format_table
+    from mythos_jax.runs.load import load_model
+
+    connect(arguments)
+    loaded = load_model(arguments.model, arguments.step)
+    evaluation = _evaluate(arguments, loaded, progress=not arguments.json and is_process_zero())
+    if not is_process_zero():
+        return DONE
+    # The report of a pretrained model goes elsewhere: the model may be in a read-only cache.
+    folder = Path("reports") / loaded.config.name if loaded.step is None else loaded.directory / "report"
+    numbers, page = write_report(folder, evaluation, command=arguments.command_line)
+    if arguments.json:
+        print(json.dumps(as_json(evaluation)))
+    else:
+        print(format_table(evaluation.results))
+        print(f"report: {page}, {numbers}")
+    return DONE
+
+
+def _evaluate(arguments: argparse.Namespace, loaded: "LoadedModel", progress: bool) -> "Evaluation":
+    from mythos_jax.evaluation.evaluate import evaluate_model, evaluate_on_tasks
+
+    settings = {"loops": arguments.loops, "halting": arguments.halting, "progress": progress}
+    if not arguments.tasks:
+        return evaluate_model(loaded, data=arguments.data, look_inside=True, **settings)
+    return evaluate_on_tasks(
+        loaded,
+        arguments.tasks,
+        include_path=arguments.include_path,
+        tokenizer=arguments.tokenizer,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        **settings,
+    )

@@ -1,0 +1,82 @@
+"""`mythos generate`."""
+
+import argparse
+import sys
+from typing import Any
+
+from mythos_jax.commands.arguments import add_step, add_tokenizer, halting_policy
+from mythos_jax.errors import DONE, ConfigError
+
+SUMMARY = "Continue a prompt."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN|MODEL")
+    parser.add_argument("prompt")
+    add_tokenizer(parser)
+    add_step(parser)
+    parser.add_argument("--loops", type=int, help="depth (default: the config's)")
+    parser.add_argument(
+        "--halting", type=halting_policy, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03, kl, …"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0 (the default): all"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens of total mass P"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument(
+        "--draft-loops",
+        type=int,
+        metavar="D",
+        help="draft tokens with D loops and verify them at full depth: the same text, faster",
+    )
+    parser.add_argument("--draft-tokens", type=int, default=3, metavar="N", help="tokens per draft (default 3)")
+    parser.add_argument(
+        "--loop-cache-slots", type=int, metavar="N", help="bound the cache: loop t uses slot t mod N (approximate)"
+    )
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens processed at a time (default 512)"
+    )
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.inference.text import stream_text
+    from mythos_jax.runs.load import load_model
+
+    pieces, statistics = stream_text(
+        load_model(arguments.model, arguments.step),
+        arguments.prompt,
+        arguments.tokenizer,
+        loops=arguments.loops,
+        halting=arguments.halting,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        loop_cache_slots=arguments.loop_cache_slots,
+        prefill_chunk=arguments.prefill_chunk,
+        **_sampling(arguments),
+    )
+    print(arguments.prompt, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:  # ends the line after a Ctrl-C, too
+        print(flush=True)
+    print(f"mythos: {statistics}", file=sys.stderr)
+    return DONE
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `stream_text`: how tokens are chosen, or drafted."""
+    if arguments.draft_loops is None:
+        return {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
+    for name, value in [("temperature", arguments.temperature), ("loop-cache-slots", arguments.loop_cache_slots)]:
+        if value:
+            raise ConfigError(
+                f"--{name}: got {value}, allowed only without --draft-loops, which is greedy and needs one cache slot "
+                "per loop"
+            )
+    return {"draft_loops": arguments.draft_loops, "draft_tokens": arguments.draft_tokens}

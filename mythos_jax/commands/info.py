@@ -1,0 +1,68 @@
+"""`mythos info`: a model in numbers."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mythos_jax.errors import DONE
+
+if TYPE_CHECKING:
+    from mythos_jax.config import ModelConfig
+
+SUMMARY = "Parameters, FLOPs per token by number of loops, and cache bytes per token."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml|RUN|MODEL")
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="keys each token attends to, for FLOPs (default: max_seq_len / 2)"
+    )
+    parser.set_defaults(takes_overrides=True)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    name, model = _name_and_config(arguments.config, overrides)
+    print(describe(name, model, arguments.context))
+    return DONE
+
+
+def _name_and_config(source: str, overrides: list[str]) -> "tuple[str, ModelConfig]":
+    from mythos_jax.config import load_config, load_run_config
+    from mythos_jax.porting.reading import FileSource
+
+    path = Path(source)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        config = load_run_config(path / "config.yaml", overrides)
+        return config.name, config.model
+    if path.suffix in (".yaml", ".yml"):
+        config = load_config(path, overrides)
+        return config.name, config.model
+    pretrained = FileSource(source)
+    return pretrained.path.stem, pretrained.config
+
+
+def describe(name: str, model: "ModelConfig", context: int | None = None) -> str:
+    """Parameters, FLOPs per token by number of loops, and cache bytes per token, as text.
+
+    context: keys that each token attends to (default: half of max_seq_len, the mean of a full causal sequence).
+    """
+    from mythos_jax.flops import cache_bytes, count_parameters, forward_flops
+    from mythos_jax.model.layers import compute_dtype
+
+    context = context or model.max_seq_len // 2
+    flops = forward_flops(model, context)
+    depths = sorted({*(2**i for i in range((2 * model.loops).bit_length())), model.loops})
+    lines = [
+        f"{name}: {model.prelude_layers} + {model.loop_layers} x loops + {model.coda_layers} layers, "
+        f"width {model.dim}, {model.attention}, {model.feed_forward}",
+        f"parameters: {count_parameters(model):,}",
+        f"activations: {compute_dtype(model)}",
+        "",
+        f"{'loops':>6} {'forward FLOPs/token':>20} {'training FLOPs/token':>21} {'cache bytes/token':>18}",
+    ]
+    for loops in depths:
+        mark = " (default)" if loops == model.loops else ""
+        forward = flops.at(loops)
+        lines.append(f"{loops:>6} {forward:>20,} {3 * forward:>21,} {cache_bytes(model, loops):>18,}{mark}")
+    lines.append(f"\nFLOPs: {context:,} keys per token, a multiply-add counts as two. Cache: one slot per loop.")
+    return "\n".join(lines)

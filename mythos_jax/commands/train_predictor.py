@@ -1,0 +1,28 @@
+"""`mythos train-predictor`."""
+
+import argparse
+
+from mythos_jax.commands.arguments import add_step
+from mythos_jax.errors import DONE
+
+SUMMARY = "Train the head that predicts how many loops a token needs, on the rows of a run."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN")
+    add_step(parser)
+    parser.add_argument("--loops", type=int, help="the largest number of loops it can predict (default: the config's)")
+    parser.add_argument("--rows", type=int, default=512, metavar="N", help="rows to record (default 512)")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.runs.load import load_model
+    from mythos_jax.training.predictor import make_predictor
+
+    loaded = load_model(arguments.model, arguments.step)
+    summary = make_predictor(loaded, loops=arguments.loops, rows=arguments.rows)
+    print(f"{'mean loops':>10} {'KL to the final, nats':>22}")
+    for loops, excess in zip(summary["mean_loops"], summary["excess_nats"], strict=True):
+        print(f"{loops:>10.2f} {excess:>22.5f}")
+    print(f"predictor: {loaded.directory / 'predictor'}; its own budget is {summary['budget']:.2f} loops")
+    return DONE
