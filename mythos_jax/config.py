@@ -14,7 +14,6 @@ import yaml
 
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import to_path
-from mythos_jax.version import __version__
 from mythos_jax.typed import (
     Formerly,
     Section,
@@ -27,6 +26,7 @@ from mythos_jax.typed import (
     to_dict,
     upgrade,
 )
+from mythos_jax.version import __version__
 
 __all__ = [
     "Config",

@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seq-len", type=int, default=1024, metavar="T", help="tokens predicted per row (default 1024)"
     )
     prepare.add_argument(
-        "--held-out-fraction", type=float, default=0.05, metavar="F", help="fraction of documents held out (default 0.05)"
+        "--held-out-fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="fraction of documents held out (default 0.05)",
     )
     prepare.add_argument(
         "--max-bytes", type=int, default=0, metavar="N", help="stop after N bytes of text (default 0: read all of it)"
