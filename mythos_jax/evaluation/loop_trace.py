@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mythos_jax.data.placement import place_batch
+from mythos_jax.model.apply import apply
 from mythos_jax.model.likelihood import forward
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import Aux
@@ -44,7 +45,7 @@ def _load(model, variables, batch, loops):
 
 def _aux(model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: int | jax.Array) -> Aux:
     rngs = {"state": jax.random.key(0)}
-    return model.apply(variables, batch["tokens"], batch.get("segment_ids"), loops, None, rngs=rngs, method=forward).aux
+    return apply(forward, model, variables, batch["tokens"], batch.get("segment_ids"), loops, None, rngs=rngs).aux
 
 
 def trace_loops(model: Mythos, variables: Any, batch: dict[str, np.ndarray], loops: int, *, mesh: Mesh) -> LoopTrace:

@@ -7,7 +7,7 @@ stops at `until`).
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from mythos_jax.inference.request import PREFILL_CHUNK, Lengths, Options, Seed, Tokens, check, prepare
 from mythos_jax.inference.sampling import position_noise, sample
 from mythos_jax.inference.state import GenerateResult, Job, Setup, State
+from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
@@ -191,23 +192,25 @@ def _next_token(
     """
 
     def forward(model: Mythos) -> tuple[Output, jax.Array]:
-        tokens, new_cache = begin(model, setup, cache, tokens_BT, active_BT)
-        tokens, new_cache, _ = model.loop(tokens, new_cache, loops=loops, halting=halting)
-        out = model.finish(tokens, new_cache, logits=False)
+        tokens, filled = begin(model, setup, cache, tokens_BT, active_BT)
+        tokens, filled, _ = model.loop(tokens, filled, loops=loops, halting=halting)
+        out = model.finish(tokens, filled, logits=False)
+        # The head is the largest product of a small batch, and only one position of a row needs it.
         return out, model.head(jnp.take_along_axis(out.features, last_B1[..., None], axis=1))[:, 0]
 
     last_B1 = jnp.maximum(active_BT.sum(-1, keepdims=True) - 1, 0)
-    out, logits_BV = setup.model.apply(setup.variables, method=forward)
-    token_B = sample(logits_BV, setup.sampling, out.cache.length_B)
+    out, logits_BV = apply(forward, setup.model, setup.variables)
+    new_cache = cast(Cache, out.cache)
+    token_B = sample(logits_BV, setup.sampling, new_cache.length_B)
     loops_B = jnp.take_along_axis(out.loops, last_B1, axis=1)[:, 0]
-    return out.cache, token_B, loops_B
+    return new_cache, token_B, loops_B
 
 
 def begin(
     model: Mythos, setup: Setup, cache: Cache, tokens_BT: jax.Array, active_BT: jax.Array
-) -> tuple[TokenState, Cache]:
+) -> tuple[TokenState, Cache | None]:
     """`Mythos.begin` for the active tokens, which follow what the cache holds."""
-    initial_state = setup.initial_state
+    initial_state: jax.Array | str | None = setup.initial_state
     if initial_state is None and model.config.initial_state == "noise":
         positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
         initial_state = position_noise(model.config, setup.sampling.seed_B, positions_BT)

@@ -59,7 +59,7 @@ def prepare(
     config = model.config
     loops = config.loops if loops is None else loops
     tokens_BT, lengths_B = _check_prompts(config, tokens_BT, lengths, max_new_tokens)
-    stop_tokens = _check_tokens("stop_tokens", np.asarray(stop_tokens, np.int64).reshape(-1), config)
+    stops = _check_tokens("stop_tokens", np.asarray(stop_tokens, np.int64).reshape(-1), config)
     sampling = _check_sampling(config, temperature, top_k, top_p, seed, len(tokens_BT))
     check(loops >= 1, "loops", loops, "an integer >= 1")
     check(initial_state in (None, "zeros"), "initial_state", initial_state, "'zeros' or None")
@@ -85,7 +85,7 @@ def prepare(
             loops=jnp.zeros((B, max_new_tokens), jnp.int32),
         ),
     )
-    setup = Setup(model, loops, initial_state, variables, halting, sampling, stop_tokens)
+    setup = Setup(model, loops, initial_state, variables, halting, sampling, stops)
     chunks = [(padded_BT[:, t : t + size], active_BT[:, t : t + size]) for t in starts]
     return Job(setup, state, chunks, max_new_tokens)
 
@@ -124,13 +124,15 @@ def _check_sampling(config: ModelConfig, temperature: float, top_k: int, top_p: 
     seed = np.asarray(seed)
     check(seed.shape in [(), (B,)], "seed", f"shape {seed.shape}", f"one integer, or one for each of the {B} rows")
     check(
-        np.issubdtype(seed.dtype, np.integer) and (0 <= seed).all() and (seed < 2**32).all(),
+        bool(np.issubdtype(seed.dtype, np.integer) and (0 <= seed).all() and (seed < 2**32).all()),
         "seed",
         seed.tolist(),
         "integers from 0 to 2^32 - 1",
     )
     seed_B = np.broadcast_to(seed, B).astype(np.uint32)
-    return Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p), seed_B)
+    # NumPy, so that the numbers go wherever the model is.
+    numbers: Any = np.float32(temperature), np.int32(top_k), np.float32(top_p), seed_B
+    return Sampling(*numbers)
 
 
 def _check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:

@@ -14,8 +14,7 @@ from mythos_jax.model.state import initial_noise
 TOKENS, STATES = 0, 1  # the two streams of randomness of a request
 
 
-@struct.dataclass
-class Sampling:
+class Sampling(struct.PyTreeNode):
     """How tokens are drawn. All of it is traced: other values compile nothing new.
 
     temperature: float32, 0 is greedy. top_k: int32, draw among the k likeliest; 0 is all. top_p: float32 in (0, 1],

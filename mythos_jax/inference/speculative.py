@@ -8,7 +8,7 @@ the correct token after them; the cache's length is set back over the rest. The 
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax import struct
 from mythos_jax.inference.generate import begin, prefill_all
 from mythos_jax.inference.request import Lengths, Options, Tokens, check, prepare
 from mythos_jax.inference.state import GenerateResult, Setup
+from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.halting import STATE_CRITERIA
 from mythos_jax.model.mythos import Mythos
@@ -26,7 +27,6 @@ from mythos_jax.model.state import Output, TokenState
 STREAM_ROUNDS = 4  # of one call of the device
 
 
-@struct.dataclass
 class SpeculativeResult(GenerateResult):
     """A `GenerateResult`, and how the drafts did.
 
@@ -44,8 +44,7 @@ class SpeculativeResult(GenerateResult):
         return float(self.accepted.sum() / max(int(self.drafted.sum()), 1))
 
 
-@struct.dataclass
-class Progress:
+class Progress(struct.PyTreeNode):
     """A batch between two rounds. `token_B`, the last token of each row, is not in the cache yet; all before it are."""
 
     cache: Cache
@@ -201,14 +200,12 @@ def _draft(
         cache, token_B = carry
 
         def forward(model: Mythos) -> tuple[TokenState, Output]:
-            tokens, new_cache = begin(model, setup, cache, token_B[:, None], running_B1)
-            tokens, new_cache, _ = model.loop(
-                tokens, new_cache, loops=setup.loops, halting=setup.halting, count=draft_loops
-            )
-            return tokens, model.finish(tokens, new_cache)
+            tokens, filled = begin(model, setup, cache, token_B[:, None], running_B1)
+            tokens, filled, _ = model.loop(tokens, filled, loops=setup.loops, halting=setup.halting, count=draft_loops)
+            return tokens, model.finish(tokens, filled)
 
-        tokens, out = setup.model.apply(setup.variables, method=forward)
-        return (out.cache, _argmax(out)[:, 0]), (token_B, tokens)
+        tokens, out = apply(forward, setup.model, setup.variables)
+        return (cast(Cache, out.cache), _argmax(out)[:, 0]), (token_B, tokens)
 
     carry = (progress.cache, progress.token_B)
     (cache, last_B), (before_nB, states_n) = jax.lax.scan(step, carry, length=draft_tokens)
@@ -228,10 +225,11 @@ def _verify(setup: Setup, states: TokenState, cache: Cache, draft_loops: int) ->
         tokens, new_cache, _ = model.loop(states, cache, loops=setup.loops, halting=setup.halting, start=draft_loops)
         return model.finish(tokens, new_cache)
 
-    out = setup.model.apply(setup.variables, method=forward)
-    return _argmax(out), out.loops, out.cache
+    out = apply(forward, setup.model, setup.variables)
+    return _argmax(out), out.loops, cast(Cache, out.cache)
 
 
 def _argmax(out: Output) -> jax.Array:
     """The most likely next token after each, int32 [B, T]."""
+    assert out.logits is not None
     return out.logits.argmax(-1).astype(jnp.int32)

@@ -12,8 +12,7 @@ from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 
 
-@struct.dataclass
-class GenerateResult:
+class GenerateResult(struct.PyTreeNode):
     """What was generated; columns past a row's length are 0.
 
     tokens: int32 [B, N], the stop token included. lengths: int32 [B], new tokens of each row, the stop token
@@ -25,8 +24,7 @@ class GenerateResult:
     loops: jax.Array
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """`step` tokens have been sampled in each row that is not done; all but the last of them are in the cache."""
 
     cache: Cache
@@ -35,8 +33,7 @@ class State:
     result: GenerateResult
 
 
-@struct.dataclass
-class Setup:
+class Setup(struct.PyTreeNode):
     """What stays the same from token to token. A change of a static field compiles anew."""
 
     model: Mythos = struct.field(pytree_node=False)
@@ -45,11 +42,10 @@ class Setup:
     variables: Any
     halting: Halting | None
     sampling: Sampling
-    stop_tokens: jax.Array  # int32 [n]
+    stop_tokens: jax.Array | np.ndarray  # int32 [n]
 
 
-@struct.dataclass
-class Job:
+class Job(struct.PyTreeNode):
     """What generation starts from: checked arguments, an empty state, and the prompts cut into chunks.
 
     chunks: pairs of tokens and which of them are active, [B, C] each. max_new_tokens: N.

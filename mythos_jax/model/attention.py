@@ -1,5 +1,7 @@
 """The two attentions: grouped-query (GQA) and multi-head latent (MLA)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,11 @@ from mythos_jax.sharding import constrain
 
 # Parcae's QK norm uses float32's machine epsilon, not the model's norm_eps.
 QK_NORM_EPS = 1.1920929e-07
-# Parcae's value gate reads this many channels of the normed stream.
+# Parcae's value gate reads this many channels of the normalised stream.
 VALUE_GATE_CHANNELS = 32
 
 
-@struct.dataclass
-class AttentionContext:
+class AttentionContext(struct.PyTreeNode):
     """What the attention layers of one call share.
 
     rope: cosines and sines, [B or 1, T, rope_dim / 2]. mask: which keys a query may attend to, and with a cache where
@@ -62,36 +63,38 @@ class GroupedQueryAttention(nn.Module):
         c = self.config
         H, G, K = c.n_heads, c.n_kv_heads, c.gqa_head_dim
 
-        def project(heads, kind, name):
+        def project(heads: int, kind: str, name: str) -> jax.Array:
             return Linear((heads, K), ("embed", kind, "head_dim"), c.std, name=name)(x_BTD)
 
         q_BTHK, k_BTGK, v_BTGK = project(H, "heads", "q"), project(G, "kv_heads", "k"), project(G, "kv_heads", "v")
         if c.qk_bias:
             q_BTHK += self._bias("q_bias", "heads", H).astype(x_BTD.dtype)
             k_BTGK += self._bias("k_bias", "kv_heads", G).astype(x_BTD.dtype)
+        # Rotated before they are cached, so that decoding rotates only the new key.
         q_BTHK, k_BTGK = apply_rope(q_BTHK, context.rope), apply_rope(k_BTGK, context.rope)
-        if c.qk_norm:
+        if c.qk_norm:  # after RoPE, as in Parcae; a rotation does not change the norm
             q_BTHK, k_BTGK = (rms_norm(x, QK_NORM_EPS).astype(x_BTD.dtype) for x in (q_BTHK, k_BTGK))
         if self.value_gate:
             gate = self.param("value_gate", matrix_init(c.std, None, "kv_heads"), (VALUE_GATE_CHANNELS, G), jnp.float32)
-            if value_BTGK is not None:
+            if value_BTGK is not None:  # a gate without a table has a weight and no effect
                 opening_BTG = 2 * nn.sigmoid(x_BTD[..., :VALUE_GATE_CHANNELS] @ gate.astype(x_BTD.dtype))
                 v_BTGK += opening_BTG[..., None] * value_BTGK
         cache, (k_BSGK, v_BSGK) = context.update(cache, KV(k_BTGK, v_BTGK))
+        assert v_BSGK is not None
         out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, context.mask, K**-0.5)
         return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHK), cache
 
     def _bias(self, name: str, kind: str, heads: int) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.zeros, (kind, "head_dim"))
+        init: Any = nn.with_logical_partitioning(nn.initializers.zeros, (kind, "head_dim"))
         return self.param(name, init, (heads, self.config.gqa_head_dim), jnp.float32)
 
 
 class MultiHeadLatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-    Keys and values are read from one latent per token (after its norm) and one RoPE key shared by all heads; only
-    those are remembered. Two forms give the same result: expanded builds every head's keys and values; absorbed
-    moves the up-projection to the query and the output and attends over the latents themselves.
+    Keys and values are made from one latent per token (after its norm) and one RoPE key shared by all heads; only
+    these two are cached. Two forms give the same result: the expanded form builds every head's keys and values; the
+    absorbed form moves the up-projection to the query and the output and attends to the latents themselves.
     """
 
     config: ModelConfig
@@ -102,18 +105,20 @@ class MultiHeadLatentAttention(nn.Module):
         c = self.config
         H, R, nope, rope, V = c.n_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
 
+        # Queries: down to a latent, up to heads; only the rope channels are rotated.
         q_latent = Linear((c.q_lora_rank,), ("embed", "latent"), c.std, name="q_down")(x_BTD)
         q_latent = RMSNorm(c.norm_eps, name="q_norm")(q_latent)
         q_BTHK = Linear((H, nope + rope), ("latent", "heads", "head_dim"), c.std, name="q_up")(q_latent)
         q_BTHK = constrain(q_BTHK, "batch", "length", "heads", "head_dim")
         q_nope, q_rope = q_BTHK[..., :nope], apply_rope(q_BTHK[..., nope:], context.rope)
 
+        # Keys and values: one product gives the latent and the shared RoPE key, before its rotation.
         down = Linear((R + rope,), ("embed", "latent"), c.std, name="kv_down")(x_BTD)
         latent_BTR = RMSNorm(c.norm_eps, name="kv_norm")(down[..., :R])
         k_rope = apply_rope(down[..., None, R:], context.rope)[:, :, 0]
         cache, (seen, _) = context.update(cache, KV(jnp.concatenate([latent_BTR, k_rope], axis=-1), None))
-        # Queries cut by `sequence` look at all latents: those travel, not the keys and values made of them. A single
-        # query is not cut, so a cache stays as it is.
+        # Queries cut by `sequence` attend to all latents: the latents travel, not the wider keys and values made from
+        # them. A single query is not cut, so a cache stays where it is.
         positions = "keys" if cache.kv is None or x_BTD.shape[1] > 1 else "cache_length"
         seen = constrain(seen, "batch", positions, "latent")
 
@@ -122,14 +127,16 @@ class MultiHeadLatentAttention(nn.Module):
         scale = (nope + rope) ** -0.5
         absorb = self.absorb
         if absorb is None:
-            # Without a cache there are as many keys as queries. Then absorbing saves no projection, and its products
-            # over the latent's width are wider than kernels are made for.
+            # Without a cache there are as many keys as queries: absorbing saves no projection, and its products over
+            # the width of the latent are wider than kernels are made for.
             absorb = cache.kv is not None and self._absorbed_is_cheaper(x_BTD.shape[1], seen.shape[1])
         if absorb:
+            # q (U c) = (q U) c: the query moves into the space of the latents, and the weighted sum moves out of it.
             query = jnp.concatenate([jnp.einsum("BTHK,RHK->BTHR", q_nope, k_up_RHK), q_rope], axis=-1)
             out_BTHR = attend(query, seen[:, :, None], seen[:, :, None, :R], context.mask, scale)
             out_BTHV = jnp.einsum("BTHR,RHV->BTHV", out_BTHR, v_up_RHV)
         else:
+            # All heads share the RoPE part of the key; the rest is made from the latent.
             latent_BSR, k_rope = seen[..., :R], seen[..., R:]
             k_nope = jnp.einsum("BSR,RHK->BSHK", latent_BSR, k_up_RHK)
             k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], rope))

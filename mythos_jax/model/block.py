@@ -41,16 +41,19 @@ class TransformerBlock(nn.Module):
         def norm(x, name):
             return RMSNorm(c.norm_eps, name=name)(x)
 
+        # Attention.
         y = norm(x_BTD, "attention_norm")
         if c.attention == "mla":
             y, cache = MultiHeadLatentAttention(c, name="attention")(y, context, cache)
         else:
+            # A list in the config says which layers have one, so that no file's parity rules enter the model.
             gate = self.layer in c.value_gate_layers
             y, cache = GroupedQueryAttention(c, gate, name="attention")(y, context, cache, value_BTGK)
         x_BTD = x_BTD + y
         if c.norm == "sandwich":
             x_BTD = norm(x_BTD, "attention_out_norm")
 
+        # Feed-forward: experts only in the loop, where their parameters are used many times.
         y = norm(x_BTD, "feed_forward_norm")
         if self.in_loop and c.feed_forward == "moe":
             y, stats = MoE(c, name="moe")(y, counted_BT)
@@ -71,7 +74,7 @@ def apply_layers(
     counted_BT: jax.Array,
     values: Sequence[jax.Array | None],
 ) -> tuple[jax.Array, tuple[LayerCache, ...], list[RouterStats | None]]:
-    """Layers one after the other: the stream, each layer's cache and its router's statistics."""
+    """Runs layers in order; returns the stream, each layer's cache, and each router's statistics."""
     new_caches, stats = [], []
     for block, cache, value_BTGK in zip(blocks, caches, values, strict=True):
         x_BTD, cache, layer_stats = block(x_BTD, context, cache, counted_BT, value_BTGK)

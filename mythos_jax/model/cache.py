@@ -25,8 +25,7 @@ class KV(NamedTuple):
     values: jax.Array | None
 
 
-@struct.dataclass
-class LayerCache:
+class LayerCache(struct.PyTreeNode):
     """What one attention layer keeps; a field is None where nothing is kept.
 
     kv: [slots, B, S, ...], the decode cache; loop t writes slot t mod slots. exit_kv: [B, T, ...], keys and values of
@@ -37,8 +36,7 @@ class LayerCache:
     exit_kv: KV | None = None
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """The decode cache of a model; `length_B` int32 counts the tokens that each row holds."""
 
     prelude: tuple[LayerCache, ...]
@@ -79,6 +77,7 @@ def init_cache(
     the memory at any depth. Loop t then shares slot t mod n, and decoding is an approximation. Raises ConfigError for
     fewer than one slot.
     """
+    # One slot per loop: a token at loop t attends to keys and values that others made in loop t.
     slots = loops or config.loops
     if loop_cache_slots is not None:
         check_field(loop_cache_slots >= 1, "loop_cache_slots", loop_cache_slots, "an integer >= 1, or None")
@@ -106,21 +105,22 @@ def update_cache(
     writes nothing. Frozen tokens keep the keys and values of the last loop that they ran, and write those to the slots
     of loops that they did not run.
     """
-    if cache.exit_kv is not None:
+    if cache.exit_kv is not None and frozen_BT is not None:
         new = jax.tree.map(lambda a, b: jnp.where(broadcast_mask(frozen_BT, b), a, b), cache.exit_kv, new)
         cache = cache.replace(exit_kv=new)
-    if cache.kv is None:
+    if cache.kv is None or index_BT is None:
         return cache, new
     slots, _, capacity = cache.kv.keys.shape[:3]
+    loop, by_row = jnp.asarray(loop), jnp.ndim(loop) == 1
+    rows, slot = jnp.arange(index_BT.shape[0]), loop % slots
     if frozen_BT is not None:
         # From loop `slots` on, every slot holds a loop that the token ran, or its last one.
-        beyond = loop >= slots if jnp.ndim(loop) == 0 else (loop >= slots)[:, None]
+        beyond = (loop >= slots)[:, None] if by_row else loop >= slots
         index_BT = jnp.where(frozen_BT & beyond, capacity, index_BT)
-    rows, slot = jnp.arange(index_BT.shape[0]), loop % slots
-    by_row = jnp.ndim(slot) == 1
+    # Scattered in place under jit, since the cache is donated.
     at = (slot[:, None] if by_row else slot, rows[:, None], index_BT)
     kv = jax.tree.map(lambda c, n: c.at[at].set(n.astype(c.dtype), mode="drop"), cache.kv, new)
-    kv = constrain_cache(kv)
+    kv = constrain_cache(kv)  # else a scatter may leave it replicated
     if by_row:
         seen = jax.tree.map(lambda c: c[slot, rows], kv)
     else:  # one slice, which is not copied
@@ -137,7 +137,9 @@ def fill_skipped_loops(
     first_slot: int32 [] or, one per row, [B]. Slot by slot and in place, so that a token pays only for what it skipped
     and nothing of the cache's size is made.
     """
+    assert cache.kv is not None
     slots, _, capacity = cache.kv.keys.shape[:3]
+    # An index at the capacity is out of bounds, and what is written there is dropped.
     rows, first = jnp.arange(index_BT.shape[0])[:, None], first_slot
     if jnp.ndim(first_slot) == 1:
         first = jnp.where(tokens_BT, first_slot[:, None], slots).min()

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ class LogitProbe(NamedTuple):
     """
 
     coda: Coda
-    head: Callable[[jax.Array], jax.Array]
+    head: Callable[[jax.Array], Any]
 
     def start(self, state_BTD: jax.Array) -> ProbeState:
         """Nothing has been measured yet."""
@@ -79,13 +79,16 @@ class LogitProbe(NamedTuple):
         loops are one product, so that decoding a single token reads the head's weights once.
         """
         criterion = LOGIT_CRITERIA[halting.criterion]
+        # Frozen tokens are read out again as well: they are a few rows of the same products.
         features_BTD, caches = self.coda(state_BTD, caches)
 
         def measure(old_BTD: jax.Array, new_BTD: jax.Array, before_BT: jax.Array) -> jax.Array:
             logits = self.head(jnp.concatenate([old_BTD, new_BTD], axis=1))
-            return criterion.measure(*jnp.split(logits, 2, axis=1), before_BT)
+            old_BTV, new_BTV = jnp.split(logits, 2, axis=1)
+            return criterion.measure(old_BTV, new_BTV, before_BT)
 
         vocab_size = jax.eval_shape(self.head, features_BTD).shape[-1]
+        # In chunks of positions, so that [B, T, V] never exists for a large vocabulary.
         measure_BT = in_chunks(measure, (probe.features_BTD, features_BTD, probe.measure_BT), vocab_size)
         # The first loop has nothing to be compared with.
         comparable = loop_B1 > 0

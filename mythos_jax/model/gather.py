@@ -31,7 +31,7 @@ def sharded_weight(
 
     gather: false to leave a weight cut as it is stored, unless it has a gathered copy.
     """
-    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    init: Any = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
     stored = module.param(name, init, shape, jnp.float32)
     if module.has_variable(GATHERED, name):
         return copy_with_gradient(stored, module.get_variable(GATHERED, name))
@@ -53,6 +53,7 @@ def gather_loop_weights(variables: dict[str, Any], boxed: dict[str, Any], dtype:
     """
     if axis_size("fsdp") * axis_size("expert") == 1:
         return variables
+    # Only the loop: prelude and coda use each weight once, so gathering early would save nothing.
     params = variables["params"]
     loop = nn.unbox(params["recurrence"]["cell"])
 
@@ -65,6 +66,7 @@ def gather_loop_weights(variables: dict[str, Any], boxed: dict[str, Any], dtype:
         boxes = boxed["params"]["recurrence"]["cell"]
         return jax.tree.map(lambda box, x: gather(box, x, dtype), boxes, loop, is_leaf=is_box)
 
+    # The copy carries no gradient; `copy_with_gradient` sends it to the float32 weight.
     copies = jax.lax.stop_gradient(all_as(dtype))
     return {
         **variables,
@@ -80,6 +82,7 @@ def prevent_hoisting(call: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(cell: nn.Module, carry: Any, *arguments: Any) -> Any:
+        # False always, and no compiler can prove it: counts of loops are never negative.
         never = (carry.tokens.loops_BT < 0).any()
 
         def tie(variables: Any) -> Any:

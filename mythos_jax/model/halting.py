@@ -1,6 +1,7 @@
 """When a token's loops end: learned (ACT), predicted, or zero-shot, by how far its state or logits still change."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,7 @@ CRITERIA = tuple(DEFAULT_THRESHOLDS)
 STATE_CRITERIA = ("act", "latent", "cosine", "predicted")  # the others look at the logits
 
 
-@struct.dataclass
-class Halting:
+class Halting(struct.PyTreeNode):
     """A halting policy, a property of a call. The criterion is static; the numbers may be traced, so that a sweep
     over thresholds compiles once.
 
@@ -75,7 +75,8 @@ class Halting:
             ) from None
 
     @property
-    def resolved_threshold(self) -> float | jax.Array | None:
+    def resolved_threshold(self) -> Any:
+        """The threshold as given, else the criterion's default; None for ACT and `predicted`, which have their own."""
         return DEFAULT_THRESHOLDS[self.criterion] if self.threshold is None else self.threshold
 
     @property
@@ -96,6 +97,7 @@ def check_halting(config: ModelConfig, halting: Halting | None, cached: bool) ->
     """Raises ConfigError for a policy that this model cannot follow."""
     if halting is None:
         return
+    # An ACT read-out is a weighted sum over loops: only ACT itself says when its weights are spent.
     if (halting.criterion == "act") != (config.readout == "act"):
         allowed = "act" if config.readout == "act" else ", ".join(c for c in CRITERIA if c != "act")
         raise ConfigError(
@@ -103,6 +105,7 @@ def check_halting(config: ModelConfig, halting: Halting | None, cached: bool) ->
         )
     if config.freeze_halted:
         return
+    # What follows needs the state that a token halted with, which such a model does not keep.
     if cached:
         raise ConfigError(
             "halting: got a policy with a cache on a model with freeze_halted false, allowed: halting None "
@@ -119,6 +122,7 @@ def check_halting(config: ModelConfig, halting: Halting | None, cached: bool) ->
 def relative_change(new_BTD: jax.Array, old_BTD: jax.Array) -> jax.Array:
     """|new - old| / |new| per token, float32 [B, T]."""
     new, old = new_BTD.astype(jnp.float32), old_BTD.astype(jnp.float32)
+    # The floor only matters for a state that is exactly 0.
     return jnp.linalg.norm(new - old, axis=-1) / jnp.maximum(jnp.linalg.norm(new, axis=-1), 1e-30)
 
 
@@ -159,6 +163,7 @@ def act_weight(
     row, gives the remainder to tokens that never reached the threshold; None leaves their weights short of 1, as the
     original OpenMythos does.
     """
+    # With min_loops the cumulative probability can exceed 1 before the token may halt.
     rest_BT = jnp.maximum(1 - cumulative_BT, 0)
     halts_BT = may_halt_B1 & (cumulative_BT + p_BT >= threshold)
     takes_rest_BT = halts_BT if last_B1 is None else halts_BT | last_B1

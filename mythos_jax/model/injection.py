@@ -1,7 +1,7 @@
 """How the prelude's output e enters the loop.
 
-Every injection has two ends around the loop's layers: `enter` makes their input from the state and e; `leave` makes
-the next state from the old one, e, and what came out of the layers.
+Every injection wraps the loop's layers with two functions: `enter` makes their input from the state and e; `leave`
+makes the next state from the old one, e, and the output of the layers.
 """
 
 import flax.linen as nn
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.layers import Linear, RMSNorm
 
-# The float32 next to 0 (normal) and to 1: a decay stays inside however far its parameters are driven.
+# The smallest normal float32 and the largest below 1. A decay stays strictly inside (0, 1) however far its parameters
+# are driven; rounded to 1, the loop would no longer be stable.
 MIN_DECAY, MAX_DECAY = 2.0**-126, 1 - 2.0**-24
 
 
@@ -32,12 +33,14 @@ class OpenMythosInjection(nn.Module):
 
     def decay(self) -> jax.Array:
         """Float32 [D], strictly inside (0, 1)."""
+        # The clip keeps exp finite; beyond it the decay has long been at its bound.
         return _decay(jnp.exp(jnp.clip(self.log_dt + self.log_a, -20, 20)))
 
     def enter(self, h_BTD: jax.Array, e_BTD: jax.Array) -> jax.Array:
         return self.norm(h_BTD + e_BTD)
 
     def leave(self, h_BTD: jax.Array, e_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+        # The float32 diagonals promote the sum: in bfloat16 a decay near 1 would round to 1.
         return (self.decay() * h_BTD + self.b * e_BTD + y_BTD).astype(h_BTD.dtype)
 
 
@@ -52,7 +55,7 @@ class ParcaeInjection(nn.Module):
 
     def setup(self):
         dim = self.config.dim
-        # dt such that exp(-dt) = sqrt(1/5), through the inverse of softplus.
+        # Such that exp(-dt) = sqrt(1/5), through the inverse of softplus.
         dt = 0.5 * jnp.log(5.0)
         dt_bias = jnp.log(jnp.expm1(dt))
         self.log_a = self.param("log_a", _diagonal(nn.initializers.zeros), (dim,), jnp.float32)
@@ -81,6 +84,7 @@ class ConcatInjection(nn.Module):
         self.adapter = Linear((self.config.dim,), ("embed", "mlp"), self.config.std)
 
     def enter(self, h_BTD: jax.Array, e_BTD: jax.Array) -> jax.Array:
+        # The state first: converted files rely on this order.
         return self.adapter(jnp.concatenate([h_BTD, e_BTD], axis=-1))
 
     def leave(self, h_BTD: jax.Array, e_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
@@ -117,7 +121,7 @@ def _diagonal(init):
 
 def loop_embedding(loop_index_B: jax.Array, dim: int) -> jax.Array:
     """Float32 [B, 1, D]: sines then cosines of the loop index on the first D // 8 channels, zero on the rest."""
-    width = dim // 8
+    width = dim // 8  # most channels carry no trace of the loop index, as in the original
     frequencies = 1e4 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / max(width, 1))
     angles = loop_index_B[:, None].astype(jnp.float32) * frequencies
     # An odd width drops the last cosine, as the original does.
@@ -139,6 +143,7 @@ class LoopLoRA(nn.Module):
         rows = c.lora_loops or c.loops
         init = nn.with_logical_partitioning(nn.initializers.normal(c.std), (None, "lora"))
         scale_LR = self.param("scale", init, (rows, c.lora_rank), jnp.float32)
+        # Depths beyond the table share its last row, so a model can run deeper than it was trained.
         scale_BR = jnp.asarray(scale_LR)[jnp.minimum(loop_index_B, rows - 1)].astype(y_BTD.dtype)
         low_BTR = Linear((c.lora_rank,), ("embed", "lora"), c.std, name="down")(y_BTD) * scale_BR[:, None]
         return Linear((c.dim,), ("lora", "embed"), c.std, name="up")(low_BTR)

@@ -1,6 +1,7 @@
-"""The small parts every layer is made of: linear maps, RMS norm, rotary positions, dense feed-forward."""
+"""The small parts of every layer: linear maps, RMS norm, rotary positions, dense feed-forward."""
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-def matrix_init(std: float, *axes: str):
+def matrix_init(std: float, *axes: str | None) -> Any:
     """Normal initialisation of a weight whose axes carry these logical names (see `sharding.py`)."""
     return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
 
@@ -39,13 +40,14 @@ class Linear(nn.Module):
         return matmul(x, kernel, self.inputs)
 
 
-# For what is cheaper to compute again in the backward pass than to keep.
+# For elementwise work: computing it again in the backward pass is cheaper than storing its result.
+# (No prevent_cse: inside a scan nothing undoes this, and elsewhere undoing it does no harm.)
 recomputed = partial(jax.checkpoint, prevent_cse=False)
 
 
 def rms_norm(x: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) over the last axis, in float32."""
-    x = x.astype(jnp.float32)
+    x = x.astype(jnp.float32)  # a mean of squares loses too much in bfloat16
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
@@ -68,18 +70,20 @@ def _scaled_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 def rope_tables(positions_BT: jax.Array, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, float32 [B, T, dim / 2], of position / theta^(2 i / dim) (arXiv 2104.09864)."""
+    # Float32 throughout: in bfloat16, positions beyond 256 would collide.
     frequencies = 1 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(x_BTHK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns each adjacent pair of channels (2i, 2i + 1) by its angle; in float32, result in x's dtype."""
+    """Rotates each adjacent pair of channels (2i, 2i + 1) by its angle; in float32, result in x's dtype."""
     cos, sin = (table[:, :, None, :] for table in tables)
+    # Adjacent pairs, as in the original RoPE; files with the half-split layout are permuted when they are read.
     pairs = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+    rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return rotated.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
 
 
 @recomputed
@@ -97,14 +101,15 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
 
-        def opening(name):
-            return Linear((self.hidden_dim,), ("embed", "mlp"), c.std, name=name)
+        def project(name: str) -> jax.Array:
+            return Linear((self.hidden_dim,), ("embed", "mlp"), c.std, name=name)(x_BTD)
 
-        up_BTF = opening("up")(x_BTD)
+        up_BTF = project("up")
         if c.activation == "swiglu":
-            gate_BTF = opening("gate")(x_BTD)
+            gate_BTF = project("gate")
             hidden_BTF = swiglu(gate_BTF, up_BTF)
-        else:
+        else:  # relu2; the factor is part of the published model, not of its weights
             hidden_BTF = 0.5 * jnp.square(nn.relu(up_BTF))
+        # The one place where a tensor group splits activations: `down` then sums over the group.
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "act_mlp")
         return Linear((c.dim,), ("mlp", "embed"), c.output_std, name="down")(hidden_BTF)

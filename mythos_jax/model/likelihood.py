@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 
+from mythos_jax.model.apply import apply
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import Output
@@ -52,8 +53,8 @@ def token_loss(
     batch: int32 tokens and targets [B, T], mask [B, T] with 1 where the target counts, and int32 segment_ids [B, T]
     where tokens attend to their own segment only. rngs: {"state": key} for models that start from noise.
     """
-    segment_ids = batch.get("segment_ids")
-    out = model.apply(variables, batch["tokens"], segment_ids, loops, halting, rngs=rngs, method=run)
+    arguments = batch["tokens"], batch.get("segment_ids"), loops, halting
+    out = apply(run, model, variables, *arguments, rngs=rngs)
     table_VD = nn.unbox(variables["params"]["embedding"])
     loss_BT = cross_entropy(out.features, table_VD, batch["targets"])
     return loss_BT * batch["mask"], out

@@ -4,7 +4,7 @@ Both drivers run the same cell and broadcast the same weights: `nn.scan` for a f
 and a trace of every loop; `nn.while_loop` for a number that is traced or depends on the tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -43,8 +43,7 @@ SHARED = ("params", "balance", GATHERED)
 Freeze = Literal["none", "halted", "finished"]
 
 
-@struct.dataclass
-class LoopContext:
+class LoopContext(struct.PyTreeNode):
     """What all loops of a call share.
 
     values: for each layer of the loop, value embeddings [B, T, G, K] or None. predicted_BT: int32, the loops that each
@@ -71,7 +70,7 @@ def make_context(
     config: ModelConfig,
     inputs: TokenInputs,
     values: tuple[jax.Array | None, ...],
-    predictor: dict[str, jax.Array] | None,
+    predictor: Mapping[str, jax.Array] | None,
     cache: Cache | None,
     loops: int | jax.Array,
     halting: Halting | None,
@@ -81,6 +80,7 @@ def make_context(
     """Checks the loops that `Mythos.loop` was asked for, and decides who is frozen."""
     check_halting(config, halting, cached=cache is not None)
     _check_loops(loops, start, count, cache)
+    # Without halting and with Python numbers the count is known when the program is traced: a scan can run it.
     fixed = None
     if halting is None:
         fixed = count if isinstance(count, int) else None
@@ -91,11 +91,12 @@ def make_context(
         predicted_BT = predicted_loops(predictor, inputs.injected_BTD, halting.threshold)
     limit = jnp.asarray(loops if halting is None else halting.limit(loops), jnp.int32)
     if cache is not None and not cache.bounded:
-        limit = jnp.minimum(limit, cache.loop_slots)
+        limit = jnp.minimum(limit, cache.loop_slots)  # a deeper loop would overwrite the first ones
     start = jnp.asarray(start, jnp.int32)
     stop = limit if count is None else jnp.minimum(limit, start + count)
     if start.ndim == 1:  # rows that start at different loops also end in different ones
         stop = jnp.broadcast_to(stop, start.shape)
+    # Rows of different depths freeze those that are done; a policy freezes tokens, if the model wants it.
     freeze: Freeze = "none"
     if halting is not None and config.freeze_halted:
         freeze = "halted"
@@ -121,8 +122,9 @@ def prepare_tokens(
 ) -> TokenState:
     """The tokens with all fields that this call's loops need: those who freeze tokens remember keys and values of the
     last loop, a probe what it measured. Padding starts out halted where halted tokens are frozen."""
-    exit_kv = tokens.exit_kv
-    if exit_kv is None and (context.freeze == "halted" or (context.freeze != "none" and cached(context))):
+    # Others see a frozen token through its keys and values: in a cache, or in this call under a policy.
+    exit_kv, cached = tokens.exit_kv, context.inputs.index_BT is not None
+    if exit_kv is None and (context.freeze == "halted" or (context.freeze != "none" and cached)):
         exit_kv = (empty_kv(config, *tokens.halted_BT.shape),) * config.loop_layers
     return tokens.replace(
         halted_BT=tokens.halted_BT | ~context.inputs.active_BT if context.freeze == "halted" else tokens.halted_BT,
@@ -130,11 +132,6 @@ def prepare_tokens(
         # Without a probe, what an earlier one saw is out of date after the next loop.
         probe=probe and (tokens.probe or probe.start(tokens.state_BTD)),
     )
-
-
-def cached(context: LoopContext) -> bool:
-    """Whether the loops write a decode cache."""
-    return context.inputs.index_BT is not None
 
 
 def _check_loops(
@@ -154,8 +151,7 @@ def _check_loops(
         raise ValueError(f"count: got {count}, allowed: {allowed}")
 
 
-@struct.dataclass
-class Carry:
+class Carry(struct.PyTreeNode):
     """What goes from loop to loop.
 
     tokens: without their inputs, which no loop changes (in a scan they would be saved once per loop), and without
@@ -185,6 +181,7 @@ def loop_function(call: RunLoop, remat: str, gather_per_loop: bool) -> RunLoop:
 def scan_loops(run: RunLoop, cell: Cell, carry: Carry, context: LoopContext) -> tuple[Carry, Trace]:
     """`context.count` loops of every row, from `context.start` on; returns the trace stacked over loops."""
     start_B = jnp.broadcast_to(context.start, carry.tokens.halted_BT.shape[:1])
+    # Broadcasting the variables makes every loop use the same weights, and their gradients add up.
     scan = nn.scan(
         run,
         variable_broadcast=SHARED,
@@ -231,12 +228,13 @@ def _halt_by_logits(
     probe: LogitProbe, carry: Carry, loop_B1: jax.Array, context: LoopContext, halting: Halting
 ) -> Carry:
     """Who halts after loop t = `loop_B1`, which the cell has just run."""
-    tokens = carry.tokens
-    seen, coda, met_BT = probe.look(halting, tokens.probe, carry.coda, tokens.state_BTD, loop_B1)
+    tokens, before = carry.tokens, carry.tokens.probe
+    assert before is not None, "prepare_tokens starts a probe"
+    seen, coda, met_BT = probe.look(halting, before, carry.coda, tokens.state_BTD, loop_B1)
     if context.stop.ndim > 0:
         # Rows that have run all their loops have not moved: comparing them again would say that they have converged.
         moved_B1 = loop_B1 < context.stop
         met_BT &= moved_B1
-        seen = jax.tree.map(lambda new, old: jnp.where(broadcast_mask(moved_B1, new), new, old), seen, tokens.probe)
+        seen = jax.tree.map(lambda new, old: jnp.where(broadcast_mask(moved_B1, new), new, old), seen, before)
     halted_BT = tokens.halted_BT | (met_BT & (loop_B1 + 1 >= halting.min_loops))
     return carry.replace(tokens=tokens.replace(halted_BT=halted_BT, probe=seen), coda=coda)

@@ -14,8 +14,7 @@ from mythos_jax.ops.matmul import matmul
 from mythos_jax.sharding import in_use
 
 
-@struct.dataclass
-class RouterStats:
+class RouterStats(struct.PyTreeNode):
     """Sums over tokens, float32: load_E [E], tokens sent to each expert; z [], squared log-partitions."""
 
     load_E: jax.Array
@@ -30,9 +29,9 @@ def no_stats(config: ModelConfig) -> RouterStats | None:
 
 
 class Router(nn.Module):
-    """Chooses k experts a token by logit plus bias; gates are the unbiased softmax, renormalised over the chosen.
+    """Chooses k experts per token by logit plus bias; gates are the unbiased softmax, renormalised over the chosen.
 
-    The bias lives in the `balance` collection: no gradient, it is moved by the training step from the expert load
+    The bias is in the `balance` collection. It has no gradient; the training step moves it towards equal expert load
     (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; see `balanced`).
     """
 
@@ -44,22 +43,24 @@ class Router(nn.Module):
         c = self.config
         kernel = self.param("kernel", matrix_init(c.std, "embed", None), (c.dim, c.n_experts), jnp.float32)
         bias = self.variable("balance", "bias", jnp.zeros, (c.n_experts,), jnp.float32)
+        # Float32: a rounding error in bfloat16 would send tokens to other experts.
         logits = matmul(x_BTD.astype(jnp.float32), kernel)
         experts = choose_experts(logits + bias.value, c.experts_per_token)
+        # The bias only chooses; it must not change what an expert contributes.
         gates = jnp.take_along_axis(jax.nn.softmax(logits), experts, axis=-1)
-        # The bias can choose experts whose probabilities all underflow.
+        # The bias can choose experts whose probabilities all underflow to 0.
         total = jnp.maximum(gates.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
         return gates / total, experts, jax.nn.logsumexp(logits, axis=-1)
 
 
 class MoE(nn.Module):
-    """Routed experts, each token's k of them; plus shared experts that every token passes."""
+    """Routed experts, k of them per token, plus shared experts for every token."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """Returns [B, T, D], and statistics over the tokens `counted_BT`."""
+        """Returns [B, T, D], and statistics over the tokens `counted_BT`; the others are computed but not counted."""
         c = self.config
         D, E, F = c.dim, c.n_experts, c.expert_dim
         gates_BTK, experts_BTK, z_BT = Router(c, name="router")(x_BTD)
@@ -67,8 +68,9 @@ class MoE(nn.Module):
             load_E=jnp.zeros(E).at[experts_BTK].add(jnp.broadcast_to(counted_BT[..., None], experts_BTK.shape)),
             z=jnp.sum(z_BT**2 * counted_BT),
         )
-        # On a mesh, weights that it cuts along D are gathered together with the tokens.
-        weights = tuple(
+        # Three matrices per expert (SwiGLU). On a mesh they stay cut along D here: `experts_on_mesh` gathers them while
+        # it exchanges tokens.
+        gate, up, down = (
             sharded_weight(self, name, shape, axes, std, x_BTD.dtype, gather=not in_use())
             for name, std, shape, axes in [
                 ("gate", c.std, (E, D, F), ("expert", "embed", "mlp")),
@@ -78,9 +80,9 @@ class MoE(nn.Module):
         )
         if in_use():
             width = width_axis(self, "gate")
-            y_BTD = experts_on_mesh(x_BTD, gates_BTK, experts_BTK, weights, width, c.expert_exchange)
+            y_BTD = experts_on_mesh(x_BTD, gates_BTK, experts_BTK, (gate, up, down), width, c.expert_exchange)
         else:
-            y_BTD = experts_on_one_device(x_BTD, gates_BTK, experts_BTK, weights)
+            y_BTD = experts_on_one_device(x_BTD, gates_BTK, experts_BTK, (gate, up, down))
         for i in range(c.n_shared_experts):
             y_BTD += FeedForward(c, c.shared_expert_dim or c.expert_dim, name=f"shared_{i}")(x_BTD)
         return y_BTD, stats
@@ -89,7 +91,8 @@ class MoE(nn.Module):
 def balanced(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:
     """The router bias moved by `rate` towards equal load: up for experts below the mean, down for those above.
 
-    The result is centred: only differences between experts choose, so the common part would be drift.
+    The result is centred: only differences between experts matter for the choice, so a common part would be drift.
     """
+    # The sign alone: the step does not depend on the batch size, and one crowded expert cannot swing the bias.
     bias_E = bias_E + rate * jnp.sign(load_E.mean(-1, keepdims=True) - load_E)
     return bias_E - bias_E.mean(-1, keepdims=True)

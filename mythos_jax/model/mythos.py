@@ -115,7 +115,7 @@ class Mythos(nn.Module):
         table_VD = constrain(self.embedding.astype(compute_dtype(c)), "vocab", "act_embed")
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0) * c.embedding_scale
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
-        x_BTD, caches = self._run_layers(self.prelude, x_BTD, inputs, cache and cache.prelude)
+        x_BTD, caches = self._run_layers(self.prelude, x_BTD, inputs, cache.prelude if cache else None)
         if c.prelude_norm:
             x_BTD = self.prelude_norm(x_BTD)
         if cache is not None:
@@ -160,7 +160,7 @@ class Mythos(nn.Module):
             context,
             probe,
         )
-        return tokens, cache and cache.replace(loop=loop_caches, coda=coda_caches), trace
+        return tokens, cache.replace(loop=loop_caches, coda=coda_caches) if cache else None, trace
 
     def finish(
         self, tokens: TokenState, cache: Cache | None = None, trace: Trace | None = None, *, logits: bool = True
@@ -170,18 +170,18 @@ class Mythos(nn.Module):
         trace: of `loop`, for `aux`. logits: false leaves out the head, for losses that never build [B, T, V].
         """
         c = self.config
-        readout_BTD = tokens.state_BTD if tokens.act is None else act_readout(tokens, c.act_remainder)
-        state_BTD, features_BTD, caches = self._coda(readout_BTD, tokens.inputs, cache and cache.coda)
+        readout_BTD = tokens.state_BTD if tokens.act is None else act_readout(tokens.act, tokens, c.act_remainder)
+        state_BTD, features_BTD, caches = self._coda(readout_BTD, tokens.inputs, cache.coda if cache else None)
         if tokens.probe is not None:
             # The halting criterion has run the coda on this very state; under jit the run above is dropped as unused.
-            features_BTD, caches = tokens.probe.features_BTD, cache and cache.coda
+            features_BTD, caches = tokens.probe.features_BTD, cache.coda if cache else caches
         return Output(
             logits=self.head(features_BTD) if logits else None,
             features=features_BTD,
             loops=tokens.loops_BT,
             state=state_BTD,
             aux=make_aux(tokens.inputs, trace or Trace(), c.experts_per_token),
-            cache=cache and cache.replace(coda=caches),
+            cache=cache.replace(coda=caches) if cache else None,
         )
 
     def features(
@@ -226,7 +226,7 @@ class Mythos(nn.Module):
         # the same variables can: it holds no state of its own.
         model, variables = Mythos(self.config, parent=None), self.variables
 
-        def coda(state_BTD, caches):
+        def coda(state_BTD: jax.Array, caches: Caches) -> Any:
             return model.apply(variables, state_BTD, inputs, caches, method="_coda")[1:]
 
         return LogitProbe(coda, lambda features_BTD: model.apply(variables, features_BTD, method="head"))

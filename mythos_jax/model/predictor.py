@@ -10,6 +10,7 @@ price that keeps the mean within a budget is measured on separate rows (training
 of arrays, the collection "predictor" of a model's variables.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,8 +36,9 @@ def init_head(key: jax.Array, dim: int, hidden: int, loops: int) -> dict[str, ja
     }
 
 
-def log_excess(head: dict[str, jax.Array], injected_BTD: jax.Array) -> jax.Array:
+def log_excess(head: Mapping[str, jax.Array], injected_BTD: jax.Array) -> jax.Array:
     """Logarithm of the predicted KL, in nats, after 1 … L - 1 loops; float32 [..., L - 1]."""
+    # Normalised here, since not every model norms its prelude's output.
     x = injected_BTD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
     hidden = jax.nn.gelu(x @ head["in"] + head["in_bias"])
@@ -51,7 +53,7 @@ def loops_at(excess: jax.Array, price: jax.Array | float) -> jax.Array:
 
 
 def predicted_loops(
-    predictor: dict[str, Any] | None, injected_BTD: jax.Array, budget: float | jax.Array | None
+    predictor: Mapping[str, Any] | None, injected_BTD: jax.Array, budget: float | jax.Array | None
 ) -> jax.Array:
     """Loops that each token is to run, int32 [B, T]; on average at most `budget` (None: the predictor's own).
 

@@ -19,8 +19,8 @@ from mythos_jax.model.cache import LayerCache, fill_skipped_loops
 from mythos_jax.model.exit_probe import LogitProbe
 from mythos_jax.model.halting import act_weight, relative_change, state_converged
 from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
-from mythos_jax.model.layers import RMSNorm
-from mythos_jax.model.loop import Carry, LoopContext, cached, loop_function, scan_loops, while_loops
+from mythos_jax.model.layers import RMSNorm, matrix_init
+from mythos_jax.model.loop import Carry, LoopContext, loop_function, scan_loops, while_loops
 from mythos_jax.model.moe import RouterStats, no_stats
 from mythos_jax.model.state import ActState, TokenState, Trace
 from mythos_jax.sharding import constrain
@@ -135,13 +135,11 @@ class RecurrentCell(nn.Module):
     ) -> tuple[ActState, jax.Array, Trace]:
         """Adaptive computation time: p = sigmoid(w h + b) gives this loop's state its weight in the read-out."""
         c, halting = self.config, context.halting
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.std), ("embed", None))
-        kernel = self.param("halt_kernel", init, (c.dim, 1), jnp.float32)
+        kernel = self.param("halt_kernel", matrix_init(c.std, "embed", None), (c.dim, 1), jnp.float32)
         bias = self.param("halt_bias", nn.initializers.zeros, (1,), jnp.float32)
         p_BT = nn.sigmoid(state_BTD.astype(jnp.float32) @ kernel + bias)[..., 0]
-        threshold = c.act_threshold
-        if halting is not None and halting.threshold is not None:
-            threshold = halting.threshold
+        given = None if halting is None else halting.threshold
+        threshold = c.act_threshold if given is None else given
         last_B1 = who.last_B1 if c.act_remainder else None
         weight_BT, probability_BT, halts_BT = act_weight(p_BT, act.probability_BT, threshold, who.may_halt_B1, last_B1)
         weight_BT *= who.running_BT
@@ -192,9 +190,9 @@ class RecurrentBlock(nn.Module):
         tokens, caches = carry.tokens.replace(inputs=before.inputs), carry.caches
         if before.exit_kv is not None:
             tokens = tokens.replace(exit_kv=tuple(cache.exit_kv for cache in caches))
-            if cached(context):
+            if (index_BT := context.inputs.index_BT) is not None:
                 # Tokens that run deeper than these did will look for them in the loops that they skipped.
-                index_BT, new_BT = context.inputs.index_BT, tokens.halted_BT & ~before.halted_BT
+                new_BT = tokens.halted_BT & ~before.halted_BT
                 caches = tuple(fill_skipped_loops(cache, end, index_BT, new_BT) for cache in caches)
             caches = tuple(cache.replace(exit_kv=None) for cache in caches)
         return tokens, caches, carry.coda, trace.replace(router=carry.router)

@@ -17,8 +17,7 @@ from mythos_jax.model.cache import KV, Cache
 from mythos_jax.model.moe import RouterStats
 
 
-@struct.dataclass
-class TokenInputs:
+class TokenInputs(struct.PyTreeNode):
     """What `begin` decides about a token; no loop changes it.
 
     tokens_BT: int32 token ids. injected_BTD: the prelude's output e, injected into every loop. index_BT: int32, where
@@ -27,7 +26,7 @@ class TokenInputs:
     """
 
     tokens_BT: jax.Array
-    injected_BTD: Any  # None before the prelude has run
+    injected_BTD: jax.Array
     index_BT: jax.Array | None
     positions_BT: jax.Array | None
     segments_BT: jax.Array | None
@@ -38,8 +37,7 @@ class TokenInputs:
         return jnp.ones_like(self.tokens_BT, bool) if self.segments_BT is None else self.segments_BT != 0
 
 
-@struct.dataclass
-class ActState:
+class ActState(struct.PyTreeNode):
     """Running sums of adaptive computation time, float32 (arXiv 1603.08983).
 
     readout_BTD: sum of weight times state over the loops so far. probability_BT: cumulative halting probability; 1
@@ -50,8 +48,7 @@ class ActState:
     probability_BT: jax.Array
 
 
-@struct.dataclass
-class ProbeState:
+class ProbeState(struct.PyTreeNode):
     """What the coda made of the current state, for halting criteria that compare logits from loop to loop.
 
     features_BTD: the features before the head. measure_BT: float32, what the criterion measured in the last loop.
@@ -61,8 +58,7 @@ class ProbeState:
     measure_BT: jax.Array
 
 
-@struct.dataclass
-class TokenState:
+class TokenState(struct.PyTreeNode):
     """Tokens between two loops.
 
     inputs: fixed by `begin`. state_BTD: the recurrent state h. halted_BT: bool, the token's loops have ended.
@@ -71,7 +67,7 @@ class TokenState:
     halting criterion looks at logits. Fields that a model or a call does not need are None.
     """
 
-    inputs: TokenInputs | None  # None only inside the loop, where it would be carried along unchanged
+    inputs: TokenInputs
     state_BTD: jax.Array
     halted_BT: jax.Array
     loops_BT: jax.Array
@@ -93,8 +89,7 @@ class TokenState:
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis), *parts)
 
 
-@struct.dataclass
-class Trace:
+class Trace(struct.PyTreeNode):
     """What the loops of one call report.
 
     router: sums over the loops for each layer of the loop, [loop_layers, ...] (None where the model is dense). The
@@ -108,8 +103,7 @@ class Trace:
     act_weight_LBT: jax.Array | None = None
 
 
-@struct.dataclass
-class Aux:
+class Aux(struct.PyTreeNode):
     """What objectives and reports read. The arrays over loops exist for a fixed number of loops, else they are None.
 
     injected: the prelude's output e [B, T, D]. expert_load: tokens sent to each expert, float32 [loop_layers, E].
@@ -125,8 +119,7 @@ class Aux:
     act_weight_LBT: jax.Array | None
 
 
-@struct.dataclass
-class Output:
+class Output(struct.PyTreeNode):
     """What a call of the model returns.
 
     logits: float32 [B, T, V], None if they were left out. features: [B, T, D] before the head. loops: int32 [B, T],
@@ -155,10 +148,13 @@ def make_inputs(
     T = tokens_BT.shape[1]
     if T > config.max_seq_len:
         raise ValueError(f"tokens: got {T} positions, allowed: at most max_seq_len, {config.max_seq_len}")
+    # Padding gets a place as well; the next tokens of its row overwrite it before anybody attends to it.
     index_BT = None
     if cache is not None:
         index_BT = cache.length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    return TokenInputs(tokens_BT, None, index_BT, positions_BT, segments_BT)
+    # e is still to come: the prelude, which makes it, needs the rest of the inputs.
+    nothing_BTD = jnp.zeros((*tokens_BT.shape, 0))
+    return TokenInputs(tokens_BT, nothing_BTD, index_BT, positions_BT, segments_BT)
 
 
 def start_tokens(
@@ -166,14 +162,15 @@ def start_tokens(
 ) -> TokenState:
     """Tokens before their first loop; `given` and `key` as in `initial_state`."""
     shape, state_BTD = inputs.tokens_BT.shape, initial_state(config, inputs.injected_BTD, given, key)
+    # Sums of ACT are float32: with many loops, weights are small and bfloat16 would drop them.
     act = ActState(jnp.zeros(state_BTD.shape), jnp.zeros(shape)) if config.readout == "act" else None
     return TokenState(inputs, state_BTD, jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), act)
 
 
-def act_readout(tokens: TokenState, remainder: bool) -> jax.Array:
+def act_readout(act: ActState, tokens: TokenState, remainder: bool) -> jax.Array:
     """The ACT-weighted sum of states [B, T, D]. With `remainder`, the weight that a token has not yet spent goes to its
     current state, as if the last loop had been its last."""
-    act, state_BTD = tokens.act, tokens.state_BTD
+    state_BTD = tokens.state_BTD
     readout_BTD = act.readout_BTD
     if remainder:
         rest_BT = jnp.maximum(1 - act.probability_BT, 0) * ~tokens.halted_BT
@@ -183,11 +180,14 @@ def act_readout(tokens: TokenState, remainder: bool) -> jax.Array:
 
 def make_aux(inputs: TokenInputs, trace: Trace, experts_per_token: int) -> Aux:
     """What a call reports, from the traces of its loops."""
-    router = trace.router
+    load, mean_z = None, None
+    if trace.router is not None:
+        load = trace.router.load_E
+        mean_z = trace.router.z / jnp.maximum(load.sum(-1) / experts_per_token, 1)
     return Aux(
         injected_BTD=inputs.injected_BTD,
-        expert_load=router and router.load_E,
-        router_z=router and router.z / jnp.maximum(router.load_E.sum(-1) / experts_per_token, 1),
+        expert_load=load,
+        router_z=mean_z,
         change_LBT=trace.change_LBT,
         halt_probability_LBT=trace.halt_probability_LBT,
         act_weight_LBT=trace.act_weight_LBT,
@@ -205,6 +205,7 @@ def initial_state(
     config: ModelConfig, injected_BTD: jax.Array, given: jax.Array | str | None, key: jax.Array | None
 ) -> jax.Array:
     """h_0 [B, T, D] as given, else as the config says; `key` is for models that start from noise."""
+    # An array is used as it is, for example to start from the state of another run.
     if given is not None and not isinstance(given, str):
         chex.assert_equal_shape([given, injected_BTD])
         return given.astype(injected_BTD.dtype)

@@ -7,8 +7,7 @@ import optax
 from flax import struct
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that a step replaces.
 
     step: int32 [], finished steps. variables: params and balance. average: a moving average of params, or None.
