@@ -78,7 +78,8 @@ def module_of(dotted: str) -> str:
 
 
 GRAPH = {
-    name: {module_of(dotted) for dotted in imports(ast.parse(path.read_text()))} - {name} for name, path in FILES.items()
+    name: {module_of(dotted) for dotted in imports(ast.parse(path.read_text()))} - {name}
+    for name, path in FILES.items()
 }
 
 

@@ -22,7 +22,7 @@ from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.halting import STATE_CRITERIA
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.model.state import Output, TokenState
+from mythos_jax.model.state import Output, TokenState, take_remainder
 
 STREAM_ROUNDS = 4  # of one call of the device
 
@@ -202,7 +202,8 @@ def _draft(
         def forward(model: Mythos) -> tuple[TokenState, Output]:
             tokens, filled = begin(model, setup, cache, token_B[:, None], running_B1)
             tokens, filled, _ = model.loop(tokens, filled, loops=setup.loops, halting=setup.halting, count=draft_loops)
-            return tokens, model.finish(tokens, filled)
+            # A draft is better with all of its ACT weight, also where the model itself leaves some unspent.
+            return tokens, model.finish(take_remainder(tokens), filled)
 
         tokens, out = apply(forward, setup.model, setup.variables)
         return (cast(Cache, out.cache), _argmax(out)[:, 0]), (token_B, tokens)

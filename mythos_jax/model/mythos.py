@@ -25,10 +25,10 @@ from mythos_jax.model.state import (
     TokenInputs,
     TokenState,
     Trace,
-    act_readout,
     make_aux,
     make_inputs,
     start_tokens,
+    take_remainder,
 )
 from mythos_jax.sharding import constrain
 
@@ -170,8 +170,8 @@ class Mythos(nn.Module):
         trace: of `loop`, for `aux`. logits: false leaves out the head, for losses that never build [B, T, V].
         """
         c = self.config
-        readout_BTD = tokens.state_BTD if tokens.act is None else act_readout(tokens.act, tokens, c.act_remainder)
-        state_BTD, features_BTD, caches = self._coda(readout_BTD, tokens.inputs, cache.coda if cache else None)
+        tokens = take_remainder(tokens) if c.act_remainder else tokens
+        state_BTD, features_BTD, caches = self._coda(tokens.readout_BTD, tokens.inputs, cache.coda if cache else None)
         if tokens.probe is not None:
             # The halting criterion has run the coda on this very state; under jit the run above is dropped as unused.
             features_BTD, caches = tokens.probe.features_BTD, cache.coda if cache else caches

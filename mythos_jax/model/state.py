@@ -75,6 +75,11 @@ class TokenState(struct.PyTreeNode):
     exit_kv: tuple[KV, ...] | None = None
     probe: ProbeState | None = None
 
+    @property
+    def readout_BTD(self) -> jax.Array:
+        """What the coda reads: the last state, or ACT's weighted sum of states."""
+        return self.state_BTD if self.act is None else self.act.readout_BTD.astype(self.state_BTD.dtype)
+
     def rows(self, index: Any) -> "TokenState":
         """The rows at `index` (anything that indexes an array's first axis by slice or array)."""
         return jax.tree.map(lambda x: x[index], self)
@@ -167,15 +172,15 @@ def start_tokens(
     return TokenState(inputs, state_BTD, jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), act)
 
 
-def act_readout(act: ActState, tokens: TokenState, remainder: bool) -> jax.Array:
-    """The ACT-weighted sum of states [B, T, D]. With `remainder`, the weight that a token has not yet spent goes to its
-    current state, as if the last loop had been its last."""
-    state_BTD = tokens.state_BTD
-    readout_BTD = act.readout_BTD
-    if remainder:
-        rest_BT = jnp.maximum(1 - act.probability_BT, 0) * ~tokens.halted_BT
-        readout_BTD += rest_BT[..., None] * state_BTD.astype(jnp.float32)
-    return readout_BTD.astype(state_BTD.dtype)
+def take_remainder(tokens: TokenState) -> TokenState:
+    """Gives the ACT weight that running tokens have not spent to their current state, as if this loop were their
+    last; without ACT, the tokens as they are."""
+    act = tokens.act
+    if act is None:
+        return tokens
+    rest_BT = jnp.maximum(1 - act.probability_BT, 0) * ~tokens.halted_BT
+    readout_BTD = act.readout_BTD + rest_BT[..., None] * tokens.state_BTD.astype(jnp.float32)
+    return tokens.replace(act=ActState(readout_BTD, jnp.where(tokens.halted_BT, act.probability_BT, 1.0)))
 
 
 def make_aux(inputs: TokenInputs, trace: Trace, experts_per_token: int) -> Aux:
