@@ -1,1 +1,1 @@
-"""Text in, batches of token rows out: tokenizer -> sources -> prepare (once) -> pipeline (every step)."""
+"""From text to batches of token rows: tokenizer, sources, prepare (once), pipeline (every step)."""

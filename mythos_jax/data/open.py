@@ -1,95 +1,104 @@
-"""What a run trains on, whatever it is made of: prepared text, a mixture, or a task that makes its own."""
+"""Opens the data of a config, whatever it consists of: prepared text, a mixture, or a task that generates its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from mythos_jax.config import Config
+from mythos_jax.data.batch import Batch, RowSelection
 from mythos_jax.data.fetch import local_folder
+from mythos_jax.data.manifest import Manifest
 from mythos_jax.data.prepare import ensure_prepared
 from mythos_jax.data.tasks import TaskData
 from mythos_jax.errors import ConfigError
 
-Batch = dict[str, np.ndarray]
-
 
 class Data(Protocol):
-    """Batches of tokens, targets int32 [B, T] and mask bool [B, T], in an order that is a function of (seed, step);
-    with `data.document_mask` also segment_ids int32 [B, T] (see `TokenRows`).
+    """What a run trains on: batches (see batch.py) in an order that is a pure function of (seed, step).
 
-    identity: text or plain containers that name the data; a run that was made with others is not resumed.
+    identity: text or plain containers that identify the data. A run made with other data is not resumed.
     """
 
     identity: Any
 
     def train_batches(
-        self, *, batch_size: int, seed: int, start_step: int = 0, rows: slice | Sequence[int] | np.ndarray | None = None
+        self, *, batch_size: int, seed: int, start_step: int = 0, rows: RowSelection = None
     ) -> Iterator[Batch]:
-        """The endless batches of a run from `start_step` on; `rows`: the rows of each that this process needs."""
+        """The endless batches of a run, from `start_step` on. rows: those of each batch that this process needs."""
         ...
 
     def held_out_batches(self, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
-        """Batches to measure the loss on, all of one shape; `max_rows` bounds them (0: all)."""
+        """Batches to measure the loss on, all of one shape. max_rows: how many rows at most; 0: all."""
         ...
 
 
-class TextData:
-    """Rows of text, prepared first when they are missing."""
+class PreparedData:
+    """Rows of one prepared folder, or of several in turn according to their weights."""
 
-    def __init__(self, config: Config, progress: bool = True, prepare: bool = True):
-        self.folder, self.document_mask = local_folder(config.data_path), config.data.document_mask
-        manifest = ensure_prepared(config, progress=progress, path=self.folder, prepare_missing=prepare)
-        rows = manifest.fingerprint
-        self.identity = {"rows": rows, "document_mask": True} if self.document_mask else rows
+    def __init__(
+        self, weights: dict[Path, float], manifests: dict[Path, Manifest], document_mask: bool, identity: Any
+    ) -> None:
+        self.weights, self.manifests = weights, manifests
+        self.document_mask, self.identity = document_mask, identity
 
-    def train_batches(self, **keywords: Any) -> Iterator[Batch]:
-        from mythos_jax.data.pipeline import train_batches
+    def train_batches(
+        self, *, batch_size: int, seed: int, start_step: int = 0, rows: RowSelection = None
+    ) -> Iterator[Batch]:
+        from mythos_jax.data.pipeline import train_batches  # here, because importing Grain takes long
 
-        return train_batches(self.folder, document_mask=self.document_mask, **keywords)
-
-    def held_out_batches(self, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
-        from mythos_jax.data.pipeline import eval_batches
-
-        return eval_batches(self.folder, batch_size=batch_size, max_rows=max_rows, document_mask=self.document_mask)
-
-
-class MixtureData:
-    """Rows of several prepared folders in turns, by their weights."""
-
-    def __init__(self, config: Config):
-        self.weights = {local_folder(folder): weight for folder, weight in config.data.mixture.items()}
-        self.document_mask = config.data.document_mask
-        self.parts = {folder: ensure_prepared(config, path=folder) for folder in self.weights}
-        # In their order, which is that of the rows; where a folder lies does not matter.
-        parts = [[self.parts[folder].fingerprint, weight] for folder, weight in self.weights.items()]
-        self.identity = {"mixture": parts} | ({"document_mask": True} if self.document_mask else {})
-
-    def train_batches(self, **keywords: Any) -> Iterator[Batch]:
-        from mythos_jax.data.pipeline import mixture_batches
-
-        return mixture_batches(
-            list(self.weights), list(self.weights.values()), document_mask=self.document_mask, **keywords
+        return train_batches(
+            self.weights,
+            batch_size=batch_size,
+            seed=seed,
+            start_step=start_step,
+            rows=rows,
+            document_mask=self.document_mask,
         )
 
     def held_out_batches(self, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
-        """Of all parts that have rows held out; `max_rows` counts per part."""
+        """The held-out rows of all folders that have any. `max_rows` applies to each folder."""
         from mythos_jax.data.pipeline import eval_batches
 
-        kept = [folder for folder, manifest in self.parts.items() if manifest.splits["held_out"].rows]
-        if not kept:
-            raise ConfigError(f"{', '.join(map(str, self.parts))}: no rows are held out to evaluate on")
-        for folder in kept:
-            yield from eval_batches(folder, batch_size=batch_size, max_rows=max_rows, document_mask=self.document_mask)
+        folders = [folder for folder, manifest in self.manifests.items() if manifest.splits["held_out"].rows]
+        if not folders:
+            raise ConfigError(f"{', '.join(map(str, self.manifests))}: no rows are held out to evaluate on")
+        return (
+            batch
+            for folder in folders
+            for batch in eval_batches(
+                folder, batch_size=batch_size, max_rows=max_rows, document_mask=self.document_mask
+            )
+        )
 
 
 def open_data(config: Config, progress: bool = True, prepare: bool = True) -> Data:
-    """The data of a config; `prepare`: make it where it is missing, rather than refuse.
+    """The data of a config. prepare: make prepared text if it is missing, instead of refusing.
 
-    Raises ConfigError where it cannot be used, as `ensure_prepared` and `TaskData` do.
+    Raises ConfigError: the data cannot be used, as described at `ensure_prepared` and `TaskData`.
     """
     if config.data.task.name:
         return TaskData(config)
     if config.data.mixture:
-        return MixtureData(config)
-    return TextData(config, progress, prepare)
+        return _open_mixture(config)
+    return _open_text(config, progress, prepare)
+
+
+# The identities below are stored in checkpoints: a change of their form would prevent existing runs from resuming.
+
+
+def _open_text(config: Config, progress: bool, prepare: bool) -> PreparedData:
+    folder, document_mask = local_folder(config.data_path), config.data.document_mask
+    manifest = ensure_prepared(config, progress=progress, path=folder, prepare_missing=prepare)
+    rows = manifest.fingerprint
+    identity = {"rows": rows, "document_mask": True} if document_mask else rows
+    return PreparedData({folder: 1.0}, {folder: manifest}, document_mask, identity)
+
+
+def _open_mixture(config: Config) -> PreparedData:
+    document_mask = config.data.document_mask
+    weights = {local_folder(folder): weight for folder, weight in config.data.mixture.items()}
+    manifests = {folder: ensure_prepared(config, path=folder) for folder in weights}
+    # The order of the folders matters, because it determines the order of the rows; their paths do not.
+    parts = [[manifests[folder].fingerprint, weight] for folder, weight in weights.items()]
+    identity = {"mixture": parts} | ({"document_mask": True} if document_mask else {})
+    return PreparedData(weights, manifests, document_mask, identity)

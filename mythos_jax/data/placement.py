@@ -25,7 +25,7 @@ def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """The row indices of a global batch that this process's devices hold, sorted."""
+    """The numbers of the rows of a global batch that this process's devices hold, sorted."""
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
@@ -41,8 +41,9 @@ def to_global(sharding: NamedSharding, batch_size: int, rows: np.ndarray, local:
     """Global arrays from this process's rows: `local[name][i]` is row `rows[i]` of the global batch."""
 
     def place(values: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            return values[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:  # None in jax's type only: for arrays without a shape
+            selected = np.arange(batch_size)[index[0] if index else slice(None)]
+            return values[np.searchsorted(rows, selected)]
 
         return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, shard)
 

@@ -1,8 +1,9 @@
-"""The reasoning problems themselves: draws to tokens and answers, whole arrays at a time.
+"""The reasoning problems: from random numbers to tokens and answers, whole arrays at a time.
 
-A problem makes n rows of one difficulty from a `Draw`. It knows nothing of batches, splits or seeds (data/tasks.py).
+A problem generates n rows of one difficulty from `RowRandom`. It knows nothing of batches, splits or seeds (tasks.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,68 +11,85 @@ import numpy as np
 
 from mythos_jax.config import TaskConfig
 
-PADDING = 0
+PADDING = 0  # the token id of padding in every problem
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the increment of SplitMix64
 
 
-class Draw:
-    """Random numbers for n rows, those of row i a function of `keys[i]` and of how many were drawn before.
+class RowRandom:
+    """Random numbers for n rows. Those of row i depend only on `keys[i]` and on how many were drawn before.
 
-    keys: uint64 [n]. Counter-based (the finaliser of SplitMix64, Steele et al. 2014), so that rows are made in any
-    order, any number at a time, without a generator each.
+    keys: uint64 [n]. Counter-based (the finalizer of SplitMix64, Steele et al. 2014), so that rows can be generated in
+    any order and any number at a time, without a generator per row.
     """
 
     def __init__(self, keys: np.ndarray):
         self.keys, self._drawn = keys, 0
 
     def integers(self, below: int, count: int) -> np.ndarray:
-        """Uniform in [0, below), int64 [n, count]; below is at most 2^16."""
+        """Uniform integers in [0, below), int64 [n, count]. `below` is at most 2^16."""
         counters = np.arange(self._drawn + 1, self._drawn + count + 1, dtype=np.uint64)
         self._drawn += count
-        bits = mix(self.keys[:, None] + counters * _GOLDEN)
+        bits = mix_bits(self.keys[:, None] + counters * _GOLDEN)
         return ((bits >> np.uint64(32)) * np.uint64(below) >> np.uint64(32)).astype(np.int64)
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 in which every bit of the output depends on all of the input."""
-    with np.errstate(over="ignore"):  # which only scalars complain of
+def mix_bits(x: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 in which every bit of the output depends on all bits of the input."""
+    with np.errstate(over="ignore"):  # NumPy warns of overflow for scalars only
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
 
 
+def fold_in(key: np.ndarray | int, value: np.ndarray | int) -> np.ndarray:
+    """A new key, uint64, from a key and a number."""
+    with np.errstate(over="ignore"):
+        return mix_bits(np.asarray(key, np.uint64) ^ mix_bits(np.asarray(value, np.uint64) + _GOLDEN))
+
+
+def content_hash(tokens: np.ndarray) -> np.ndarray:
+    """A hash of each row of tokens [n, W], uint64 [n], that does not depend on trailing padding."""
+    weights = mix_bits(np.arange(1, tokens.shape[1] + 1, dtype=np.uint64) * _GOLDEN) | np.uint64(1)
+    return mix_bits((tokens.astype(np.uint64) * weights).sum(axis=1, dtype=np.uint64))
+
+
+def unit_interval(hashes: np.ndarray) -> np.ndarray:
+    """Maps uint64 hashes uniformly to float64 in [0, 1)."""
+    return (hashes >> np.uint64(11)) * 2.0**-53
+
+
 @dataclass(frozen=True)
-class Rows:
-    """n problems of one difficulty. tokens and targets int [n, W]; a target counts where `answers` (bool [n, W]).
+class ProblemRows:
+    """n problems of one difficulty, each W tokens long."""
 
-    `final`: which of the answers make the exact match; `valid` bool [n]: whether the draw is a problem at all.
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    answers: np.ndarray
-    final: np.ndarray
-    valid: np.ndarray
+    tokens: np.ndarray  # int [n, W]
+    targets: np.ndarray  # int [n, W]: the answers, where `answer_mask` is True
+    answer_mask: np.ndarray  # bool [n, W]: the positions of answers to train on
+    final_mask: np.ndarray  # bool [n, W]: the answers that must be correct for an exact match
+    valid: np.ndarray  # bool [n]: False where the random numbers give no valid problem
 
 
 class Problem(Protocol):
-    """symbols: what token i means, padding first. width: positions of a row of this difficulty."""
+    """A kind of problem, configured."""
 
-    symbols: tuple[str, ...]
+    symbols: tuple[str, ...]  # what each token id means; padding first
 
-    def width(self, difficulty: int) -> int: ...
+    def width(self, difficulty: int) -> int:
+        """Tokens per row."""
+        ...
 
-    def make(self, draw: Draw, difficulty: int) -> Rows: ...
+    def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
+        """One problem per key of `random`."""
+        ...
 
 
 class PHop:
-    """Difficulty p: follow the last symbol p times to what came after its previous occurrence (arXiv 2502.17416).
+    """Difficulty p: from the last symbol, go p times to what followed its previous occurrence (arXiv 2502.17416).
 
-    One hop goes from place i to j + 1, with j < i the last place of the symbol at i; the answer is the symbol where p
-    hops end. Row: p marks `>`, then `length` symbols, no two neighbours alike (else a hop could stay where it is);
-    draws whose hops leave the sequence are refused. With answers "every", each place that has p hops is asked too.
+    One hop goes from position i to j + 1, where j < i is the last position of the symbol at i; the answer is the symbol
+    where p hops end. Row: p times `>`, then `length` symbols. No two neighboring symbols are equal (a hop could
+    otherwise stay where it is); a row is invalid if its hops leave the sequence. With answers "every", every position
+    with p hops has an answer.
     """
 
     def __init__(self, config: TaskConfig):
@@ -81,34 +99,35 @@ class PHop:
     def width(self, difficulty: int) -> int:
         return difficulty + self.config.length
 
-    def make(self, draw: Draw, difficulty: int) -> Rows:
-        size, length, n = self.config.alphabet, self.config.length, len(draw.keys)
-        steps = 1 + draw.integers(size - 1, length)
-        symbols = np.cumsum(steps, axis=1) % size
-        hop = np.full((n, length + 1), -1)  # the last column: a hop from nowhere (-1) leads nowhere
-        seen, rows = np.full((n, size), -1), np.arange(n)
+    def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
+        alphabet, length, n = self.config.alphabet, self.config.length, len(random.keys)
+        steps = 1 + random.integers(alphabet - 1, length)  # never 0: neighbors differ
+        symbols = np.cumsum(steps, axis=1) % alphabet
+        # hop[:, i] is the position that one hop from i leads to; -1: outside. The last column maps -1 to itself.
+        hop = np.full((n, length + 1), -1)
+        last_position, rows = np.full((n, alphabet), -1), np.arange(n)
         for i in range(length):
-            before = seen[rows, symbols[:, i]]
-            hop[:, i] = np.where(before < 0, -1, before + 1)
-            seen[rows, symbols[:, i]] = i
-        places = np.broadcast_to(np.arange(length), (n, length))
+            previous = last_position[rows, symbols[:, i]]
+            hop[:, i] = np.where(previous < 0, -1, previous + 1)
+            last_position[rows, symbols[:, i]] = i
+        positions = np.broadcast_to(np.arange(length), (n, length))
         for _ in range(difficulty):
-            places = np.take_along_axis(hop, places, axis=1)
-        reached = np.where(places < 0, PADDING, 2 + np.take_along_axis(symbols, places, axis=1))
+            positions = np.take_along_axis(hop, positions, axis=1)
+        answers = np.where(positions < 0, PADDING, 2 + np.take_along_axis(symbols, positions, axis=1))
 
         marks = np.ones((n, difficulty), int)
         tokens = np.concatenate([marks, 2 + symbols], axis=1)
-        targets = np.concatenate([marks * PADDING, reached], axis=1)
-        return _every_or_last(self.config, tokens, targets, targets != PADDING, places[:, -1] >= 0)
+        targets = np.concatenate([marks * PADDING, answers], axis=1)
+        return _select_answers(self.config, tokens, targets, targets != PADDING, valid=positions[:, -1] >= 0)
 
 
 class Parity:
-    """Difficulty n: is the number of ones among n bits odd? Row: the bits, the answer at the last of them.
+    """Difficulty n: whether the number of ones among n bits is odd. Row: the bits, with the answer at the last one.
 
-    With answers "every", each bit is asked for the parity up to it.
+    With answers "every", each bit has an answer: the parity up to there.
     """
 
-    symbols = ("", "0", "1", "even", "odd")
+    symbols: tuple[str, ...] = ("", "0", "1", "even", "odd")
 
     def __init__(self, config: TaskConfig):
         self.config = config
@@ -116,54 +135,54 @@ class Parity:
     def width(self, difficulty: int) -> int:
         return difficulty
 
-    def make(self, draw: Draw, difficulty: int) -> Rows:
-        bits = draw.integers(2, difficulty)
+    def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
+        bits = random.integers(2, difficulty)
         targets = 3 + np.cumsum(bits, axis=1) % 2
-        return _every_or_last(self.config, 1 + bits, targets, np.ones_like(bits, bool), np.ones(len(bits), bool))
+        return _select_answers(self.config, 1 + bits, targets, np.ones_like(bits, bool), valid=np.ones(len(bits), bool))
 
 
 class Addition:
     """Difficulty n: the sum of n numbers of `digits` digits (arXiv 2502.17416). Row: `315+120+045=0480`.
 
-    Numbers and the sum are padded with zeros, the sum to what n such numbers can need; its most significant digit
-    comes first. All digits of the sum are answers, each seeing the true ones before it: they are all right exactly
-    where greedy decoding is.
+    The numbers and the sum are zero-padded, the sum to the length that n such numbers can need, most significant digit
+    first. All digits of the sum are answers, each predicted from the correct ones before it: they are all correct
+    exactly if greedy decoding is.
     """
 
-    symbols = ("", *"0123456789", "+", "=")
+    symbols: tuple[str, ...] = ("", *"0123456789", "+", "=")
 
     def __init__(self, config: TaskConfig):
         self.config = config
 
     def width(self, difficulty: int) -> int:
-        return (self.config.digits + 1) * difficulty + self._places(difficulty) - 1
+        return (self.config.digits + 1) * difficulty + self._sum_digits(difficulty) - 1
 
-    def make(self, draw: Draw, difficulty: int) -> Rows:
-        n, digits = len(draw.keys), self.config.digits
-        drawn = draw.integers(10, difficulty * digits).reshape(n, difficulty, digits)
-        total = (drawn @ 10 ** np.arange(digits)[::-1]).sum(axis=1)
-        places = self._places(difficulty)
-        answer = total[:, None] // 10 ** np.arange(places)[::-1] % 10
+    def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
+        n, digits = len(random.keys), self.config.digits
+        numbers = random.integers(10, difficulty * digits).reshape(n, difficulty, digits)
+        total = (numbers @ 10 ** np.arange(digits)[::-1]).sum(axis=1)
+        sum_digits = total[:, None] // 10 ** np.arange(self._sum_digits(difficulty))[::-1] % 10
         signs = np.full((n, difficulty, 1), 11)
         signs[:, -1] = 12
-        question = np.concatenate([1 + drawn, signs], axis=2).reshape(n, -1)
-        stream = np.concatenate([question, 1 + answer], axis=1)
-        answers = np.zeros((n, stream.shape[1] - 1), bool)
-        answers[:, question.shape[1] - 1 :] = True
-        return Rows(stream[:, :-1], stream[:, 1:], answers, answers, np.ones(n, bool))
+        question = np.concatenate([1 + numbers, signs], axis=2).reshape(n, -1)
+        stream = np.concatenate([question, 1 + sum_digits], axis=1)
+        answer_mask = np.zeros((n, stream.shape[1] - 1), bool)
+        answer_mask[:, question.shape[1] - 1 :] = True
+        return ProblemRows(stream[:, :-1], stream[:, 1:], answer_mask, answer_mask, np.ones(n, bool))
 
-    def _places(self, difficulty: int) -> int:
+    def _sum_digits(self, difficulty: int) -> int:
         return len(str(difficulty * (10**self.config.digits - 1)))
 
 
 class Boolean:
-    """Difficulty d: the value of an expression nested d deep. Row: `((T&~(F^T))|F)=`, the answer at the `=`.
+    """Difficulty d: the value of an expression nested d deep. Row: `((T&~(F^T))|F)=`, with the answer at the `=`.
 
-    Inside out: each level joins the expression so far, negated or not, with a constant, on either side, by and (&),
-    or (|), exclusive or (^). An outer constant may settle & and |, so that one in three levels ends the search.
+    Built from the inside out: each level combines the expression so far, negated or not, with a constant on either
+    side, by and (&), or (|), exclusive or (^). An outer constant may decide & and | alone, so at one level in three the
+    search can stop.
     """
 
-    symbols = ("", "F", "T", "(", ")", "~", "&", "|", "^", "=")
+    symbols: tuple[str, ...] = ("", "F", "T", "(", ")", "~", "&", "|", "^", "=")
 
     def __init__(self, config: TaskConfig):
         self.config = config
@@ -171,55 +190,46 @@ class Boolean:
     def width(self, difficulty: int) -> int:
         return 5 * difficulty + 2
 
-    def make(self, draw: Draw, difficulty: int) -> Rows:
-        n = len(draw.keys)
-        value = draw.integers(2, 1)
+    def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
+        n = len(random.keys)
+        value = random.integers(2, 1)
         text = 1 + value
         for _ in range(difficulty):
-            constant, negated, operation, left = (draw.integers(k, 1) for k in (2, 2, 3, 2))
-            inner = value ^ negated
-            value = np.choose(operation, [inner & constant, inner | constant, inner ^ constant])
-            not_, constant, operation = np.where(negated, 5, PADDING), 1 + constant, 6 + operation
+            constant, negated, operation, on_left = (random.integers(k, 1) for k in (2, 2, 3, 2))
+            operand = value ^ negated
+            value = np.choose(operation, [operand & constant, operand | constant, operand ^ constant])
+            # The two forms have equal length: where there is no `~`, they contain padding.
+            negation, constant, operation = np.where(negated, 5, PADDING), 1 + constant, 6 + operation
             opening, closing = np.full((n, 1), 3), np.full((n, 1), 4)
-            first = np.concatenate([opening, constant, operation, not_, text, closing], axis=1)
-            last = np.concatenate([opening, not_, text, operation, constant, closing], axis=1)
-            text = np.where(left, first, last)
+            constant_first = np.concatenate([opening, constant, operation, negation, text, closing], axis=1)
+            constant_last = np.concatenate([opening, negation, text, operation, constant, closing], axis=1)
+            text = np.where(on_left, constant_first, constant_last)
         text = np.concatenate([text, np.full((n, 1), 9)], axis=1)
-        # Where there is no `~` there is a gap; a stable sort moves the gaps to the end.
+        # A stable sort moves the padding to the end.
         tokens = np.take_along_axis(text, np.argsort(text == PADDING, axis=1, kind="stable"), axis=1)
-        answers = tokens == 9
-        return Rows(tokens, np.where(answers, 1 + value, PADDING), answers, answers, np.ones(n, bool))
+        answer_mask = tokens == 9
+        targets = np.where(answer_mask, 1 + value, PADDING)
+        return ProblemRows(tokens, targets, answer_mask, answer_mask, np.ones(n, bool))
 
 
-PROBLEMS: dict[str, type[Problem]] = {"p_hop": PHop, "addition": Addition, "parity": Parity, "boolean": Boolean}
+PROBLEMS: dict[str, Callable[[TaskConfig], Problem]] = {
+    "p_hop": PHop,
+    "addition": Addition,
+    "parity": Parity,
+    "boolean": Boolean,
+}
 
 
-def _every_or_last(
+def _select_answers(
     config: TaskConfig, tokens: np.ndarray, targets: np.ndarray, every: np.ndarray, valid: np.ndarray
-) -> Rows:
+) -> ProblemRows:
+    """Trains on every answer or the last alone, as configured; an exact match needs the last."""
     last = np.zeros_like(every)
     last[:, -1] = True
-    return Rows(tokens, targets, every if config.answers == "every" else last, last, valid)
+    return ProblemRows(tokens, targets, every if config.answers == "every" else last, last, valid)
 
 
 def _letter(index: int) -> str:
-    """a … z, then a1 … z1, and on."""
+    """a … z, then a1 … z1, a2 and so on."""
     lap, letter = divmod(index, 26)
     return chr(97 + letter) + (str(lap) if lap else "")
-
-
-def content_hash(tokens: np.ndarray) -> np.ndarray:
-    """Uint64 [n]: of each row's tokens [n, W], whatever padding follows them."""
-    weights = mix(np.arange(1, tokens.shape[1] + 1, dtype=np.uint64) * _GOLDEN) | np.uint64(1)
-    return mix((tokens.astype(np.uint64) * weights).sum(axis=1, dtype=np.uint64))
-
-
-def fold(key: np.ndarray | int, value: np.ndarray | int) -> np.ndarray:
-    """A key, uint64, made from a key and a number."""
-    with np.errstate(over="ignore"):
-        return mix(np.asarray(key, np.uint64) ^ mix(np.asarray(value, np.uint64) + _GOLDEN))
-
-
-def share_of(hashes: np.ndarray) -> np.ndarray:
-    """Hashes as float64 in [0, 1)."""
-    return (hashes >> np.uint64(11)) * 2.0**-53

@@ -1,46 +1,57 @@
-"""Reasoning tasks as training data: examples made on the fly, each a pure function of (seed, index).
+"""Reasoning tasks as training data: examples generated on the fly, each a pure function of (seed, index).
 
-Global batch s of a run holds the examples s B … s B + B - 1 of its seed, so the order is a pure function of
-(seed, step) and a process makes its own rows only. Which problems are held out is a property of the problem (a hash
-of its tokens, `data.held_out_fraction` of all), so no example of training is ever one of evaluation; with a fraction of
-0 the two are drawn apart, but may meet.
+Global batch s of a run holds examples s B … s B + B - 1 of its seed: the order is a pure function of (seed, step), and
+each process generates only its own rows. A hash of a problem's tokens decides whether it is held out (the fraction
+`data.held_out_fraction` of all problems are), so no training example is ever an evaluation example. With `data.held_out_fraction` 0 the
+two are drawn independently and may coincide.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from mythos_jax.config import Config, DataConfig
+from mythos_jax.data.batch import Batch, RowSelection, row_numbers
 from mythos_jax.data.manifest import SPLITS
-from mythos_jax.data.problems import PADDING, PROBLEMS, Draw, Problem, Rows, content_hash, fold, share_of
+from mythos_jax.data.problems import (
+    PADDING,
+    PROBLEMS,
+    Problem,
+    ProblemRows,
+    RowRandom,
+    content_hash,
+    fold_in,
+    unit_interval,
+)
 from mythos_jax.errors import ConfigError
 from mythos_jax.typed import check_field, to_dict
 
-Batch = dict[str, np.ndarray]
-VERSION = 1  # of the examples: raised when the same seed and index begin to mean another problem
-EVALUATION_ROWS = 1024  # per difficulty, where the config does not say
-ATTEMPTS = 10_000  # draws that may be refused in a row
+VERSION = 1  # of the examples: increased whenever the same seed and index come to mean another problem
+EVALUATION_ROWS = 1024  # default number of examples per difficulty
+MAX_ATTEMPTS = 10_000  # consecutive rejected draws before giving up
 
 
 class TaskData:
-    """What a run on a task trains and is evaluated on.
+    """The data of a run on a task (see `open.Data`).
 
-    identity: plain containers that name the data, for checkpoints. difficulties: to evaluate at.
+    difficulties: those evaluated at.
 
-    Raises ConfigError: rows that do not fit data.seq_len, tokens that do not fit model.vocab_size, no such problems.
+    Raises ConfigError: rows longer than data.seq_len, more symbols than model.vocab_size, no problems of a difficulty.
     """
 
     def __init__(self, config: Config):
         self.data = config.data
         self.problem = open_problem(config.data)
         self.difficulties = config.evaluation.difficulties or tuple(sorted(set(config.data.task.difficulty)))
-        needed = len(self.problem.symbols)
-        allowed = f"at least {needed}, the vocabulary of task {config.data.task.name}"
-        check_field(config.model.vocab_size >= needed, "model.vocab_size", config.model.vocab_size, allowed)
+        vocabulary = len(self.problem.symbols)
+        allowed = f"at least {vocabulary}, the vocabulary of task {config.data.task.name}"
+        check_field(config.model.vocab_size >= vocabulary, "model.vocab_size", config.model.vocab_size, allowed)
         for difficulty in (*config.data.task.difficulty, *self.difficulties):
             check_width(self.data, self.problem, difficulty)
-        for difficulty in self.difficulties:  # now, rather than after the training: are there any?
+        for difficulty in self.difficulties:  # fail now if there are no such problems, rather than after training
             examples(self.data, self.problem, "held_out", 0, np.zeros(1, int), (difficulty,))
+        # Saved in checkpoints: the keys must not change.
         self.identity = {
             "task": to_dict(config.data.task),
             "seq_len": config.data.seq_len,
@@ -49,13 +60,13 @@ class TaskData:
         }
 
     def train_batches(
-        self, *, batch_size: int, seed: int, start_step: int = 0, rows: slice | Sequence[int] | np.ndarray | None = None
+        self, *, batch_size: int, seed: int, start_step: int = 0, rows: RowSelection = None
     ) -> Iterator[Batch]:
-        """The endless batches of a run from `start_step` on; arguments as in `data.pipeline.train_batches`."""
-        from mythos_jax.data.pipeline import prefetched, row_numbers
+        """The endless batches of a run; arguments as in `pipeline.train_batches`."""
+        from mythos_jax.data.pipeline import prefetched  # here, because importing Grain takes long
 
-        source = _TrainBatches(self.data, self.problem, seed, batch_size, row_numbers(rows, batch_size))
-        return prefetched(source, start_step)
+        batches = _TaskBatches(self.data, self.problem, seed, batch_size, row_numbers(rows, batch_size))
+        return prefetched(batches, start_step)
 
     def held_out_batches(self, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
         """Held-out examples of every difficulty, `max_rows` of each."""
@@ -63,16 +74,16 @@ class TaskData:
             yield from self.eval_batches(difficulty, batch_size=batch_size, max_rows=max_rows)
 
     def eval_batches(self, difficulty: int, *, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
-        """Held-out examples of one difficulty, the same for every run; the mask is on the answers that must match.
+        """Held-out examples of one difficulty, the same for every run. The mask covers the answers of the exact match.
 
-        max_rows: examples (0: EVALUATION_ROWS). The last batch is filled up with rows of mask False.
+        max_rows: number of examples; 0: EVALUATION_ROWS. The last batch is filled up with rows of mask False.
         """
         check_width(self.data, self.problem, difficulty)
         count = max_rows or EVALUATION_ROWS
         for start in range(0, count, batch_size):
-            real = min(batch_size, count - start)
-            batch = examples(self.data, self.problem, "held_out", 0, np.arange(start, start + real), (difficulty,))
-            yield {name: np.pad(array, ((0, batch_size - real), (0, 0))) for name, array in batch.items()}
+            size = min(batch_size, count - start)
+            batch = examples(self.data, self.problem, "held_out", 0, np.arange(start, start + size), (difficulty,))
+            yield {name: np.pad(array, ((0, batch_size - size), (0, 0))) for name, array in batch.items()}
 
 
 def open_problem(data: DataConfig) -> Problem:
@@ -81,69 +92,70 @@ def open_problem(data: DataConfig) -> Problem:
 
 
 def check_width(data: DataConfig, problem: Problem, difficulty: int) -> None:
-    """Raises ConfigError where rows of this difficulty are longer than data.seq_len."""
+    """Raises ConfigError if rows of this difficulty are longer than data.seq_len."""
     width = problem.width(difficulty)
-    check_field(
-        width <= data.seq_len,
-        "data.seq_len",
-        data.seq_len,
-        f"at least {width}, the tokens of {data.task.name} at difficulty {difficulty}",
-    )
+    allowed = f"at least {width}, the tokens of {data.task.name} at difficulty {difficulty}"
+    check_field(width <= data.seq_len, "data.seq_len", data.seq_len, allowed)
 
 
 def examples(
     data: DataConfig, problem: Problem, split: str, seed: int, indices: np.ndarray, difficulties: Sequence[int]
 ) -> Batch:
-    """Examples by number: tokens, targets int32 [n, T] and mask bool [n, T], T being data.seq_len.
+    """n examples by number: tokens and targets int32 [n, T], mask bool [n, T], where T is data.seq_len.
 
-    split: "train" has the mask on all answers, "held_out" on those of the exact match. Each example's difficulty is
-    drawn from `difficulties`. Raises ConfigError where there seem to be no such problems.
+    In the split "train" the mask covers all answers, in "held_out" those of the exact match. The difficulty of each
+    example is drawn from `difficulties`. Raises ConfigError if there appear to be no such problems.
     """
     n, T = len(indices), data.seq_len
-    batch = {name: np.full((n, T), PADDING, np.int32) for name in ("tokens", "targets")} | {
-        "mask": np.zeros((n, T), bool)
+    batch = {
+        "tokens": np.full((n, T), PADDING, np.int32),
+        "targets": np.full((n, T), PADDING, np.int32),
+        "mask": np.zeros((n, T), bool),
     }
-    keys = fold(fold(fold(VERSION, seed), SPLITS.index(split)), indices)
-    chosen = np.asarray(difficulties)[Draw(keys).integers(len(difficulties), 1)[:, 0]]
-    for difficulty in np.unique(chosen):
-        (places,) = np.nonzero(chosen == difficulty)
+    keys = fold_in(fold_in(fold_in(VERSION, seed), SPLITS.index(split)), indices)
+    difficulty_of_row = np.asarray(difficulties)[RowRandom(keys).integers(len(difficulties), 1)[:, 0]]
+    for difficulty in np.unique(difficulty_of_row):
+        (missing,) = np.nonzero(difficulty_of_row == difficulty)  # numbers of the rows that have no problem yet
+        missing_keys = fold_in(keys[missing], difficulty)
         width = problem.width(int(difficulty))
-        waiting = fold(keys[places], difficulty)
-        for attempt in range(ATTEMPTS):
-            rows = problem.make(Draw(fold(waiting, attempt)), int(difficulty))
-            good = _wanted(data, split, rows)
-            now = places[good]
-            batch["tokens"][now, :width] = rows.tokens[good]
-            batch["targets"][now, :width] = rows.targets[good]
-            batch["mask"][now, :width] = (rows.answers if split == "train" else rows.final)[good]
-            places, waiting = places[~good], waiting[~good]
-            if not len(places):
+        for attempt in range(MAX_ATTEMPTS):
+            drawn = problem.make(RowRandom(fold_in(missing_keys, attempt)), int(difficulty))
+            accepted = _accepted(data, split, drawn)
+            rows = missing[accepted]
+            batch["tokens"][rows, :width] = drawn.tokens[accepted]
+            batch["targets"][rows, :width] = drawn.targets[accepted]
+            mask = drawn.answer_mask if split == "train" else drawn.final_mask
+            batch["mask"][rows, :width] = mask[accepted]
+            missing, missing_keys = missing[~accepted], missing_keys[~accepted]
+            if not len(missing):
                 break
         else:
             raise ConfigError(
-                f"data.task: {ATTEMPTS} draws in a row were no {split} example of {data.task.name} at difficulty "
-                f"{difficulty}; allowed: a lower difficulty, for p_hop a larger data.task.length, or "
+                f"data.task: {MAX_ATTEMPTS} consecutive draws gave no {split} example of {data.task.name} at "
+                f"difficulty {difficulty}; allowed: a lower difficulty, for p_hop a larger data.task.length, or "
                 "data.held_out_fraction 0"
             )
     batch["targets"][~batch["mask"]] = PADDING
     return batch
 
 
-class _TrainBatches:
-    """Element s: this process's rows of global batch s."""
+def _accepted(data: DataConfig, split: str, drawn: ProblemRows) -> np.ndarray:
+    """Which of the drawn rows are valid problems of the split, bool [n]."""
+    if not data.held_out_fraction:
+        return drawn.valid
+    is_held_out = unit_interval(content_hash(drawn.tokens)) < data.held_out_fraction
+    return drawn.valid & (is_held_out == (split == "held_out"))
+
+
+class _TaskBatches:
+    """A Grain source of batches: element s is this process's rows of global batch s."""
 
     def __init__(self, data: DataConfig, problem: Problem, seed: int, batch_size: int, rows: np.ndarray):
         self._data, self._problem, self._seed, self._batch_size, self._rows = data, problem, seed, batch_size, rows
 
     def __len__(self) -> int:
-        return 2**62 // self._batch_size
+        return sys.maxsize // self._batch_size  # as endless as Grain can count
 
     def __getitem__(self, step: int) -> Batch:
         indices = step * self._batch_size + self._rows
         return examples(self._data, self._problem, "train", self._seed, indices, self._data.task.difficulty)
-
-
-def _wanted(data: DataConfig, split: str, rows: Rows) -> np.ndarray:
-    if not data.held_out_fraction:
-        return rows.valid
-    return rows.valid & ((share_of(content_hash(rows.tokens)) < data.held_out_fraction) == (split == "held_out"))

@@ -1,6 +1,6 @@
 """Text to token ids and back: raw bytes, or any Hugging Face `tokenizer.json`.
 
-Text is only ever text: a document that happens to contain the words `<|endoftext|>` is not cut in two by them.
+Special tokens are never recognized in text: a document that contains the characters `<|endoftext|>` is not split there.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.paths import to_path
 
 TOKENIZER_FILE = "tokenizer.json"
 
-# What published tokenizers call the token between two documents, the plainest names first: some of them have
-# several (`<|endoftext|>` beside a chat turn's `<|im_end|>`), and the document's end is the one wanted here.
+# What published tokenizers call their end-of-document token, in order of preference. A tokenizer may have several of
+# these: `<|endoftext|>` between documents is preferred to `<|im_end|>` after a chat turn.
 END_OF_DOCUMENT_NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -35,40 +35,43 @@ END_OF_DOCUMENT_NAMES = (
 
 
 class Tokenizer(Protocol):
-    """What the library asks of a tokenizer."""
+    """What the rest of the package needs from a tokenizer."""
 
     name: str
-    vocab_size: int  # every id is below it, added tokens included
+    vocab_size: int  # greater than every id, including those of added tokens
     end_of_document: int
-    fingerprint: str  # equal exactly where the same text gives the same ids; the same on every machine
+    fingerprint: str  # identifies the mapping from text to ids; the same on every machine
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32 [n], no special tokens added."""
+        """The ids of a text, int32 [n], without special tokens.
+
+        Raises ConfigError if the tokenizer cannot represent the text.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, faster where the tokenizer has threads."""
+        """`encode` for each text; faster if the tokenizer is multithreaded."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Special tokens, and ids that the tokenizer does not know, are left out."""
+        """The text of ids. Special tokens and unknown ids are skipped."""
         ...
 
     def save(self, directory: str | Path) -> None:
-        """Writes `tokenizer.json` into a directory; writes nothing where there is no such file (bytes)."""
+        """Writes `tokenizer.json` into a directory. The byte tokenizer has no such file and writes nothing."""
         ...
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer called `spec`: "bytes", or the path of a Hugging Face tokenizer.json.
+    """The byte tokenizer if `spec` is "bytes"; otherwise the Hugging Face tokenizer.json at that path.
 
-    Raises ConfigError: no such file, not a tokenizer, or one that has no end-of-document token.
+    Raises ConfigError: no such file, not a tokenizer, or a tokenizer without an end-of-document token.
     """
     return ByteTokenizer() if spec == ByteTokenizer.name else HuggingFaceTokenizer(spec)
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255, then end of document (256) and padding (257)."""
+    """UTF-8 bytes as ids 0 to 255, end of document as 256, padding as 257."""
 
     name = "bytes"
     vocab_size = 258
@@ -77,14 +80,14 @@ class ByteTokenizer:
     fingerprint = hashlib.sha256(b"mythos_jax: utf-8 bytes, 256 end of document, 257 padding").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        # "surrogateescape": a prompt from the command line may hold bytes that are not UTF-8; they come back as bytes.
+        # Command-line arguments are decoded with "surrogateescape"; encoding with it restores bytes that are not UTF-8.
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are not UTF-8 (a generated text may end inside a character) become U+FFFD."""
+        """The text of ids. Invalid UTF-8, such as a generated text that ends inside a character, becomes U+FFFD."""
         return bytes(int(i) for i in ids if 0 <= int(i) < 256).decode("utf-8", "replace")
 
     def save(self, directory: str | Path) -> None:
@@ -97,10 +100,10 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str | Path):
         from tokenizers import Tokenizer as Backend
 
-        path = to_path(path)
+        file = to_path(path)
         try:
-            self._json = path.read_bytes()
-            # Of the content, not the bytes: the same tokenizer written by another program is the same tokenizer.
+            self._json: bytes = file.read_bytes()
+            # Hash the parsed content, not the bytes: formatting does not make a different tokenizer.
             canonical = json.dumps(json.loads(self._json), sort_keys=True)
         except OSError as error:
             raise ConfigError(
@@ -111,20 +114,20 @@ class HuggingFaceTokenizer:
         try:
             self._backend = Backend.from_str(self._json.decode())
         except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"tokenizer {path}: not a tokenizer.json ({' '.join(str(error).split())})") from None
-        # The file may carry its last user's settings; they would silently drop or add tokens.
+            raise ConfigError(f"tokenizer {path}: not a tokenizer.json ({one_line(error)})") from None
+        # The file may contain its last user's truncation and padding settings, which would drop or add tokens.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        known = [name for name in END_OF_DOCUMENT_NAMES if name in vocabulary]
-        if not known:
+        end_of_document = next((name for name in END_OF_DOCUMENT_NAMES if name in vocabulary), None)
+        if end_of_document is None:
             raise ConfigError(
                 f"tokenizer {path}: has no end-of-document token; allowed: one of {', '.join(END_OF_DOCUMENT_NAMES)}"
             )
-        self.name = path.name
-        self.end_of_document = vocabulary[known[0]]
-        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps, so counting them is not enough
+        self.name: str = file.name
+        self.end_of_document = vocabulary[end_of_document]
+        self.vocab_size = max(vocabulary.values()) + 1  # not len(vocabulary): ids may have gaps
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -133,10 +136,8 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # a word it has no token for, not even an unknown one; half a surrogate pair
-            raise ConfigError(
-                f"tokenizer {self.name}: cannot encode the text ({' '.join(str(error).split())})"
-            ) from None
+        except Exception as error:  # for example, an unknown word without an unknown-word token; a lone surrogate
+            raise ConfigError(f"tokenizer {self.name}: cannot encode the text ({one_line(error)})") from None
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mythos_jax.config import Config, ModelConfig, TrainingConfig, save_config
-from mythos_jax.data.open import Batch, Data, open_data
+from mythos_jax.data.batch import Batch
+from mythos_jax.data.open import Data, open_data
 from mythos_jax.data.placement import batch_sharding, check_batch, local_rows, to_global
 from mythos_jax.errors import BadStepError, ConfigError, Interrupted
 from mythos_jax.evaluation.depths import evaluate_depths

@@ -1,4 +1,4 @@
-"""Mixtures: shares, epochs of each part, order, processes, refusals, and a run on one."""
+"""Mixtures: turns by weight, epochs of each part, order, processes, errors, and a training run."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ import pytest
 
 from mythos_jax.config import Config, DataConfig, load_config, save_config
 from mythos_jax.data.open import open_data
-from mythos_jax.data.pipeline import MixtureOrder, mixture_batches, open_rows
+from mythos_jax.data.pipeline import MixtureOrder, open_rows, train_batches
 from mythos_jax.data.prepare import prepare
 from mythos_jax.errors import ConfigError
 from tests.data.test_prepare import words_tokenizer
@@ -20,7 +20,7 @@ T = 6
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Three prepared folders; each has letters of its own, so that a row says where it is from."""
+    """Three prepared folders, each with its own letters, so that a row shows which folder it is from."""
     root = tmp_path_factory.mktemp("parts")
     random = np.random.default_rng(0)
     for name, first, documents in [("a", 97, 30), ("b", 105, 12), ("c", 113, 15)]:
@@ -37,63 +37,79 @@ def source_of(row):
     return "abc"[(letters[0] - 97) // 8] if letters else None
 
 
+def take(folders, weights, count, **options):
+    """The first batches of a mixture, of 8 rows."""
+    mixture = dict(zip(folders, weights, strict=True))
+    return list(itertools.islice(train_batches(mixture, batch_size=8, **options), count))
+
+
+def assert_equal(left, right):
+    for a, b in zip(left, right, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0], [3.0, 1.0], [0.5, 0.3, 0.2], [1.0, 2.0**0.5, 3.14159, 1e-3]])
-def test_turns_follow_the_weights_and_skip_no_entry(weights):
+def test_turns_follow_the_weights_and_no_entry_is_skipped(weights):
     order = MixtureOrder(weights)
-    places = [order[g] for g in range(25_000)]
+    turns = [order[i] for i in range(25_000)]
     for part, weight in enumerate(weights):
-        assert [k for p, k in places if p == part] == list(range(sum(p == part for p, _ in places)))
-        share = weight / sum(weights)
+        assert [entry for p, entry in turns if p == part] == list(range(sum(p == part for p, _ in turns)))
+        fraction = weight / sum(weights)
         for n in [10, 100, 1000, 20_000]:  # nearly even turns at any scale
-            assert abs(sum(p == part for p, _ in places[:n]) - share * n) <= len(weights) + n / 10_000
+            assert abs(sum(p == part for p, _ in turns[:n]) - fraction * n) <= len(weights) + n / 10_000
     far = 10**15
-    assert [order[far + g][0] for g in range(50)] == [order[far % len(order._part) + g][0] for g in range(50)]
+    assert [order[far + i][0] for i in range(50)] == [order[far % len(order._part) + i][0] for i in range(50)]
     assert order[far][1] > order[far - 10 * len(order._part)][1] > far / 10**6
 
 
-def test_tiny_weights_are_refused():
-    with pytest.raises(ConfigError, match=r"data\.mixture: got weights \[1\.0, 1e-06\], allowed: at least 1/10000 of"):
+def test_tiny_weights_are_rejected():
+    with pytest.raises(
+        ConfigError, match=r"data\.mixture: got weights \[1\.0, 1e-06\], allowed: each at least 1/10000"
+    ):
         MixtureOrder([1.0, 1e-6])
 
 
-def test_the_order_of_a_mixture(parts):
-    weights = [2.0, 1.0, 1.0]
-    whole = list(itertools.islice(mixture_batches(parts, weights, batch_size=8, seed=5), 60))
-    rows = [tuple(row) for batch in whole for row in batch["tokens"]]
-    counts = Counter(map(source_of, rows))
+def test_rows_come_from_the_parts_by_weight(parts):
+    batches = take(parts, [2.0, 1.0, 1.0], 60, seed=5)
+    counts = Counter(source_of(row) for batch in batches for row in batch["tokens"])
     assert counts["a"] == pytest.approx(240, abs=6)
     assert counts["b"] == pytest.approx(120, abs=4)
-    # Of each part every row once an epoch, in an order that changes.
-    checked = 0
-    for name, folder in zip("abc", parts, strict=True):
-        there = open_rows(folder, "train")
-        mine = [row for row in rows if source_of(row) == name]
-        texts = sorted(tuple(row) for row in there.read(range(len(there)))["tokens"] if source_of(row))
-        epochs = [mine[i : i + len(texts)] for i in range(0, len(mine) - len(texts) + 1, len(texts))]
-        if len(texts) == len(there):  # (a row of ends of documents alone would not say whose it is)
-            assert all(sorted(epoch) == texts for epoch in epochs)
-            assert len(set(map(tuple, epochs))) == len(epochs) > 1
-            checked += 1
-    assert checked
-    for batch in whole[:5]:
-        assert {n: (v.shape, v.dtype.name) for n, v in batch.items()} == {
+    for batch in batches[:5]:
+        assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
             "tokens": ((8, T), "int32"),
             "targets": ((8, T), "int32"),
             "mask": ((8, T), "bool"),
         }
         assert (batch["tokens"][:, 1:] == batch["targets"][:, :-1]).all()
 
-    def same(left, right):
-        for a, b in zip(left, right, strict=True):
-            for key in a:
-                np.testing.assert_array_equal(a[key], b[key])
 
-    same(list(itertools.islice(mixture_batches(parts, weights, batch_size=8, seed=5, start_step=41), 19)), whole[41:])
+def test_each_part_has_epochs_of_its_own(parts):
+    """An epoch has every row of the part once, and the order differs between epochs."""
+    rows = [tuple(row) for batch in take(parts, [2.0, 1.0, 1.0], 60, seed=5) for row in batch["tokens"]]
+    parts_checked = 0
+    for name, folder in zip("abc", parts, strict=True):
+        source = open_rows(folder, "train")
+        part_rows = [row for row in rows if source_of(row) == name]
+        expected = sorted(tuple(row) for row in source.read(range(len(source)))["tokens"] if source_of(row))
+        n = len(expected)
+        epochs = [part_rows[i : i + n] for i in range(0, len(part_rows) - n + 1, n)]
+        if n == len(source):  # (a row of end-of-document tokens alone does not show which part it is from)
+            assert all(sorted(epoch) == expected for epoch in epochs)
+            assert len(set(map(tuple, epochs))) == len(epochs) > 1
+            parts_checked += 1
+    assert parts_checked
+
+
+def test_the_order_depends_on_seed_and_step_alone(parts):
+    weights = [2.0, 1.0, 1.0]
+    batches = take(parts, weights, 60, seed=5)
+    assert_equal(take(parts, weights, 19, seed=5, start_step=41), batches[41:])
     for rows in [slice(0, 3), [3, 5], np.array([1, 4, 6, 7])]:
-        mine = list(itertools.islice(mixture_batches(parts, weights, batch_size=8, seed=5, rows=rows), 60))
-        same(mine, [{key: array[rows] for key, array in batch.items()} for batch in whole])
-    other = list(itertools.islice(mixture_batches(parts, weights, batch_size=8, seed=6), 60))
-    assert not any(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(whole, other, strict=True))
+        local = take(parts, weights, 60, seed=5, rows=rows)
+        assert_equal(local, [{name: array[rows] for name, array in batch.items()} for batch in batches])
+    other_seed = take(parts, weights, 60, seed=6)
+    assert not any(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(batches, other_seed, strict=True))
 
 
 def test_a_config_with_a_mixture(parts, tmp_path):
@@ -105,21 +121,17 @@ def test_a_config_with_a_mixture(parts, tmp_path):
     assert [weight for _, weight in data.identity["mixture"]] == [2, 1.5]
     json.dumps(data.identity)
     first = next(data.train_batches(batch_size=8, seed=0))
-    expected = next(mixture_batches([a, b], [2, 1.5], batch_size=8, seed=0))
-    np.testing.assert_array_equal(first["tokens"], expected["tokens"])
+    assert_equal([first], take([a, b], [2, 1.5], 1, seed=0))
     for other in [{a: 1, b: 1.5}, {b: 1.5, a: 2}, {a: 2, c: 1.5}, {a: 2}]:
         assert open_data(Config(data=DataConfig(mixture=other, seq_len=T))).identity != data.identity
 
 
-def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
+def test_parts_that_do_not_fit_are_rejected(parts, tmp_path):
     a = parts[0]
     (tmp_path / "text.txt").write_text("a b w3 " * 20)
     words = words_tokenizer(tmp_path / "w.json")
     prepare([str(tmp_path / "text.txt")], tmp_path / "words", tokenizer=words, seq_len=T, held_out_fraction=0.0)
     prepare([str(tmp_path / "text.txt")], tmp_path / "longer", seq_len=T + 1, held_out_fraction=0.0)
-
-    def opened(mixture, **fields):
-        return open_data(Config(data=DataConfig(mixture=mixture, seq_len=T, **fields)))
 
     for name, message in [
         ("words", r"data\.tokenizer: got bytes .*, allowed: w\.json .*words was prepared"),
@@ -127,7 +139,7 @@ def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
         ("none", r"data\.mixture: nothing prepared at .*none"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            opened({a: 1.0, str(tmp_path / name): 1.0})
+            open_data(Config(data=DataConfig(mixture={a: 1.0, str(tmp_path / name): 1.0}, seq_len=T)))
     for fields, message in [
         ({"mixture": {a: 0.0}}, r"data\.mixture .*a: got 0\.0, allowed: a weight > 0"),
         ({"mixture": {a: 1.0}, "path": a}, r"data\.path: got .*, allowed: nothing, with data\.mixture"),
@@ -138,7 +150,7 @@ def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
             DataConfig(seq_len=T, **fields)
 
 
-def test_a_run_on_a_mixture(parts, tmp_path):
+def test_training_on_a_mixture(parts, tmp_path):
     from mythos_jax.evaluation.evaluate import evaluate_model
     from mythos_jax.runs.load import load_model
     from mythos_jax.training.train import train
@@ -162,7 +174,8 @@ def test_a_run_on_a_mixture(parts, tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (trained,) = evaluate_model(loaded, loops=[MODEL.loops], progress=False).results
     assert logged[-1] == {"step": 3, "held_out_loss": pytest.approx(trained.loss, abs=1e-5)}
-    (whole,) = evaluate_model(loaded, loops=[1], progress=False).results
-    alone = [evaluate_model(loaded, data=part, loops=[1], progress=False).results[0] for part in (a, b)]
-    assert whole.tokens == sum(r.tokens for r in alone) > alone[0].tokens
-    assert whole.loss == pytest.approx(sum(r.loss * r.tokens for r in alone) / whole.tokens, abs=1e-5)
+    (mixture,) = evaluate_model(loaded, loops=[1], progress=False).results
+    by_part = [evaluate_model(loaded, data=part, loops=[1], progress=False).results[0] for part in (a, b)]
+    assert mixture.tokens == sum(result.tokens for result in by_part) > by_part[0].tokens
+    mean = sum(result.loss * result.tokens for result in by_part) / mixture.tokens
+    assert mixture.loss == pytest.approx(mean, abs=1e-5)

@@ -1,3 +1,5 @@
+"""Rows and batches: the stored stream, document segments, order, processes, evaluation, damaged files."""
+
 import itertools
 import json
 import threading
@@ -7,6 +9,8 @@ import pytest
 
 from mythos_jax.data.pipeline import eval_batches, open_rows, row_order, train_batches
 from mythos_jax.data.prepare import prepare
+from mythos_jax.data.rows import TokenRows
+from mythos_jax.data.units import is_held_out
 from mythos_jax.errors import ConfigError
 
 T = 6
@@ -16,7 +20,7 @@ SOURCE = "sample.jsonl"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Some rows to train on and some held out, the last of each short."""
+    """A prepared folder; the last row of each split is short."""
     root = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     with open(root / SOURCE, "w") as file:
@@ -32,12 +36,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stream(folder):
-    """The training stream, from the source text and nothing else."""
-    from mythos_jax.data.prepare import is_held_out
-
+    """The training stream, computed from the source text alone."""
     texts = [json.loads(line)["text"] for line in (folder.parent / SOURCE).read_text().splitlines()]
-    kept = [text for i, text in enumerate(texts) if not is_held_out(f"{SOURCE}:{i + 1}", 0.2)]
-    return [EOD] + [token for text in kept for token in [*text.encode(), EOD]]
+    train_texts = [text for i, text in enumerate(texts) if not is_held_out(f"{SOURCE}:{i + 1}", 0.2)]
+    return [EOD] + [token for text in train_texts for token in [*text.encode(), EOD]]
 
 
 def take(batches, count):
@@ -52,7 +54,7 @@ def assert_equal(left, right):
             np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_rows_are_the_stream(folder, stream):
+def test_rows_contain_the_stream(folder, stream):
     rows = open_rows(folder, "train")
     assert len(rows) == -(-(len(stream) - 1) // T)
     batch = rows.read(range(len(rows)))
@@ -74,17 +76,17 @@ def test_rows_are_the_stream(folder, stream):
             rows[bad]
 
 
-def test_segments_are_the_documents_of_the_targets(folder, stream):
-    """An end of document is a target of its own document, and the input before the first token of the next."""
+def test_segment_ids_count_the_documents_of_a_row(folder, stream):
+    """An end-of-document token belongs to its document as a target, and to the next document as an input."""
     rows = open_rows(folder, "train", document_mask=True)
     batch = rows.read(range(len(rows)))
-    document, owners = 0, []
+    document, documents = 0, []  # the document that each target of the stream belongs to
     for target in stream[1:]:
-        owners.append(document)
+        documents.append(document)
         document += target == EOD
     for i, (segments, mask) in enumerate(zip(batch["segment_ids"], batch["mask"], strict=True)):
-        mine = owners[i * T : (i + 1) * T]
-        assert segments[mask].tolist() == [1 + owner - mine[0] for owner in mine]
+        of_row = documents[i * T : (i + 1) * T]
+        assert segments[mask].tolist() == [1 + document - of_row[0] for document in of_row]
         assert not segments[~mask].any()
     assert batch["segment_ids"].dtype == np.int32
     assert (batch["segment_ids"].max(1) == 2).sum() > 5
@@ -93,8 +95,8 @@ def test_segments_are_the_documents_of_the_targets(folder, stream):
     first = next(train_batches(folder, batch_size=8, seed=1, document_mask=True))
     order = row_order(len(rows), seed=1)
     np.testing.assert_array_equal(first["segment_ids"], batch["segment_ids"][[order[g] for g in range(8)]])
-    whole = list(eval_batches(folder, "train", batch_size=7, document_mask=True))
-    padded = np.concatenate([part["segment_ids"] for part in whole])
+    batches = list(eval_batches(folder, "train", batch_size=7, document_mask=True))
+    padded = np.concatenate([batch["segment_ids"] for batch in batches])
     np.testing.assert_array_equal(padded[: len(rows)], batch["segment_ids"])
     assert not padded[len(rows) :].any()
 
@@ -108,24 +110,31 @@ def test_an_epoch_has_each_row_once_and_epochs_differ(count):
 
 
 def test_seeds_share_no_epochs():
-    """Grain's own seeds 0 and 1 are one order, shifted by an epoch."""
+    """In Grain alone, seeds 0 and 1 give the same order, one epoch apart."""
     epochs = {seed: {tuple(row_order(37, seed)[e * 37 + i] for i in range(37)) for e in range(6)} for seed in range(4)}
     assert len(set.union(*epochs.values())) == 24
     assert row_order(37, 2**40)[0] in range(37)
 
 
 def test_the_order_is_pinned():
-    """Runs are resumed under later versions of Grain and NumPy: a changed order has to be noticed."""
-    order = row_order(10, seed=0)
-    assert [order[i] for i in range(10)] == [5, 8, 9, 7, 4, 2, 1, 0, 3, 6]
-    assert [order[i] for i in range(10, 20)] == [6, 9, 4, 8, 0, 7, 3, 2, 1, 5]
+    """Runs are resumed under later versions of Grain and NumPy, which must not change the order."""
+    for seed in [0, [0, 0]]:  # a run on text, and the first part of a mixture
+        order = row_order(10, seed)
+        assert [order[i] for i in range(10)] == [5, 8, 9, 7, 4, 2, 1, 0, 3, 6]
+        assert [order[i] for i in range(10, 20)] == [6, 9, 4, 8, 0, 7, 3, 2, 1, 5]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**40, 2**63 - 1])
+def test_the_only_part_of_a_mixture_has_the_order_of_the_text_alone(seed):
+    alone, part = row_order(37, seed), row_order(37, [seed, 0])
+    assert [alone[i] for i in range(80)] == [part[i] for i in range(80)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 8, 100])
-def test_batch_s_is_entries_sB_to_sB_plus_B(folder, batch_size):
+def test_batch_s_has_entries_sB_to_sB_plus_B(folder, batch_size):
     rows = open_rows(folder, "train")
     order = row_order(len(rows), seed=1)
-    steps = 3 * len(rows) // batch_size + 2  # over two boundaries of epochs at least
+    steps = 3 * len(rows) // batch_size + 2  # across at least two epoch boundaries
     expected = [rows.read([order[g] for g in range(s * batch_size, (s + 1) * batch_size)]) for s in range(steps)]
     assert_equal(take(train_batches(folder, batch_size=batch_size, seed=1), steps), expected)
     seen = np.concatenate([batch["tokens"] for batch in expected])[: len(rows)]
@@ -133,34 +142,31 @@ def test_batch_s_is_entries_sB_to_sB_plus_B(folder, batch_size):
 
 
 def test_order_is_a_function_of_seed_and_step(folder):
-    whole = take(train_batches(folder, batch_size=8, seed=0), 20)
-    assert_equal(take(train_batches(folder, batch_size=8, seed=0, start_step=7), 13), whole[7:])
-    assert_equal(take(train_batches(folder, batch_size=8, seed=0, threads=0), 20), whole)
-    assert_equal(take(train_batches(folder, batch_size=8, seed=0, threads=5, ahead=2), 20), whole)
+    batches = take(train_batches(folder, batch_size=8, seed=0), 20)
+    assert_equal(take(train_batches(folder, batch_size=8, seed=0, start_step=7), 13), batches[7:])
+    assert_equal(take(train_batches(folder, batch_size=8, seed=0, threads=0), 20), batches)
+    assert_equal(take(train_batches(folder, batch_size=8, seed=0, threads=5, prefetch=2), 20), batches)
     other = take(train_batches(folder, batch_size=8, seed=1), 20)
-    assert sum(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(whole, other, strict=True)) == 0
+    assert sum(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(batches, other, strict=True)) == 0
 
 
 def test_processes_read_their_rows_of_the_same_global_batch(folder):
-    whole = take(train_batches(folder, batch_size=8, seed=0, start_step=2), 9)
+    batches = take(train_batches(folder, batch_size=8, seed=0, start_step=2), 9)
     for parts in [[slice(0, 4), slice(4, 8)], [[0, 2, 5], np.array([1, 3]), [4, 6, 7]]]:
         numbers = np.concatenate([np.arange(8)[part] for part in parts])
         local = [take(train_batches(folder, batch_size=8, seed=0, start_step=2, rows=part), 9) for part in parts]
         joined = [
-            {name: np.concatenate([b[name] for b in batches]) for name in whole[0]}
-            for batches in zip(*local, strict=True)
+            {name: np.concatenate([b[name] for b in step]) for name in batches[0]} for step in zip(*local, strict=True)
         ]
-        assert_equal(joined, [{name: array[numbers] for name, array in batch.items()} for batch in whole])
+        assert_equal(joined, [{name: array[numbers] for name, array in batch.items()} for batch in batches])
 
 
-def test_only_the_wanted_rows_are_read(folder, monkeypatch):
-    from mythos_jax.data.pipeline import TokenRows
-
-    asked, read = [], TokenRows.read
-    monkeypatch.setattr(TokenRows, "read", lambda self, indices: asked.append(list(indices)) or read(self, indices))
+def test_only_the_rows_of_the_process_are_read(folder, monkeypatch):
+    requests, read = [], TokenRows.read
+    monkeypatch.setattr(TokenRows, "read", lambda self, rows: requests.append(list(rows)) or read(self, rows))
     next(train_batches(folder, batch_size=8, seed=0, rows=slice(2, 4), threads=0))
     order = row_order(len(open_rows(folder, "train")), seed=0)
-    assert asked == [[order[2], order[3]]]
+    assert requests == [[order[2], order[3]]]
 
 
 @pytest.mark.parametrize(("split", "max_rows"), [("held_out", 0), ("train", 0), ("train", 8), ("train", 10)])
@@ -183,26 +189,26 @@ def test_held_out_is_the_default(folder):
     assert_equal(list(eval_batches(folder, batch_size=3)), list(eval_batches(folder, "held_out", batch_size=3)))
 
 
-def test_threads_may_share_rows(folder):
+def test_threads_can_share_rows(folder):
     rows = open_rows(folder, "train")
-    expected, wrong = rows.read(range(len(rows)))["tokens"], []
+    expected, mismatches = rows.read(range(len(rows)))["tokens"], []
 
     def read(seed):
         generator = np.random.default_rng(seed)
         for _ in range(100):
             indices = generator.integers(0, len(rows), 5)
             if not np.array_equal(rows.read(indices)["tokens"], expected[indices]):
-                wrong.append(indices)
+                mismatches.append(indices)
 
     threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not mismatches
 
 
-def test_bad_folders_are_named(folder, tmp_path):
+def test_unusable_folders_are_named(folder, tmp_path):
     with pytest.raises(ConfigError, match="split: got 'test', allowed: train, held_out"):
         open_rows(folder, "test")
     with pytest.raises(ConfigError, match="no such folder"):
@@ -218,9 +224,9 @@ def test_damage_names_file_and_row(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", seq_len=32, held_out_fraction=0.0)
     file = tmp_path / "out" / "train.array_record"
-    whole = file.read_bytes()
-    middle = len(whole) // 2
-    file.write_bytes(whole[:middle] + bytes(b ^ 0xFF for b in whole[middle : middle + 64]) + whole[middle + 64 :])
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes(b ^ 0xFF for b in content[middle : middle + 64]) + content[middle + 64 :])
     rows, damaged = open_rows(tmp_path / "out", "train"), []
     for i in range(len(rows)):
         try:
@@ -231,9 +237,9 @@ def test_damage_names_file_and_row(tmp_path):
     assert 1 <= len(damaged) <= 3
     with pytest.raises(ConfigError, match=rf"row {damaged[0]}: damaged"):
         rows.read([0, damaged[0], 1])
-    with pytest.raises(ConfigError, match=r"train\.array_record, row \d+: damaged"):  # and from Grain's threads
+    with pytest.raises(ConfigError, match=r"train\.array_record, row \d+: damaged"):  # also from Grain's threads
         take(train_batches(tmp_path / "out", batch_size=64, seed=0), len(rows) // 64 + 1)
-    # The same size, so that only the reader can tell: the index at the end is gone.
-    file.write_bytes(whole[:middle] + bytes(len(whole) - middle))
+    # The index at the end is lost; the size is unchanged, so only the reader notices.
+    file.write_bytes(content[:middle] + bytes(len(content) - middle))
     with pytest.raises(ConfigError, match=r"train\.array_record: damaged, got 0 rows"):
         open_rows(tmp_path / "out", "train")

@@ -1,3 +1,5 @@
+"""Prepared folders: the stored rows, all kinds of sources, errors, damage, and what a config accepts."""
+
 import dataclasses
 import hashlib
 import json
@@ -17,8 +19,9 @@ from mythos_jax.data import prepare as prepare_module
 from mythos_jax.data import sources as sources_module
 from mythos_jax.data import units as units_module
 from mythos_jax.data.manifest import load_manifest, verify
-from mythos_jax.data.prepare import ensure_prepared, is_held_out, prepare
+from mythos_jax.data.prepare import ensure_prepared, prepare
 from mythos_jax.data.tokenizer import load_tokenizer
+from mythos_jax.data.units import is_held_out
 from mythos_jax.errors import ConfigError
 
 EOD = 256
@@ -38,7 +41,7 @@ def corpus(tmp_path):
 
 
 def read_rows(folder, split):
-    """The stored rows, straight from the file."""
+    """The stored rows, read without `TokenRows`."""
     manifest = json.loads((folder / "manifest.json").read_text())
     reader = ArrayRecordReader(str(folder / f"{split}.array_record"))
     records = reader.read_all() if manifest["splits"][split]["rows"] else []
@@ -46,7 +49,7 @@ def read_rows(folder, split):
 
 
 def join(rows):
-    """The stream that rows were cut from; neighbours must share a token."""
+    """The stream that the rows were cut from; neighbors must share a token."""
     stream = rows[0][:1]
     for row in rows:
         assert row[0] == stream[-1]
@@ -68,14 +71,14 @@ def test_every_token_is_a_target_exactly_once(corpus, tmp_path, seq_len):
         assert join(rows) == expected
         assert [len(row) for row in rows[:-1]] == [seq_len + 1] * (len(rows) - 1)
         assert 2 <= len(rows[-1]) <= seq_len + 1
-        about = manifest.splits[split]
-        assert about.documents == len(texts) > 3
-        assert about.text_bytes == sum(len(text.encode()) for text in texts)
-        assert about.tokens == len(expected) - 1 == sum(len(row) - 1 for row in rows)
-        assert about.rows == len(rows)
+        summary = manifest.splits[split]
+        assert summary.documents == len(texts) > 3
+        assert summary.text_bytes == sum(len(text.encode()) for text in texts)
+        assert summary.tokens == len(expected) - 1 == sum(len(row) - 1 for row in rows)
+        assert summary.rows == len(rows)
         file = tmp_path / "out" / f"{split}.array_record"
-        assert about.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-        assert about.file_bytes == file.stat().st_size
+        assert summary.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert summary.file_bytes == file.stat().st_size
     assert load_manifest(tmp_path / "out") == verify(tmp_path / "out") == manifest
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
@@ -103,7 +106,7 @@ def test_fingerprint_is_of_the_data(corpus, tmp_path):
 
 
 def test_all_kinds_of_sources_give_the_same_stream(tmp_path):
-    texts = ["one é", "", "two\nlines", "three"]  # an empty document is none
+    texts = ["one é", "", "two\nlines", "three"]  # an empty document is skipped
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "text": text}) for text in texts) + "\n\n")
     pyarrow.parquet.write_table(pyarrow.table({"id": range(5), "text": [*texts, None]}), tmp_path / "b.parquet")
     folder = tmp_path / "c"
@@ -119,7 +122,7 @@ def test_all_kinds_of_sources_give_the_same_stream(tmp_path):
         assert manifest.splits["held_out"].rows == 0
 
 
-def test_rows_of_a_file_are_documents_of_their_own(tmp_path):
+def test_each_row_of_a_file_is_a_document(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)))
     prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", seq_len=8, held_out_fraction=0.3)
     held_out = [f"text {i}" for i in range(50) if is_held_out(f"a.jsonl:{i + 1}", 0.3)]
@@ -127,14 +130,14 @@ def test_rows_of_a_file_are_documents_of_their_own(tmp_path):
     assert join(read_rows(tmp_path / "out", "held_out")) == stream_of(held_out)
 
 
-def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "PIECE", 16)
-    monkeypatch.setattr(units_module, "BATCH_BYTES", 40)
+def test_long_documents_are_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "PIECE_CHARACTERS", 16)
+    monkeypatch.setattr(units_module, "ENCODE_BYTES", 40)
     monkeypatch.setattr(units_module, "UNIT_BYTES", 100)
-    text = "".join(f"zeile {i} ä\n" for i in range(30)) + "x" * 100
+    text = "".join(f"line {i} ä\n" for i in range(30)) + "x" * 100
     (tmp_path / "long.txt").write_text(text)
     inputs, _ = sources_module.find_inputs([str(tmp_path / "long.txt")])
-    parts = [piece.text for piece in sources_module.pieces(inputs)]
+    parts = [piece.text for piece in sources_module.read_pieces(inputs)]
     assert len(parts) > 15
     assert max(map(len, parts)) <= 32
     assert all(part.endswith("\n") for part in parts if "x" not in part)
@@ -143,7 +146,7 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
     assert manifest.splits["train"].documents == 2
 
 
-def test_max_bytes_cuts_the_text_and_no_character(tmp_path):
+def test_max_bytes_truncates_the_text_between_characters(tmp_path):
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "b.txt").write_text("dé" * 10)
     sources = [str(tmp_path / name) for name in ["a.txt", "b.txt"]]
@@ -195,13 +198,13 @@ def write(path, data):
     return [str(path)]
 
 
-BAD = {
+INVALID = {
     "missing": (lambda d: [str(d / "no.txt")], r"source .*no\.txt: no such file"),
     "none": (lambda d: [], r"sources: got \[\], allowed: files"),
     "empty file": (lambda d: write(d / "empty.txt", ""), r"no text in .*empty\.txt"),
     "empty folder": (lambda d: (d / "sub").mkdir() or [str(d / "sub")], r"sub: nothing to read.*\.txt"),
     "binary": (lambda d: write(d / "a.bin", b"\x80\x81"), r"source .*a\.bin: not a text file \(it is not UTF-8\)"),
-    "zeros": (lambda d: write(d / "a.bin", bytes(10)), r"source .*a\.bin: not a text file \(it holds zero bytes\)"),
+    "zeros": (lambda d: write(d / "a.bin", bytes(10)), r"source .*a\.bin: not a text file \(it contains zero bytes\)"),
     "binary in a folder": (lambda d: write(d / "z.txt", b"\xff") and [str(d)], r"z\.txt: not a text file"),
     "cut character": (lambda d: write(d / "a.txt", "é".encode()[:1]), r"a\.txt: not a text file"),
     "no column": (
@@ -209,10 +212,13 @@ BAD = {
         r"a\.jsonl, line 3: no text column",
     ),
     "a list": (lambda d: write(d / "a.jsonl", "[1]"), r"a\.jsonl, line 1: no text column"),
-    "a number": (lambda d: write(d / "a.jsonl", '{"text": 3}'), r"a\.jsonl, line 1: text is a int"),
+    "a number": (lambda d: write(d / "a.jsonl", '{"text": 3}'), r"a\.jsonl, line 1: text has type int"),
     "not json": (lambda d: write(d / "a.jsonl", '{"text": "a"}\n{"te'), r"a\.jsonl, line 2: not JSON"),
     "not utf-8": (lambda d: write(d / "a.jsonl", b'{"text": "\xff"}'), r"a\.jsonl, line 1: not UTF-8"),
-    "surrogate": (lambda d: write(d / "a.jsonl", r'{"text": "\ud800"}'), r"a\.jsonl, line 1: text is not Unicode"),
+    "surrogate": (
+        lambda d: write(d / "a.jsonl", r'{"text": "\ud800"}'),
+        r"a\.jsonl, line 1: text is not valid Unicode",
+    ),
     "not parquet": (lambda d: write(d / "a.parquet", "hello" * 10), r"a\.parquet: not a Parquet file"),
     "parquet column": (
         lambda d: pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), d / "a.parquet") or [f"{d}/a.parquet"],
@@ -220,15 +226,15 @@ BAD = {
     ),
     "parquet type": (
         lambda d: pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), d / "a.parquet") or [f"{d}/a.parquet"],
-        r"a\.parquet, row 1: text is a int",
+        r"a\.parquet, row 1: text has type int",
     ),
     "one document": (lambda d: write(d / "000.txt", "x"), r"leaves none of 1 documents for the held_out split"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_sources_give_a_line_and_leave_nothing(tmp_path, case):
-    make, message = BAD[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_sources_give_a_one_line_error_and_leave_no_files(tmp_path, case):
+    make, message = INVALID[case]
     (tmp_path / "in").mkdir()
     (tmp_path / "work").mkdir()
     with pytest.raises(ConfigError, match=message) as caught:
@@ -237,28 +243,28 @@ def test_bad_sources_give_a_line_and_leave_nothing(tmp_path, case):
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_no_training_document_left(tmp_path):
+def test_every_document_held_out(tmp_path):
     name = next(f"{i}.txt" for i in range(1000) if is_held_out(f"{i}.txt", 0.1))
     with pytest.raises(ConfigError, match="leaves none of 1 documents for the train split"):
         prepare(write(tmp_path / name, "x"), tmp_path / "out", seq_len=8, held_out_fraction=0.1)
 
 
-def test_a_tokenizer_that_finds_nothing(tmp_path):
+def test_a_tokenizer_that_produces_no_tokens(tmp_path):
     spec = words_tokenizer(tmp_path / "words.json")
-    with pytest.raises(ConfigError, match="makes no tokens"):
+    with pytest.raises(ConfigError, match="produces no tokens"):
         prepare(write(tmp_path / "a.txt", "  \n "), tmp_path / "out", tokenizer=spec, seq_len=8, held_out_fraction=0.0)
 
 
-def test_a_folder_that_is_there_is_never_overwritten(corpus, tmp_path):
+def test_an_existing_folder_is_never_overwritten(corpus, tmp_path):
     def state():
         return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
 
-    def again(**changes):
+    def prepare_again(**changes):
         return prepare([str(corpus)], tmp_path / "out", **{"seq_len": 16, "held_out_fraction": 0.2} | changes)
 
-    first, before = again(), None
+    first = prepare_again()
     before = state()
-    assert again() == first  # the same again is no error
+    assert prepare_again() == first  # the same request is not an error
     for change, message in [
         ({"seq_len": 8}, r"seq_len: got 8, allowed: 16, with which .*out was prepared"),
         ({"held_out_fraction": 0.3}, r"held_out_fraction: got 0.3, allowed: 0.2"),
@@ -266,14 +272,14 @@ def test_a_folder_that_is_there_is_never_overwritten(corpus, tmp_path):
         ({"tokenizer": words_tokenizer(tmp_path / "w.json")}, r"tokenizer: got w\.json .*, allowed: bytes"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            again(**change)
+            prepare_again(**change)
     (corpus / "new.txt").write_text("more")
-    with pytest.raises(ConfigError, match="holds other data"):
-        again()
+    with pytest.raises(ConfigError, match="holds different data"):
+        prepare_again()
     assert state() == before
-    for taken in [corpus, corpus / "new.txt"]:
-        with pytest.raises(ConfigError, match="holds something else"):
-            prepare([str(corpus)], taken, seq_len=16, held_out_fraction=0.2)
+    for occupied in [corpus, corpus / "new.txt"]:
+        with pytest.raises(ConfigError, match="already exists and holds something else"):
+            prepare([str(corpus)], occupied, seq_len=16, held_out_fraction=0.2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out", "w.json"]
 
 
@@ -286,9 +292,11 @@ def test_a_destination_that_cannot_be_written(corpus, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_a_full_disk(corpus, tmp_path, monkeypatch, split):
-    place = prepare_module.rows_file
+    rows_file = prepare_module.rows_file
     monkeypatch.setattr(
-        prepare_module, "rows_file", lambda folder, name: Path("/dev/full") if name == split else place(folder, name)
+        prepare_module,
+        "rows_file",
+        lambda folder, name: Path("/dev/full") if name == split else rows_file(folder, name),
     )
     with pytest.raises(ConfigError, match=r"/dev/full: cannot be written \(.*No space left on device"):
         prepare([str(corpus)], tmp_path / "out", seq_len=16, held_out_fraction=0.2)
@@ -303,29 +311,29 @@ def test_damage_is_named(corpus, tmp_path):
         load_manifest(corpus)
     prepare([str(corpus)], out, seq_len=16, held_out_fraction=0.2)
     file, manifest = out / "train.array_record", out / "manifest.json"
-    whole, text = file.read_bytes(), manifest.read_text()
+    content, text = file.read_bytes(), manifest.read_text()
 
-    middle = len(whole) // 2
-    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    load_manifest(out)  # looks at sizes only
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    load_manifest(out)  # compares sizes only
     with pytest.raises(ConfigError, match=r"train\.array_record: its checksum"):
         verify(out)
-    file.write_bytes(whole[:-1])
+    file.write_bytes(content[:-1])
     with pytest.raises(ConfigError, match=r"train\.array_record: got \d+ bytes, the manifest says \d+"):
         load_manifest(out)
     file.unlink()
     with pytest.raises(ConfigError, match=r"train\.array_record: missing"):
         load_manifest(out)
-    file.write_bytes(whole)
-    for changed, message in [
+    file.write_bytes(content)
+    for damaged, message in [
         (text.replace('"seq_len": 16', '"seq_len": 17'), "has changed since"),
         (text.replace('"version": 1', '"version": 2'), "got version 2, allowed: 1"),
         (text[:100], "not a manifest"),
         ("[]", "not a manifest"),
         ('{"version": 1, "fingerprint": ""}', "not a manifest"),
     ]:
-        assert changed != text
-        manifest.write_text(changed)
+        assert damaged != text
+        manifest.write_text(damaged)
         with pytest.raises(ConfigError, match=r"manifest\.json: " + message):
             load_manifest(out)
     manifest.write_text(text)
@@ -357,24 +365,29 @@ def test_ensure_prepared(corpus, tmp_path):
             ensure_prepared(wrong)
 
 
-def test_two_at_once_make_one_folder(corpus, tmp_path, monkeypatch):
-    """Another process finishes first: its folder stays, and is taken where it is the same."""
-    settle = prepare_module._settle
+def test_two_processes_at_once_make_one_folder(corpus, tmp_path, monkeypatch):
+    """Another process finishes first: its folder stays, and is accepted if it holds the same data."""
+    publish = prepare_module._publish
 
-    def other_first(partial, out, manifest, seq_len):
-        monkeypatch.setattr(prepare_module, "_settle", settle)
-        prepare([str(corpus)], out, seq_len=seq_len, held_out_fraction=0.2)
-        return settle(partial, out, manifest)
+    def publish_second(seq_len):
+        """Makes the next `prepare` wait, when it is complete, for another one with this seq_len."""
 
-    monkeypatch.setattr(prepare_module, "_settle", lambda *a: other_first(*a, seq_len=16))
+        def run_other(rows, out, manifest):
+            monkeypatch.setattr(prepare_module, "_publish", publish)
+            prepare([str(corpus)], out, seq_len=seq_len, held_out_fraction=0.2)
+            return publish(rows, out, manifest)
+
+        monkeypatch.setattr(prepare_module, "_publish", run_other)
+
+    publish_second(seq_len=16)
     first = prepare([str(corpus)], tmp_path / "same", seq_len=16, held_out_fraction=0.2)
     assert first == load_manifest(tmp_path / "same")
-    monkeypatch.setattr(prepare_module, "_settle", lambda *a: other_first(*a, seq_len=8))
-    with pytest.raises(ConfigError, match="holds other data"):
+    publish_second(seq_len=8)
+    with pytest.raises(ConfigError, match="holds different data"):
         prepare([str(corpus)], tmp_path / "other", seq_len=16, held_out_fraction=0.2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "other", "same"]
 
 
-def test_imports_stay_light():
+def test_heavy_libraries_are_imported_late():
     code = "import sys, mythos_jax.data.prepare; print({'grain', 'pyarrow', 'tokenizers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

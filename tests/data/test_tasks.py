@@ -1,4 +1,4 @@
-"""Tasks against slow Python that reads the problem as text, and the promises of an order made on the fly."""
+"""Tasks, compared with slow Python that solves the problem as text; and the order of the generated examples."""
 
 import itertools
 import re
@@ -35,14 +35,14 @@ def as_text(problem, tokens):
 
 
 def hops_by_definition(text, p):
-    """What p hops from the last symbol of `text` reach, or None."""
-    place = len(text) - 1
+    """The symbol that p hops from the last symbol of `text` reach, or None."""
+    position = len(text) - 1
     for _ in range(p):
-        earlier = [i for i in range(place) if text[i] == text[place]]
+        earlier = [i for i in range(position) if text[i] == text[position]]
         if not earlier:
             return None
-        place = earlier[-1] + 1
-    return text[place]
+        position = earlier[-1] + 1
+    return text[position]
 
 
 def slow_p_hop(text, every):
@@ -51,25 +51,25 @@ def slow_p_hop(text, every):
     ends = range(1, len(symbols) + 1) if every else [len(symbols)]
     answers = {len(marks) + end - 1: hops_by_definition(symbols[:end], len(marks)) for end in ends}
     assert answers[len(text) - 1] is not None
-    return {place: answer for place, answer in answers.items() if answer is not None}
+    return {position: answer for position, answer in answers.items() if answer is not None}
 
 
 def slow_parity(text, every):
-    words = {i: ["even", "odd"][text[: i + 1].count("1") % 2] for i in range(len(text))}
-    return words if every else {len(text) - 1: words[len(text) - 1]}
+    answers = {i: ["even", "odd"][text[: i + 1].count("1") % 2] for i in range(len(text))}
+    return answers if every else {len(text) - 1: answers[len(text) - 1]}
 
 
 def slow_addition(text, every):
     question, given = re.fullmatch(r"([\d+]+=)(\d*)", text).groups()
     total = str(sum(int(number) for number in question[:-1].split("+")))
-    answer = total.zfill(len(given) + 1)  # the last digit is not fed in
+    answer = total.zfill(len(given) + 1)  # the last digit is not an input
     assert len(answer) == len(given) + 1
     assert answer.startswith(given)
     return {len(question) - 1 + i: digit for i, digit in enumerate(answer)}
 
 
 def slow_boolean(text, every):
-    # Minus one and zero are true and false to Python's bitwise operators, the complement too.
+    # As true and false, -1 and 0 work with all bitwise operators, including the complement.
     value = eval(text[:-1].replace("T", "(-1)").replace("F", "0"))
     return {len(text) - 1: "T" if value else "F"}
 
@@ -80,7 +80,7 @@ SLOW = {"p_hop": slow_p_hop, "addition": slow_addition, "parity": slow_parity, "
 @pytest.mark.parametrize("answers", ["every", "last"])
 @pytest.mark.parametrize("split", ["train", "held_out"])
 @pytest.mark.parametrize("name", DATA)
-def test_answers_are_those_of_slow_python(name, split, answers):
+def test_answers_agree_with_slow_python(name, split, answers):
     problem, batch = make(name, split, task=replace(DATA[name].task, answers=answers))
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
         "tokens": ((200, 40), "int32"),
@@ -92,7 +92,7 @@ def test_answers_are_those_of_slow_python(name, split, answers):
         text = as_text(problem, tokens)
         texts.append(text)
         length = np.count_nonzero(tokens)
-        assert not tokens[length:].any()  # padding, all of it at the end
+        assert not tokens[length:].any()  # padding is at the end only
         lengths.add(length)
         expected = SLOW[name](text, every=answers == "every" and split == "train")
         assert {int(i): problem.symbols[targets[i]] for i in np.flatnonzero(mask)} == expected
@@ -103,7 +103,7 @@ def test_answers_are_those_of_slow_python(name, split, answers):
 
 @pytest.mark.parametrize("name", DATA)
 def test_answers_are_balanced(name):
-    """A constant guess is no good: the commonest answer is not much more common than chance."""
+    """Guessing does not help: the most common answer is little more common than chance."""
     for difficulty in DATA[name].task.difficulty[1:]:
         _, batch = make(name, "held_out", indices=range(2000), difficulties=(difficulty,))
         last = batch["mask"].shape[1] - 1 - batch["mask"][:, ::-1].argmax(1)
@@ -115,18 +115,20 @@ def test_answers_are_balanced(name):
 
 @pytest.mark.parametrize("name", DATA)
 def test_examples_are_a_function_of_seed_and_index(name):
-    _, whole = make(name, indices=range(50))
-    _, some = make(name, indices=[41, 3, 17])
-    for key in whole:
-        np.testing.assert_array_equal(some[key], whole[key][[41, 3, 17]])
+    _, batch = make(name, indices=range(50))
+    _, selected = make(name, indices=[41, 3, 17])
+    for key in batch:
+        np.testing.assert_array_equal(selected[key], batch[key][[41, 3, 17]])
     for other in [make(name, seed=1, indices=range(50))[1], make(name, indices=range(1000, 1050))[1]]:
-        same = (other["tokens"] == whole["tokens"]).all(1).mean()
-        assert same < 0.1
+        assert (other["tokens"] == batch["tokens"]).all(1).mean() < 0.1
 
 
 def test_examples_are_pinned():
-    """Runs are resumed under later versions: changed examples have to be noticed (and tasks.VERSION raised)."""
-    texts = {name: as_text(*(lambda p, b: (p, b["tokens"][1]))(*make(name, indices=[0, 7]))) for name in DATA}
+    """Runs are resumed under later versions, which must not change the examples (or must raise tasks.VERSION)."""
+    texts = {}
+    for name in DATA:
+        problem, batch = make(name, indices=[0, 7])
+        texts[name] = as_text(problem, batch["tokens"][1])
     assert texts == PINNED
 
 
@@ -139,8 +141,8 @@ PINNED = {
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_training_never_meets_a_held_out_example(name):
-    """In a space so small that otherwise it would."""
+def test_training_never_contains_a_held_out_example(name):
+    """With so few problems that it otherwise would."""
     small = {
         "p_hop": TaskConfig("p_hop", (1,), length=6, alphabet=3),
         "addition": TaskConfig("addition", (1,), digits=2),
@@ -151,29 +153,30 @@ def test_training_never_meets_a_held_out_example(name):
     for split, seed in [("train", 0), ("train", 1), ("held_out", 0)]:
         problem, batch = make(name, split, seed, range(2000), small.difficulty, task=small, held_out_fraction=0.3)
         seen[split, seed] = {as_text(problem, tokens) for tokens in batch["tokens"]}
-    assert seen["train", 0] == seen["train", 1]  # each is all of it
+    assert seen["train", 0] == seen["train", 1]  # each has all problems of the split
     assert len(seen["train", 0]) > 10
     assert len(seen["held_out", 0]) > 2
     assert not seen["train", 0] & seen["held_out", 0]
-    share = len(seen["held_out", 0]) / len(seen["held_out", 0] | seen["train", 0])
-    assert 0.15 < share < 0.45
+    fraction = len(seen["held_out", 0]) / len(seen["held_out", 0] | seen["train", 0])
+    assert 0.15 < fraction < 0.45
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_the_batches_of_a_run(name):
     data = TaskData(Config(model=ModelConfig(), data=DATA[name]))
-    whole = list(itertools.islice(data.train_batches(batch_size=8, seed=3), 6))
+    batches = list(itertools.islice(data.train_batches(batch_size=8, seed=3), 6))
     _, expected = make(name, seed=3, indices=range(48))
     later = list(itertools.islice(data.train_batches(batch_size=8, seed=3, start_step=4), 2))
-    parts = [
+    by_process = [
         list(itertools.islice(data.train_batches(batch_size=8, seed=3, rows=rows), 6))
         for rows in [slice(0, 3), [3, 5], np.array([4, 6, 7])]
     ]
     for key in expected:
-        np.testing.assert_array_equal(np.concatenate([b[key] for b in whole]), expected[key])
-        np.testing.assert_array_equal(np.stack([b[key] for b in later]), np.stack([b[key] for b in whole[4:]]))
-        joined = np.stack([np.concatenate([b[key] for b in bs]) for bs in zip(*parts, strict=True)])
-        np.testing.assert_array_equal(joined, np.stack([b[key] for b in whole])[:, [0, 1, 2, 3, 5, 4, 6, 7]])
+        stacked = np.stack([batch[key] for batch in batches])
+        np.testing.assert_array_equal(np.concatenate(stacked), expected[key])
+        np.testing.assert_array_equal(np.stack([batch[key] for batch in later]), stacked[4:])
+        joined = np.stack([np.concatenate([part[key] for part in step]) for step in zip(*by_process, strict=True)])
+        np.testing.assert_array_equal(joined, stacked[:, [0, 1, 2, 3, 5, 4, 6, 7]])
 
 
 def test_evaluation_batches():
@@ -187,7 +190,7 @@ def test_evaluation_batches():
     assert sum(b["mask"].any(1).sum() for b in data.eval_batches(5, batch_size=64)) == 1024
 
 
-def test_bad_arguments_are_named(tmp_path):
+def test_invalid_arguments_are_named(tmp_path):
     def config(**fields):
         file = tmp_path / "c.yaml"
         lines = "\n".join(f"  {name}: {value}" for name, value in fields.items())
@@ -231,7 +234,7 @@ def test_bad_arguments_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_the_configs_that_come_with_it(name):
+def test_the_bundled_configs(name):
     config = load_config(Path(__file__).parents[2] / "configs" / "tasks" / f"{name}.yaml")
     assert config.data.task.name == name
     data = open_data(config)
@@ -240,6 +243,6 @@ def test_the_configs_that_come_with_it(name):
     assert batch["mask"].any(1).all()
 
 
-def test_imports_stay_light():
+def test_heavy_libraries_are_imported_late():
     code = "import sys, mythos_jax.data.tasks; print({'grain', 'jax', 'array_record'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -1,3 +1,5 @@
+"""Tokenizers: bytes, and a `tokenizer.json` compared with the `tokenizers` library."""
+
 import json
 
 import numpy as np
@@ -11,7 +13,7 @@ TEXTS = ["def main():\n    return 0\n", "naïve café — 日本語 🙂\r\n\tta
 
 
 def train_bpe(specials=("<|endoftext|>",)):
-    """A byte-level BPE tokenizer of 300 tokens, and special tokens after them."""
+    """A byte-level BPE tokenizer with 300 tokens, followed by special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,7 +31,7 @@ def bpe(tmp_path):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_bytes_are_utf8_and_come_back(text):
+def test_bytes_are_utf8_and_decode_to_the_text(text):
     tokenizer = load_tokenizer("bytes")
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
@@ -37,61 +39,61 @@ def test_bytes_are_utf8_and_come_back(text):
     assert tokenizer.decode(ids) == text
 
 
-def test_bytes_specials():
+def test_special_bytes():
     tokenizer = load_tokenizer("bytes")
     assert (tokenizer.end_of_document, tokenizer.padding, tokenizer.vocab_size) == (256, 257, 258)
-    assert tokenizer.decode([104, 256, 105, 257, 263]) == "hi"  # specials, and ids of a wider model
-    assert tokenizer.decode([0xE6, 0x97]) == "�"  # the first two bytes of a character of three
-    assert tokenizer.encode(b"\xff".decode("utf-8", "surrogateescape")).tolist() == [0xFF]  # as argv has it
+    assert (
+        tokenizer.decode([104, 256, 105, 257, 263]) == "hi"
+    )  # special tokens, and ids of a model with a larger vocabulary
+    assert tokenizer.decode([0xE6, 0x97]) == "�"  # the first two bytes of a three-byte character
+    assert tokenizer.encode(b"\xff".decode("utf-8", "surrogateescape")).tolist() == [0xFF]  # as in sys.argv
 
 
-def test_a_tokenizer_json_gives_the_librarys_ids(bpe):
+def test_a_tokenizer_json_gives_the_ids_of_the_library(bpe):
     backend, path = bpe
     tokenizer = load_tokenizer(str(path))
     for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
         assert ids.dtype == np.int32
         assert ids.tolist() == backend.encode(text).ids == tokenizer.encode(text).tolist()
         assert tokenizer.decode(ids) == text
-    assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0])  # it did merge
+    assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0])  # tokens are merged
 
 
-def test_vocabulary_counts_added_specials(tmp_path):
+def test_the_vocabulary_includes_added_special_tokens(tmp_path):
     backend = train_bpe(["<pad>", "</s>"])
     backend.save(str(tmp_path / "t.json"))
     tokenizer = load_tokenizer(tmp_path / "t.json")
     assert tokenizer.end_of_document == backend.token_to_id("</s>") == backend.get_vocab_size() - 1
     assert tokenizer.vocab_size == tokenizer.end_of_document + 1
     assert tokenizer.vocab_size > backend.get_vocab_size(with_added_tokens=False)
-    hello = tokenizer.encode("main")
-    assert tokenizer.decode([*hello, tokenizer.end_of_document, 10**6]) == "main"
+    ids = tokenizer.encode("main")
+    assert tokenizer.decode([*ids, tokenizer.end_of_document, 10**6]) == "main"
 
 
-def test_text_is_only_text(bpe):
+def test_special_tokens_are_not_recognized_in_text(bpe):
     tokenizer = load_tokenizer(bpe[1])
     ids = tokenizer.encode("a<|endoftext|>b")
     assert tokenizer.end_of_document not in ids
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
-def test_saved_truncation_and_padding_are_off(bpe):
+def test_saved_truncation_and_padding_are_ignored(bpe):
     backend, path = bpe
-    whole = backend.encode(TEXTS[0]).ids
+    expected = backend.encode(TEXTS[0]).ids
     backend.enable_truncation(3)
     backend.enable_padding(length=64)
     backend.save(str(path))
-    assert load_tokenizer(path).encode(TEXTS[0]).tolist() == whole
+    assert load_tokenizer(path).encode(TEXTS[0]).tolist() == expected
 
 
-def test_fingerprint_is_of_the_content(bpe, tmp_path):
+def test_the_fingerprint_depends_on_the_content_alone(bpe, tmp_path):
     _, path = bpe
     fingerprint = load_tokenizer(path).fingerprint
     (tmp_path / "again.json").write_text(json.dumps(json.loads(path.read_text()), indent=7))
     assert load_tokenizer(tmp_path / "again.json").fingerprint == fingerprint
     train_bpe(["</s>"]).save(str(tmp_path / "other.json"))
-    assert (
-        len({load_tokenizer(tmp_path / "other.json").fingerprint, load_tokenizer("bytes").fingerprint, fingerprint})
-        == 3
-    )
+    others = {load_tokenizer(tmp_path / "other.json").fingerprint, load_tokenizer("bytes").fingerprint}
+    assert len(others | {fingerprint}) == 3
 
 
 def test_save(bpe, tmp_path):
@@ -100,10 +102,10 @@ def test_save(bpe, tmp_path):
     tokenizer = load_tokenizer(path)
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved" / "tokenizer.json").fingerprint == tokenizer.fingerprint
-    load_tokenizer("bytes").save(tmp_path / "nowhere")  # has nothing to write
+    load_tokenizer("bytes").save(tmp_path / "nowhere")  # writes nothing
 
 
-def test_bad_tokenizers(tmp_path):
+def test_unusable_tokenizers(tmp_path):
     with pytest.raises(ConfigError, match=r"no-such\.json: cannot be read \(No such file.*allowed: bytes"):
         load_tokenizer(tmp_path / "no-such.json")
     with pytest.raises(ConfigError, match="cannot be read"):

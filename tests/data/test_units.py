@@ -1,5 +1,6 @@
-"""Preparing in parallel and after kills, against one undisturbed run of a single thread."""
+"""Preparing in parallel and after kills, compared with an uninterrupted run of a single thread."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,22 +16,24 @@ import pytest
 
 from mythos_jax.data import prepare as prepare_module
 from mythos_jax.data import units as units_module
+from mythos_jax.data import work_folder as work_folder_module
 from mythos_jax.data.manifest import verify
 from mythos_jax.data.prepare import prepare
+from mythos_jax.data.rows import RowWriter
 from mythos_jax.data.sources import find_inputs
 from mythos_jax.data.tokenizer import ByteTokenizer
-from mythos_jax.data.units import cut, load_unit
+from mythos_jax.data.units import cut_units, load_unit
 from mythos_jax.errors import ConfigError
 
 ENCODE = ByteTokenizer.encode_batch
-ASKED = {"seq_len": 16, "held_out_fraction": 0.2}
+OPTIONS = {"seq_len": 16, "held_out_fraction": 0.2}
 
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """FineWeb-Edu's layout (folders of Parquet files with several row groups), a JSONL file, small and long texts."""
     monkeypatch.setattr(units_module, "UNIT_BYTES", 2000)
-    monkeypatch.setattr(units_module, "BATCH_BYTES", 300)
+    monkeypatch.setattr(units_module, "ENCODE_BYTES", 300)
     random = np.random.default_rng(0)
 
     def text(letters):
@@ -60,197 +63,209 @@ def corpus(tmp_path, monkeypatch):
 
 
 def files(folder):
-    """What is in a prepared folder; where it came from may differ."""
+    """Hashes of the files in a prepared folder, without the manifest, which names the sources."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.suffix != ".json"
     }
 
 
 def leftovers(tmp_path):
+    """The names of the work folders."""
     return sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name)
 
 
 @pytest.fixture
-def undisturbed(corpus, tmp_path):
-    manifest = prepare([str(corpus)], tmp_path / "undisturbed", workers=1, **ASKED)
+def uninterrupted(corpus, tmp_path):
+    manifest = prepare([str(corpus)], tmp_path / "uninterrupted", workers=1, **OPTIONS)
     assert manifest.splits["train"].rows > 500
     assert not leftovers(tmp_path)
-    return manifest, files(tmp_path / "undisturbed")
+    return manifest, files(tmp_path / "uninterrupted")
 
 
-def test_units_are_the_stream(corpus):
+def test_units_contain_the_stream(corpus):
     inputs, _ = find_inputs([str(corpus)])
-    units = list(cut(inputs, 0))
+    units = list(cut_units(inputs, 0))
     assert [unit.number for unit in units] == list(range(len(units)))
     assert len(units) > 10
     assert max(sum(len(p.text.encode()) for p in unit.pieces) for unit in units) < 2000 + 10_000  # long.txt is a piece
-    whole = [piece for unit in units for piece in unit.pieces]
-    assert sum(len(piece.text.encode()) for piece in whole) == units[-1].text_end
-    # Reading goes on from any unit that ends a file, and gives the same units.
-    ends = [unit for unit in units if unit.next_input >= 0]
-    assert 3 < len(ends) < len(units)
-    for unit in ends:
-        assert list(cut(inputs, 0, unit.number + 1, unit.next_input, unit.text_end)) == units[unit.number + 1 :]
+    stream = "".join(piece.text for unit in units for piece in unit.pieces).encode()
+    assert len(stream) == units[-1].text_end
+    # Reading can resume after any unit that ends with a file, and gives the same units.
+    resumable = [unit for unit in units if unit.next_input >= 0]
+    assert 3 < len(resumable) < len(units)
+    for unit in resumable:
+        assert list(cut_units(inputs, 0, unit.number + 1, unit.next_input, unit.text_end)) == units[unit.number + 1 :]
     for limit in [1, 1999, 2000, 2001, 7777]:
-        text = "".join(piece.text for unit in cut(inputs, limit) for piece in unit.pieces)
-        expected = "".join(piece.text for piece in whole).encode()[:limit].decode(errors="ignore")
-        assert text == expected
+        text = "".join(piece.text for unit in cut_units(inputs, limit) for piece in unit.pieces)
+        assert text == stream[:limit].decode(errors="ignore")
 
 
 @pytest.mark.parametrize("workers", [2, 7])
-def test_workers_do_not_matter(corpus, undisturbed, tmp_path, workers):
-    manifest = prepare([str(corpus)], tmp_path / "out", workers=workers, **ASKED)
-    assert manifest == undisturbed[0]
-    assert files(tmp_path / "out") == undisturbed[1]
+def test_the_result_does_not_depend_on_the_number_of_workers(corpus, uninterrupted, tmp_path, workers):
+    manifest = prepare([str(corpus)], tmp_path / "out", workers=workers, **OPTIONS)
+    assert manifest == uninterrupted[0]
+    assert files(tmp_path / "out") == uninterrupted[1]
 
 
 class Killed(BaseException):
-    """As KeyboardInterrupt, but ours."""
+    """Stops `prepare` as KeyboardInterrupt does."""
 
 
 def kill_after(monkeypatch, count):
-    """Makes tokenising stop dead after so many units; returns the texts handed to the tokenizer."""
-    seen = []
+    """Raises `Killed` after `count` calls of the tokenizer (None: never). Returns the texts passed to it, per call."""
+    calls = []
 
     def limited(self, texts):
-        if count is not None and len(seen) >= count:
+        if count is not None and len(calls) >= count:
             raise Killed
-        seen.append(texts)
+        calls.append(texts)
         return ENCODE(self, texts)
 
     monkeypatch.setattr(ByteTokenizer, "encode_batch", limited)
-    return seen
+    return calls
+
+
+def killed_run(corpus, tmp_path, monkeypatch, calls):
+    """The folder of units that a run killed after `calls` calls of the tokenizer leaves behind."""
+    kill_after(monkeypatch, calls)
+    with pytest.raises(Killed):
+        prepare([str(corpus)], tmp_path / "out", workers=1, **OPTIONS)
+    (work_folder,) = leftovers(tmp_path)
+    return tmp_path / work_folder / "units"
 
 
 @pytest.mark.parametrize("max_bytes", [0, 20_000])
-def test_a_killed_run_goes_on_and_gives_the_same(corpus, tmp_path, monkeypatch, max_bytes):
-    asked = ASKED | {"max_bytes": max_bytes}
-    expected = prepare([str(corpus)], tmp_path / "undisturbed", workers=1, **asked)
-    seen = kill_after(monkeypatch, None)
-    prepare([str(corpus)], tmp_path / "counted", workers=1, **asked)
-    all_batches, done = len(seen), 0
+def test_a_killed_run_resumes_and_gives_the_same_result(corpus, tmp_path, monkeypatch, max_bytes):
+    options = OPTIONS | {"max_bytes": max_bytes}
+    expected = prepare([str(corpus)], tmp_path / "uninterrupted", workers=1, **options)
+    calls = kill_after(monkeypatch, None)
+    prepare([str(corpus)], tmp_path / "counted", workers=1, **options)
+    all_calls, units_stored = len(calls), 0
     for stop in [0, 9, 15, 12]:
-        seen = kill_after(monkeypatch, stop)
+        kill_after(monkeypatch, stop)
         with pytest.raises(Killed):
-            prepare([str(corpus)], tmp_path / "out", workers=1 + stop % 2, **asked)
+            prepare([str(corpus)], tmp_path / "out", workers=1 + stop % 2, **options)
         assert not (tmp_path / "out").exists()
-        (partial,) = leftovers(tmp_path)
-        now = len(list((tmp_path / partial / "units").glob("*.npz")))
-        assert now >= done
-        done = now
-    assert done > 4
-    seen = kill_after(monkeypatch, None)
-    assert prepare([str(corpus)], tmp_path / "out", workers=2, **asked) == expected
-    assert 0 < len(seen) < all_batches - 10  # it did not start over
-    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+        (work_folder,) = leftovers(tmp_path)
+        stored_now = len(list((tmp_path / work_folder / "units").glob("*.npz")))
+        assert stored_now >= units_stored
+        units_stored = stored_now
+    assert units_stored > 4
+    calls = kill_after(monkeypatch, None)
+    assert prepare([str(corpus)], tmp_path / "out", workers=2, **options) == expected
+    assert 0 < len(calls) < all_calls - 10  # it did not start over
+    assert files(tmp_path / "out") == files(tmp_path / "uninterrupted")
     assert not leftovers(tmp_path)
 
 
-def test_files_that_are_used_up_are_not_read_again(corpus, tmp_path, monkeypatch):
-    kill_after(monkeypatch, 60)
-    with pytest.raises(Killed):
-        prepare([str(corpus)], tmp_path / "out", workers=1, **ASKED)
+def test_completed_files_are_not_read_again(corpus, tmp_path, monkeypatch):
+    killed_run(corpus, tmp_path, monkeypatch, calls=60)
     kill_after(monkeypatch, None)
-    asked, read = [], units_module.pieces
-    monkeypatch.setattr(units_module, "pieces", lambda inputs: asked.append(inputs[0].name) or read(inputs))
-    prepare([str(corpus)], tmp_path / "out", workers=1, **ASKED)
-    names = [item.name for item in find_inputs([str(corpus)])[0]]
-    assert asked == names[-len(asked) :]
-    assert 0 < len(asked) < len(names)
+    files_read, read_pieces = [], units_module.read_pieces
+    monkeypatch.setattr(
+        units_module, "read_pieces", lambda inputs: files_read.append(inputs[0].name) or read_pieces(inputs)
+    )
+    prepare([str(corpus)], tmp_path / "out", workers=1, **OPTIONS)
+    names = [file.name for file in find_inputs([str(corpus)])[0]]
+    assert files_read == names[-len(files_read) :]
+    assert 0 < len(files_read) < len(names)
 
 
-def test_damaged_partial_work_is_made_again(corpus, undisturbed, tmp_path, monkeypatch):
-    kill_after(monkeypatch, 60)
-    with pytest.raises(Killed):
-        prepare([str(corpus)], tmp_path / "out", workers=1, **ASKED)
-    units = tmp_path / leftovers(tmp_path)[0] / "units"
-    kept = sorted(units.glob("*.npz"))
-    assert len(kept) > 6
-    whole = kept[1].read_bytes()
-    middle = len(whole) // 2
-    kept[1].write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
-    kept[2].write_bytes(whole[:100])
-    kept[4].unlink()
+def test_damaged_units_are_made_again(corpus, uninterrupted, tmp_path, monkeypatch):
+    units = killed_run(corpus, tmp_path, monkeypatch, calls=60)
+    stored = sorted(units.glob("*.npz"))
+    assert len(stored) > 6
+    content = stored[1].read_bytes()
+    middle = len(content) // 2
+    stored[1].write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+    stored[2].write_bytes(content[:100])
+    stored[4].unlink()
     (units / "000005.part").write_bytes(b"half a unit")
-    seen = kill_after(monkeypatch, None)
-    assert prepare([str(corpus)], tmp_path / "out", workers=2, **ASKED) == undisturbed[0]
-    assert files(tmp_path / "out") == undisturbed[1]
-    made = {text for texts in seen for text in texts}
-    again = [made.issuperset(piece.text for piece in unit.pieces) for unit in cut(find_inputs([str(corpus)])[0], 0)]
-    assert again[: len(kept)] == [number in (1, 2, 4) for number in range(len(kept))]
-    assert all(again[len(kept) :])
+    calls = kill_after(monkeypatch, None)
+    assert prepare([str(corpus)], tmp_path / "out", workers=2, **OPTIONS) == uninterrupted[0]
+    assert files(tmp_path / "out") == uninterrupted[1]
+    tokenized = {text for texts in calls for text in texts}
+    all_units = cut_units(find_inputs([str(corpus)])[0], 0)
+    made_again = [tokenized.issuperset(piece.text for piece in unit.pieces) for unit in all_units]
+    assert made_again[: len(stored)] == [number in (1, 2, 4) for number in range(len(stored))]
+    assert all(made_again[len(stored) :])
 
 
 def test_every_bit_of_a_unit_is_checked(corpus, tmp_path, monkeypatch):
-    kill_after(monkeypatch, 12)
-    with pytest.raises(Killed):
-        prepare([str(corpus)], tmp_path / "out", workers=1, **ASKED)
-    units = tmp_path / leftovers(tmp_path)[0] / "units"
+    units = killed_run(corpus, tmp_path, monkeypatch, calls=12)
     file = units / "000000.npz"
-    whole, good = file.read_bytes(), load_unit(units, 0)
-    for place in range(0, len(whole), 41):
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        read = load_unit(units, 0)
-        assert read is None or all(
-            np.array_equal(getattr(read, name), getattr(good, name)) for name in vars(good)
-        )  # a bit of the container that says nothing
+    content, undamaged = file.read_bytes(), load_unit(units, 0)
+    for i in range(0, len(content), 41):
+        file.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+        loaded = load_unit(units, 0)
+        assert loaded is None or all(
+            np.array_equal(getattr(loaded, name), getattr(undamaged, name)) for name in vars(undamaged)
+        )  # equal where the container does not use the bit
 
 
-def test_changed_sources_start_over_and_stale_work_is_deleted(corpus, tmp_path, monkeypatch):
-    kill_after(monkeypatch, 20)
-    with pytest.raises(Killed):
-        prepare([str(corpus)], tmp_path / "out", workers=1, **ASKED)
-    (stale,) = leftovers(tmp_path)
-    (tmp_path / "other.partial-123456").mkdir()  # another's
+def test_changed_sources_start_over_and_abandoned_work_is_deleted(corpus, tmp_path, monkeypatch):
+    abandoned = killed_run(corpus, tmp_path, monkeypatch, calls=20).parent
+    (tmp_path / "other.partial-123456").mkdir()  # of another output folder
     (corpus / "small00.txt").write_text("changed")
     with pytest.raises(Killed):
-        prepare([str(corpus)], tmp_path / "out", workers=1, **ASKED)
+        prepare([str(corpus)], tmp_path / "out", workers=1, **OPTIONS)
     assert len(leftovers(tmp_path)) == 2
-    assert stale not in leftovers(tmp_path)
+    assert not abandoned.exists()
     kill_after(monkeypatch, None)
-    changed = prepare([str(corpus)], tmp_path / "out", workers=1, **ASKED)
-    assert changed == prepare([str(corpus)], tmp_path / "fresh", workers=1, **ASKED)
+    changed = prepare([str(corpus)], tmp_path / "out", workers=1, **OPTIONS)
+    assert changed == prepare([str(corpus)], tmp_path / "fresh", workers=1, **OPTIONS)
     assert leftovers(tmp_path) == ["other.partial-123456"]
 
 
-def test_work_in_progress_is_left_alone(corpus, undisturbed, tmp_path, monkeypatch):
-    """Two at once on the same: neither disturbs the other, whoever is first wins."""
-    settle = prepare_module._settle
+def test_work_in_progress_is_left_alone(corpus, uninterrupted, tmp_path, monkeypatch):
+    """Two processes with the same request do not disturb each other; the first to finish provides the result."""
+    publish = prepare_module._publish
 
-    def other_first(partial, out, manifest):
-        monkeypatch.setattr(prepare_module, "_settle", settle)
-        assert prepare([str(corpus)], out, **ASKED) == undisturbed[0]
-        assert (partial / "manifest.json").exists()
-        return settle(partial, out, manifest)
+    def run_other(rows, out, manifest):
+        monkeypatch.setattr(prepare_module, "_publish", publish)
+        assert prepare([str(corpus)], out, **OPTIONS) == uninterrupted[0]
+        assert (rows / "manifest.json").exists()
+        return publish(rows, out, manifest)
 
-    monkeypatch.setattr(prepare_module, "_settle", other_first)
-    assert prepare([str(corpus)], tmp_path / "out", **ASKED) == undisturbed[0]
+    monkeypatch.setattr(prepare_module, "_publish", run_other)
+    assert prepare([str(corpus)], tmp_path / "out", **OPTIONS) == uninterrupted[0]
     assert not leftovers(tmp_path)
 
 
-def test_a_finished_folder_is_not_made_again(corpus, undisturbed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSYS, "no flock"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks(corpus, uninterrupted, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(work_folder_module.FileLock, "acquire", fail)
+    assert prepare([str(corpus)], tmp_path / "out", **OPTIONS) == uninterrupted[0]
+    assert files(tmp_path / "out") == uninterrupted[1]
+
+
+def test_a_finished_folder_is_not_made_again(corpus, uninterrupted, tmp_path, monkeypatch):
     kill_after(monkeypatch, 0)
-    assert prepare([str(corpus)], tmp_path / "undisturbed", **ASKED) == undisturbed[0]
+    assert prepare([str(corpus)], tmp_path / "uninterrupted", **OPTIONS) == uninterrupted[0]
 
 
 def test_what_was_written_is_read_back(corpus, tmp_path, monkeypatch):
-    close = prepare_module.RowWriter._close
+    close = RowWriter._close
 
-    def damaging(self):
+    def close_and_damage(self):
         close(self)
-        data = self.path.read_bytes()
-        middle = len(data) // 2
-        self.path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+        content = self.path.read_bytes()
+        middle = len(content) // 2
+        self.path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
-    monkeypatch.setattr(prepare_module.RowWriter, "_close", damaging)
-    with pytest.raises(ConfigError, match=r"train\.array_record: (reads back other rows|cannot be read back)"):
-        prepare([str(corpus)], tmp_path / "out", **ASKED)
+    monkeypatch.setattr(RowWriter, "_close", close_and_damage)
+    with pytest.raises(ConfigError, match=r"train\.array_record: (the rows read back differ|cannot be read back)"):
+        prepare([str(corpus)], tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_process_killed_at_any_time(tmp_path):
-    """SIGKILL, from outside, at four moments."""
-    folder = tmp_path / "corpus"
+@pytest.fixture
+def start(tmp_path):
+    """Starts `prepare` of 4 MB of text in a process of its own: start(out, workers)."""
+    folder = tmp_path / "text"
     folder.mkdir()
     random = np.random.default_rng(0)
     for i in range(40):
@@ -264,8 +279,7 @@ def test_a_process_killed_at_any_time(tmp_path):
         "ByteTokenizer.encode_batch = lambda self, texts: (time.sleep(0.02), encode(self, texts))[1]\n"
         "from mythos_jax.data.prepare import prepare\n"
         "print('ready', flush=True)\n"
-        "prepare([sys.argv[1]], sys.argv[2], seq_len=64, held_out_fraction=0.1, "
-        "workers=int(sys.argv[3]), progress=False)\n"
+        "prepare([sys.argv[1]], sys.argv[2], seq_len=64, held_out_fraction=0.1, workers=int(sys.argv[3]), progress=False)\n"
     )
 
     def start(out, workers):
@@ -274,17 +288,33 @@ def test_a_process_killed_at_any_time(tmp_path):
         assert process.stdout.readline() == b"ready\n"
         return process
 
-    assert start(tmp_path / "undisturbed", 1).wait() == 0
-    most = 0
-    for wait in [0.1, 0.3, 0.3, 0.3]:
+    return start
+
+
+def test_a_process_killed_at_any_time(tmp_path, start):
+    """SIGKILL, at four moments."""
+    assert start(tmp_path / "uninterrupted", 1).wait() == 0
+    most_units = 0
+    for seconds in [0.1, 0.3, 0.3, 0.3]:
         process = start(tmp_path / "out", 2)
-        time.sleep(wait)
+        time.sleep(seconds)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert len(leftovers(tmp_path)) <= 1
-        most = max(most, len(list(tmp_path.glob("out.partial-*/units/*.npz"))))
-    assert most > 3
+        most_units = max(most_units, len(list(tmp_path.glob("out.partial-*/units/*.npz"))))
+    assert most_units > 3
     assert start(tmp_path / "out", 2).wait() == 0
-    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
-    assert verify(tmp_path / "out") == verify(tmp_path / "undisturbed")
+    assert files(tmp_path / "out") == files(tmp_path / "uninterrupted")
+    assert verify(tmp_path / "out") == verify(tmp_path / "uninterrupted")
     assert not leftovers(tmp_path)
+
+
+def test_three_processes_at_once(tmp_path, start):
+    """All succeed, also where one of them was killed, and leave one folder."""
+    assert start(tmp_path / "uninterrupted", 1).wait() == 0
+    processes = [start(tmp_path / "out", 2) for _ in range(3)]
+    time.sleep(0.2)
+    os.kill(processes[0].pid, signal.SIGKILL)
+    assert [process.wait() for process in processes] == [-signal.SIGKILL, 0, 0]
+    assert verify(tmp_path / "out") == verify(tmp_path / "uninterrupted")
+    assert start(tmp_path / "out", 1).wait() == 0  # finds it, and does nothing

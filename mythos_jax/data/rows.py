@@ -1,0 +1,195 @@
+"""The rows of one split on disk: how documents become rows, and how rows are read by number.
+
+The tokens of a split are one stream, with an end-of-document token E before, between and after the documents:
+`E doc1 E doc2 E`. Row r of T targets holds stream[r T : r T + T + 1]. Neighboring rows share one token, so every token
+but the first E is a target exactly once. The last row may be shorter. A row is one ArrayRecord record: its tokens as
+little-endian uint16 or uint32.
+
+`array_record` is imported where it is used: it is not built for every system, and `mythos_jax.data` must import on all.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mythos_jax.data.batch import Batch
+from mythos_jax.data.manifest import SPLITS, Split, file_sha256, load_manifest, rows_file
+from mythos_jax.errors import ConfigError
+from mythos_jax.typed import check_field
+
+
+class RowWriter:
+    """Cuts the token stream of one split into rows and writes them to an ArrayRecord file."""
+
+    def __init__(self, path: Path, seq_len: int, dtype: str, end_of_document: int):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self.path, self.seq_len = path, seq_len
+        self.documents = self.text_bytes = self.rows = self.tokens_written = 0
+        self._end_of_document = np.array([end_of_document], dtype)
+        self._pending = np.array([], dtype)  # the stream from the start of the next row
+        self._content = hashlib.sha256()
+        self._writer = ArrayRecordWriter(str(path), "group_size:1")  # 1: each row can be read by itself
+
+    def add(self, tokens: np.ndarray, text_bytes: int, begins: bool) -> None:
+        """Appends the start of a document (`begins`) or the next part of the current one."""
+        self.documents += begins
+        self.text_bytes += text_bytes
+        self._append([self._end_of_document, tokens] if begins else [tokens])
+
+    def close(self) -> Split:
+        """Writes the last row, closes the file and reads it back.
+
+        Raises ConfigError: the file cannot be written, or reads back differently.
+        """
+        if self.documents:
+            self._append([self._end_of_document])
+        if len(self._pending) > 1:
+            self._write(self._pending)
+        self._close()
+        self._read_back()
+        return Split(
+            documents=self.documents,
+            text_bytes=self.text_bytes,
+            tokens=self.tokens_written - self.rows,  # the first token of a row is not a target in it
+            rows=self.rows,
+            content=self._content.hexdigest(),
+            file_bytes=self.path.stat().st_size,
+            sha256=file_sha256(self.path),
+        )
+
+    def abandon(self) -> None:
+        """Closes the file after a failure. Raises nothing: the failure is the error to report."""
+        with contextlib.suppress(RuntimeError):
+            self._writer.close()
+
+    def _append(self, parts: list[np.ndarray]) -> None:
+        stream = np.concatenate([self._pending, *(part.astype(self._pending.dtype) for part in parts)])
+        complete_rows = max(len(stream) - 1, 0) // self.seq_len
+        for start in range(0, complete_rows * self.seq_len, self.seq_len):
+            self._write(stream[start : start + self.seq_len + 1])
+        self._pending = stream[complete_rows * self.seq_len :]
+
+    def _write(self, row: np.ndarray) -> None:
+        record = row.tobytes()
+        self._content.update(record)
+        self.rows += 1
+        self.tokens_written += len(row)
+        try:
+            self._writer.write(record)
+        except RuntimeError as error:
+            raise self._write_error(error) from None
+
+    def _close(self) -> None:
+        try:
+            self._writer.close()
+        except RuntimeError as error:
+            raise self._write_error(error) from None
+
+    def _read_back(self) -> None:
+        """Compares the file on disk with what was written. Raises ConfigError if they differ."""
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        content, reader = hashlib.sha256(), ArrayRecordReader(str(self.path))
+        count = reader.num_records()
+        try:
+            for start in range(0, count, 1024):
+                for record in reader.read(start, min(start + 1024, count)):
+                    content.update(record)
+        except RuntimeError as error:
+            raise ConfigError(f"{self.path}: cannot be read back ({_first_part(error)})") from None
+        if count != self.rows or content.digest() != self._content.digest():
+            raise ConfigError(f"{self.path}: the rows read back differ from those written; is the disk faulty?")
+
+    def _write_error(self, error: RuntimeError) -> ConfigError:
+        return ConfigError(f"{self.path}: cannot be written ({_first_part(error)})")
+
+
+class TokenRows:
+    """The rows of one split, by number. Safe to share between threads.
+
+    `rows[i]` is {"tokens": int32 [T], "targets": int32 [T], "mask": bool [T]}. The targets are the tokens that follow;
+    the mask is False on the padding (end-of-document tokens) of a short last row.
+
+    With `document_mask` also "segment_ids", int32 [T]: the document that the target belongs to, counted from 1 in the
+    row; 0 on padding. An end-of-document token belongs to the document it ends when it is a target, and to the next
+    document when it is an input. A document in the middle of a row thus sees the same context as a prompt does.
+    """
+
+    def __init__(self, folder: str | Path, split: str, document_mask: bool = False):
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        check_field(split in SPLITS, "split", split, ", ".join(SPLITS))
+        self.manifest = load_manifest(folder)
+        self.file = rows_file(folder, split)
+        self._document_mask = document_mask
+        self._split = self.manifest.splits[split]
+        self._dtype = np.dtype(self.manifest.dtype)
+        # Rows are read in random order, so reading ahead would be wasted.
+        self._reader = ArrayRecordReader(str(self.file), "readahead_buffer_size:0,max_parallelism:0")
+        # The reader does not raise for a damaged file: it reports 0 records and returns b"" for each.
+        if self._reader.num_records() != self._split.rows:
+            raise ConfigError(
+                f"{self.file}: damaged, got {self._reader.num_records()} rows, the manifest says {self._split.rows}; "
+                "prepare the folder again"
+            )
+
+    def __len__(self) -> int:
+        return self._split.rows
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: array[0] for name, array in self.read([index]).items()}
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Reads n rows by number: arrays [n, T], as described above.
+
+        Raises IndexError, and ConfigError naming file and row if the file is damaged.
+        """
+        numbers = [int(i) for i in indices]
+        for number in numbers:
+            if not 0 <= number < len(self):
+                raise IndexError(f"row {number} of {self.file}, which has {len(self)} rows")
+        width = self.manifest.seq_len + 1
+        stream = np.full((len(numbers), width), self.manifest.end_of_document, np.int32)
+        lengths = np.array([self._length(number) for number in numbers], np.int32)
+        for i, record in enumerate(self._records(numbers)):
+            if len(record) != lengths[i] * self._dtype.itemsize:
+                raise self._damaged(numbers[i], f"got {len(record)} bytes")
+            stream[i, : lengths[i]] = np.frombuffer(record, self._dtype)
+        mask = np.arange(width - 1) < lengths[:, None] - 1
+        batch = {"tokens": stream[:, :-1], "targets": stream[:, 1:], "mask": mask}
+        return batch | {"segment_ids": self._segment_ids(batch)} if self._document_mask else batch
+
+    def _segment_ids(self, batch: Batch) -> np.ndarray:
+        starts = batch["tokens"] == self.manifest.end_of_document
+        starts[:, :1] = True  # a row may begin inside a document
+        return np.where(batch["mask"], np.cumsum(starts, axis=1, dtype=np.int32), np.int32(0))
+
+    def _length(self, number: int) -> int:
+        """Tokens in a row, one more than its targets."""
+        return min(self.manifest.seq_len, self._split.tokens - number * self.manifest.seq_len) + 1
+
+    def _records(self, numbers: list[int]) -> list[bytes]:
+        if not numbers:  # the reader takes an empty list to mean the whole file
+            return []
+        try:
+            return self._reader.read(numbers)
+        except RuntimeError:
+            for number in numbers:  # the error does not say which row it was
+                try:
+                    self._reader.read([number])
+                except RuntimeError as error:
+                    raise self._damaged(number, _first_part(error)) from None
+            raise
+
+    def _damaged(self, number: int, reason: str) -> ConfigError:
+        return ConfigError(f"{self.file}, row {number}: damaged ({reason}); prepare the folder again")
+
+
+def _first_part(error: RuntimeError) -> str:
+    """What ArrayRecord says went wrong. "write() failed: No space left on device; writing PATH; at byte 0; …": the
+    first part is enough."""
+    return str(error).split(";")[0]

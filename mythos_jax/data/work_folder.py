@@ -1,0 +1,65 @@
+"""The folder that `prepare` works in: resumable after a kill, exclusive among processes, removed when done."""
+
+import contextlib
+import glob
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock
+
+_LOCK_FILE = "lock"
+_NEW_FOLDER_SECONDS = 3600  # a folder without a lock file is left alone for this long: it may be about to get one
+
+
+@contextlib.contextmanager
+def work_folder(out: Path, request: str) -> Iterator[Path]:
+    """A locked folder next to `out`, which may hold the work of a killed run of the same `request` (a hash).
+
+    It is deleted on success and on errors, and remains only after a kill or Ctrl-C. If another process is working on
+    the same request, or the file system has no locks, this process gets a folder of its own: both do the whole work,
+    and whichever finishes first provides the result.
+    """
+    folder = out.with_name(f"{out.name}.partial-{request}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _try_lock(folder)
+    if lock is None:
+        folder = folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}")
+        folder.mkdir()
+        lock = _try_lock(folder)  # still None if the file system has no locks
+    try:
+        _delete_abandoned(out, folder)
+        yield folder
+    except Exception:  # not KeyboardInterrupt: interrupted work is resumed
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _try_lock(folder: Path) -> BaseFileLock | None:
+    """Locks `folder` until release or the end of this process; None if another process has it, or locks do not work."""
+    lock = FileLock(folder / _LOCK_FILE)
+    try:
+        lock.acquire(blocking=False)
+    except (OSError, NotImplementedError):  # filelock.Timeout is an OSError
+        return None
+    return lock
+
+
+def _delete_abandoned(out: Path, own: Path) -> None:
+    """Deletes the work folders of `out` that killed runs, of this or other requests, have left."""
+    for folder in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+        if folder == own or not folder.is_dir():
+            continue
+        if not (folder / _LOCK_FILE).exists():
+            if time.time() - folder.stat().st_mtime >= _NEW_FOLDER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+        elif (lock := _try_lock(folder)) is not None:  # its process has ended
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
