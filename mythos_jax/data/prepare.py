@@ -101,7 +101,11 @@ def ensure_prepared(
         _check_tokenizer(manifest, folder, tokenizer, "data.tokenizer")
         requested: dict[str, object] = {"seq_len": data.seq_len}
         if data.sources:
-            requested |= {"sources": data.sources, "held_out_fraction": data.held_out_fraction, "max_bytes": data.max_bytes}
+            requested |= {
+                "sources": data.sources,
+                "held_out_fraction": data.held_out_fraction,
+                "max_bytes": data.max_bytes,
+            }
         _check_request(manifest, folder, requested, prefix="data.")
         return manifest
     if not prepare_missing:
@@ -216,8 +220,8 @@ def _check_not_empty(splits: Mapping[str, Split], request: Manifest) -> None:
     for name, split in splits.items():
         if not split.documents and (name == "train" or request.held_out_fraction > 0):
             raise ConfigError(
-                f"held_out_fraction: got {request.held_out_fraction}, which leaves none of {documents} documents for the {name} split; "
-                "allowed: a fraction that does, 0 to hold out nothing, or more documents"
+                f"held_out_fraction: got {request.held_out_fraction}, which leaves none of {documents} documents for "
+                f"the {name} split; allowed: a fraction that does, 0 to hold out nothing, or more documents"
             )
 
 

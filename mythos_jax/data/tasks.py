@@ -1,9 +1,9 @@
 """Reasoning tasks as training data: examples generated on the fly, each a pure function of (seed, index).
 
 Global batch s of a run holds examples s B … s B + B - 1 of its seed: the order is a pure function of (seed, step), and
-each process generates only its own rows. A hash of a problem's tokens decides whether it is held out (the fraction
-`data.held_out_fraction` of all problems are), so no training example is ever an evaluation example. With `data.held_out_fraction` 0 the
-two are drawn independently and may coincide.
+each process generates only its own rows. A hash of a problem's tokens decides whether it is held out (a fraction
+`data.held_out_fraction` of all problems is), so no training example is ever an evaluation example. If the fraction is
+0, the two are drawn independently and may coincide.
 """
 
 import sys

@@ -264,7 +264,7 @@ def test_what_was_written_is_read_back(corpus, tmp_path, monkeypatch):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts `prepare` of 4 MB of text in a process of its own: start(out, workers)."""
+    """Starts `prepare` of 4 MB of text, in about 40 units, in `count` processes at once: start(out, workers, count)."""
     folder = tmp_path / "text"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -276,45 +276,54 @@ def start(tmp_path):
         "from mythos_jax.data.tokenizer import ByteTokenizer\n"
         "units.UNIT_BYTES = 100_000\n"
         "encode = ByteTokenizer.encode_batch\n"
-        "ByteTokenizer.encode_batch = lambda self, texts: (time.sleep(0.02), encode(self, texts))[1]\n"
+        "ByteTokenizer.encode_batch = lambda self, texts: (time.sleep(0.05), encode(self, texts))[1]\n"
         "from mythos_jax.data.prepare import prepare\n"
+        "source, out, workers = sys.argv[1:]\n"
         "print('ready', flush=True)\n"
-        "prepare([sys.argv[1]], sys.argv[2], seq_len=64, held_out_fraction=0.1, workers=int(sys.argv[3]), progress=False)\n"
+        "sys.stdin.read()\n"
+        "prepare([source], out, seq_len=64, held_out_fraction=0.1, workers=int(workers), progress=False)\n"
     )
 
-    def start(out, workers):
+    def start(out, workers, count=1):
         command = [sys.executable, "-c", code, str(folder), str(out), str(workers)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b"ready\n"
-        return process
+        processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(count)]
+        for process in processes:
+            assert process.stdout.readline() == b"ready\n"
+        for process in processes:
+            process.stdin.close()
+        return processes
 
     return start
 
 
+def units_stored(tmp_path):
+    return len(list(tmp_path.glob("out.partial-*/units/*.npz")))
+
+
 def test_a_process_killed_at_any_time(tmp_path, start):
-    """SIGKILL, at four moments."""
-    assert start(tmp_path / "uninterrupted", 1).wait() == 0
-    most_units = 0
-    for seconds in [0.1, 0.3, 0.3, 0.3]:
-        process = start(tmp_path / "out", 2)
-        time.sleep(seconds)
+    """SIGKILL, when 0, 2, 4 and 7 of about 40 units are stored."""
+    assert start(tmp_path / "uninterrupted", 1)[0].wait() == 0
+    for count in [0, 2, 4, 7]:
+        (process,) = start(tmp_path / "out", 2)
+        while units_stored(tmp_path) < count and process.poll() is None:
+            time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         assert len(leftovers(tmp_path)) <= 1
-        most_units = max(most_units, len(list(tmp_path.glob("out.partial-*/units/*.npz"))))
-    assert most_units > 3
-    assert start(tmp_path / "out", 2).wait() == 0
+        assert units_stored(tmp_path) >= count
+    assert start(tmp_path / "out", 2)[0].wait() == 0
     assert files(tmp_path / "out") == files(tmp_path / "uninterrupted")
     assert verify(tmp_path / "out") == verify(tmp_path / "uninterrupted")
     assert not leftovers(tmp_path)
 
 
 def test_three_processes_at_once(tmp_path, start):
-    """All succeed, also where one of them was killed, and leave one folder."""
-    assert start(tmp_path / "uninterrupted", 1).wait() == 0
-    processes = [start(tmp_path / "out", 2) for _ in range(3)]
-    time.sleep(0.2)
+    """One is killed, the others succeed, and there is one folder."""
+    assert start(tmp_path / "uninterrupted", 1)[0].wait() == 0
+    processes = start(tmp_path / "out", 2, count=3)
+    while not units_stored(tmp_path):
+        time.sleep(0.01)
     os.kill(processes[0].pid, signal.SIGKILL)
     assert [process.wait() for process in processes] == [-signal.SIGKILL, 0, 0]
     assert verify(tmp_path / "out") == verify(tmp_path / "uninterrupted")
-    assert start(tmp_path / "out", 1).wait() == 0  # finds it, and does nothing
+    assert start(tmp_path / "out", 1)[0].wait() == 0  # finds the data, and does nothing
