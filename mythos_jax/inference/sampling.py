@@ -1,7 +1,7 @@
 """Choosing the next token, and all randomness of inference.
 
-Everything random is a pure function of a request's seed and a position in its text: a row's result depends neither
-on the batch it stands in, nor on padding, nor on how its text is cut into calls.
+Everything random is a pure function of a request's seed and a position in its text: a row's result does not depend
+on the batch it is in, on padding, or on how its text is cut into calls.
 """
 
 import jax
@@ -11,14 +11,15 @@ from flax import struct
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.state import initial_noise
 
-TOKENS, STATES = 0, 1  # the two streams of randomness of a request
+TOKENS, STATES = 0, 1  # a request has two streams of random numbers
 
 
 class Sampling(struct.PyTreeNode):
-    """How tokens are drawn. All of it is traced: other values compile nothing new.
+    """How tokens are sampled. All of it is traced: other values compile nothing new.
 
-    temperature: float32, 0 is greedy. top_k: int32, draw among the k likeliest; 0 is all. top_p: float32 in (0, 1],
-    draw among the fewest likeliest tokens that hold this mass. seed_B: uint32, one per request.
+    temperature: float32, 0 is greedy. top_k: int32, sample among the k most likely tokens; 0 is all. top_p: float32
+    in (0, 1], sample among the smallest set of most likely tokens that holds this mass. seed_B: uint32, one per
+    request.
     """
 
     temperature: jax.Array
@@ -28,32 +29,35 @@ class Sampling(struct.PyTreeNode):
 
 
 def sample(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> jax.Array:
-    """The tokens to stand at `position_B`, int32 [B]; at temperature 0 exactly the argmax."""
+    """The tokens at `position_B`, int32 [B]; at temperature 0 exactly the argmax."""
+    # A branch at run time: greedy decoding then pays for no sort of the vocabulary.
     return jax.lax.cond(sampling.temperature > 0, _draw, _greedy, logits_BV, sampling, position_B)
 
 
 def truncate(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits from the likeliest down, -inf where cut off, and the tokens they belong to; both [B, V].
+    """Logits in descending order, -inf where cut off, and the tokens they belong to; both [B, V].
 
-    First the k likeliest are kept (0: all), then, of their renormalised probabilities, the fewest whose sum reaches
-    top_p. The likeliest token always stays.
+    First the k most likely are kept (0: all), then, of their renormalised probabilities, the fewest whose sum reaches
+    top_p. The most likely token always stays.
     """
+    # Stable, so that of equal logits the lower token comes first, on every platform.
     tokens_BV = jnp.argsort(logits_BV, axis=-1, stable=True, descending=True).astype(jnp.int32)
     logits_BV = jnp.take_along_axis(logits_BV, tokens_BV, axis=-1)
     ranks_V = jnp.arange(logits_BV.shape[-1])
     logits_BV = jnp.where((ranks_V < top_k) | (top_k == 0), logits_BV, -jnp.inf)
     probabilities_BV = jax.nn.softmax(logits_BV)
     before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
+    # A token stays while those before it hold less than top_p; at 1 rounding must not cut off the last ones.
     return jnp.where((before_BV < top_p) | (top_p >= 1), logits_BV, -jnp.inf), tokens_BV
 
 
 def position_noise(config: ModelConfig, seed_B: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """The noise that states start from, float32 [B, T, D], drawn for each position by itself.
+    """The noise that states start from, float32 [B, T, D], drawn for each position independently.
 
-    So decoding token by token starts every token as a full forward pass over the same positions does.
+    Decoding token by token then starts every token exactly as a full forward pass over the same positions does.
     """
 
-    def noise(seed, position):
+    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
         return initial_noise(config, _key(seed, STATES, position), (config.dim,))
 
     return jax.vmap(jax.vmap(noise, in_axes=(None, 0)))(seed_B, positions_BT)
@@ -64,11 +68,11 @@ def _greedy(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> 
 
 
 def _draw(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> jax.Array:
-    # Differences from the largest, so that no temperature however small overflows.
+    # Relative to the largest, so that even a tiny temperature does not overflow.
     logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature
     logits_BV, tokens_BV = truncate(logits_BV, sampling.top_k, sampling.top_p)
 
-    def draw(seed, position, logits_V):
+    def draw(seed: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
         return jax.random.categorical(_key(seed, TOKENS, position), logits_V)
 
     rank_B = jax.vmap(draw)(sampling.seed_B, position_B, logits_BV)

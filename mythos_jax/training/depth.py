@@ -78,12 +78,12 @@ def _fixed(key: jax.Array, mean: jax.Array, shape: tuple[int, ...]) -> jax.Array
 
 
 def _uniform(key: jax.Array, mean: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """1 … 2 mean - 1, each alike."""
+    """1 … 2 mean - 1 with equal probability."""
     return jnp.floor(1 + jax.random.uniform(key, shape) * (2 * jnp.round(mean) - 1))
 
 
 def _poisson(key: jax.Array, mean: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Poisson(mean), at least 1 (Parcae, arXiv 2604.12946)."""
+    """Poisson(mean) (Parcae, arXiv 2604.12946); `draw_depths` raises 0 to 1."""
     return jax.random.poisson(key, mean, shape)
 
 

@@ -22,7 +22,7 @@ from mythos_jax.training.depth import draw_depths, truncated_forward
 from mythos_jax.training.objectives import extra_objectives
 from mythos_jax.training.optimizer import make_optimizer, schedule
 
-# How fast the running mean of the loss follows, for telling spikes.
+# Decay of the running mean of the loss, against which spikes are detected.
 LOSS_MEMORY = 0.95
 
 Batch = dict[str, jax.Array]
@@ -43,7 +43,7 @@ def _fresh_state(config: Config) -> Callable[[jax.Array], TrainState]:
     model, optimizer = Mythos(config.model), make_optimizer(config.training)
 
     def make(key: jax.Array) -> TrainState:
-        # Shapes do not matter to the weights, so the smallest call makes them.
+        # The weights do not depend on the shape of the tokens, so the smallest call makes them.
         variables = model.init({"params": key, "state": key}, jnp.zeros((1, 1), jnp.int32))
         return TrainState(
             step=jnp.int32(0),
@@ -69,12 +69,13 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
 
 
 def jitted_step(config: Config) -> Any:
-    """The jitted step: (state, batch) -> (state, metrics), to be called or lowered inside `use_mesh`. The state is
+    """The jitted step, (state, batch) -> (state, metrics), to be called or lowered inside `use_mesh`. The state is
     donated.
 
-    Metrics, float32: loss (nats per token), learning_rate, gradient_norm, tokens, mean_loops, `skipped` (updates left
-    out so far, 0 or 1 for this one in `bad`), each objective that is on, and with mixture of experts expert_load
-    [loop_layers, E], shares that sum to 1 per layer, and load_imbalance, the largest share times E.
+    Metrics, float32: loss (nats per token), learning_rate, gradient_norm, tokens, mean_loops, bad (whether this step
+    was), skipped (updates left out so far, where bad steps are skipped), each objective that is on; with a mixture of
+    experts also expert_load [loop_layers, E], fractions that sum to 1 per layer, and load_imbalance, the largest
+    fraction times E.
     """
     t = config.training
     optimizer, rate = make_optimizer(t), schedule(t, t.learning_rate)
@@ -84,6 +85,7 @@ def jitted_step(config: Config) -> Any:
         gradients, sums = gradients_of(state, batch)
         gradient_norm = optax.tree.norm(gradients)
         loss = sums["nats"] / sums["tokens"]
+        # Clipping is part of the optimizer; the norm that is reported is the one before it.
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.variables["params"])
         params = optax.apply_updates(state.variables["params"], updates)
         metrics = {
@@ -96,8 +98,8 @@ def jitted_step(config: Config) -> Any:
         }
         load = sums["expert_load"]
         if load is not None:
-            share = load / jnp.maximum(load.sum(-1, keepdims=True), 1)
-            metrics |= {"expert_load": share, "load_imbalance": share.max() * share.shape[-1]}
+            fraction = load / jnp.maximum(load.sum(-1, keepdims=True), 1)
+            metrics |= {"expert_load": fraction, "load_imbalance": fraction.max() * fraction.shape[-1]}
         new = TrainState(
             step=state.step + 1,
             variables={"params": params, "balance": _balance(state.variables["balance"], load, t.balance_rate)},
@@ -109,7 +111,7 @@ def jitted_step(config: Config) -> Any:
         bad = _is_bad(t, state, loss, gradient_norm)
         metrics["bad"] = bad
         if t.bad_steps == "skip":
-            # All but the count of steps stays as it was; the next batch is another one.
+            # Everything but the step count stays as it was; the next step reads the next batch.
             kept = state.replace(step=new.step, skipped=state.skipped + 1)
             new = jax.tree.map(lambda a, b: jnp.where(bad, a, b), kept, new)
             metrics["skipped"] = new.skipped
@@ -118,31 +120,33 @@ def jitted_step(config: Config) -> Any:
     return jax.jit(step, donate_argnums=0)
 
 
-def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, dict[str, Any]]]:
-    """(state, batch) -> gradients of the mean loss over the batch, and sums over it; part by part if accumulating."""
+# (params, state, rows, index of the part, tokens of the batch) -> loss and sums, or gradients and sums.
+LossFunction = Callable[[Any, TrainState, Batch, jax.Array, jax.Array], tuple[Any, dict[str, Any]]]
+
+
+def _make_loss(config: Config) -> LossFunction:
+    """A part's share of the batch's mean loss, so that the shares of all parts add up to it; and sums over its rows."""
     model, t = Mythos(config.model, gather_per_loop=config.mesh.gather == "per_loop"), config.training
-    weights = t.objectives
     # Where all rows of all steps run the same loops, depth is a constant and one scan runs them all.
     run = forward if is_static(config) else partial(truncated_forward, backprop_loops=backprop_loops(config))
 
-    def loss_of(params: Any, state: TrainState, part: Batch, part_index: jax.Array, tokens: jax.Array):
-        """This part's share of the batch's mean loss; shares add up to it."""
-        key = jax.random.fold_in(jax.random.key(t.seed), state.step)
+    def loss_of(
+        params: Any, state: TrainState, part: Batch, part_index: jax.Array, tokens: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
         variables = {**state.variables, "params": params}
         if config.mesh.gather == "once":
+            # Inside the loss, so that the gradients of all loops add up before they are reduced over devices.
             dtype = compute_dtype(config.model)
             variables = gather_loop_weights(variables, abstract_variables(config.model), dtype)
-        loss_BT, out = token_loss(
-            model,
-            variables,
-            part,
-            loops=part.get("loops", backprop_loops(config)),
-            rngs={"state": jax.random.fold_in(key, part_index)},
-            run=run,
-        )
-        extra = extra_objectives(weights, out.aux, part["mask"])
+        # A key of its own for each step and part: noise must not repeat, and a resumed run must draw it again.
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(t.seed), state.step), part_index)
+        loops = part.get("loops", backprop_loops(config))
+        loss_BT, out = token_loss(model, variables, part, loops=loops, rngs={"state": key}, run=run)
+
+        # Divided by the tokens of the whole batch, not of the part: parts may have different numbers of them.
         loss = loss_BT.sum() / tokens
-        loss += sum(getattr(weights, name) * value for name, value in extra.items()) / t.grad_accumulation_steps
+        extra = extra_objectives(t.objectives, out.aux, part["mask"])
+        loss += sum(getattr(t.objectives, name) * value for name, value in extra.items()) / t.grad_accumulation_steps
         sums = {
             "nats": loss_BT.sum(),
             "loops": (out.loops * part["mask"]).sum(),
@@ -151,41 +155,52 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, 
         }
         return loss, sums
 
+    return loss_of
+
+
+def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, dict[str, Any]]]:
+    """(state, batch) -> gradients of the mean loss over the batch, and sums over it."""
+    gradient, parts = jax.grad(_make_loss(config), has_aux=True), config.training.grad_accumulation_steps
+
     def gradients(state: TrainState, batch: Batch) -> tuple[Any, dict[str, Any]]:
-        tokens = jnp.maximum(batch["mask"].sum(), 1)
+        tokens = jnp.maximum(batch["mask"].sum(), 1)  # a batch of padding alone has loss 0, not NaN
         if not is_static(config):
-            # Drawn for the whole batch, before it is split.
+            # Drawn for the whole batch before it is split, so that a row's depth does not depend on the split.
             batch = {**batch, "loops": draw_depths(config, state.step, batch["tokens"].shape[0])}
-        gradient = jax.grad(loss_of, has_aux=True)
         params = state.variables["params"]
-        if t.grad_accumulation_steps == 1:
-            found, sums = gradient(params, state, batch, jnp.int32(0), tokens)
-            return found, {**sums, "tokens": tokens}
-
-        def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            index, rows = part
-            return jax.tree.map(jnp.add, total, gradient(params, state, rows, index, tokens)), None
-
-        # Part i takes rows i, i + n, i + 2 n, …: each device then splits the rows it holds.
-        parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, t.grad_accumulation_steps, *x.shape[1:]), 1, 0), batch
-        )
-        indices = jnp.arange(t.grad_accumulation_steps)
-        first = jax.tree.map(lambda x: x[0], (indices, parts))
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(lambda part: gradient(params, state, part[1], part[0], tokens), first),
-        )
-        (found, sums), _ = jax.lax.scan(add, zeros, (indices, parts))
-        return found, {**sums, "tokens": tokens}
+        if parts == 1:
+            total, sums = gradient(params, state, batch, jnp.int32(0), tokens)
+        else:
+            total, sums = _accumulated(gradient, params, state, batch, tokens, parts)
+        return total, {**sums, "tokens": tokens}
 
     return gradients
 
 
+def _accumulated(
+    gradient: LossFunction, params: Any, state: TrainState, batch: Batch, tokens: jax.Array, n: int
+) -> tuple[Any, dict[str, Any]]:
+    """Gradients and sums of n parts of the batch, one after the other, which needs the memory of one part."""
+    # Part i takes rows i, i + n, i + 2 n, …: each device then splits the rows that it holds.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
+    indices = jnp.arange(n)
+
+    def of_part(index: jax.Array, rows: Batch) -> Any:
+        return gradient(params, state, rows, index, tokens)
+
+    def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_part(*part)), None
+
+    first = jax.tree.map(lambda x: x[0], (indices, parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, *first))
+    return jax.lax.scan(add, zeros, (indices, parts))[0]
+
+
 def _is_bad(t: TrainingConfig, state: TrainState, loss: jax.Array, gradient_norm: jax.Array) -> jax.Array:
-    """No number, or a loss far above its running mean."""
+    """Whether the loss or the gradient is NaN or infinite, or the loss far above its running mean."""
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(gradient_norm))
     if t.spike_factor:
+        # Not during warm-up: the running mean has yet to follow the first steep fall of the loss.
         bad |= (state.step > t.warmup_steps) & (loss > t.spike_factor * state.loss_mean)
     return bad
 
@@ -195,7 +210,7 @@ def _average(average: Any, params: Any, decay: float) -> Any:
 
 
 def _balance(balance: dict[str, Any], expert_load: jax.Array | None, rate: float) -> dict[str, Any]:
-    """Every router's bias moved towards equal load; row i of `expert_load` is layer i of the loop."""
+    """Moves every router's bias towards equal load; row i of `expert_load` is layer i of the loop."""
     if expert_load is None:
         return balance
     cell = {
