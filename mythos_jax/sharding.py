@@ -140,7 +140,7 @@ def placement(
     return PartitionSpec(*cuts)
 
 
-def mesh_axes(spec: Sequence[Any]) -> set[str]:
+def mesh_axes(spec: Sequence[Any] | PartitionSpec) -> set[str]:
     """All mesh axes in a spec, or in part of one."""
     return {axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)}
 

@@ -89,7 +89,7 @@ def loss_and_gradients(
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((B, T), bool)}
     placed = to_global(batch_sharding(mesh), B, np.arange(B), batch)
     # So few tokens would have whole scores. One device keeps those, as the truth; a mesh attends block by block.
-    with mock.patch.object(attention, "FEW", T if mesh.size == 1 else 0):
+    with mock.patch.object(attention, "MAX_DENSE_QUERIES", T if mesh.size == 1 else 0):
         state, metrics = make_train_step(config, mesh)(some_state(config, mesh), placed)
     gradients = jax.tree.map(lambda m: np.asarray(m) / (1 - config.training.b1), state.optimizer[1][0].mu)
     return {"loss": metrics["loss"], "expert_load": metrics.get("expert_load"), "gradients": gradients}

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mythos_jax.config import MeshConfig
-from mythos_jax.ops.attention import FEW, Mask, attend
+from mythos_jax.ops.attention import MAX_DENSE_QUERIES, Mask, attend
 from mythos_jax.preflight.collectives import read_collectives
 from mythos_jax.preflight.compile import topology_devices
 from mythos_jax.preflight.cost import cost
@@ -56,6 +56,8 @@ def test_cost_is_that_of_the_blocks_on_and_below_the_diagonal():
     assert cost(module).flops == pytest.approx(9 * 2 * 128 * 2 * 4 * 2048**2 * 5 / 8, rel=1e-6)
 
 
-@pytest.mark.parametrize(("T", "S", "mask"), [(100, 100, []), (256, 512, ["index_BT"]), (FEW, FEW, [])])
+@pytest.mark.parametrize(
+    ("T", "S", "mask"), [(100, 100, []), (256, 512, ["index_BT"]), (MAX_DENSE_QUERIES, MAX_DENSE_QUERIES, [])]
+)
 def test_other_shapes_take_the_general_form(T, S, mask):
     assert compiled("v5e:2x2", MeshConfig(), 8, T, S, 4, 2, 64, 64, mask)[1] == 0

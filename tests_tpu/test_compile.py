@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mythos_jax.cli import main
 from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, TrainingConfig
 from mythos_jax.flops import cache_bytes, count_parameters
-from mythos_jax.ops.chunks import CHUNK
+from mythos_jax.ops.chunked import CHUNK_LENGTH
 from mythos_jax.ops.grouped_matmul import grouped_matmul, tile_rows
 from mythos_jax.preflight.collectives import read_collectives
 from mythos_jax.preflight.compile import chip_bytes, compile_decode, compile_train, topology_devices
@@ -67,7 +67,7 @@ def test_logits_are_nowhere_whole():
     arrays = {a for i, _ in parse(small_program().text).walk() for a in i.arrays}
     assert not any(vocabulary in a.shape for a in arrays)
     part = [a for a in arrays if vocabulary // SMALL.mesh.tensor in a.shape]
-    most = max(SMALL.training.batch_size // ways * CHUNK, MOE.dim) * vocabulary // SMALL.mesh.tensor
+    most = max(SMALL.training.batch_size // ways * CHUNK_LENGTH, MOE.dim) * vocabulary // SMALL.mesh.tensor
     assert part
     assert max(a.bytes for a in part) <= 4 * most
 

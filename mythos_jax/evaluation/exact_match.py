@@ -17,7 +17,7 @@ from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.results import ExampleTrace, TaskResult
 from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.ops.best_tokens import best_tokens
+from mythos_jax.ops.chunked_argmax import chunked_argmax
 from mythos_jax.sharding import replicate, use_mesh
 
 
@@ -26,7 +26,7 @@ def _measured(model, variables, batch, loops, halting):
     """Of a batch: sums; of each row its loops on average over the answer; of each token its loops."""
     rngs = {"state": jax.random.key(0)}  # models that start from noise: the same at every depth
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
-    best_BT = best_tokens(out.features, nn.unbox(variables["params"]["embedding"]))
+    best_BT = chunked_argmax(out.features, nn.unbox(variables["params"]["embedding"]))
     right_BT = (best_BT == batch["targets"]) | ~batch["mask"]
     asked_B = batch["mask"].any(-1)
     exact = (right_BT.all(-1) & asked_B).sum()

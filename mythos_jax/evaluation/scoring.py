@@ -15,7 +15,7 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.likelihood import token_loss
-from mythos_jax.ops.best_tokens import best_tokens
+from mythos_jax.ops.chunked_argmax import chunked_argmax
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import replicate, use_mesh
 
@@ -38,7 +38,7 @@ def _scores(model, variables, batch, loops, halting):
     rngs = {"state": jax.random.key(0)}
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
     table_VD = nn.unbox(variables["params"]["embedding"])
-    right_BT = (best_tokens(out.features, table_VD) == batch["targets"]) | ~batch["mask"]
+    right_BT = (chunked_argmax(out.features, table_VD) == batch["targets"]) | ~batch["mask"]
     found = -nats_BT.sum(-1), right_BT.all(-1), batch["mask"].sum(-1), (out.loops * batch["mask"]).sum(-1)
     return replicate(found)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mythos_jax.model.cache import LayerCache
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.state import ProbeState
-from mythos_jax.ops.chunks import in_chunks
+from mythos_jax.ops.chunked import map_chunks
 
 
 def kl_divergence(old_BTV: jax.Array, new_BTV: jax.Array, _: jax.Array) -> jax.Array:
@@ -89,7 +89,7 @@ class LogitProbe(NamedTuple):
 
         vocab_size = jax.eval_shape(self.head, features_BTD).shape[-1]
         # In chunks of positions, so that [B, T, V] never exists for a large vocabulary.
-        measure_BT = in_chunks(measure, (probe.features_BTD, features_BTD, probe.measure_BT), vocab_size)
+        measure_BT = map_chunks(measure, (probe.features_BTD, features_BTD, probe.measure_BT), vocab_size)
         # The first loop has nothing to be compared with.
         comparable = loop_B1 > 0
         met_BT = criterion.met(measure_BT, halting.resolved_threshold) & comparable

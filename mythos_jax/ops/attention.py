@@ -1,4 +1,8 @@
-"""Scaled dot-product attention with grouped heads, in the form that suits the platform and the lengths."""
+"""Scaled dot-product attention with grouped heads; the implementation depends on the platform and the shapes.
+
+Shape suffixes: B rows, T queries, S keys, H query heads, G key-value heads, K width of queries and keys, V width of
+values, N = H / G query heads per key-value head.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,33 +14,35 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from mythos_jax.ops import splash
-from mythos_jax.ops.blockwise import blockwise
+from mythos_jax.ops import splash_attention
+from mythos_jax.ops.blockwise import blockwise_attention
 from mythos_jax.sharding import axis_size, in_use, placement, platform
 
-# What rematerialisation policies call the result of attention and all else that its backward pass needs kept.
+# The name by which rematerialisation policies know the output of attention and its other residuals.
 SAVED = "attention"
-# So few queries have few scores, whatever the number of keys: they are made whole.
-FEW = 16
+# Up to this many queries (decoding), the full score matrix is small, whatever the number of keys.
+MAX_DENSE_QUERIES = 16
 
-# Attention by one device: queries, keys, values, index, (segments of queries, of keys) or None.
-Form = Callable[..., jax.Array]
-_QUERIES = ("batch", "length", "heads", None)
+# Attention on one device: queries, keys, values, index_BT and the segment ids of (queries, keys) to [B, T, H, V].
+Segments = tuple[jax.Array, jax.Array] | None
+AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Segments], jax.Array]
+
+_QUERY_AXES = ("batch", "length", "heads", None)
 
 
 @struct.dataclass
 class Mask:
-    """Who may attend to whom, kept as structure so that a kernel can use it without a [T, S] array.
+    """Which keys each query may attend to, as a structure that a kernel can use without a [T, S] array.
 
-    index_BT: where each query stands among the keys; key s is seen when s <= index. None: query t stands at key t.
-    segments_BT: queries see only keys of their own segment (no cache only). None: one segment.
+    index_BT: int32, the position of each query among the keys; it sees key s if s <= index. None: query t is at key t.
+    segments_BT: int32, queries see only keys of their own segment (not with a cache). None: one segment.
     """
 
     index_BT: jax.Array | None = None
     segments_BT: jax.Array | None = None
 
     def index(self, T: int) -> jax.Array:
-        """[B or 1, T]."""
+        """Int32 [B or 1, T]."""
         return jnp.arange(T, dtype=jnp.int32)[None] if self.index_BT is None else self.index_BT
 
     def dense(self, T: int, S: int) -> jax.Array:
@@ -48,78 +54,99 @@ class Mask:
 
 
 def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask, scale: float) -> jax.Array:
-    """softmax(scale q k^T) v, [B, T, H, V]; kv head g serves query heads g H/G … (g+1) H/G - 1; softmax in float32.
+    """softmax(scale q k^T) v, [B, T, H, V]. Softmax in float32; kv head g serves query heads g N … (g + 1) N - 1.
 
-    Up to FEW queries (decoding) have their scores made whole, which the compiler partitions. More are attended to by
-    each device for its rows, heads and queries, over all keys: on a TPU by a kernel where no queries stand behind a
-    cache and `splash.takes` their number; on a GPU by cuDNN's where `_for_cudnn`; in all other cases by `blockwise`.
+    For at most MAX_DENSE_QUERIES queries (decoding) the full score matrix is built, and XLA partitions it. Otherwise
+    each device attends from its own rows, heads and queries to all keys: on a TPU with the splash kernel, if there is
+    no cache and the kernel supports the shapes; on a GPU with cuDNN, if `_cudnn_supports` the operands; in all other
+    cases with `blockwise_attention`.
     """
-    if q_BTHK.shape[1] <= FEW:
-        return checkpoint_name(whole(q_BTHK, k_BSGK, v_BSGV, mask, scale), SAVED)
-    return _by_device(_form(q_BTHK, k_BSGK, v_BSGV, mask, scale), q_BTHK, k_BSGK, v_BSGV, mask)
+    if q_BTHK.shape[1] <= MAX_DENSE_QUERIES:
+        return checkpoint_name(dense_attention(q_BTHK, k_BSGK, v_BSGV, mask, scale), SAVED)
+    attention = _select_implementation(q_BTHK, k_BSGK, v_BSGV, mask, scale)
+    return _per_device(attention, q_BTHK, k_BSGK, v_BSGV, mask)
 
 
-def _form(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask, scale: float) -> Form:
-    on, T, S = platform(), q_BTHK.shape[1], k_BSGK.shape[1]
-    parts = _ways(placement(q_BTHK.shape, _QUERIES)[1]) if in_use() else 1
-    if on == "tpu" and mask.index_BT is None and splash.takes(T, S, parts):
+def dense_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask, scale: float) -> jax.Array:
+    """The definition: attention that holds all scores, [B, G, N, T, S], at once."""
+    B, T, H, K = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    q_BTGNK = q_BTHK.reshape(B, T, G, H // G, K)
+    scores_BGNTS = jnp.einsum("BTGNK,BSGK->BGNTS", q_BTGNK, k_BSGK, preferred_element_type=jnp.float32) * scale
+    allowed = mask.dense(T, S)[:, None, None]
+    weights_BGNTS = jax.nn.softmax(jnp.where(allowed, scores_BGNTS, jnp.finfo(jnp.float32).min), axis=-1)
+    out_BTGNV = jnp.einsum("BGNTS,BSGV->BTGNV", weights_BGNTS.astype(v_BSGV.dtype), v_BSGV)
+    return out_BTGNV.reshape(B, T, H, v_BSGV.shape[-1])
 
-        def kernel(q_BTHK, k_BSGK, v_BSGV, _, segments):
-            part = (jax.lax.axis_index("sequence"), parts) if parts > 1 else (0, 1)
-            return splash.splash(q_BTHK, k_BSGK, v_BSGV, segments, scale, SAVED, part)
 
-        return kernel
-    if on in ("gpu", "cuda") and parts == 1 and _for_cudnn(q_BTHK, v_BSGV, mask):
+def _select_implementation(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask, scale: float
+) -> AttentionFunction:
+    target, T, S = platform(), q_BTHK.shape[1], k_BSGK.shape[1]
+    n_shards = _shard_count(placement(q_BTHK.shape, _QUERY_AXES)[1]) if in_use() else 1
+    if target == "tpu" and mask.index_BT is None and splash_attention.supports(T, S, n_shards):
+        return partial(_splash, scale=scale, n_shards=n_shards)
+    if target in ("gpu", "cuda") and n_shards == 1 and _cudnn_supports(q_BTHK, v_BSGV, mask):
         return partial(_cudnn, scale=scale)
-    # On a CPU blocks are made to fit its cache; elsewhere they are as large as is of use.
-    return partial(blockwise, scale=scale, name=SAVED, block=None if on == "cpu" else 512)
+    # On a CPU the block size follows the processor's cache. Accelerators get the largest block that is still useful.
+    max_block = None if target == "cpu" else 512
+    return partial(blockwise_attention, scale=scale, checkpoint_name=SAVED, max_block=max_block)
 
 
-def _for_cudnn(q_BTHK: jax.Array, v_BSGV: jax.Array, mask: Mask) -> bool:
-    """What every GPU that cuDNN has flash attention for takes: 16 bits, one segment, no cache, equal widths."""
+def _splash(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGV: jax.Array,
+    _index_BT: jax.Array,
+    segments: Segments,
+    scale: float,
+    n_shards: int,
+) -> jax.Array:
+    shard = (jax.lax.axis_index("sequence"), n_shards) if n_shards > 1 else (0, 1)
+    return splash_attention.splash_attention(q_BTHK, k_BSGK, v_BSGV, segments, scale, SAVED, shard)
+
+
+def _cudnn_supports(q_BTHK: jax.Array, v_BSGV: jax.Array, mask: Mask) -> bool:
+    """What cuDNN's flash attention accepts on every GPU that has it: 16 bits, one segment, no cache, equal widths."""
     K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
-    plain = mask.index_BT is None and mask.segments_BT is None
-    return plain and q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and K == V and K <= 128 and K % 8 == 0
+    causal_only = mask.index_BT is None and mask.segments_BT is None
+    return causal_only and q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and K == V and K <= 128 and K % 8 == 0
 
 
-def _cudnn(q_BTHK, k_BSGK, v_BSGV, _index, _segments, scale: float) -> jax.Array:
-    """Lowered for CUDA and never run: no GPU was at hand.
+def _cudnn(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, _index_BT: jax.Array, _segments: Segments, scale: float
+) -> jax.Array:
+    """Checked only by lowering it for CUDA; it has not run on a GPU.
 
-    Of what its backward pass needs only the result has a name: under remat `attention` the kernel runs forward again.
+    Only the output is named for rematerialisation, not cuDNN's other residual. Under `remat: attention` the kernel's
+    forward pass therefore runs again.
     """
     out = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGV, scale=scale, is_causal=True, implementation="cudnn")
     return checkpoint_name(out, SAVED)
 
 
-def whole(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask, scale: float) -> jax.Array:
-    """With all scores at a time, [B, G, H / G, T, S]."""
-    B, T, H, K = q_BTHK.shape
-    S, G = k_BSGK.shape[1:3]
-    q_BTGNK = q_BTHK.reshape(B, T, G, H // G, K)
-    scores = jnp.einsum("BTGNK,BSGK->BGNTS", q_BTGNK, k_BSGK, preferred_element_type=jnp.float32) * scale
-    allowed = mask.dense(T, S)[:, None, None]
-    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    out = jnp.einsum("BGNTS,BSGV->BTGNV", weights.astype(v_BSGV.dtype), v_BSGV)
-    return out.reshape(B, T, H, v_BSGV.shape[-1])
-
-
-def _by_device(form: Form, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask) -> jax.Array:
-    """Each device for its part of rows, queries and heads. On one device, all."""
-    index_BT, segments = mask.index(q_BTHK.shape[1]), mask.segments_BT
-    arguments = q_BTHK, k_BSGK, v_BSGV, index_BT, None if segments is None else (segments, segments)
+def _per_device(
+    attention: AttentionFunction, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask
+) -> jax.Array:
+    """Runs `attention` on each device for its own rows, queries and heads. Without a mesh, once for all of them."""
+    index_BT, segments_BT = mask.index(q_BTHK.shape[1]), mask.segments_BT
+    segments = None if segments_BT is None else (segments_BT, segments_BT)
     if not in_use():
-        return form(*arguments)
-    rows, length, heads, _ = placement(q_BTHK.shape, _QUERIES)
-    if heads:  # each device takes the kv heads of its query heads: there must be as many parts of those
+        return attention(q_BTHK, k_BSGK, v_BSGV, index_BT, segments)
+    rows, length, heads, _ = placement(q_BTHK.shape, _QUERY_AXES)
+    if heads:
+        # Each device needs the kv heads of its own query heads. If there are fewer kv heads than shards, repeat them.
         G = k_BSGK.shape[2]
-        copies = math.lcm(G, _ways(heads)) // G
-        arguments = q_BTHK, *(jnp.repeat(x, copies, axis=2) for x in (k_BSGK, v_BSGV)), *arguments[3:]
-    of_queries, of_keys = PartitionSpec(rows, length, heads), PartitionSpec(rows, None, heads)
-    of_index = PartitionSpec(rows if len(index_BT) > 1 else None, length)
-    of_segments = None if segments is None else (PartitionSpec(rows, length), PartitionSpec(rows))
-    in_specs = of_queries, of_keys, of_keys, of_index, of_segments
-    return jax.shard_map(form, in_specs=in_specs, out_specs=of_queries, check_vma=False)(*arguments)
+        copies = math.lcm(G, _shard_count(heads)) // G
+        k_BSGK, v_BSGV = (jnp.repeat(x, copies, axis=2) for x in (k_BSGK, v_BSGV))
+    query_spec, key_spec = PartitionSpec(rows, length, heads), PartitionSpec(rows, None, heads)
+    index_spec = PartitionSpec(rows if len(index_BT) > 1 else None, length)
+    segment_specs = None if segments is None else (PartitionSpec(rows, length), PartitionSpec(rows))
+    in_specs = query_spec, key_spec, key_spec, index_spec, segment_specs
+    run = jax.shard_map(attention, in_specs=in_specs, out_specs=query_spec, check_vma=False)
+    return run(q_BTHK, k_BSGK, v_BSGV, index_BT, segments)
 
 
-def _ways(axes: str | tuple[str, ...] | None) -> int:
+def _shard_count(axes: str | tuple[str, ...] | None) -> int:
+    """The number of shards of a dimension that is sharded over these mesh axes."""
     return math.prod(axis_size(axis) for axis in ((axes,) if isinstance(axes, str) else axes or ()))

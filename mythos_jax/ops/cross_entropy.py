@@ -1,99 +1,108 @@
-"""Next-token cross-entropy that never holds all logits at once."""
+"""Next-token cross-entropy that never holds the logits of all positions at once."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from mythos_jax.ops.chunks import in_chunks
+from mythos_jax.ops.chunked import map_chunks
 from mythos_jax.sharding import axis_size, in_use, placement
 
 
 def cross_entropy(
-    features_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int | None = None
+    features_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk_length: int | None = None
 ) -> jax.Array:
-    """Float32 nats of each target, [B, T], under logits = features table^T.
+    """Cross-entropy of each target in nats, float32 [B, T], under logits = features table^T.
 
-    chunk: positions whose logits exist at a time (default: see `in_chunks`); the backward pass computes them again. The
-    table's gradient is summed in its own dtype, float32; on a mesh each device sums that of
-    its own tokens first, and it travels once.
+    targets_BT: int32. chunk_length: positions per row whose logits exist at a time (default: see `map_chunks`); the
+    backward pass recomputes them. The table's gradient is accumulated in the table's own dtype, float32. On a mesh,
+    each device first sums the gradient over its own tokens, so it is reduced across devices only once.
     """
     if not in_use():
-        return _nats(features_BTD, table_VD, targets_BT, chunk)
+        return _local_cross_entropy(features_BTD, table_VD, targets_BT, chunk_length)
     tokens_spec = placement(targets_BT.shape, ("batch", "length"))
     features_spec = placement(features_BTD.shape, ("batch", "length", "act_embed"))
     table_spec = placement(table_VD.shape, ("vocab", "embed"))
     vocab_axis, width_axes = table_spec
 
-    def region(features_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    def per_device(features_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
         if width_axes:
-            table_VD = _gathered(width_axes, features_BTD.dtype, table_VD)
-        return _nats(features_BTD, table_VD, targets_BT, chunk, vocab_axis)
+            table_VD = _gather_width(width_axes, features_BTD.dtype, table_VD)
+        return _local_cross_entropy(features_BTD, table_VD, targets_BT, chunk_length, vocab_axis)
 
     run = jax.shard_map(
-        region, in_specs=(features_spec, table_spec, tokens_spec), out_specs=tokens_spec, check_vma=False
+        per_device, in_specs=(features_spec, table_spec, tokens_spec), out_specs=tokens_spec, check_vma=False
     )
     return run(features_BTD, table_VD, targets_BT)
 
 
-def _nats(
+def _local_cross_entropy(
     features_BTD: jax.Array,
     table_VD: jax.Array,
     targets_BT: jax.Array,
-    chunk: int | None,
+    chunk_length: int | None,
     vocab_axis: str | None = None,
 ) -> jax.Array:
-    """The same on one device, whose table is the whole or, along `vocab_axis`, one part of several."""
+    """Cross-entropy of one device's tokens. With `vocab_axis`, table_VD is this device's shard of the vocabulary."""
     V = table_VD.shape[0]
-    if vocab_axis:
+    if vocab_axis:  # from here on, targets count from the first token of this shard; others are out of range
         targets_BT = targets_BT - V * jax.lax.axis_index(vocab_axis)
 
-    def nats(features, targets):
-        table = table_VD.astype(features.dtype)
-        rows_ND = features.reshape(-1, features.shape[-1])  # this is one device's part: a product of two matrices
-        logits_NV = jnp.einsum("ND,VD->NV", rows_ND, table, preferred_element_type=jnp.float32)
-        return _nats_of_logits(vocab_axis, logits_NV, targets.reshape(-1)).reshape(targets.shape)
+    def loss(features_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
+        table = table_VD.astype(features_BCD.dtype)
+        # These are one device's tokens, so B and C can be merged: a product of two matrices is faster.
+        features_ND = features_BCD.reshape(-1, features_BCD.shape[-1])
+        logits_NV = jnp.einsum("ND,VD->NV", features_ND, table, preferred_element_type=jnp.float32)
+        return _cross_entropy_of_logits(vocab_axis, logits_NV, targets_BC.reshape(-1)).reshape(targets_BC.shape)
 
-    return in_chunks(nats, (features_BTD, targets_BT), V, chunk)
+    return map_chunks(loss, (features_BTD, targets_BT), V, chunk_length)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nats_of_logits(vocab_axis: str | None, logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
-    return _nats_forward(vocab_axis, logits_NV, targets_N)[0]
+def _cross_entropy_of_logits(vocab_axis: str | None, logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
+    return _forward(vocab_axis, logits_NV, targets_N)[0]
 
 
-def _nats_forward(vocab_axis: str | None, logits_NV: jax.Array, targets_N: jax.Array):
-    """Keeps the logits and their log-partition, and nothing else of their size."""
+_Residuals = tuple[jax.Array, jax.Array, jax.Array]  # logits_NV, log_partition_N, targets_N
 
-    def over_parts(reduce, x):
-        return reduce(x, vocab_axis) if vocab_axis else x
 
+def _forward(vocab_axis: str | None, logits_NV: jax.Array, targets_N: jax.Array) -> tuple[jax.Array, _Residuals]:
+    """The residuals hold the logits and nothing else of their size: the softmax is recomputed from them."""
     V = logits_NV.shape[-1]
-    top_N = over_parts(jax.lax.pmax, logits_NV.max(-1))
-    partition_N = top_N + jnp.log(over_parts(jax.lax.psum, jnp.exp(logits_NV - top_N[..., None]).sum(-1)))
-    chosen_N = jnp.take_along_axis(logits_NV, jnp.clip(targets_N, 0, V - 1)[..., None], axis=-1)[..., 0]
-    chosen_N = over_parts(jax.lax.psum, jnp.where((targets_N >= 0) & (targets_N < V), chosen_N, 0))
-    return partition_N - chosen_N, (logits_NV, partition_N, targets_N)
+    max_N = logits_NV.max(-1)
+    if vocab_axis:
+        max_N = jax.lax.pmax(max_N, vocab_axis)
+    sum_N = jnp.exp(logits_NV - max_N[..., None]).sum(-1)
+    if vocab_axis:
+        sum_N = jax.lax.psum(sum_N, vocab_axis)
+    log_partition_N = max_N + jnp.log(sum_N)
+    target_logit_N = jnp.take_along_axis(logits_NV, jnp.clip(targets_N, 0, V - 1)[..., None], axis=-1)[..., 0]
+    # The target is in exactly one shard; the others contribute 0 to its logit.
+    target_logit_N = jnp.where((targets_N >= 0) & (targets_N < V), target_logit_N, 0)
+    if vocab_axis:
+        target_logit_N = jax.lax.psum(target_logit_N, vocab_axis)
+    return log_partition_N - target_logit_N, (logits_NV, log_partition_N, targets_N)
 
 
-def _nats_backward(vocab_axis: str | None, kept: tuple[jax.Array, jax.Array, jax.Array], ct_N: jax.Array):
-    logits_NV, partition_N, targets_N = kept
-    if vocab_axis:  # unchecked, `shard_map` gives each device its part, 1 / n
+def _backward(vocab_axis: str | None, residuals: _Residuals, ct_N: jax.Array) -> tuple[jax.Array, None]:
+    logits_NV, log_partition_N, targets_N = residuals
+    if vocab_axis:
+        # With check_vma=False, `shard_map` splits the cotangent of a replicated output into equal parts, 1 / n each.
         ct_N = ct_N * axis_size(vocab_axis)
-    hit_NV = jax.lax.broadcasted_iota(jnp.int32, logits_NV.shape, 1) == targets_N[..., None]
-    return (jnp.exp(logits_NV - partition_N[..., None]) - hit_NV) * ct_N[..., None], None
+    is_target_NV = jax.lax.broadcasted_iota(jnp.int32, logits_NV.shape, 1) == targets_N[..., None]
+    return (jnp.exp(logits_NV - log_partition_N[..., None]) - is_target_NV) * ct_N[..., None], None
 
 
-_nats_of_logits.defvjp(_nats_forward, _nats_backward)
+_cross_entropy_of_logits.defvjp(_forward, _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gathered(axes: str | tuple[str, ...], dtype: jnp.dtype, table_VD: jax.Array) -> jax.Array:
-    """The table whole along D, in its own dtype: it travels in `dtype`, its gradient in its own."""
+def _gather_width(axes: str | tuple[str, ...], dtype: jnp.dtype, table_VD: jax.Array) -> jax.Array:
+    """The table gathered along D, in its own dtype. It is sent in `dtype`, its gradient in the table's own dtype."""
     return jax.lax.all_gather(table_VD.astype(dtype), axes, axis=1, tiled=True).astype(table_VD.dtype)
 
 
-_gathered.defvjp(
-    lambda axes, dtype, table_VD: (_gathered(axes, dtype, table_VD), None),
+_gather_width.defvjp(
+    lambda axes, dtype, table_VD: (_gather_width(axes, dtype, table_VD), None),
     lambda axes, dtype, _, ct: (jax.lax.psum_scatter(ct, axes, scatter_dimension=1, tiled=True),),
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mythos_jax.preflight.hlo import Instruction, Module
-from mythos_jax.preflight.splash import splash_bytes, splash_flops
+from mythos_jax.preflight.splash_cost import splash_bytes, splash_flops
 
 # Instructions that move nothing themselves.
 _FREE = {

@@ -14,7 +14,7 @@ from mythos_jax.evaluation.scoring import bucket, extend, in_batches, score
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.ops.best_tokens import best_tokens
+from mythos_jax.ops.chunked_argmax import chunked_argmax
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import make_mesh
 from tests.tiny import variables
@@ -83,8 +83,8 @@ def test_continuations_are_those_of_single_prompts(loaded):
 
 
 @pytest.mark.parametrize("chunk", [None, 4, 5])
-def test_best_tokens_in_parts(chunk):
+def test_chunked_argmax(chunk):
     rng = np.random.default_rng(2)
     features, table = rng.normal(size=(2, 12, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32)
-    found = best_tokens(jnp.asarray(features), jnp.asarray(table), chunk)
+    found = chunked_argmax(jnp.asarray(features), jnp.asarray(table), chunk)
     np.testing.assert_array_equal(found, (features @ table.T).argmax(-1))

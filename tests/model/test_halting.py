@@ -77,8 +77,8 @@ def test_least_and_most_loops_and_threshold_are_traced(policy):
 def test_halting_by_logits_in_a_full_forward_pass(monkeypatch):
     """Without a cache the coda sees every token's state of the same loop; logits exist for few positions at a time."""
     config = replace(MLA, hidden_dim=44)  # nothing but logits is V wide
-    monkeypatch.setattr("mythos_jax.ops.chunks.CHUNK", 3)
-    monkeypatch.setattr("mythos_jax.ops.chunks.WHOLE_VOCAB", 1)
+    monkeypatch.setattr("mythos_jax.ops.chunked.CHUNK_LENGTH", 3)
+    monkeypatch.setattr("mythos_jax.ops.chunked.MAX_UNCHUNKED_VOCAB", 1)
     policy = halting("kl", 0.02)
 
     def without_head(model, tokens_BT, loops, halting):

@@ -1,4 +1,4 @@
-"""Experts spread over a mesh against the same experts on one device, however the tokens are routed."""
+"""Experts sharded over a mesh against the same experts on one device, for even and for skewed routing."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from mythos_jax.sharding import make_mesh, use_mesh
 B, T, D, F, E, K = 4, 8, 12, 16, 8, 2
 
 
-def inputs(skew, shape=(B, T)):
+def random_inputs(skew, shape=(B, T)):
     random = np.random.default_rng(0)
 
     def normal(*shape):
@@ -29,42 +29,42 @@ def inputs(skew, shape=(B, T)):
 
 def value_and_gradients(layer):
     def run(x, gates, experts, weights, cotangent):
-        y, backward = jax.vjp(lambda x, gates, weights: layer(x, gates, experts, weights), x, gates, weights)
-        return y, backward(cotangent)
+        y, vjp = jax.vjp(lambda x, gates, weights: layer(x, gates, experts, weights), x, gates, weights)
+        return y, vjp(cotangent)
 
     return jax.jit(run)
 
 
 @pytest.mark.parametrize(
-    ("way", "mesh"),
+    ("exchange", "mesh"),
     [("ring", MeshConfig(fsdp=2, tensor=2, expert=2)), ("all_to_all", MeshConfig(fsdp=1, tensor=2, expert=4))],
 )
-def test_equals_one_device(way, mesh, monkeypatch):
-    """Two chunks; with skewed routing all tokens go to one device's experts, in several rounds."""
+def test_equals_one_device(exchange, mesh, monkeypatch):
+    """In two chunks. With skewed routing nearly all tokens go to one device's experts, which loops over their rows."""
     monkeypatch.setattr(expert_parallel, "ROWS_PER_EXPERT", 2)
-    on_one, on_mesh = value_and_gradients(experts_on_one_device), value_and_gradients(partial(experts_on_mesh, way=way))
+    on_one_device = value_and_gradients(experts_on_one_device)
+    on_mesh = value_and_gradients(partial(experts_on_mesh, exchange=exchange))
     for skew in [0, 5]:
-        arguments = inputs(skew)
-        expected = on_one(*arguments)
+        arguments = random_inputs(skew)
+        expected = on_one_device(*arguments)
         with use_mesh(make_mesh(mesh)):
-            found = on_mesh(*arguments)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
+            actual = on_mesh(*arguments)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), actual, expected)
     assert (arguments[2] >= E // 2).mean() > 0.95
 
 
-def test_a_batch_that_the_mesh_does_not_divide():
-    arguments = inputs(0, (1, 3))
+def test_batch_that_the_mesh_does_not_divide():
+    arguments = random_inputs(0, (1, 3))
     with use_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))):
-        found = jax.jit(experts_on_mesh)(*arguments[:4])
-    np.testing.assert_allclose(found, jax.jit(experts_on_one_device)(*arguments[:4]), rtol=0, atol=1e-5)
+        actual = jax.jit(experts_on_mesh)(*arguments[:4])
+    np.testing.assert_allclose(actual, jax.jit(experts_on_one_device)(*arguments[:4]), rtol=0, atol=1e-5)
 
 
-def test_other_devices_experts_cost_nothing():
-    """A round multiplies what an even load sends a device, and a bounded padding; all rows would be 8 times that.
-
-    XLA counts a loop's body once; the weights are never sent.
+def test_experts_of_other_devices_cost_nothing():
+    """One step multiplies the rows that an even load sends to a device, plus bounded padding; all rows would be 8 times
+    as many. The weights are never sent. (XLA counts the body of the loop once.)
     """
-    x, gates, experts, weights, _ = inputs(0, (64, 16))
+    x, gates, experts, weights, _ = random_inputs(0, (64, 16))
     with use_mesh(make_mesh(MeshConfig(expert=8, fsdp=1))):
         program = jax.jit(experts_on_mesh).lower(x, gates, experts, weights).compile()
     ideal = 3 * 2 * (x.shape[0] * x.shape[1] * K / 8) * D * F

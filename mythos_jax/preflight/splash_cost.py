@@ -1,4 +1,4 @@
-"""What splash attention (ops/splash.py) costs a chip: unlike other kernels it does not say so itself."""
+"""What splash attention (ops/splash_attention.py) costs a chip: unlike other kernels it does not say so itself."""
 
 import math
 import re
