@@ -1,29 +1,87 @@
-"""From YAML to frozen dataclasses and back, with errors a user can act on.
+"""Frozen dataclasses that check themselves, with errors a user can act on; and plain containers to them and back.
 
-Small on purpose, and our own: a dataclass that checks itself gives the same one-line message whether it is built
-in Python, read from a file, or overridden on the command line.
+A config is a tree of `Section`s: frozen dataclasses whose fields carry their bounds in `Annotated` and that check
+themselves, so that a wrong value gives the same one-line message whether the config is built in Python, read from a
+file, or overridden on the command line. This is our own, and small, because the model must need only jax and flax.
 """
 
 import dataclasses
 import difflib
 import functools
 import math
-import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
-
-import yaml
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union
 
 from mythos_jax.errors import ConfigError
-from mythos_jax.paths import to_path
+
+S = TypeVar("S", bound="Section")
+M = TypeVar("M")
+T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
+# Markers: what `Annotated` says about a field.
+
+
+@dataclass(frozen=True)
+class Ge:
+    """The value is at least `limit`."""
+
+    limit: float
+
+    def allows(self, value: float) -> bool:
+        return value >= self.limit
+
+    def describe(self, noun: str) -> str:
+        return f"{noun} >= {self.limit}"
+
+
+@dataclass(frozen=True)
+class Gt:
+    """The value is greater than `limit`."""
+
+    limit: float
+
+    def allows(self, value: float) -> bool:
+        return value > self.limit
+
+    def describe(self, noun: str) -> str:
+        return f"{noun} > {self.limit}"
+
+
+@dataclass(frozen=True)
+class Between:
+    """The value is in an interval; square brackets include an end, round ones exclude it. noun: what it is called."""
+
+    low: float
+    high: float
+    ends: Literal["[]", "[)", "(]", "()"] = "[]"
+    noun: str = ""
+
+    def allows(self, value: float) -> bool:
+        above = value >= self.low if self.ends[0] == "[" else value > self.low
+        below = value <= self.high if self.ends[1] == "]" else value < self.high
+        return above and below
+
+    def describe(self, noun: str) -> str:
+        if noun.startswith("an integer") or noun == "integers":
+            return f"{noun} from {self.low} to {self.high}"
+        return f"{self.noun or noun} in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
+
+
+@dataclass(frozen=True)
+class Or:
+    """One value is allowed in spite of the bound beside this marker; `meaning` says what it stands for."""
+
+    value: float
+    meaning: str
+
+
+@dataclass(frozen=True)
 class Formerly:
-    """Marks a field, inside `Annotated`, with a name it had in an earlier version, and what to know about the new one.
+    """The field had another name in an earlier version; `note` says what to know about the new one.
 
     Giving the earlier name is an error that names the new one; what a program stored is upgraded (see `upgrade`).
     """
@@ -32,8 +90,17 @@ class Formerly:
     note: str = ""
 
 
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+
+
 class Section:
-    """Base of the config dataclasses. It refuses earlier names of fields; `section` is its dotted name in the YAML."""
+    """Base of the config dataclasses. It checks types and bounds, and refuses earlier names of fields.
+
+    section: the dotted name of the section in YAML, given as a class argument; "" for the whole config.
+    """
 
     section: ClassVar[str]
 
@@ -46,8 +113,25 @@ class Section:
             _check_not_renamed(cls, name)
         return super().__new__(cls)
 
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            if not _is_a(value, hint):
+                raise ConfigError(f"{self.dotted(name)}: got {value!r}, allowed: {describe(hint)}")
+            _check_bounds(value, annotated_hints(type(self))[name], self.dotted(name))
+
+    @classmethod
+    def dotted(cls, name: str) -> str:
+        """The name of a field as it is given on the command line, without the dashes."""
+        return f"{cls.section}.{name}" if cls.section else name
+
+    def check(self, ok: bool, name: str, allowed: str) -> None:
+        """Raises ConfigError about the field `name` unless `ok`; for rules that concern more than one field."""
+        check_field(ok, self.dotted(name), getattr(self, name), allowed)
+
 
 def check_field(ok: bool, name: str, got: Any, allowed: str) -> None:
+    """Raises ConfigError unless `ok`."""
     if not ok:
         raise ConfigError(f"{name}: got {got!r}, allowed: {allowed}")
 
@@ -57,30 +141,22 @@ def first_few(values: Sequence[int], limit: int = 12) -> str:
     return ", ".join(map(str, values[:limit])) + (", …" if len(values) > limit else "")
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises ConfigError when there is none."""
-    path = to_path(path)
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: got {type(tree).__name__}, allowed: a mapping of sections")
-    return tree
+def nearest_name(name: str, names: Iterable[str], cutoff: float) -> str | None:
+    """The name most similar to a misspelt one; None if none is at least `cutoff` (0 to 1) similar."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
-def apply_overrides(tree: dict[str, Any], words: Sequence[str]) -> None:
-    """Lays command-line words, `--section.field value` or `--section.field=value`, over a tree, in place."""
-    for key, value in _parse(words):
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{key}: got a field inside {section!r}, which is no section")
-        node[name] = value
+def marked(section: type, kind: type[M]) -> list[tuple[str, M]]:
+    """The fields of a section that carry a marker of this class, each with the marker."""
+    return [
+        (name, marker)
+        for name, hint in annotated_hints(section).items()
+        for marker in getattr(hint, "__metadata__", ())
+        if isinstance(marker, kind)
+    ]
+
+
+# Plain containers to sections and back.
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -95,115 +171,140 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted names of the leaves in which two trees of plain containers differ, with both values."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return {} if old == new else {name: (old, new)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in {**old, **new}:
-        dotted = f"{name}.{key}" if name else key
-        found |= differences(old.get(key), new.get(key), dotted)
-    return found
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML reads `3e-4` as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _parse(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"{word}: got a stray word, allowed: --section.field value")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise ConfigError(f"{word}: got no value, allowed: {word} value")
-            text = words.pop(0)
-        try:
-            yield key, yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            raise ConfigError(f"{word}: got {text!r}, allowed: a YAML value") from None
-
-
-def _fields(kind: type) -> str:
-    return ", ".join(f.name for f in dataclasses.fields(kind))
-
-
-def from_dict(kind: type, tree: Any, prefix: str = "") -> Any:
-    """Builds a config dataclass; raises ConfigError on an unknown key (with the nearest known one) or a bad value."""
+def from_dict(section: type[S], tree: Any) -> S:
+    """Builds a section; raises ConfigError on an unknown key (with the nearest known one) or a bad value."""
+    hints = _hints(section)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{prefix or 'config'}: got {tree!r}, allowed: a mapping with {_fields(kind)}")
-    hints = _hints(kind)
-    dotted = f"{prefix}." if prefix else ""
+        raise ConfigError(f"{section.section or 'config'}: got {tree!r}, allowed: a mapping with {', '.join(hints)}")
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            _check_not_renamed(kind, key)
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            hint = f"did you mean {dotted}{near[0]}?" if near else f"allowed: {_fields(kind)}"
-            raise ConfigError(f"{dotted}{key}: unknown key; {hint}")
+            _check_not_renamed(section, key)
+            near = nearest_name(str(key), hints, cutoff=0.5)
+            hint = f"did you mean {section.dotted(near)}?" if near else f"allowed: {', '.join(hints)}"
+            raise ConfigError(f"{section.dotted(key)}: unknown key; {hint}")
         if dataclasses.is_dataclass(hints[key]):
-            values[key] = from_dict(hints[key], {} if value is None else value, f"{dotted}{key}")
+            values[key] = from_dict(hints[key], {} if value is None else value)
         elif isinstance(value, list):
             values[key] = tuple(value)
         elif hints[key] in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
             values[key] = float(value)
         else:
             values[key] = value
-    return kind(**values)
+    return section(**values)
 
 
-def upgrade(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier version stored of a config dataclass, with the names of this one and its defaults for new fields.
+def upgrade(section: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier version stored of a section, with the names of this version and its defaults for new fields.
 
     A field that is added must therefore have a default that means what the code did before.
     """
-    hints, current = _hints(kind), to_dict(kind())
-    upgraded = current | {_renamed(kind).get(name, (name, ""))[0]: value for name, value in tree.items()}
+    hints, current = _hints(section), to_dict(section())
+    upgraded = current | {_renamed(section).get(name, (name, ""))[0]: value for name, value in tree.items()}
     for name, value in upgraded.items():
         if dataclasses.is_dataclass(hints.get(name)) and isinstance(value, dict):
             upgraded[name] = upgrade(hints[name], value)
     return upgraded
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the leaves in which two trees of plain containers differ, with both values."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return {} if old == new else {name: (old, new)}
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        dotted = f"{name}.{key}" if name else key
+        changed |= differences(old.get(key), new.get(key), dotted)
+    return changed
+
+
+# Type hints.
+
+
+def _cached(function: Callable[[type], T]) -> Callable[[type], T]:
+    """`functools.cache`, declared as a plain function: type checkers do not see that classes can be hashed."""
+    return functools.cache(function)
+
+
+@_cached
+def _hints(section: type) -> dict[str, Any]:
     """The type of each field, without its markers."""
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(section)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}  # type: ignore[arg-type]
 
 
-@functools.cache
-def _renamed(kind: type) -> dict[str, tuple[str, str]]:
-    """The field that each earlier name now stands for, and what changed in its meaning."""
-    return {
-        marker.name: (name, marker.note)
-        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
-        for marker in getattr(hint, "__metadata__", ())
-        if isinstance(marker, Formerly)
-    }
+@_cached
+def annotated_hints(section: type) -> dict[str, Any]:
+    """The type of each field, with its markers."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {name: hints[name] for name in _hints(section)}
 
 
-def _check_not_renamed(kind: type[Section], name: str) -> None:
-    if name in _renamed(kind):
-        new, note = _renamed(kind)[name]
-        dotted = f"{kind.section}." if kind.section else ""
-        raise ConfigError(f"{dotted}{name}: renamed to {dotted}{new}{f' ({note})' if note else ''}")
+@_cached
+def _renamed(section: type) -> dict[str, tuple[str, str]]:
+    """The present name for each earlier name of a field, and the note about it."""
+    return {marker.name: (name, marker.note) for name, marker in marked(section, Formerly)}
 
 
-def check_types(config: Any, section: str) -> None:
-    """Raises ConfigError where a field's value is not of its declared type."""
-    for name, hint in _hints(type(config)).items():
-        value = getattr(config, name)
-        if not _is_a(value, hint):
-            raise ConfigError(f"{section}{'.' if section else ''}{name}: got {value!r}, allowed: {_describe(hint)}")
+def _check_not_renamed(section: type[Section], name: str) -> None:
+    if name in _renamed(section):
+        new, note = _renamed(section)[name]
+        raise ConfigError(f"{section.dotted(name)}: renamed to {section.dotted(new)}{f' ({note})' if note else ''}")
+
+
+def describe(hint: Any, plural: bool = False) -> str:
+    """What an annotated type allows, in words: "an integer >= 1", "gqa, mla", "a list of integers >= 1"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        words = describe(arguments[0], plural)
+        for marker in arguments[1:]:
+            if isinstance(marker, Ge | Gt | Between):
+                words = marker.describe(words)
+            elif isinstance(marker, Or):
+                words += f", or {marker.value} {marker.meaning}"
+        return words
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a list of {describe(arguments[0], plural=True)}"
+    if origin is dict:
+        return f"a mapping from {describe(arguments[0])} to {describe(arguments[1])}"
+    if origin in _UNIONS:
+        bounded = any(typing.get_origin(argument) is Annotated for argument in arguments)
+        return (", or " if bounded else " or ").join(describe(argument) for argument in arguments)
+    singular, many = _WORDS.get(hint, (str(hint), str(hint)))
+    return many if plural else singular
+
+
+_UNIONS = (types.UnionType, Union)
+_WORDS: dict[Any, tuple[str, str]] = {
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("text", "texts"),
+    type(None): ("null", "null"),
+}
+
+
+def _check_bounds(value: Any, hint: Any, name: str, allowed: str = "") -> None:
+    """Raises ConfigError where a value of the right type is out of the bounds in its annotated type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        _check_bounds(value, arguments[0], name)
+        bounds = [marker for marker in arguments[1:] if isinstance(marker, Ge | Gt | Between)]
+        exceptions = [marker.value for marker in arguments[1:] if isinstance(marker, Or)]
+        ok = value in exceptions or all(bound.allows(value) for bound in bounds)
+        check_field(ok, name, value, allowed or describe(hint))
+    elif origin is tuple:
+        for item in value:
+            _check_bounds(item, arguments[0], name, describe(arguments[0], plural=True))
+    elif origin is dict:
+        for key, item in value.items():
+            _check_bounds(item, arguments[1], f"{name} {key}")
+    elif origin in _UNIONS and value is not None:
+        for argument in arguments:
+            if argument is not type(None):
+                _check_bounds(value, argument, name, describe(hint))
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -216,24 +317,10 @@ def _is_a(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(
             _is_a(k, arguments[0]) and _is_a(v, arguments[1]) for k, v in value.items()
         )
-    if origin is types.UnionType:
+    if origin in _UNIONS:
         return any(_is_a(value, argument) for argument in arguments)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return ", ".join(map(str, arguments))
-    if origin is tuple:
-        return f"a list of {_describe(arguments[0]).removeprefix('an ').removeprefix('a ')}s"
-    if origin is dict:
-        return f"a mapping from {_describe(arguments[0])} to {_describe(arguments[1])}"
-    if origin is types.UnionType:
-        return " or ".join(_describe(argument) for argument in arguments)
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(hint, str(hint))

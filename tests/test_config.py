@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mythos_jax import __version__
+from mythos_jax.version import __version__
 from mythos_jax.config import (
     Config,
     DataConfig,
@@ -156,7 +156,7 @@ def test_overrides_are_laid_over_the_file(write):
         ("--training.steps", "--training.steps: got no value, allowed: --training.steps value"),
         ("--training.steps --name it", "--training.steps: got no value, allowed: --training.steps value"),
         ("--data.sources [a", "--data.sources: got '[a', allowed: a YAML value"),
-        ("--name.x 3", "name.x: got a field inside 'name', which is no section"),
+        ("--name.x 3", "name.x: got a field inside 'name', which is not a section"),
         ("--model 3", "model: got 3, allowed: a mapping with " + ", ".join(ModelConfig.__dataclass_fields__)),
         ("--training.steps many", "training.steps: got 'many', allowed: an integer"),
         ("--training.steps 2.5", "training.steps: got 2.5, allowed: an integer"),
@@ -185,6 +185,14 @@ def test_overrides_are_laid_over_the_file(write):
             "--training.final_learning_rate_fraction 2",
             "training.final_learning_rate_fraction: got 2.0, allowed: a fraction in [0, 1]",
         ),
+        ("--training.spike_factor 0.5", "training.spike_factor: got 0.5, allowed: a number > 1, or 0 for none"),
+        (
+            "--training.objectives.ponder_prior_rate 1",
+            "training.objectives.ponder_prior_rate: got 1.0, allowed: a number in (0, 1)",
+        ),
+        ("--data.task.digits 16", "data.task.digits: got 16, allowed: an integer from 1 to 15"),
+        ("--data.task.difficulty [3,0]", "data.task.difficulty: got 0, allowed: integers from 1 to 1000"),
+        ('--data.mixture {"a":1,"b":0}', "data.mixture b: got 0, allowed: a number > 0"),
         ("--data.held_out_fraction 1", "data.held_out_fraction: got 1.0, allowed: a fraction in [0, 1)"),
         ("--data.max_bytes -1", "data.max_bytes: got -1, allowed: an integer >= 0"),
         ("--data.seq_len 257", "data.seq_len: got 257, allowed: at most model.max_seq_len, 256"),
@@ -262,7 +270,7 @@ def test_a_stored_config_says_which_version_wrote_it(write, tmp_path):
         ({"coda_layers": -1}, "model.coda_layers: got -1, allowed: an integer >= 0"),
         ({"rope_theta": 0.0}, "model.rope_theta: got 0.0, allowed: a number > 0"),
         ({"init_std": -1.0}, "model.init_std: got -1.0, allowed: a number > 0, or null"),
-        ({"head_dim": 0}, "model.head_dim: got 0, allowed: a number > 0, or null"),
+        ({"head_dim": 0}, "model.head_dim: got 0, allowed: an integer >= 1, or null"),
         (
             {"n_heads": 3},
             "model.n_heads: got 3, allowed: a divisor of dim 8 that leaves an even head width (1, 2, 4)",
@@ -278,10 +286,10 @@ def test_a_stored_config_says_which_version_wrote_it(write, tmp_path):
         ),
         ({"n_kv_heads": 3}, "model.n_kv_heads: got 3, allowed: a divisor of n_heads 4"),
         ({"n_kv_heads": 0}, "model.n_kv_heads: got 0, allowed: a divisor of n_heads 4"),
-        ({"head_dim": 3}, "model.head_dim: got 3, allowed: an even width (RoPE turns pairs)"),
+        ({"head_dim": 3}, "model.head_dim: got 3, allowed: an even width (RoPE rotates pairs of channels)"),
         (
             {**MLA, "qk_rope_head_dim": 3},
-            "model.qk_rope_head_dim: got 3, allowed: an even width (RoPE turns pairs)",
+            "model.qk_rope_head_dim: got 3, allowed: an even width (RoPE rotates pairs of channels)",
         ),
         ({**MLA, "kv_lora_rank": 0}, "model.kv_lora_rank: got 0, allowed: an integer >= 1 with mla"),
         ({**MLA, "qk_norm": True}, "model.qk_norm: got True, allowed: false with attention mla"),

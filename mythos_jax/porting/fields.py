@@ -1,10 +1,10 @@
 """Reading the `config.json` of a reference implementation: its own field names, checked one by one."""
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from mythos_jax.errors import ConfigError
+from mythos_jax.typed import nearest_name
 
 _REQUIRED = object()
 
@@ -20,9 +20,9 @@ class Fields:
         self.given, self.where, self.known = given, where, set(known)
         self._unknown = [name for name in given if name not in self.known]
         for name in self._unknown:
-            near = difflib.get_close_matches(name, self.known - set(given), n=1, cutoff=0.75)
+            near = nearest_name(name, self.known - set(given), cutoff=0.75)
             if near:
-                raise ConfigError(f"{where}: {name}: unknown field; did you mean {near[0]}?")
+                raise ConfigError(f"{where}: {name}: unknown field; did you mean {near}?")
 
     def integer(self, name: str, default: Any = _REQUIRED) -> int:
         value = self._get(name, default)
@@ -56,8 +56,8 @@ class Fields:
     def _get(self, name: str, default: Any) -> Any:
         value = self.given.get(name, default)
         if value is _REQUIRED:
-            near = difflib.get_close_matches(name, self._unknown, n=1)
-            hint = f"; is it {near[0]}?" if near else ""
+            near = nearest_name(name, self._unknown, cutoff=0.6)
+            hint = f"; is it {near}?" if near else ""
             raise ConfigError(f"{self.where}: {name}: missing{hint}")
         return value
 

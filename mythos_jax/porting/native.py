@@ -16,7 +16,7 @@ class _NativeFamily(Family):
     """Its fields are those of `ModelConfig`, so it can express every model."""
 
     def parse_config(self, fields: Mapping[str, Any], where: str) -> ModelConfig:
-        return from_dict(ModelConfig, fields, "model")
+        return from_dict(ModelConfig, fields)
 
     def config_json(self, config: ModelConfig) -> dict[str, Any]:
         return {"family": self.name, **to_dict(config)}

@@ -14,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mythos_jax.config import ModelConfig, load_run_config
+from mythos_jax.config.files import read_yaml
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting import native
 from mythos_jax.porting.families import detect
@@ -21,7 +22,6 @@ from mythos_jax.porting.family import Family
 from mythos_jax.porting.hub import resolve
 from mythos_jax.porting.safetensors_files import SafetensorsFile, TensorInfo
 from mythos_jax.porting.torch_files import TorchFile
-from mythos_jax.typed import read_yaml
 
 # In order of preference; the first that a directory has is read.
 WEIGHT_FILES = (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mythos_jax.config import Config, TrainingConfig, backprop_loops, is_static
+from mythos_jax.config import Config, TrainingConfig, backprop_loops, has_static_depth
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.gather import gather_loop_weights
 from mythos_jax.model.layers import compute_dtype
@@ -128,7 +128,7 @@ def _make_loss(config: Config) -> LossFunction:
     """A part's share of the batch's mean loss, so that the shares of all parts add up to it; and sums over its rows."""
     model, t = Mythos(config.model, gather_per_loop=config.mesh.gather == "per_loop"), config.training
     # Where all rows of all steps run the same loops, depth is a constant and one scan runs them all.
-    run = forward if is_static(config) else partial(truncated_forward, backprop_loops=backprop_loops(config))
+    run = forward if has_static_depth(config) else partial(truncated_forward, backprop_loops=backprop_loops(config))
 
     def loss_of(
         params: Any, state: TrainState, part: Batch, part_index: jax.Array, tokens: jax.Array
@@ -164,7 +164,7 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, 
 
     def gradients(state: TrainState, batch: Batch) -> tuple[Any, dict[str, Any]]:
         tokens = jnp.maximum(batch["mask"].sum(), 1)  # a batch of padding alone has loss 0, not NaN
-        if not is_static(config):
+        if not has_static_depth(config):
             # Drawn for the whole batch before it is split, so that a row's depth does not depend on the split.
             batch = {**batch, "loops": draw_depths(config, state.step, batch["tokens"].shape[0])}
         params = state.variables["params"]

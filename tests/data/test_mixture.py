@@ -141,7 +141,7 @@ def test_parts_that_do_not_fit_are_rejected(parts, tmp_path):
         with pytest.raises(ConfigError, match=message):
             open_data(Config(data=DataConfig(mixture={a: 1.0, str(tmp_path / name): 1.0}, seq_len=T)))
     for fields, message in [
-        ({"mixture": {a: 0.0}}, r"data\.mixture .*a: got 0\.0, allowed: a weight > 0"),
+        ({"mixture": {a: 0.0}}, r"data\.mixture .*a: got 0\.0, allowed: a number > 0"),
         ({"mixture": {a: 1.0}, "path": a}, r"data\.path: got .*, allowed: nothing, with data\.mixture"),
         ({"mixture": {a: 1.0}, "sources": ("stdlib",)}, r"data\.sources: got .*, allowed: nothing, with data\.mixture"),
         ({"mixture": {a: "x"}}, r"data\.mixture: got .*, allowed: a mapping from text to a number"),

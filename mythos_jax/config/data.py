@@ -1,0 +1,65 @@
+"""`DataConfig`: what a run trains on, text or a reasoning task; `EvaluationConfig`: how it is evaluated."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from mythos_jax.typed import Between, Formerly, NonNegativeInt, PositiveFloat, PositiveInt, Section, check_field
+
+TASKS = ("p_hop", "addition", "parity", "boolean")
+Difficulty = Annotated[int, Between(1, 1000)]
+
+
+@dataclass(frozen=True)
+class TaskConfig(Section, section="data.task"):
+    """A reasoning task, generated on the fly instead of read from text (docs/data.md)."""
+
+    name: str = ""  #: p_hop, addition, parity or boolean; empty: train on text
+    #: What is drawn for each example: hops (p_hop), numbers (addition), bits (parity), levels (boolean).
+    difficulty: tuple[Difficulty, ...] = ()
+    #: p_hop, parity: train on the answers at every position, or only at the last.
+    answers: Literal["every", "last"] = "every"
+    length: Annotated[int, Between(2, 10_000)] = 32  #: p_hop: symbols in the sequence
+    alphabet: Annotated[int, Between(3, 10_000)] = 4  #: p_hop: number of different symbols
+    digits: Annotated[int, Between(1, 15)] = 3  #: addition: digits of each number
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name:
+            self.check(self.name in TASKS, "name", ", ".join(TASKS))
+            check_field(len(self.difficulty) > 0, "data.task.difficulty", [], "a list such as [4] or [1, 2, 3]")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section, section="data"):
+    """Where the token rows are and how to prepare them if they are missing; or a task that generates them."""
+
+    path: str = ""  #: folder of prepared rows (default: data/NAME)
+    sources: tuple[str, ...] = ()  #: files and folders to prepare from; `stdlib`: the source code of Python's library
+    tokenizer: str = "bytes"  #: `bytes`, or the path of a Hugging Face tokenizer.json
+    seq_len: PositiveInt = 128  #: target tokens per row, at most model.max_seq_len
+    #: Fraction of the documents kept for evaluation; a hash of a document's name decides.
+    held_out_fraction: Annotated[float, Between(0, 1, "[)", "a fraction"), Formerly("held_out")] = 0.05
+    max_bytes: NonNegativeInt = 0  #: stop preparing after this many bytes of text; 0: all of it
+    document_mask: bool = False  #: tokens attend only to their own document, not to the others in their row
+    #: Several prepared folders with their sampling weights, instead of path and sources.
+    mixture: dict[str, PositiveFloat] = field(default_factory=dict, hash=False)  # a dict cannot be hashed
+    task: TaskConfig = field(default_factory=TaskConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task.name:
+            for name in ["path", "sources", "mixture", "document_mask"]:
+                self.check(not getattr(self, name), name, f"nothing, with data.task.name {self.task.name}")
+        if self.mixture:
+            for name in ["path", "sources"]:
+                self.check(not getattr(self, name), name, "nothing, with data.mixture")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Section, section="evaluation"):
+    """What `mythos eval` does unless its flags say otherwise."""
+
+    loops: tuple[PositiveInt, ...] = ()  #: depths to evaluate at (default: 1, 2, 4, … up to twice model.loops)
+    batch_size: PositiveInt = 32  #: rows per batch
+    max_rows: NonNegativeInt = 0  #: held-out rows to use; 0: all of them, or 1024 per difficulty of a task
+    difficulties: tuple[Difficulty, ...] = ()  #: of a task, to evaluate at (default: those of training)

@@ -1,0 +1,99 @@
+"""`Config`: a whole run, and the training depths that follow from it."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from mythos_jax.config.data import DataConfig, EvaluationConfig
+from mythos_jax.config.model import ModelConfig
+from mythos_jax.config.training import TrainingConfig
+from mythos_jax.typed import Ge, Or, PositiveInt, Section
+
+AxisSize = Annotated[int, Ge(1), Or(-1, "for the rest")]
+
+
+@dataclass(frozen=True)
+class MeshConfig(Section, section="mesh"):
+    """Number of devices along each mesh axis; one axis may be -1, for all devices that the others leave."""
+
+    data: AxisSize = 1  #: shards the batch
+    fsdp: AxisSize = -1  #: shards the batch, and weights and optimizer state along their model width
+    tensor: AxisSize = 1  #: shards heads, hidden widths and the vocabulary
+    expert: AxisSize = 1  #: shards the batch and the experts
+    sequence: AxisSize = 1  #: shards positions
+    slices: PositiveInt = 1  #: TPU slices that `data` spans; part of its size, not a further factor
+    #: The loop's weights, if sharded by fsdp, are gathered once per step or in every loop (docs/sharding.md).
+    gather: Literal["once", "per_loop"] = "once"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rest = [axis for axis in ("data", "fsdp", "tensor", "expert", "sequence") if getattr(self, axis) == -1]
+        if len(rest) > 1:
+            self.check(False, rest[-1], "-1 on one axis only")
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """A whole run."""
+
+    name: str = "run"  #: name of the run and of its directory (default: the name of the config file)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        longest = self.model.max_seq_len
+        self.data.check(self.data.seq_len <= longest, "seq_len", f"at most model.max_seq_len, {longest}")
+        self._check_act()
+        self.mesh.check(
+            self.mesh.gather == "once" or self.model.remat != "none",
+            "gather",
+            "once with model.remat none (the backward pass would keep the gathered weights of every loop)",
+        )
+
+    def _check_act(self) -> None:
+        """ACT weighs the outputs of all loops; without it, there are no weights that an objective could act on."""
+        depth, objectives, act = self.training.depth, self.training.objectives, self.model.readout == "act"
+        truncated = depth.backprop_loops is not None and depth.backprop_loops < max_loops(self)
+        allowed = "null with readout act, which needs the output of every loop"
+        depth.check(not (act and truncated), "backprop_loops", allowed)
+        for name in ["ponder_cost", "ponder_prior"]:
+            objectives.check(act or not getattr(objectives, name), name, "0 unless model.readout is act")
+
+    @property
+    def data_path(self) -> str:
+        """The folder of prepared rows. For a mixture, its first folder, whose tokenizer all folders share."""
+        if self.data.mixture:
+            return next(iter(self.data.mixture))
+        return self.data.path or f"data/{self.name}"
+
+
+def mean_loops(config: Config) -> int:
+    """The mean number of loops per row that training draws; by default the model's depth, `model.loops`."""
+    return config.training.depth.mean_loops or config.model.loops
+
+
+def max_loops(config: Config) -> int:
+    """The largest number of loops that training may draw for a row, and so the bound of a batch's cost.
+
+    By default twice the mean; for the `fixed` distribution, the mean.
+    """
+    mean, depth = mean_loops(config), config.training.depth
+    return depth.max_loops or (mean if depth.distribution == "fixed" else 2 * mean)
+
+
+def backprop_loops(config: Config) -> int:
+    """The number of last loops of a row that gradients flow through, a compile-time constant; by default all."""
+    return min(config.training.depth.backprop_loops or max_loops(config), max_loops(config))
+
+
+def has_static_depth(config: Config) -> bool:
+    """Whether every row of every step runs the same number of loops, all with gradients.
+
+    The number of loops can then be a constant of the compiled step instead of a traced value.
+    """
+    depth = config.training.depth
+    constant = depth.distribution == "fixed" and not depth.curriculum_steps
+    return constant and backprop_loops(config) == max_loops(config) == mean_loops(config)

@@ -1,0 +1,105 @@
+"""`TrainingConfig`: depth, objectives, optimizer and schedule, checkpoints, logs."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from mythos_jax.typed import (
+    Between,
+    Formerly,
+    Gt,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Or,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    check_field,
+)
+
+DepthDistribution = Literal["fixed", "uniform", "poisson", "lognormal_poisson"]
+DepthUnit = Literal["sequence", "batch"]
+Optimizer = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "wsd", "constant"]
+BadSteps = Literal["stop", "skip"]
+Logger = Literal["tensorboard", "wandb"]
+
+
+@dataclass(frozen=True)
+class DepthConfig(Section, section="training.depth"):
+    """How many loops a training row runs, drawn anew in each step from (seed, step) alone."""
+
+    distribution: DepthDistribution = "fixed"  #: distribution of the loops (docs/training.md)
+    mean_loops: PositiveInt | None = None  #: mean of the distribution (default: model.loops)
+    max_loops: PositiveInt | None = None  #: upper bound of every draw (default: twice the mean; for `fixed`, the mean)
+    backprop_loops: PositiveInt | None = None  #: gradients flow through the last N loops of a row (default: all)
+    sample_per: Annotated[DepthUnit, Formerly("per")] = "sequence"  #: one draw per row, or one for the whole batch
+    curriculum_steps: NonNegativeInt = 0  #: the mean rises linearly from 1 over the first N steps; 0: constant
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig(Section, section="training.objectives"):
+    """Weights of the terms that are added to the next-token loss. Each is a mean over tokens; 0: off."""
+
+    ponder_cost: NonNegativeFloat = 0.0  #: expected number of loops under the ACT weights; needs `readout: act`
+    ponder_prior: NonNegativeFloat = 0.0  #: KL from the ACT weights to a geometric distribution; needs `readout: act`
+    ponder_prior_rate: Annotated[float, Between(0, 1, "()")] = 0.2  #: halting probability per loop of that distribution
+    contraction: NonNegativeFloat = 0.0  #: steps of the state that grow from one loop to the next
+    router_z: NonNegativeFloat = 0.0  #: squared log-partition function of the router
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Section, section="training"):
+    """How a run trains. A step is an optimizer step on one global batch; learning rates are peaks of the schedule."""
+
+    steps: PositiveInt = 1000  #: length of the run
+    batch_size: PositiveInt = 16  #: rows of the global batch
+    seed: NonNegativeInt = 0  #: of the initial weights, the order of the data, and every other random draw
+    #: Parts that the batch is split into, one after the other, to save memory; a divisor of batch_size.
+    grad_accumulation_steps: Annotated[PositiveInt, Formerly("accumulation")] = 1
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+
+    # Optimizer and schedule.
+    optimizer: Optimizer = "adamw"  #: `muon`: Muon for the matrices inside the layers, AdamW for everything else
+    #: After the warm-up: `cosine`, `constant`, or `wsd`: constant, then linear over the last `decay_fraction` of steps.
+    schedule: Schedule = "cosine"
+    #: wsd: fraction of the steps over which the learning rate decays.
+    decay_fraction: Annotated[float, Between(0, 1, "(]", "a fraction"), Formerly("decay_share")] = 0.2
+    learning_rate: PositiveFloat = 1e-3  #: peak learning rate of AdamW
+    muon_learning_rate: PositiveFloat = 0.02  #: muon: peak learning rate of Muon, with the same schedule
+    #: cosine, wsd: learning rate at the last step, as a fraction of the peak.
+    final_learning_rate_fraction: Annotated[
+        float,
+        Between(0, 1, noun="a fraction"),
+        Formerly("final_learning_rate", "a fraction of the peak, e.g. 0.1"),
+    ] = 0.1
+    warmup_steps: NonNegativeInt = 50  #: steps over which the learning rate rises linearly to its peak
+    weight_decay: NonNegativeFloat = 0.1  #: decoupled weight decay, of matrices only
+    b1: Annotated[float, Between(0, 1, "[)")] = 0.9  #: AdamW: decay of the first moment
+    b2: Annotated[float, Between(0, 1, "[)")] = 0.95  #: AdamW: decay of the second moment
+    eps: PositiveFloat = 1e-8  #: AdamW: added to the denominator
+    gradient_clip: NonNegativeFloat = 1.0  #: largest global norm of the gradients; 0: no clipping
+    #: Decay of a moving average of the weights, which evaluation then uses; 0: no average.
+    ema_decay: Annotated[float, Between(0, 1, "[)")] = 0.0
+    #: Step of the router bias towards equal expert load (DeepSeek-V3); 0: off.
+    balance_rate: NonNegativeFloat = 1e-3
+
+    # Failures, checkpoints and logs.
+    bad_steps: BadSteps = "stop"  #: on a NaN, infinity or loss spike: stop the run, or skip the update and count it
+    #: A loss above this multiple of its running mean is a spike.
+    spike_factor: Annotated[float, Gt(1), Or(0, "for none")] = 0.0
+    checkpoint_every: PositiveInt = 500  #: steps between checkpoints
+    keep_checkpoints: PositiveInt = 2  #: number of newest checkpoints that are kept
+    log_every: PositiveInt = 10  #: steps between lines of the log
+    evaluate_every: NonNegativeInt = 0  #: steps between measurements of the held-out loss at model.loops; 0: never
+    #: Destinations of the log in addition to metrics.jsonl.
+    loggers: Annotated[tuple[Logger, ...], Formerly("writers")] = ()
+    profile_steps: tuple[int, ...] = ()  #: [first, last]: steps to trace with the profiler, into the run directory
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divides = self.batch_size % self.grad_accumulation_steps == 0
+        self.check(divides, "grad_accumulation_steps", f"a divisor of batch_size {self.batch_size}")
+        span = self.profile_steps
+        ordered = not span or (len(span) == 2 and 1 <= span[0] <= span[1])
+        check_field(ordered, "training.profile_steps", list(span), "[first, last], or []")
