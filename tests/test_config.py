@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mythos_jax.version import __version__
 from mythos_jax.config import (
     Config,
     DataConfig,
@@ -20,10 +19,12 @@ from mythos_jax.config import (
     load_run_config,
     save_config,
 )
+from mythos_jax.config.model import EXECUTION_FIELDS, INITIALIZATION_FIELDS, SPEED_FIELDS
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import count_parameters, forward_flops
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.version import __version__
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
@@ -259,6 +260,18 @@ def test_a_stored_config_says_which_version_wrote_it(write, tmp_path):
     assert load_config(write(earlier), ["--name", "it"]) == dataclasses.replace(
         Config(), name="it", training=TrainingConfig(grad_accumulation_steps=4)
     )
+
+
+def test_execution_is_told_apart_from_the_definition_of_a_model():
+    """The first assertion holds the list: a resume is refused, and a conversion fails, for all other fields."""
+    assert EXECUTION_FIELDS == ("dtype", "remat", "expert_exchange")
+    assert SPEED_FIELDS == ("remat", "expert_exchange")
+    assert INITIALIZATION_FIELDS == ("init_std", "output_init")
+    config = ModelConfig(dim=32, dtype="bfloat16", remat="full", expert_exchange="all_to_all", init_std=0.5)
+    assert config.definition == ModelConfig(dim=32, init_std=0.5)
+    assert abstract_variables(config) == abstract_variables(config.definition)
+    assert [ModelConfig().compute_dtype(on) for on in ("cpu", "gpu", "tpu")] == ["float32", "bfloat16", "bfloat16"]
+    assert config.compute_dtype("cpu") == "bfloat16"
 
 
 @pytest.mark.parametrize(

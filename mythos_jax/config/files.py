@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from mythos_jax.version import __version__
 from mythos_jax.config.run import Config
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import to_path
 from mythos_jax.typed import from_dict, to_dict, upgrade
+from mythos_jax.version import __version__
 
 _WRITTEN_BY = "mythos_jax_version"
 _FIRST_VERSION = "0.1.0"  # which stored configs without their version

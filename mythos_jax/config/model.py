@@ -193,11 +193,11 @@ class ModelConfig(Section, section="model"):
         """The same model with the default execution: what its parameters and their shapes depend on."""
         return dataclasses.replace(self, **_DEFAULT_EXECUTION)
 
-    def on_platform(self, platform: str) -> "ModelConfig":
-        """The config with `auto` replaced by what it means on "cpu", "gpu" or "tpu"."""
+    def compute_dtype(self, platform: str) -> Literal["float32", "bfloat16"]:
+        """The dtype of activations on "cpu", "gpu" or "tpu"."""
         if self.dtype != "auto":
-            return self
-        return dataclasses.replace(self, dtype="float32" if platform == "cpu" else "bfloat16")
+            return self.dtype
+        return "float32" if platform == "cpu" else "bfloat16"
 
 
 # Fields that say how a model is executed, and those among them that change nothing but speed and memory.

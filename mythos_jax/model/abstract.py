@@ -1,6 +1,5 @@
 """The shapes of a model's variables, without the variables."""
 
-import dataclasses
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,6 @@ from mythos_jax.model.mythos import Mythos
 @cache
 def abstract_variables(config: ModelConfig) -> dict[str, Any]:
     """The model's variables as boxed shapes and dtypes, with their logical axes; nothing is allocated."""
-    # Shapes of weights depend neither on the tokens nor on what the backward pass keeps.
-    model = Mythos(dataclasses.replace(config, remat="none"))
+    # Shapes of weights depend neither on the tokens nor on how the model is executed.
+    model = Mythos(config.definition)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))

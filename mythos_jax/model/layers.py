@@ -10,14 +10,12 @@ import jax.numpy as jnp
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.gather import sharded_weight
 from mythos_jax.ops.matmul import matmul
-from mythos_jax.sharding import constrain
+from mythos_jax.sharding import constrain, platform
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The dtype of activations; `auto` is bfloat16 on TPU and GPU and float32 on CPU."""
-    if config.dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return jnp.dtype(config.dtype)
+    """The dtype of activations on the devices of the mesh in use, or on the default ones if no mesh is."""
+    return jnp.dtype(config.compute_dtype(platform()))
 
 
 def matrix_init(std: float, *axes: str | None) -> Any:

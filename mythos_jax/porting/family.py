@@ -9,6 +9,7 @@ import flax.linen as nn
 from flax.traverse_util import flatten_dict
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.config.model import EXECUTION_FIELDS, INITIALIZATION_FIELDS
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.porting.fields import Fields
@@ -16,9 +17,6 @@ from mythos_jax.porting.layouts import Shape
 from mythos_jax.porting.tables import Row, Table
 from mythos_jax.typed import differences, to_dict
 
-# Fields that do not change what given weights compute: how the program runs, and how weights are initialised.
-EXECUTION_FIELDS = ("dtype", "remat", "expert_exchange")
-INITIALIZATION_FIELDS = ("init_std", "output_init")
 # What `config_json` adds to the format's own fields.
 ADDED_FIELDS = ("family", "tied")
 

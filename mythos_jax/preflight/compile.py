@@ -88,10 +88,9 @@ def topology_devices(topology: Topology) -> list[Any]:
 
 
 def for_tpu(config: Config) -> Config:
-    """The config with what "auto" means on a TPU: the process that compiles sees only a CPU."""
-    if config.model.dtype != "auto":
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    """The config with the dtype that it means on a TPU: the process that compiles sees only a CPU."""
+    dtype = config.model.compute_dtype("tpu")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
 def compile_train(config: Config, topology: Topology, quick: bool = False) -> Program:

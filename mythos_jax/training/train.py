@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mythos_jax.config import Config, ModelConfig, TrainingConfig, save_config
+from mythos_jax.config.model import SPEED_FIELDS
 from mythos_jax.data.batch import Batch
 from mythos_jax.data.open import Data, open_data
 from mythos_jax.data.placement import batch_sharding, check_batch, local_rows, to_global
@@ -247,7 +248,7 @@ def run_meta(config: Config, data: Data) -> dict[str, Any]:
 # Fields whose change on resume would make the run neither the old one nor a new one (beginnings of their names), and
 # those among them that change nothing but speed and memory.
 _FIXED = ("model.", "data", "training.batch_size", "training.seed", "training.optimizer", "training.ema_decay")
-_FREE = ("model.remat", "model.expert_exchange")
+_FREE = tuple(f"model.{name}" for name in SPEED_FIELDS)
 
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
