@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "mythos_jax"
 
 # From top to bottom. A room is a folder or a module next to them; it may import the rooms on lower floors, and itself.
 FLOORS = (
-    ("__main__",),
+    ("__main__", "reference"),
     ("cli",),
     ("commands",),
     ("__init__",),  # the public names, each imported from its room when it is first used

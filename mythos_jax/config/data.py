@@ -14,9 +14,9 @@ class TaskConfig(Section, section="data.task"):
     """A reasoning task, generated on the fly instead of read from text (docs/data.md)."""
 
     name: str = ""  #: p_hop, addition, parity or boolean; empty: train on text
-    #: What is drawn for each example: hops (p_hop), numbers (addition), bits (parity), levels (boolean).
+    #: difficulties that examples are drawn from: hops (p_hop), numbers (addition), bits (parity), levels (boolean)
     difficulty: tuple[Difficulty, ...] = ()
-    #: p_hop, parity: train on the answers at every position, or only at the last.
+    #: p_hop, parity: train on the answers at every position, or only at the last
     answers: Literal["every", "last"] = "every"
     length: Annotated[int, Between(2, 10_000)] = 32  #: p_hop: symbols in the sequence
     alphabet: Annotated[int, Between(3, 10_000)] = 4  #: p_hop: number of different symbols
@@ -37,11 +37,11 @@ class DataConfig(Section, section="data"):
     sources: tuple[str, ...] = ()  #: files and folders to prepare from; `stdlib`: the source code of Python's library
     tokenizer: str = "bytes"  #: `bytes`, or the path of a Hugging Face tokenizer.json
     seq_len: PositiveInt = 128  #: target tokens per row, at most model.max_seq_len
-    #: Fraction of the documents kept for evaluation; a hash of a document's name decides.
+    #: fraction of the documents kept for evaluation; a hash of a document's name decides
     held_out_fraction: Annotated[float, Between(0, 1, "[)", "a fraction"), Formerly("held_out")] = 0.05
     max_bytes: NonNegativeInt = 0  #: stop preparing after this many bytes of text; 0: all of it
     document_mask: bool = False  #: tokens attend only to their own document, not to the others in their row
-    #: Several prepared folders with their sampling weights, instead of path and sources.
+    #: several prepared folders with their sampling weights, instead of path and sources
     mixture: dict[str, PositiveFloat] = field(default_factory=dict, hash=False)  # a dict cannot be hashed
     task: TaskConfig = field(default_factory=TaskConfig)
 
@@ -62,4 +62,4 @@ class EvaluationConfig(Section, section="evaluation"):
     loops: tuple[PositiveInt, ...] = ()  #: depths to evaluate at (default: 1, 2, 4, … up to twice model.loops)
     batch_size: PositiveInt = 32  #: rows per batch
     max_rows: NonNegativeInt = 0  #: held-out rows to use; 0: all of them, or 1024 per difficulty of a task
-    difficulties: tuple[Difficulty, ...] = ()  #: of a task, to evaluate at (default: those of training)
+    difficulties: tuple[Difficulty, ...] = ()  #: task: difficulties to evaluate at (default: those of training)

@@ -63,7 +63,7 @@ class ModelConfig(Section, section="model"):
     # Attention.
     attention: Attention = "gqa"  #: grouped-query attention (`gqa`) or multi-head latent attention (`mla`)
     n_heads: PositiveInt = 4  #: query heads
-    n_kv_heads: int = 4  #: gqa: key-value heads, each serving n_heads / n_kv_heads query heads
+    n_kv_heads: int = 4  #: gqa: key-value heads, a divisor of n_heads
     head_dim: PositiveInt | None = None  #: gqa: channels per head (default: dim / n_heads)
     rope_theta: PositiveFloat = 10_000.0  #: base of the rotary position embedding
     qk_norm: bool = False  #: gqa: RMS norm without a gain on queries and keys, after RoPE
@@ -100,7 +100,7 @@ class ModelConfig(Section, section="model"):
     loop_embedding: bool = False  #: add a sinusoid of the loop index to the first dim // 8 channels of what is injected
     loop_embedding_scale: NonNegativeFloat = 1.0  #: factor on the loop embedding
     lora_rank: NonNegativeInt = 0  #: rank of the per-loop low-rank adapter on the loop's output; 0: no adapter
-    #: Loops with a row in the adapter's table, later ones use the last (default: loops).
+    #: rows of the adapter's table, one per loop; later loops use the last (default: loops)
     lora_loops: PositiveInt | None = None
 
     # Read-out: what the coda receives.
@@ -109,22 +109,22 @@ class ModelConfig(Section, section="model"):
     act_remainder: bool = True  #: act: the last loop gets the remaining weight; false: it is lost, as in OpenMythos
     freeze_halted: bool = True  #: act: a halted token is carried unchanged; false: its state evolves, as in OpenMythos
 
-    # Value embeddings (Parcae), for layers that have a gate and a table. Indices count prelude, loop and coda layers.
-    value_gate_layers: tuple[int, ...] = ()  #: gqa: indices of layers with a gate for value embeddings
-    value_table_layers: tuple[int, ...] = ()  #: indices of layers with a table of value embeddings
+    # Value embeddings (Parcae), in layers that have a gate and a table.
+    value_gate_layers: tuple[int, ...] = ()  #: gqa: layers with a gate; counted over prelude, loop and coda
+    value_table_layers: tuple[int, ...] = ()  #: gqa: layers with a table, counted likewise
 
     # Initialization.
-    #: Standard deviation of the initial weights (default: sqrt(2 / (5 dim))).
+    #: standard deviation of the initial weights (default: sqrt(2 / (5 dim)))
     init_std: Annotated[PositiveFloat | None, Initialization()] = None
-    #: Factor on it for the matrices that write to the residual stream (Parcae: 0).
+    #: factor on init_std for the matrices that write to the residual stream (Parcae: 0)
     output_init: Annotated[NonNegativeFloat, Initialization()] = 1.0
 
     # Execution.
-    #: Dtype of activations; `auto`: bfloat16 on TPU and GPU, float32 on CPU. Parameters are always float32.
+    #: dtype of activations; `auto`: bfloat16 on TPU and GPU, float32 on CPU; parameters are always float32
     dtype: Annotated[ComputeDtype, Execution(changes_rounding=True)] = "auto"
-    #: What the backward pass recomputes of each loop (docs/training.md).
+    #: what the backward pass recomputes of each loop (docs/training.md)
     remat: Annotated[Remat, Execution()] = "none"
-    #: How tokens reach experts on other devices (docs/sharding.md).
+    #: how tokens reach experts on other devices (docs/sharding.md)
     expert_exchange: Annotated[ExpertExchange, Execution()] = "ring"
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ class MeshConfig(Section, section="mesh"):
     expert: AxisSize = 1  #: shards the batch and the experts
     sequence: AxisSize = 1  #: shards positions
     slices: PositiveInt = 1  #: TPU slices that `data` spans; part of its size, not a further factor
-    #: The loop's weights, if sharded by fsdp, are gathered once per step or in every loop (docs/sharding.md).
+    #: the loop's weights, if sharded by fsdp, are gathered once per step or in every loop (docs/sharding.md)
     gather: Literal["once", "per_loop"] = "once"
 
     def __post_init__(self) -> None:

@@ -53,21 +53,21 @@ class TrainingConfig(Section, section="training"):
 
     steps: PositiveInt = 1000  #: length of the run
     batch_size: PositiveInt = 16  #: rows of the global batch
-    seed: NonNegativeInt = 0  #: of the initial weights, the order of the data, and every other random draw
-    #: Parts that the batch is split into, one after the other, to save memory; a divisor of batch_size.
+    seed: NonNegativeInt = 0  #: seed of the initial weights, of the order of the data, and of every other random draw
+    #: parts that the batch is split into, one after the other, to save memory; a divisor of batch_size
     grad_accumulation_steps: Annotated[PositiveInt, Formerly("accumulation")] = 1
     depth: DepthConfig = field(default_factory=DepthConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
 
     # Optimizer and schedule.
     optimizer: Optimizer = "adamw"  #: `muon`: Muon for the matrices inside the layers, AdamW for everything else
-    #: After the warm-up: `cosine`, `constant`, or `wsd`: constant, then linear over the last `decay_fraction` of steps.
+    #: after the warm-up: `cosine`, `constant`, or `wsd`: constant, then linear over the last `decay_fraction` of steps
     schedule: Schedule = "cosine"
-    #: wsd: fraction of the steps over which the learning rate decays.
+    #: wsd: fraction of the steps over which the learning rate decays
     decay_fraction: Annotated[float, Between(0, 1, "(]", "a fraction"), Formerly("decay_share")] = 0.2
     learning_rate: PositiveFloat = 1e-3  #: peak learning rate of AdamW
     muon_learning_rate: PositiveFloat = 0.02  #: muon: peak learning rate of Muon, with the same schedule
-    #: cosine, wsd: learning rate at the last step, as a fraction of the peak.
+    #: cosine, wsd: learning rate at the last step, as a fraction of the peak
     final_learning_rate_fraction: Annotated[
         float,
         Between(0, 1, noun="a fraction"),
@@ -79,20 +79,20 @@ class TrainingConfig(Section, section="training"):
     b2: Annotated[float, Between(0, 1, "[)")] = 0.95  #: AdamW: decay of the second moment
     eps: PositiveFloat = 1e-8  #: AdamW: added to the denominator
     gradient_clip: NonNegativeFloat = 1.0  #: largest global norm of the gradients; 0: no clipping
-    #: Decay of a moving average of the weights, which evaluation then uses; 0: no average.
+    #: decay of a moving average of the weights, which evaluation then uses; 0: no average
     ema_decay: Annotated[float, Between(0, 1, "[)")] = 0.0
-    #: Step of the router bias towards equal expert load (DeepSeek-V3); 0: off.
+    #: step of the router bias towards equal expert load (DeepSeek-V3); 0: off
     balance_rate: NonNegativeFloat = 1e-3
 
     # Failures, checkpoints and logs.
     bad_steps: BadSteps = "stop"  #: on a NaN, infinity or loss spike: stop the run, or skip the update and count it
-    #: A loss above this multiple of its running mean is a spike.
+    #: a loss above this multiple of its running mean is a spike
     spike_factor: Annotated[float, Gt(1), Or(0, "for none")] = 0.0
     checkpoint_every: PositiveInt = 500  #: steps between checkpoints
     keep_checkpoints: PositiveInt = 2  #: number of newest checkpoints that are kept
     log_every: PositiveInt = 10  #: steps between lines of the log
     evaluate_every: NonNegativeInt = 0  #: steps between measurements of the held-out loss at model.loops; 0: never
-    #: Destinations of the log in addition to metrics.jsonl.
+    #: destinations of the log in addition to metrics.jsonl
     loggers: Annotated[tuple[Logger, ...], Formerly("writers")] = ()
     profile_steps: tuple[int, ...] = ()  #: [first, last]: steps to trace with the profiler, into the run directory
 
