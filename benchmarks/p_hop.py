@@ -27,7 +27,7 @@ def run(config: Config, workdir: Path) -> Results:
     """Exact match, by difficulty and loops."""
     train(config, workdir)
     results = evaluate_model(load_model(workdir)).results
-    return [{"difficulty": r.difficulty, "loops": r.loops, "exact_match": r.exact_match} for r in results]
+    return [{"difficulty": m.group, "loops": m.setting.loops, "exact_match": m.value} for m in results]
 
 
 def exact_match(runs: list[Results], difficulty: int, loops: int) -> np.ndarray:

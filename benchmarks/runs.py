@@ -29,7 +29,7 @@ def ours(config: Config, workdir: Path) -> Losses:
     "used", the loops that contributed to a token, on average, of the deepest evaluation."""
     train(config, workdir)
     results = evaluate_model(load_model(workdir)).results
-    return {**{r.loops: r.loss for r in results}, "used": results[-1].mean_loops}
+    return {**{m.setting.loops: m.loss for m in results}, "used": results[-1].mean_loops}
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:

@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.evaluation.results import as_json
     from mythos_jax.processes import is_process_zero
     from mythos_jax.report.page import write_report
     from mythos_jax.report.tables import format_table
@@ -66,9 +65,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     folder = Path("reports") / loaded.config.name if loaded.step is None else loaded.directory / "report"
     numbers, page = write_report(folder, evaluation, command=arguments.command_line)
     if arguments.json:
-        print(json.dumps(as_json(evaluation)))
+        print(json.dumps(evaluation.to_json()))
     else:
-        print(format_table(evaluation.results))
+        print(format_table(evaluation))
         print(f"report: {page}, {numbers}")
     return DONE
 
@@ -78,7 +77,7 @@ def _evaluate(arguments: argparse.Namespace, loaded: "LoadedModel", progress: bo
 
     settings = {"loops": arguments.loops, "halting": arguments.halting, "progress": progress}
     if not arguments.tasks:
-        return evaluate_model(loaded, data=arguments.data, look_inside=True, **settings)
+        return evaluate_model(loaded, data=arguments.data, with_loop_trace=True, **settings)
     return evaluate_on_tasks(
         loaded,
         arguments.tasks,

@@ -1,9 +1,8 @@
-"""Loss on prepared rows as a function of depth and of halting. Depths and thresholds are traced: fixed depths are one
-compiled program, and so is each criterion."""
+"""Loss on prepared rows as a function of depth and halting. Depths and thresholds are traced: all fixed depths share
+one compiled program, and so do all thresholds of a criterion."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,19 +14,24 @@ from tqdm import tqdm
 
 from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
-from mythos_jax.evaluation.ranks import rank_correlation
-from mythos_jax.evaluation.results import DepthResult, TokenTrace
+from mythos_jax.evaluation.results import LoopUsage, Measurement, Sample
+from mythos_jax.model.halting import Halting
 from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.sharding import replicate, use_mesh
 
-KEPT_TOKENS = 2**18  # whose loss and loops are kept one by one, for ranks and the heat map
+RECORDED_TOKENS = 2**18  # whose loss and loops are recorded one by one, for ranks and the heat map
+SAMPLE_TOKENS = 600  # of those, shown in the heat map
+
+PerToken = tuple[np.ndarray, np.ndarray]  # nats_BT, loops_BT
 
 
 @partial(jax.jit, static_argnames="model")
-def _measured(model, variables, batch, loops, halting):
-    """Of a batch: sums of nats, tokens and the loops they ran; and of each token its nats and loops."""
-    rngs = {"state": jax.random.key(0)}  # models that start from noise: the same at every depth
+def _evaluate_batch(
+    model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: jax.Array, halting: Halting | None
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Per-batch sums of nats, scored tokens and their loops; and per-token nats_BT and loops_BT."""
+    rngs = {"state": jax.random.key(0)}  # models that start from noise: the same noise at every depth
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
     totals = nats_BT.sum(), batch["mask"].sum(), (out.loops * batch["mask"]).sum()
     return totals, replicate((nats_BT, out.loops))
@@ -42,49 +46,64 @@ def evaluate_depths(
     mesh: Mesh,
     bytes_per_token: float,
     progress: bool = True,
-) -> tuple[list[DepthResult], list[TokenTrace]]:
-    """Loss on the same batches at each setting, and what the first 2^18 tokens took under each policy.
+) -> tuple[list[Measurement], list[LoopUsage]]:
+    """Bits per byte and loss on the same batches under each setting, and the loops of the first 2^18 tokens under each
+    halting policy.
 
-    batches: numpy dicts of tokens, targets int32 [B, T], mask [B, T] and any segment_ids, all of one shape.
+    batches: NumPy dicts of tokens and targets, int32 [B, T], mask [B, T] and optionally segment_ids, all of one shape.
     """
-    keep = max(1, KEPT_TOKENS // batches[0]["tokens"].size)
-    halted = [s for s in settings if s.halting is not None]
+    recorded_batches = max(1, RECORDED_TOKENS // batches[0]["tokens"].size)
+    policies = [s for s in settings if s.halting is not None]
     deepest = max((s for s in settings if s.halting is None), key=lambda s: s.loops, default=None)
+    # Tokens are ranked by their loss at the deepest fixed depth, so that depth is recorded too.
+    recorded: dict[Setting, list[PerToken]] = {setting: [] for setting in policies}
+    if policies and deepest is not None:
+        recorded[deepest] = []
     totals = {setting: np.zeros(3) for setting in settings}
-    tokens: dict[Setting, list[Any]] = {setting: [] for setting in [*halted, *([deepest] if halted else [])] if setting}
 
     with use_mesh(mesh), tqdm(total=len(settings) * len(batches), desc="eval", disable=not progress) as bar:
         for i, batch in enumerate(batches):
             placed = place_batch(mesh, batch)
             for setting in settings:
-                sums, each = _measured(model, variables, placed, jnp.int32(setting.loops), setting.halting)
+                sums, per_token = _evaluate_batch(model, variables, placed, jnp.int32(setting.loops), setting.halting)
                 totals[setting] += np.asarray(jax.device_get(sums), np.float64)
-                if setting in tokens and i < keep:
-                    tokens[setting].append(jax.device_get(each))
+                if setting in recorded and i < recorded_batches:
+                    recorded[setting].append(jax.device_get(per_token))
                 bar.update()
 
-    kept = batches[:keep]
-    mask_NT = np.concatenate([batch["mask"] for batch in kept]).astype(bool)
-    rows_NT = np.concatenate([batch["targets"] for batch in kept])
-    traces = []
-    for setting in halted:
-        loops_NT = np.concatenate([loops for _, loops in tokens[setting]])
-        nats_NT = np.concatenate([nats for nats, _ in tokens[deepest or setting]])
-        traces.append(TokenTrace(setting, rows_NT, mask_NT, loops_NT, nats_NT))
-    correlations = {t.setting: rank_correlation(t.nats_NT[mask_NT], t.loops_NT[mask_NT]) for t in traces}
-    results = []
-    for setting in settings:
-        nats, count, ran = totals[setting]
-        result = DepthResult(
-            setting.loops, nats / count, nats / count / math.log(2) / bytes_per_token, ran / count, int(count)
-        )
-        results.append(
-            replace(
-                result,
-                halting=setting.criterion,
-                threshold=setting.threshold,
-                approximate=setting.approximate,
-                rank_correlation=correlations.get(setting),
-            )
-        )
-    return results, traces
+    measurements = [_measurement(setting, *totals[setting], bytes_per_token=bytes_per_token) for setting in settings]
+    targets_NT = np.concatenate([batch["targets"] for batch in batches[:recorded_batches]])
+    mask_NT = np.concatenate([batch["mask"] for batch in batches[:recorded_batches]]).astype(bool)
+    usage = []
+    for setting in policies:
+        loops_NT = np.concatenate([loops_BT for _, loops_BT in recorded[setting]])
+        nats_NT = np.concatenate([nats_BT for nats_BT, _ in recorded[deepest or setting]])
+        samples = _samples(targets_NT, loops_NT, nats_NT, mask_NT)
+        usage.append(LoopUsage(setting, nats_NT[mask_NT], loops_NT[mask_NT], samples))
+    return measurements, usage
+
+
+def _measurement(setting: Setting, nats: float, tokens: float, loops: float, *, bytes_per_token: float) -> Measurement:
+    loss = nats / tokens
+    return Measurement(
+        setting=setting,
+        metric="bits_per_byte",
+        value=loss / math.log(2) / bytes_per_token,
+        higher_is_better=False,
+        mean_loops=loops / tokens,
+        n=int(tokens),
+        loss=loss,
+    )
+
+
+def _samples(targets_NT: np.ndarray, loops_NT: np.ndarray, nats_NT: np.ndarray, mask_NT: np.ndarray) -> list[Sample]:
+    """The first `SAMPLE_TOKENS` scored tokens, one sample per row."""
+    samples: list[Sample] = []
+    remaining = SAMPLE_TOKENS
+    for targets_T, loops_T, nats_T, mask_T in zip(targets_NT, loops_NT, nats_NT, mask_NT, strict=True):
+        scored = np.flatnonzero(mask_T)[:remaining]
+        samples.append(Sample(targets_T[scored], loops_T[scored], nats_T[scored]))
+        remaining -= len(scored)
+        if not remaining:
+            break
+    return samples

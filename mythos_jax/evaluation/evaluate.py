@@ -1,8 +1,9 @@
-"""`mythos eval`: a model on held-out rows, on the examples of its task, or on tasks of lm-evaluation-harness."""
+"""`mythos eval`: a model on held-out rows, on the problems of its task, or on tasks of lm-evaluation-harness."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import Split, load_manifest
@@ -13,8 +14,8 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.evaluation.exact_match import evaluate_task
 from mythos_jax.evaluation.loop_trace import trace_loops
-from mythos_jax.evaluation.policies import Setting, default_depths, settings
-from mythos_jax.evaluation.results import Evaluation
+from mythos_jax.evaluation.policies import Setting, default_depths, make_settings
+from mythos_jax.evaluation.results import Evaluation, HarnessTasks, HeldOutText, LoopTrace, ModelInfo, ReasoningTask
 from mythos_jax.flops import count_parameters
 from mythos_jax.model.halting import Halting
 from mythos_jax.runs.load import LoadedModel
@@ -26,43 +27,72 @@ def evaluate_model(
     data: str | None = None,
     loops: Sequence[int] | None = None,
     halting: Sequence[Halting] = (),
-    look_inside: bool = False,
+    with_loop_trace: bool = False,
     progress: bool = True,
 ) -> Evaluation:
-    """A model on the held-out rows of `data` (a run: by default its own, of all parts of its mixture, or the examples
-    of its task). `evaluation.max_rows` counts per part. look_inside: also what happens loop by loop.
+    """A model on the held-out rows of `data`; by default on those of its run (all parts of a mixture) or, for a run on
+    a reasoning task, on held-out problems.
+
+    `evaluation.max_rows` counts per part or difficulty. with_loop_trace: also what happens loop by loop.
 
     Raises ConfigError: no data, rows of another tokenizer, a policy that the model cannot follow.
     """
-    config, mesh = loaded.config, loaded.mesh
     if data is None and loaded.step is None:
         raise ConfigError(f"{loaded.directory}: a pretrained model has no data of its own; allowed: --data DIR")
-    chosen = chosen_settings(loaded, loops, halting)
-    check_batch(mesh, config.evaluation.batch_size, "evaluation.batch_size")
-    about = describe_model(loaded)
-    size, most = config.evaluation.batch_size, config.evaluation.max_rows
-    common = {"mesh": mesh, "progress": progress}
+    settings = choose_settings(loaded, loops, halting)
+    check_batch(loaded.mesh, loaded.config.evaluation.batch_size, "evaluation.batch_size")
+    if loaded.config.data.task.name and data is None:
+        return _evaluate_problems(loaded, settings, with_loop_trace, progress)
+    return _evaluate_text(loaded, data, settings, with_loop_trace, progress)
 
-    if config.data.task.name and data is None:
-        task = TaskData(config)
-        examples = {d: list(task.eval_batches(d, batch_size=size, max_rows=most)) for d in task.difficulties}
-        results, traces = evaluate_task(loaded.model, loaded.variables, examples, chosen, **common)
-        about |= {"task": config.data.task.name, "trained_on": list(config.data.task.difficulty)}
-        symbols = task.problem.symbols
-        sample, says = examples[task.difficulties[-1]][0], lambda tokens: " ".join(symbols[i] for i in tokens)
-    else:
-        batches, bytes_per_token = held_out_rows(loaded, data)
-        results, traces = evaluate_depths(
-            loaded.model, loaded.variables, batches, chosen, bytes_per_token=bytes_per_token, **common
-        )
-        about |= {"data": data or (list(config.data.mixture) or config.data_path)}
-        sample, says = batches[0], str
-        if loaded.tokenizer_spec:
-            says = loaded.tokenizer().decode
-    inside = None
-    if look_inside:
-        inside = trace_loops(loaded.model, loaded.variables, sample, max(s.loops for s in chosen), mesh=mesh)
-    return Evaluation(results, about, traces, inside, says)
+
+def _evaluate_problems(
+    loaded: LoadedModel, settings: Sequence[Setting], with_loop_trace: bool, progress: bool
+) -> Evaluation:
+    config, task = loaded.config, TaskData(loaded.config)
+    size, max_rows = config.evaluation.batch_size, config.evaluation.max_rows
+    batches = {d: list(task.eval_batches(d, batch_size=size, max_rows=max_rows)) for d in task.difficulties}
+    measurements, usage = evaluate_task(
+        loaded.model, loaded.variables, batches, settings, mesh=loaded.mesh, progress=progress
+    )
+    symbols = task.problem.symbols
+    return Evaluation(
+        describe_model(loaded),
+        ReasoningTask(config.data.task.name, list(config.data.task.difficulty)),
+        measurements,
+        usage,
+        _trace(loaded, batches[task.difficulties[-1]][0], settings) if with_loop_trace else None,
+        decode=lambda tokens: " ".join(symbols[token] for token in tokens),
+    )
+
+
+def _evaluate_text(
+    loaded: LoadedModel, data: str | None, settings: Sequence[Setting], with_loop_trace: bool, progress: bool
+) -> Evaluation:
+    batches, bytes_per_token = held_out_batches(loaded, data)
+    measurements, usage = evaluate_depths(
+        loaded.model,
+        loaded.variables,
+        batches,
+        settings,
+        mesh=loaded.mesh,
+        bytes_per_token=bytes_per_token,
+        progress=progress,
+    )
+    config = loaded.config
+    return Evaluation(
+        describe_model(loaded),
+        HeldOutText(data or list(config.data.mixture) or config.data_path, row_tokens=batches[0]["targets"].shape[1]),
+        measurements,
+        usage,
+        _trace(loaded, batches[0], settings) if with_loop_trace else None,
+        decode=loaded.tokenizer().decode if loaded.tokenizer_spec else str,
+    )
+
+
+def _trace(loaded: LoadedModel, batch: dict[str, np.ndarray], settings: Sequence[Setting]) -> LoopTrace:
+    deepest = max(setting.loops for setting in settings)
+    return trace_loops(loaded.model, loaded.variables, batch, deepest, mesh=loaded.mesh)
 
 
 def evaluate_on_tasks(
@@ -77,75 +107,81 @@ def evaluate_on_tasks(
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """A model on tasks of lm-evaluation-harness (`harness.evaluate_tasks`), by default at its own depth.
+    """A model on tasks of lm-evaluation-harness (`lm_eval.evaluate_tasks`), by default at its own depth.
 
-    Raises ConfigError: the harness is not installed, no such task, a model without a tokenizer.
+    Raises ConfigError: the harness is not installed, an unknown task, a model without a tokenizer.
     """
     try:
-        from mythos_jax.evaluation.lm_eval import evaluate_tasks
+        from mythos_jax.evaluation.lm_eval import evaluate_tasks  # an extra that not every installation has
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
         raise ConfigError("--tasks: needs lm-evaluation-harness; pip install 'mythos-jax[lm-eval]'") from None
     check_batch(loaded.mesh, loaded.config.evaluation.batch_size, "evaluation.batch_size")
-    chosen = chosen_settings(loaded, loops or [loaded.config.model.loops], halting)
-    results = evaluate_tasks(
+    settings = choose_settings(loaded, loops or [loaded.config.model.loops], halting)
+    measurements = evaluate_tasks(
         loaded,
         tasks,
-        chosen,
+        settings,
         include_path=include_path,
         tokenizer=tokenizer,
         limit=limit,
         seed=seed,
         progress=progress,
     )
-    return Evaluation(results, describe_model(loaded) | {"tasks": list(tasks), "limit": limit, "task_seed": seed})
+    return Evaluation(describe_model(loaded), HarnessTasks(list(tasks), limit, seed), measurements)
 
 
-def chosen_settings(loaded: LoadedModel, loops: Sequence[int] | None, halting: Sequence[Halting]) -> list[Setting]:
-    """Those asked for; depths by default the config's, else `default_depths`."""
+def choose_settings(loaded: LoadedModel, loops: Sequence[int] | None, halting: Sequence[Halting]) -> list[Setting]:
+    """The requested settings. Depths default to `evaluation.loops` of the config, else to `default_depths`."""
     depths = loops or loaded.config.evaluation.loops or default_depths(loaded.config.model.loops)
-    return settings(loaded.config.model, depths, halting)
+    return make_settings(loaded.config.model, depths, halting)
 
 
-def describe_model(loaded: LoadedModel) -> dict[str, Any]:
-    """What a report says of a model."""
-    return {
-        "name": loaded.config.name,
-        "step": loaded.step,
-        "seed": None if loaded.step is None else loaded.config.training.seed,
-        "loops": loaded.config.model.loops,
-        "parameters": count_parameters(loaded.config.model),
-    }
+def describe_model(loaded: LoadedModel) -> ModelInfo:
+    return ModelInfo(
+        name=loaded.config.name,
+        step=loaded.step,
+        seed=None if loaded.step is None else loaded.config.training.seed,
+        loops=loaded.config.model.loops,
+        parameters=count_parameters(loaded.config.model),
+    )
 
 
-def held_out_rows(loaded: LoadedModel, data: str | None) -> tuple[list[dict[str, Any]], float]:
-    """Batches of what is held out in `data` (default: all parts of the run's own), and its text's bytes per token."""
+def held_out_batches(loaded: LoadedModel, data: str | None) -> tuple[list[dict[str, np.ndarray]], float]:
+    """Batches of the held-out rows in `data` (default: all parts of the run's own), and their bytes per token.
+
+    Raises ConfigError: no held-out rows, or rows that the model cannot read.
+    """
     config = loaded.config
-    named = [data] if data else list(config.data.mixture) or [config.data_path]
-    folders = [local_folder(folder) for folder in named]
-    kept = [_held_out(loaded, folder) for folder in folders]
-    size, most = config.evaluation.batch_size, config.evaluation.max_rows
+    names = [data] if data else list(config.data.mixture) or [config.data_path]
+    folders = [local_folder(name) for name in names]
+    splits = [_held_out_split(loaded, folder) for folder in folders]
     batches = [
         batch
-        for folder, split in zip(folders, kept, strict=True)
-        if split.rows or len(folders) == 1  # a part of a mixture may have nothing held out
-        for batch in eval_batches(folder, batch_size=size, max_rows=most, document_mask=config.data.document_mask)
+        for folder, split in zip(folders, splits, strict=True)
+        if split.rows or len(folders) == 1  # a part of a mixture may have no held-out rows
+        for batch in eval_batches(
+            folder,
+            batch_size=config.evaluation.batch_size,
+            max_rows=config.evaluation.max_rows,
+            document_mask=config.data.document_mask,
+        )
     ]
     if not batches:
-        raise ConfigError(f"{', '.join(named)}: no rows are held out to evaluate on")
-    return batches, sum(split.text_bytes for split in kept) / sum(split.tokens for split in kept)
+        raise ConfigError(f"{', '.join(names)}: no held-out rows to evaluate on")
+    return batches, sum(split.text_bytes for split in splits) / sum(split.tokens for split in splits)
 
 
-def _held_out(loaded: LoadedModel, folder: Path) -> Split:
-    """What is held out in a prepared folder. Raises ConfigError where it is not for this model."""
+def _held_out_split(loaded: LoadedModel, folder: Path) -> Split:
+    """The held-out split of a prepared folder. Raises ConfigError if this model cannot read its rows."""
     manifest, model = load_manifest(folder), loaded.config.model
     if loaded.tokenizer_spec and manifest.tokenizer_fingerprint != loaded.tokenizer().fingerprint:
-        raise ConfigError(f"{folder}: prepared with another tokenizer than the model's, {manifest.tokenizer}")
-    for name, needed, has in [
+        raise ConfigError(f"{folder}: prepared with a different tokenizer from the model's: {manifest.tokenizer}")
+    for name, value, limit in [
         ("vocab_size", manifest.vocab_size, model.vocab_size),
         ("seq_len", manifest.seq_len, model.max_seq_len),
     ]:
-        if needed > has:
-            raise ConfigError(f"{folder}: {name} is {needed}, allowed: at most the model's, {has}")
+        if value > limit:
+            raise ConfigError(f"{folder}: {name} is {value}, allowed: at most the model's, {limit}")
     return manifest.splits["held_out"]

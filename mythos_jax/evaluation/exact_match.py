@@ -1,5 +1,5 @@
-"""Reasoning tasks: the share of problems answered right, by difficulty, depth and halting. Depths and thresholds are
-traced: fixed depths are one compiled program, and so is each criterion."""
+"""Reasoning tasks: the fraction of problems answered correctly, by difficulty, depth and halting. Depths and thresholds
+are traced: all fixed depths share one compiled program, and so do all thresholds of a criterion."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
-from mythos_jax.evaluation.results import ExampleTrace, TaskResult
+from mythos_jax.evaluation.results import LoopUsage, Measurement, Sample
+from mythos_jax.model.halting import Halting
 from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.chunked_argmax import chunked_argmax
@@ -22,18 +23,22 @@ from mythos_jax.sharding import replicate, use_mesh
 
 
 @partial(jax.jit, static_argnames="model")
-def _measured(model, variables, batch, loops, halting):
-    """Of a batch: sums; of each row its loops on average over the answer; of each token its loops."""
-    rngs = {"state": jax.random.key(0)}  # models that start from noise: the same at every depth
+def _evaluate_batch(
+    model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: jax.Array, halting: Halting | None
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Per-batch sums of exact matches, problems, nats, answer tokens and their loops; per problem the mean loops of
+    its answer tokens, float32 [B]; and per token its loops, int32 [B, T]."""
+    rngs = {"state": jax.random.key(0)}  # models that start from noise: the same noise at every depth
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
     best_BT = chunked_argmax(out.features, nn.unbox(variables["params"]["embedding"]))
-    right_BT = (best_BT == batch["targets"]) | ~batch["mask"]
-    asked_B = batch["mask"].any(-1)
-    exact = (right_BT.all(-1) & asked_B).sum()
+    # A problem counts as solved if each of its answer tokens is the most likely one: greedy decoding would be right.
+    correct_BT = (best_BT == batch["targets"]) | ~batch["mask"]
+    is_problem_B = batch["mask"].any(-1)  # the last batch is padded with rows without an answer
+    solved_B = correct_BT.all(-1) & is_problem_B
+    answer_tokens_B = batch["mask"].sum(-1)
     answer_loops_B = (out.loops * batch["mask"]).sum(-1)
-    totals = exact, asked_B.sum(), nats_BT.sum(), batch["mask"].sum(), answer_loops_B.sum()
-    each = answer_loops_B / jnp.maximum(batch["mask"].sum(-1), 1), out.loops
-    return totals, replicate(each)
+    totals = solved_B.sum(), is_problem_B.sum(), nats_BT.sum(), answer_tokens_B.sum(), answer_loops_B.sum()
+    return totals, replicate((answer_loops_B / jnp.maximum(answer_tokens_B, 1), out.loops))
 
 
 def evaluate_task(
@@ -44,52 +49,61 @@ def evaluate_task(
     *,
     mesh: Mesh,
     progress: bool = True,
-) -> tuple[list[TaskResult], list[ExampleTrace]]:
-    """Exact match on the same examples at each setting, and what single examples took under each policy.
+) -> tuple[list[Measurement], list[LoopUsage]]:
+    """Exact match on the same problems under each setting, and the loops of each problem under each halting policy.
 
-    batches: of each difficulty, numpy dicts of tokens, targets int32 [B, T] and mask [B, T] (on the answers), all of
-    one shape; rows without an answer do not count.
+    batches: for each difficulty, NumPy dicts of tokens and targets, int32 [B, T], and mask [B, T] (True on the
+    answers), all of one shape; rows without an answer do not count.
     """
-    results, taken = [], {setting: [] for setting in settings if setting.halting is not None}
-    shown: dict[Setting, dict[int, tuple[np.ndarray, np.ndarray]]] = {setting: {} for setting in taken}
-    count = len(settings) * sum(map(len, batches.values()))
-    with use_mesh(mesh), tqdm(total=count, desc="eval", disable=not progress) as bar:
-        for difficulty, parts in batches.items():
+    measurements: list[Measurement] = []
+    recorded: dict[Setting, _Recorder] = {s: _Recorder() for s in settings if s.halting is not None}
+    n_calls = len(settings) * sum(map(len, batches.values()))
+    with use_mesh(mesh), tqdm(total=n_calls, desc="eval", disable=not progress) as bar:
+        for difficulty, batches_of_difficulty in batches.items():
             totals = {setting: np.zeros(5) for setting in settings}
-            for i, part in enumerate(parts):
-                placed = place_batch(mesh, part)
-                asked_B = part["mask"].any(-1)
+            for batch in batches_of_difficulty:
+                placed = place_batch(mesh, batch)
                 for setting in settings:
-                    sums, each = _measured(model, variables, placed, jnp.int32(setting.loops), setting.halting)
+                    sums, loops = _evaluate_batch(model, variables, placed, jnp.int32(setting.loops), setting.halting)
                     totals[setting] += np.asarray(jax.device_get(sums), np.float64)
-                    if setting in taken:
-                        loops_B, loops_BT = jax.device_get(each)
-                        taken[setting].append((difficulty, loops_B[asked_B]))
-                        if i == 0:
-                            length = int(np.flatnonzero(part["mask"][0]).max()) + 1
-                            shown[setting][difficulty] = part["tokens"][0, :length], loops_BT[0, :length]
+                    if setting in recorded:
+                        recorded[setting].add(difficulty, batch, *jax.device_get(loops))
                     bar.update()
-            for setting, (exact, asked, nats, tokens, ran) in totals.items():
-                results.append(
-                    TaskResult(
-                        difficulty,
-                        setting.loops,
-                        exact / asked,
-                        nats / tokens,
-                        ran / tokens,
-                        int(asked),
-                        setting.criterion,
-                        setting.threshold,
-                        setting.approximate,
-                    )
-                )
-    traces = [
-        ExampleTrace(
-            setting,
-            np.concatenate([np.full(len(loops), difficulty) for difficulty, loops in found]),
-            np.concatenate([loops for _, loops in found]),
-            shown[setting],
-        )
-        for setting, found in taken.items()
-    ]
-    return results, traces
+            measurements += [_measurement(setting, difficulty, *totals[setting].tolist()) for setting in settings]
+    return measurements, [recorder.loop_usage(setting) for setting, recorder in recorded.items()]
+
+
+class _Recorder:
+    """Collects the loops of each problem under one policy, and those of each token for one problem per difficulty."""
+
+    def __init__(self) -> None:
+        self.difficulties: list[np.ndarray] = []
+        self.loops: list[np.ndarray] = []
+        self.samples: dict[int, Sample] = {}
+
+    def add(self, difficulty: int, batch: dict[str, np.ndarray], loops_B: np.ndarray, loops_BT: np.ndarray) -> None:
+        is_problem_B = batch["mask"].any(-1)
+        self.difficulties.append(np.full(is_problem_B.sum(), difficulty))
+        self.loops.append(loops_B[is_problem_B])
+        if difficulty not in self.samples:
+            length = int(np.flatnonzero(batch["mask"][0]).max()) + 1  # up to the last answer: the rest is padding
+            self.samples[difficulty] = Sample(batch["tokens"][0, :length], loops_BT[0, :length], difficulty=difficulty)
+
+    def loop_usage(self, setting: Setting) -> LoopUsage:
+        samples = [sample for _, sample in sorted(self.samples.items())]
+        return LoopUsage(setting, np.concatenate(self.difficulties), np.concatenate(self.loops), samples)
+
+
+def _measurement(
+    setting: Setting, difficulty: int, solved: float, problems: float, nats: float, tokens: float, loops: float
+) -> Measurement:
+    return Measurement(
+        setting=setting,
+        metric="exact_match",
+        value=solved / problems,
+        higher_is_better=True,
+        mean_loops=loops / tokens,
+        n=int(problems),
+        group=difficulty,
+        loss=nats / tokens,
+    )

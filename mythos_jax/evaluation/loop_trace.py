@@ -1,6 +1,5 @@
-"""What happens loop by loop: how far the state still moves, and which experts it asks."""
+"""What happens loop by loop: how far the state still moves, and which experts are chosen."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mythos_jax.data.placement import place_batch
+from mythos_jax.evaluation.results import LoopTrace
 from mythos_jax.model.apply import apply
 from mythos_jax.model.likelihood import forward
 from mythos_jax.model.mythos import Mythos
@@ -19,27 +19,18 @@ from mythos_jax.sharding import replicate, use_mesh
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-@dataclass(frozen=True)
-class LoopTrace:
-    """Of one batch at a fixed depth, loop by loop.
-
-    tokens: how many. change_L3: quantiles 0.1, 0.5, 0.9 over the tokens of |h_t - h_(t-1)| / |h_t|.
-    expert_share_LGE: share of the tokens' choices that each expert of each layer in the loop gets; None where dense.
-    """
-
-    tokens: int
-    change_L3: np.ndarray
-    expert_share_LGE: np.ndarray | None
-
-
 @partial(jax.jit, static_argnames=("model", "loops"))
-def _changes(model, variables, batch, loops):
-    change_LBT = jnp.where(batch["mask"], _aux(model, variables, batch, loops).change_LBT, jnp.nan)
-    return replicate(jnp.nanquantile(change_LBT, jnp.array(QUANTILES), axis=(1, 2)).T)
+def _change_quantiles(model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: int) -> jax.Array:
+    """Quantiles over the scored tokens of the relative change of the state in each loop, float32 [L, 3]."""
+    change_LBT = _aux(model, variables, batch, loops).change_LBT
+    assert change_LBT is not None  # loops is static, so the loop is a scan, which records every loop
+    scored_LBT = jnp.where(batch["mask"], change_LBT, jnp.nan)
+    return replicate(jnp.nanquantile(scored_LBT, jnp.array(QUANTILES), axis=(1, 2)).T)
 
 
 @partial(jax.jit, static_argnames="model")
-def _load(model, variables, batch, loops):
+def _expert_load(model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: jax.Array) -> jax.Array:
+    """Tokens sent to each expert over all loops, float32 [loop_layers, E]."""
     return replicate(_aux(model, variables, batch, loops).expert_load)
 
 
@@ -49,16 +40,17 @@ def _aux(model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: int 
 
 
 def trace_loops(model: Mythos, variables: Any, batch: dict[str, np.ndarray], loops: int, *, mesh: Mesh) -> LoopTrace:
-    """One batch (as `evaluate_depths` takes) at `loops` loops, seen from inside."""
-    shares = None
+    """Runs one batch (as for `evaluate_depths`) for `loops` loops and measures each of them."""
+    expert_share_LGE = None
     with use_mesh(mesh):
         placed = place_batch(mesh, batch)
-        change_L3 = jax.device_get(_changes(model, variables, placed, loops))
+        change_L3 = jax.device_get(_change_quantiles(model, variables, placed, loops))
         if model.config.feed_forward == "moe":
-            # The model counts over all loops so far: what loop t adds is what t loops have over t - 1.
+            # The model returns the load summed over all its loops, so loop t is the difference between t and t - 1
+            # loops. The number of loops is traced here: all of these calls share one program.
             total_LGE = np.stack(
-                [jax.device_get(_load(model, variables, placed, jnp.int32(n))) for n in range(1, loops + 1)]
+                [jax.device_get(_expert_load(model, variables, placed, jnp.int32(n))) for n in range(1, loops + 1)]
             )
             load_LGE = np.diff(total_LGE.astype(np.float64), axis=0, prepend=0)
-            shares = load_LGE / load_LGE.sum(-1, keepdims=True)
-    return LoopTrace(int(batch["mask"].sum()), change_L3, shares)
+            expert_share_LGE = load_LGE / load_LGE.sum(-1, keepdims=True)
+    return LoopTrace(int(batch["mask"].sum()), change_L3, expert_share_LGE)

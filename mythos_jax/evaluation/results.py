@@ -1,132 +1,206 @@
-"""Result types of every kind of evaluation, and their JSON form."""
+"""What evaluations return: one row type for every kind of data, the loops of single items, and their JSON form."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from mythos_jax.evaluation.loop_trace import LoopTrace
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.ranks import rank_correlation
 
 
 @dataclass(frozen=True)
-class DepthResult:
-    """One row of the table.
+class Measurement:
+    """Quality under one setting, on one group of the data.
 
-    loops: what every token ran or, with a policy (`halting` its criterion, `threshold`), at most. loss: nats per
-    token. mean_loops: over the tokens, what was run and contributed. rank_correlation: Spearman's, between a token's
-    loss at the deepest fixed depth and its loops; None where all tokens ran the same. approximate: see `Setting`.
+    group: the difficulty of the problems, or the task of lm-evaluation-harness; None for text, which is one group.
+    metric: "bits_per_byte", "exact_match" (`value` is a fraction) or a metric of the harness.
+    n: how many were measured: scored tokens of text, problems, or documents of a harness task.
+    mean_loops: over the scored (harness: also generated) tokens, the loops that contributed to them.
+    loss: nats per scored token; NaN for the harness. error: standard error of `value`; only for the harness.
     """
 
-    loops: int
-    loss: float
-    bits_per_byte: float
-    mean_loops: float
-    tokens: int
-    halting: str | None = None
-    threshold: float | None = None
-    approximate: bool = False
-    rank_correlation: float | None = None
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One row of the table. exact_match: share of examples whose answer tokens are all the likeliest ones, which is
-    where greedy decoding is right; loss: nats per answer token; mean_loops: over the answer tokens. The rest is as in
-    `DepthResult`."""
-
-    difficulty: int
-    loops: int
-    exact_match: float
-    loss: float
-    mean_loops: float
-    examples: int
-    halting: str | None = None
-    threshold: float | None = None
-    approximate: bool = False
-
-
-@dataclass(frozen=True)
-class HarnessResult:
-    """One number of one task of lm-evaluation-harness. error: its standard error; mean_loops: over the tokens that
-    were scored or generated; the rest is as in `DepthResult`."""
-
-    task: str
+    setting: Setting
     metric: str
     value: float
-    error: float | None
     higher_is_better: bool
-    samples: int
-    loops: int
     mean_loops: float
-    halting: str | None = None
-    threshold: float | None = None
-    approximate: bool = False
-
-
-Result = DepthResult | TaskResult | HarnessResult
-
-
-@dataclass(frozen=True)
-class TokenTrace:
-    """What single tokens took, of the rows `rows_NT` (the targets; int32) where `mask_NT`: loops_NT under one setting,
-    and nats_NT at the deepest fixed depth."""
-
-    setting: Setting
-    rows_NT: np.ndarray
-    mask_NT: np.ndarray
-    loops_NT: np.ndarray
-    nats_NT: np.ndarray
+    n: int
+    group: int | str | None = None
+    loss: float = math.nan
+    error: float | None = None
 
 
 @dataclass(frozen=True)
-class ExampleTrace:
-    """What single problems took under one setting, a row each: its difficulty, the mean loops of its answer; and of
-    the first problem of each difficulty its tokens and each token's loops.
+class Sample:
+    """A row of text or a problem, to be shown with the loops of each token.
 
-    rank_correlation: Spearman's, between difficulty and loops; None where one of them is constant.
+    tokens_T, loops_T: int [T]. nats_T: float [T], each token's loss at the deepest fixed depth; None for a problem.
+    difficulty: of the problem; None for text.
+    """
+
+    tokens_T: np.ndarray
+    loops_T: np.ndarray
+    nats_T: np.ndarray | None = None
+    difficulty: int | None = None
+
+
+@dataclass(frozen=True)
+class LoopUsage:
+    """The loops that single items took under one halting policy. An item is a token of text or a problem of a task.
+
+    hardness_N: a token's loss in nats at the deepest fixed depth (at the policy itself if no fixed depth was run), or
+    a problem's difficulty. loops_N: the loops of the token, or their mean over the problem's answer tokens.
     """
 
     setting: Setting
-    difficulty_N: np.ndarray
+    hardness_N: np.ndarray
     loops_N: np.ndarray
-    shown: Mapping[int, tuple[np.ndarray, np.ndarray]]
+    samples: Sequence[Sample]
 
-    @property
+    @cached_property
     def rank_correlation(self) -> float | None:
-        return rank_correlation(self.difficulty_N, self.loops_N)
+        """Spearman's, between hardness and loops; None where one of them is constant."""
+        return rank_correlation(self.hardness_N, self.loops_N)
+
+
+@dataclass(frozen=True)
+class LoopTrace:
+    """What happens loop by loop in one batch at a fixed depth.
+
+    tokens: how many the batch has. change_L3: quantiles 0.1, 0.5, 0.9 over the tokens of |h_t - h_(t-1)| / |h_t|.
+    expert_share_LGE: fraction of the tokens' choices that go to each expert, per loop and layer of the loop; None for
+    dense models.
+    """
+
+    tokens: int
+    change_L3: np.ndarray
+    expert_share_LGE: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model that was evaluated. step, seed: None for a pretrained model. loops: the depth it was trained at."""
+
+    name: str
+    step: int | None
+    seed: int | None
+    loops: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Held-out rows of prepared text. data: the folder, or those of a mixture. row_tokens: tokens per row."""
+
+    data: str | list[str]
+    row_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"data": self.data}
+
+    def row_to_json(self, row: Measurement) -> dict[str, Any]:
+        return {
+            "loops": row.setting.loops,
+            "loss": row.loss,
+            "bits_per_byte": row.value,
+            "mean_loops": row.mean_loops,
+            "tokens": row.n,
+        }
+
+
+@dataclass(frozen=True)
+class ReasoningTask:
+    """Held-out problems of a task. trained_on: the difficulties in the training data."""
+
+    task: str
+    trained_on: list[int]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def row_to_json(self, row: Measurement) -> dict[str, Any]:
+        return {
+            "difficulty": row.group,
+            "loops": row.setting.loops,
+            "exact_match": row.value,
+            "loss": row.loss,
+            "mean_loops": row.mean_loops,
+            "examples": row.n,
+        }
+
+
+@dataclass(frozen=True)
+class HarnessTasks:
+    """Tasks of lm-evaluation-harness. limit: documents per task; None: all."""
+
+    tasks: list[str]
+    limit: int | None
+    task_seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def row_to_json(self, row: Measurement) -> dict[str, Any]:
+        return {
+            "task": row.group,
+            "metric": row.metric,
+            "value": row.value,
+            "error": row.error,
+            "higher_is_better": row.higher_is_better,
+            "samples": row.n,
+            "loops": row.setting.loops,
+            "mean_loops": row.mean_loops,
+        }
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found. results: a row a setting (of a task: of each difficulty; of the harness: of each number).
-    about: which model, plain values. The rest is for the report: `says` turns tokens into text; `traces` are of each
-    policy; `inside` is None where nobody asked."""
+    """The measurements of one model on one kind of data, as `results`.
 
-    results: Sequence[Result]
-    about: dict[str, Any]
-    traces: Sequence[TokenTrace | ExampleTrace] = ()
-    inside: LoopTrace | None = None
-    says: Callable[[Sequence[int]], str] = str
+    loop_usage: one per halting policy; empty for the harness. loop_trace: None unless requested.
+    decode: turns tokens into text, for display.
+    """
+
+    model: ModelInfo
+    data: HeldOutText | ReasoningTask | HarnessTasks
+    results: Sequence[Measurement]
+    loop_usage: Sequence[LoopUsage] = ()
+    loop_trace: LoopTrace | None = None
+    decode: Callable[[Sequence[int]], str] = str
+
+    @cached_property
+    def rank_correlations(self) -> dict[Setting, float | None]:
+        """Spearman's correlation of hardness and loops under each halting policy."""
+        return {usage.setting: usage.rank_correlation for usage in self.loop_usage}
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints and evaluation.json holds."""
+        is_text = isinstance(self.data, HeldOutText)
+        out: dict[str, Any] = {**asdict(self.model), **self.data.to_json(), "results": []}
+        for row in self.results:
+            fields = self.data.row_to_json(row) | _policy_to_json(row.setting)
+            fields["approximate"] = row.setting.approximate
+            if is_text:
+                fields["rank_correlation"] = self.rank_correlations.get(row.setting)
+            out["results"].append(fields)
+        if self.loop_usage and not is_text:
+            out["difficulty_and_loops"] = [
+                _policy_to_json(setting) | {"rank_correlation": correlation}
+                for setting, correlation in self.rank_correlations.items()
+            ]
+        if self.loop_trace is not None:
+            shares_LGE = self.loop_trace.expert_share_LGE
+            out["inside"] = {
+                "tokens": self.loop_trace.tokens,
+                "change_quantiles": self.loop_trace.change_L3.tolist(),
+                "expert_share": None if shares_LGE is None else shares_LGE.tolist(),
+            }
+        return out
 
 
-def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """What `--json` prints and evaluation.json holds."""
-    found = {**evaluation.about, "results": [asdict(result) for result in evaluation.results]}
-    correlations = [
-        {"halting": t.setting.criterion, "threshold": t.setting.threshold, "rank_correlation": t.rank_correlation}
-        for t in evaluation.traces
-        if isinstance(t, ExampleTrace)
-    ]
-    if correlations:
-        found["difficulty_and_loops"] = correlations
-    if evaluation.inside is not None:
-        inside = evaluation.inside
-        found["inside"] = {
-            "tokens": inside.tokens,
-            "change_quantiles": inside.change_L3.tolist(),
-            "expert_share": None if inside.expert_share_LGE is None else inside.expert_share_LGE.tolist(),
-        }
-    return found
+def _policy_to_json(setting: Setting) -> dict[str, Any]:
+    return {"halting": setting.criterion, "threshold": setting.threshold}

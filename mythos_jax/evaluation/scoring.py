@@ -1,8 +1,10 @@
-"""Scoring and continuing many token sequences of different lengths with few compiled shapes; over the mesh."""
+"""Likelihoods and continuations of many token sequences of different lengths, batched over the mesh into few compiled
+shapes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,18 +16,23 @@ from mythos_jax.data.placement import place_batch
 from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.inference.generate import generate
+from mythos_jax.model.halting import Halting
 from mythos_jax.model.likelihood import token_loss
+from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.chunked_argmax import chunked_argmax
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import replicate, use_mesh
 
-SHORTEST = 32  # widths are powers of two from here up to max_seq_len
+MIN_WIDTH = 32  # batch widths are powers of two from here up to max_seq_len
 
 
 @dataclass(frozen=True)
-class Score:
-    """Of the last tokens of a sequence: their summed log-likelihood in nats, whether each was the likeliest one, how
-    many they are, and the loops spent on predicting them."""
+class Likelihood:
+    """How the model predicts the last `tokens` tokens of a sequence.
+
+    log_likelihood: their sum, in nats. greedy: whether each of them is the most likely one. loops: spent on
+    predicting them, summed.
+    """
 
     log_likelihood: float
     greedy: bool
@@ -34,65 +41,72 @@ class Score:
 
 
 @partial(jax.jit, static_argnames="model")
-def _scores(model, variables, batch, loops, halting):
+def _score_batch(
+    model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: jax.Array, halting: Halting | None
+) -> tuple[jax.Array, ...]:
+    """The fields of `Likelihood`, each [B]."""
     rngs = {"state": jax.random.key(0)}
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
     table_VD = nn.unbox(variables["params"]["embedding"])
-    right_BT = (chunked_argmax(out.features, table_VD) == batch["targets"]) | ~batch["mask"]
-    found = -nats_BT.sum(-1), right_BT.all(-1), batch["mask"].sum(-1), (out.loops * batch["mask"]).sum(-1)
-    return replicate(found)
+    correct_BT = (chunked_argmax(out.features, table_VD) == batch["targets"]) | ~batch["mask"]
+    fields = -nats_BT.sum(-1), correct_BT.all(-1), batch["mask"].sum(-1), (out.loops * batch["mask"]).sum(-1)
+    return replicate(fields)
 
 
 def score(
     loaded: LoadedModel, sequences: Sequence[tuple[Sequence[int], int]], setting: Setting, *, progress: bool = True
-) -> list[Score]:
-    """The likelihood of the last `n` tokens of each sequence, given those before them.
+) -> list[Likelihood]:
+    """The likelihood of the last n tokens of each sequence, given those before them.
 
     sequences: (tokens, n) with 1 <= n < len(tokens) <= max_seq_len + 1. Raises ValueError for others.
     """
-    most, size = loaded.model.config.max_seq_len, loaded.config.evaluation.batch_size
+    max_len, batch_size = loaded.model.config.max_seq_len, loaded.config.evaluation.batch_size
     for tokens, n in sequences:
-        if not 1 <= n < len(tokens) <= most + 1:
+        if not 1 <= n < len(tokens) <= max_len + 1:
             raise ValueError(
-                f"sequence: got {len(tokens)} tokens, {n} to score; allowed: 1 <= n < tokens <= {most + 1}"
+                f"sequence: got {len(tokens)} tokens, {n} to score; allowed: 1 <= n < tokens <= {max_len + 1}"
             )
-    found: dict[int, Score] = {}
+    likelihoods: dict[int, Likelihood] = {}
     lengths = [len(tokens) - 1 for tokens, _ in sequences]
     with use_mesh(loaded.mesh), tqdm(total=len(sequences), desc="score", disable=not progress) as bar:
-        for numbers, width in in_batches(lengths, size, most):
-            batch = _padded([sequences[i] for i in numbers], size, width)
+        for indices, width in batches_by_length(lengths, batch_size, max_len):
+            batch = _pad([sequences[i] for i in indices], batch_size, width)
             placed = place_batch(loaded.mesh, batch)
-            each = jax.device_get(
-                _scores(loaded.model, loaded.variables, placed, jnp.int32(setting.loops), setting.halting)
+            fields = jax.device_get(
+                _score_batch(loaded.model, loaded.variables, placed, jnp.int32(setting.loops), setting.halting)
             )
-            for i, nats, greedy, tokens, loops in zip(numbers, *each, strict=False):  # the last rows are padding
-                found[i] = Score(float(nats), bool(greedy), int(tokens), int(loops))
-            bar.update(len(numbers))
-    return [found[i] for i in range(len(sequences))]
+            for i, nats, greedy, n, loops in zip(indices, *fields, strict=False):  # the last rows are padding
+                likelihoods[i] = Likelihood(float(nats), bool(greedy), int(n), int(loops))
+            bar.update(len(indices))
+    return [likelihoods[i] for i in range(len(sequences))]
 
 
-def in_batches(lengths: Sequence[int], size: int, most: int) -> Iterator[tuple[list[int], int]]:
-    """Numbers of sequences that go together, at most `size` at a time, and the width of their batch, longest first.
+def batches_by_length(lengths: Sequence[int], batch_size: int, max_width: int) -> Iterator[tuple[list[int], int]]:
+    """Indices of sequences that form a batch, at most `batch_size` of them, and the batch's width; longest first.
 
-    Widths are powers of two, or `most`: few shapes to compile, and never more than half of a long row is padding.
+    Widths are powers of two, or `max_width`: there are few shapes to compile, and at most half of a row longer than
+    `MIN_WIDTH` is padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        width = bucket(lengths[order[0]], most)
-        take = [i for i in order[:size] if bucket(lengths[i], most) == width]
-        yield take, width
-        order = order[len(take) :]
+        width = padded_width(lengths[order[0]], max_width)
+        indices = [i for i in order[:batch_size] if padded_width(lengths[i], max_width) == width]
+        yield indices, width
+        order = order[len(indices) :]
 
 
-def bucket(length: int, most: int) -> int:
-    """The width of the batch that a sequence of this length stands in."""
-    return min(most, max(SHORTEST, 1 << (length - 1).bit_length()))
+def padded_width(length: int, max_width: int) -> int:
+    """The width of the batch for a sequence of this length."""
+    return min(max_width, max(MIN_WIDTH, 1 << (length - 1).bit_length()))
 
 
-def _padded(sequences: Sequence[tuple[Sequence[int], int]], size: int, width: int) -> dict[str, np.ndarray]:
-    """A batch as `token_loss` takes it; what is padding has segment 0 and never loops under halting."""
-    tokens, targets = np.zeros((2, size, width), np.int32)
-    mask, segments = np.zeros((size, width), bool), np.zeros((size, width), np.int32)
+def _pad(sequences: Sequence[tuple[Sequence[int], int]], batch_size: int, width: int) -> dict[str, np.ndarray]:
+    """A batch of tokens, targets, mask and segment_ids [batch_size, width], as the loss takes it.
+
+    Padding is segment 0, which no real token attends to and which never loops under halting.
+    """
+    tokens, targets, segments = np.zeros((3, batch_size, width), np.int32)
+    mask = np.zeros((batch_size, width), bool)
     for row, (sequence, n) in enumerate(sequences):
         length = len(sequence) - 1
         tokens[row, :length], targets[row, :length] = sequence[:-1], sequence[1:]
@@ -103,14 +117,17 @@ def _padded(sequences: Sequence[tuple[Sequence[int], int]], size: int, width: in
 
 @dataclass(frozen=True)
 class Continuation:
-    """New tokens, without the stop token that may have ended them; how many were drawn; the loops spent on those."""
+    """New tokens without the stop token that may have ended them.
+
+    generated: how many were sampled, with the stop token. loops: spent on those, summed.
+    """
 
     tokens: list[int]
-    drawn: int
+    generated: int
     loops: int
 
 
-def extend(
+def generate_until(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     setting: Setting,
@@ -123,22 +140,22 @@ def extend(
     seed: int = 0,
     progress: bool = True,
 ) -> list[Continuation]:
-    """What the model continues each prompt with. Prompts that leave no room for `max_new_tokens` lose their beginning.
+    """A continuation of each prompt, up to a stop token. Prompts too long for `max_new_tokens` more tokens are
+    truncated on the left.
 
-    Request i has seed `seed` + i, whatever batch it is in. Raises ConfigError where no prompt fits at all.
+    Prompt i has seed `seed` + i, whatever batch it is in. Raises ConfigError if no prompt fits at all.
     """
-    most, size = loaded.model.config.max_seq_len, loaded.config.evaluation.batch_size
-    room = most - max_new_tokens
-    if room < 1:
-        raise ConfigError(f"generation: got {max_new_tokens} new tokens, allowed: below max_seq_len, {most}")
-    prompts = [list(prompt)[-room:] for prompt in prompts]
-    found: dict[int, Continuation] = {}
+    max_len, batch_size = loaded.model.config.max_seq_len, loaded.config.evaluation.batch_size
+    max_prompt = max_len - max_new_tokens
+    if max_prompt < 1:
+        raise ConfigError(f"generation: got {max_new_tokens} new tokens, allowed: below max_seq_len, {max_len}")
+    prompts = [list(prompt)[-max_prompt:] for prompt in prompts]
+    continuations: dict[int, Continuation] = {}
     with use_mesh(loaded.mesh), tqdm(total=len(prompts), desc="generate", disable=not progress) as bar:
-        for numbers, width in in_batches([len(prompt) for prompt in prompts], size, room):
-            tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-            filled = [*numbers, *numbers[-1:] * (size - len(numbers))]  # with copies, which end when it does
-            for row, i in enumerate(filled):
-                tokens[row, : len(prompts[i])], lengths[row] = prompts[i], len(prompts[i])
+        for indices, width in batches_by_length([len(prompt) for prompt in prompts], batch_size, max_prompt):
+            # Missing rows are filled with copies of the last one: they stop when it does, so they add no steps.
+            rows = indices + indices[-1:] * (batch_size - len(indices))
+            tokens, lengths = _pad_prompts([prompts[i] for i in rows], width)
             result = generate(
                 loaded.model,
                 loaded.variables,
@@ -151,12 +168,23 @@ def extend(
                 top_k=top_k,
                 top_p=top_p,
                 stop_tokens=stop_tokens,
-                seed=[seed + i for i in filled],
+                seed=[seed + i for i in rows],
             )
             result = jax.device_get(jax.jit(replicate)(result))
-            for row, i in enumerate(numbers):
-                drawn = result.tokens[row, : result.lengths[row]].tolist()
-                kept = drawn[:-1] if drawn and drawn[-1] in stop_tokens else drawn
-                found[i] = Continuation(kept, len(drawn), int(result.loops[row].sum()))
-            bar.update(len(numbers))
-    return [found[i] for i in range(len(prompts))]
+            for row, i in enumerate(indices):
+                generated = result.tokens[row, : result.lengths[row]].tolist()
+                continuations[i] = Continuation(
+                    generated[:-1] if generated and generated[-1] in stop_tokens else generated,
+                    len(generated),
+                    int(result.loops[row].sum()),
+                )
+            bar.update(len(indices))
+    return [continuations[i] for i in range(len(prompts))]
+
+
+def _pad_prompts(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as int32 tokens [B, width], zeros at the end, and lengths [B]."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens, np.array([len(prompt) for prompt in prompts], np.int32)

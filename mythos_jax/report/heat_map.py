@@ -1,73 +1,72 @@
-"""A text with each token coloured by the loops spent on it, as HTML."""
+"""Text with each token coloured by the loops spent on it, as HTML."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 import numpy as np
 
-from mythos_jax.evaluation.results import ExampleTrace, TokenTrace
+from mythos_jax.evaluation.results import LoopUsage
 
-SHOWN = 600  # tokens of a text
-END = "∎"  # stands for a token that is no text: the end of a document
+END_OF_DOCUMENT = "∎"  # shown for tokens that decode to nothing
+MAX_BYTES = 4  # of a character in UTF-8, so at most this many byte tokens are decoded together
 
-Says = Callable[[Sequence[int]], str]
-
-
-def text_map(trace: TokenTrace, says: Says) -> str:
-    """The first tokens of the rows, each in the colour of the loops spent on predicting it."""
-    spans, shown = [], 0
-    ends = _ends(trace.loops_NT[trace.mask_NT])
-    for row in range(len(trace.rows_NT)):
-        places = np.flatnonzero(trace.mask_NT[row])[: SHOWN - shown]
-        shown += len(places)
-        for text, group in _pieces(trace.rows_NT[row][places].tolist(), says):
-            at = places[group]
-            loops, nats = trace.loops_NT[row, at].mean(), trace.nats_NT[row, at].sum()
-            spans.append(_span(text, _heat(loops, ends), f"{loops:g} loops, {nats:.2f} nats"))
-        if shown >= SHOWN:
-            break
-    mean = trace.loops_NT[trace.mask_NT].mean()
-    return _framed("".join(spans), f"Text coloured by loops, {mean:.2f} on average, {ends[0]} to {ends[1]}", ends)
+Decode = Callable[[Sequence[int]], str]
 
 
-def problem_map(trace: ExampleTrace, says: Says) -> str:
-    """One problem of each difficulty, each symbol in the colour of the loops that its place took."""
-    lines, ends = [], _ends(np.concatenate([loops for _, loops in trace.shown.values()]))
-    width = max(len(str(d)) for d in trace.shown)
-    for difficulty, (tokens, loops) in sorted(trace.shown.items()):
+def text_map(usage: LoopUsage, decode: Decode) -> str:
+    """The sampled rows as running text, each token coloured by the loops spent on predicting it."""
+    lowest, highest = _range(usage.loops_N)
+    spans = []
+    for sample in usage.samples:
+        for text, indices in _characters(sample.tokens_T.tolist(), decode):
+            loops = sample.loops_T[indices].mean()
+            note = _loop_count(loops)
+            if sample.nats_T is not None:
+                note += f", {sample.nats_T[indices].sum():.2f} nats"
+            spans.append(_span(text, _heat(loops, lowest, highest), note))
+    alt = f"Text coloured by loops, {usage.loops_N.mean():.2f} on average, {lowest} to {highest}"
+    return _figure("".join(spans), alt, lowest, highest)
+
+
+def problem_map(usage: LoopUsage, decode: Decode) -> str:
+    """One problem per line and difficulty, each symbol coloured by the loops of its token."""
+    lowest, highest = _range(np.concatenate([sample.loops_T for sample in usage.samples]))
+    width = max(len(str(sample.difficulty)) for sample in usage.samples)
+    lines = []
+    for sample in usage.samples:
         spans = [
-            _span(f" {says([int(token)])} ", _heat(n, ends), f"{n} loops")
-            for token, n in zip(tokens, loops, strict=True)
+            _span(f" {decode([token])} ", _heat(loops, lowest, highest), _loop_count(loops))
+            for token, loops in zip(sample.tokens_T.tolist(), sample.loops_T.tolist(), strict=True)
         ]
-        lines.append(f'<span class="end">{difficulty:>{width}}  </span>{"".join(spans)}\n')
-    return _framed("".join(lines), "Problems, a line each, symbols coloured by loops", ends, "text lines")
+        lines.append(f'<span class="end">{sample.difficulty:>{width}}  </span>{"".join(spans)}\n')
+    return _figure("".join(lines), "One problem per line, symbols coloured by loops", lowest, highest, "text lines")
 
 
-def most_telling(traces: Sequence[TokenTrace | ExampleTrace]) -> Mapping[str, TokenTrace | ExampleTrace]:
-    """Of each criterion the threshold at which loops differ most."""
-
-    def spread(trace: TokenTrace | ExampleTrace) -> float:
-        return float(np.std(trace.loops_NT[trace.mask_NT] if isinstance(trace, TokenTrace) else trace.loops_N))
-
-    best: dict[str, TokenTrace | ExampleTrace] = {}
-    for trace in traces:
-        name = trace.setting.criterion
-        if name not in best or spread(trace) > spread(best[name]):
-            best[name] = trace
-    return best
+def widest_per_criterion(usages: Sequence[LoopUsage]) -> list[LoopUsage]:
+    """For each criterion, the policy with the largest standard deviation of loops: where a map shows most."""
+    widest: dict[str | None, LoopUsage] = {}
+    for usage in usages:
+        current = widest.get(usage.setting.criterion)
+        if current is None or np.std(usage.loops_N) > np.std(current.loops_N):
+            widest[usage.setting.criterion] = usage
+    return list(widest.values())
 
 
-def _pieces(tokens: list[int], says: Says) -> list[tuple[str, list[int]]]:
-    """Texts and the places of the tokens that make them: a character may be several byte tokens."""
-    pieces, waiting = [], []
-    for place in range(len(tokens)):
-        waiting.append(place)
-        text = says([tokens[i] for i in waiting])
-        if "�" in text and len(waiting) < 4:
-            continue
-        pieces.append((text or END, waiting))
-        waiting = []
-    return pieces + [(says([tokens[i]]) or END, [i]) for i in waiting]
+def _characters(tokens: list[int], decode: Decode) -> list[tuple[str, list[int]]]:
+    """The text of the tokens in pieces, with the indices of the tokens that make up each.
+
+    A piece is a token, or as many byte tokens as it takes to complete a character.
+    """
+    pieces: list[tuple[str, list[int]]] = []
+    pending: list[int] = []
+    for index in range(len(tokens)):
+        pending.append(index)
+        text = decode([tokens[i] for i in pending])
+        if "�" in text and len(pending) < MAX_BYTES:
+            continue  # an incomplete character
+        pieces.append((text or END_OF_DOCUMENT, pending))
+        pending = []
+    return pieces + [(decode([tokens[i]]) or END_OF_DOCUMENT, [i]) for i in pending]
 
 
 def _span(text: str, heat: float, note: str) -> str:
@@ -75,19 +74,25 @@ def _span(text: str, heat: float, note: str) -> str:
     return f'<span style="--h:{heat:.2f}" title="{note}">{text}</span>'
 
 
-def _ends(loops: np.ndarray) -> tuple[int, int]:
-    """The fewest and the most loops; the colours run from one to the other."""
+def _loop_count(loops: float) -> str:
+    return "1 loop" if loops == 1 else f"{loops:g} loops"
+
+
+def _range(loops: np.ndarray) -> tuple[int, int]:
+    """The fewest and the most loops, between which the colours run."""
     return int(loops.min()), int(loops.max())
 
 
-def _heat(loops: float, ends: tuple[int, int]) -> float:
-    return 0.03 + 0.77 * (loops - ends[0]) / max(ends[1] - ends[0], 1)
+def _heat(loops: float, lowest: int, highest: int) -> float:
+    """Opacity of the colour; the floor keeps even the fewest loops visible."""
+    return 0.03 + 0.77 * (loops - lowest) / max(highest - lowest, 1)
 
 
-def _framed(spans: str, alt: str, ends: tuple[int, int], kind: str = "text") -> str:
-    steps = sorted({round(n) for n in np.linspace(*ends, 9)})
-    key = "".join(f'<span class="swatch" style="--h:{_heat(n, ends):.2f}">{n}</span>' for n in steps)
+def _figure(spans: str, alt: str, lowest: int, highest: int, css_class: str = "text") -> str:
+    """A colour key and the text below it."""
+    steps = sorted({round(n) for n in np.linspace(lowest, highest, 9)})
+    key = "".join(f'<span class="swatch" style="--h:{_heat(n, lowest, highest):.2f}">{n}</span>' for n in steps)
     return (
         f'<div class="key" aria-hidden="true">loops {key}</div>'
-        f'<pre class="{kind}" tabindex="0" role="figure" aria-label="{escape(alt)}">{spans.rstrip()}</pre>'
+        f'<pre class="{css_class}" tabindex="0" role="figure" aria-label="{escape(alt)}">{spans.rstrip()}</pre>'
     )

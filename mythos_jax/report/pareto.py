@@ -1,122 +1,133 @@
-"""Quality against the loops it costs: one view of all kinds of results, and what halting saves."""
+"""Quality against the loops it costs, in one form for every kind of data, and what halting saves."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mythos_jax.evaluation.policies import Setting
-from mythos_jax.evaluation.results import DepthResult, Result, TaskResult
+from mythos_jax.evaluation.results import Evaluation, Measurement, ReasoningTask
 
-TOLERANCE = 0.005  # quality that counts as kept: within so much of that at the trained depth, relatively
+TOLERANCE = 0.005  # relative difference from the quality at the reference depth that still counts as equal
 
-
-@dataclass(frozen=True)
-class Point:
-    """A setting, what it costs in loops a token, and what it gives."""
-
-    loops: int
-    halting: str | None
-    threshold: float | None
-    approximate: bool
-    mean_loops: float
-    value: float
+# Metrics of ours as charts name them; percentages read better than fractions. Others keep the harness's name and unit.
+LABELS = {"bits_per_byte": "bits per byte", "exact_match": "exact match, %"}
+SCALES = {"exact_match": 100.0}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Points that can be compared: of one text, of one task at one difficulty, of one number of the harness."""
+    """Measurements that can be compared: one metric on one group of the data, under several settings, of which at
+    least one is a fixed depth.
 
-    measure: str
+    metric, group: as charts name them; group is "" where there is only one. trained_on: False for problems of a
+    difficulty that the model was not trained on.
+    """
+
+    metric: str
     group: str
     higher_is_better: bool
-    points: tuple[Point, ...]
+    points: tuple[Measurement, ...]
+    trained_on: bool = True
 
     @property
-    def fixed(self) -> list[Point]:
-        return sorted((p for p in self.points if p.halting is None), key=lambda p: p.loops)
+    def fixed(self) -> list[Measurement]:
+        """Those at fixed depths, shallowest first."""
+        return sorted((p for p in self.points if p.setting.halting is None), key=lambda p: p.setting.loops)
 
     @property
-    def policies(self) -> dict[str, list[Point]]:
-        """By criterion, the cheapest first."""
-        names = dict.fromkeys(p.halting for p in self.points if p.halting is not None)
-        return {
-            name: sorted((p for p in self.points if p.halting == name), key=lambda p: p.mean_loops) for name in names
-        }
+    def policies(self) -> dict[str, list[Measurement]]:
+        """Those with halting, by criterion, fewest mean loops first."""
+        by_criterion: dict[str, list[Measurement]] = {}
+        for point in self.points:
+            if point.setting.criterion is not None:
+                by_criterion.setdefault(point.setting.criterion, []).append(point)
+        return {name: sorted(points, key=lambda p: p.mean_loops) for name, points in by_criterion.items()}
 
-    def at(self, mean_loops: float) -> float:
-        """What fixed depths give at this cost: between two depths, some tokens at one and the rest at the other."""
-        return float(np.interp(mean_loops, [p.loops for p in self.fixed], [p.value for p in self.fixed]))
+    def fixed_value_at(self, mean_loops: float) -> float:
+        """The value of fixed depths at this cost; between two depths, with some tokens at one and the rest at the
+        other, it is interpolated."""
+        return float(np.interp(mean_loops, [p.setting.loops for p in self.fixed], [p.value for p in self.fixed]))
 
-    def keeps(self, value: float, reference: float) -> bool:
-        """Whether a value is as good as the reference, but for `TOLERANCE`."""
+    def matches(self, value: float, reference: float) -> bool:
+        """Whether a value is as good as the reference, within `TOLERANCE`."""
         slack = TOLERANCE * abs(reference)
         return value >= reference - slack if self.higher_is_better else value <= reference + slack
 
 
 @dataclass(frozen=True)
 class Saving:
-    """The cheapest point of a policy (None: of the fixed depths) that keeps the quality of the reference depth.
+    """The cheapest point of a policy that keeps the quality of the reference depth.
 
-    saved: share of the reference's loops. over_fixed: value less that of fixed depths at the same cost.
+    saved: fraction of the reference's loops. over_fixed: value minus that of fixed depths at the same mean loops.
     """
 
-    point: Point
+    point: Measurement
     saved: float
     over_fixed: float
 
 
-def panels(results: Sequence[Result]) -> list[Panel]:
-    """One for each thing measured, in the order of the results."""
-    found: dict[tuple[str, str, bool], list[Point]] = {}
-    for r in results:
-        if isinstance(r, DepthResult):
-            key, value = ("bits per byte", "", False), r.bits_per_byte
-        elif isinstance(r, TaskResult):
-            key, value = ("exact match, %", f"difficulty {r.difficulty}", True), 100 * r.exact_match
-        else:
-            key, value = (r.metric, r.task, r.higher_is_better), r.value
-        point = Point(r.loops, r.halting, r.threshold, r.approximate, r.mean_loops, value)
-        found.setdefault(key, []).append(point)
-    return [Panel(*key, tuple(points)) for key, points in found.items()]
-
-
-def pooled(parts: Sequence[Panel], group: str) -> Panel:
-    """The mean of panels with the same settings, each counting alike."""
-    by_setting: dict[tuple, list[Point]] = {}
-    for part in parts:
-        for point in part.points:
-            by_setting.setdefault((point.loops, point.halting, point.threshold, point.approximate), []).append(point)
-    points = tuple(
-        Point(*key, float(np.mean([p.mean_loops for p in same])), float(np.mean([p.value for p in same])))
-        for key, same in by_setting.items()
-    )
-    return Panel(parts[0].measure, group, parts[0].higher_is_better, points)
-
-
-def reference_depth(panel: Panel, trained: int) -> Point | None:
-    """The fixed depth that savings are counted from: the trained one, if it was measured, else the deepest."""
-    return next((p for p in panel.fixed if p.loops == trained), panel.fixed[-1] if panel.fixed else None)
-
-
-def savings(panel: Panel, trained: int) -> dict[str | None, Saving | None]:
-    """By criterion (None: fixed depths) the cheapest setting that keeps the quality of the reference depth, if any."""
-    reference = reference_depth(panel, trained)
-    if reference is None:
-        return {}
-    found: dict[str | None, Saving | None] = {}
-    for name, points in {None: panel.fixed, **panel.policies}.items():
-        good = [p for p in points if panel.keeps(p.value, reference.value)]
-        best = min(good, key=lambda p: p.mean_loops, default=None)
-        found[name] = best and Saving(
-            best, 1 - best.mean_loops / reference.mean_loops, best.value - panel.at(best.mean_loops)
+def make_panels(evaluation: Evaluation) -> list[Panel]:
+    """One per metric and group, in the order of the measurements."""
+    points: dict[tuple[str, int | str | None], list[Measurement]] = {}
+    for m in evaluation.results:
+        scaled = replace(m, value=SCALES.get(m.metric, 1.0) * m.value)
+        points.setdefault((m.metric, m.group), []).append(scaled)
+    is_task, trained_on = False, []
+    if isinstance(evaluation.data, ReasoningTask):
+        is_task, trained_on = True, evaluation.data.trained_on
+    return [
+        Panel(
+            metric=LABELS.get(metric, metric),
+            group=f"difficulty {group}" if is_task else str(group or ""),
+            higher_is_better=same[0].higher_is_better,
+            points=tuple(same),
+            trained_on=not is_task or group in trained_on,
         )
-    return found
+        for (metric, group), same in points.items()
+    ]
 
 
-def setting_name(point: Point | Setting) -> str:
-    """As in "latent 0.03" or "8 loops"; a star where a full forward pass is an estimate of decoding."""
-    if point.halting is None:
-        return f"{point.loops} loops" if point.loops > 1 else "1 loop"
-    criterion = point.criterion if isinstance(point, Setting) else point.halting
-    return f"{criterion} {point.threshold:g}" + ("*" if point.approximate else "")
+def pool(panels: Sequence[Panel], group: str) -> Panel:
+    """The mean of panels with the same settings, all weighted equally."""
+    by_setting: dict[Setting, list[Measurement]] = {}
+    for panel in panels:
+        for point in panel.points:
+            by_setting.setdefault(point.setting, []).append(point)
+    points = [
+        replace(
+            same[0],
+            group=None,
+            mean_loops=float(np.mean([p.mean_loops for p in same])),
+            value=float(np.mean([p.value for p in same])),
+        )
+        for same in by_setting.values()
+    ]
+    return replace(panels[0], group=group, points=tuple(points))
+
+
+def reference_depth(panel: Panel, trained_loops: int) -> Measurement:
+    """The fixed depth that savings are relative to: the trained depth if it was measured, else the deepest."""
+    return next((p for p in panel.fixed if p.setting.loops == trained_loops), panel.fixed[-1])
+
+
+def savings(panel: Panel, trained_loops: int) -> dict[str | None, Saving | None]:
+    """By criterion (None: fixed depths), the cheapest setting that keeps the quality of the reference depth; None where
+    no setting does."""
+    reference = reference_depth(panel, trained_loops)
+    cheapest: dict[str | None, Saving | None] = {None: _cheapest(panel, panel.fixed, reference)}
+    for criterion, points in panel.policies.items():
+        cheapest[criterion] = _cheapest(panel, points, reference)
+    return cheapest
+
+
+def _cheapest(panel: Panel, points: Sequence[Measurement], reference: Measurement) -> Saving | None:
+    good_enough = [p for p in points if panel.matches(p.value, reference.value)]
+    if not good_enough:
+        return None
+    best = min(good_enough, key=lambda p: p.mean_loops)
+    return Saving(
+        best,
+        saved=1 - best.mean_loops / reference.mean_loops,
+        over_fixed=best.value - panel.fixed_value_at(best.mean_loops),
+    )

@@ -1,25 +1,41 @@
-"""Line charts as inline SVG. Colours and fonts come from the page's style sheet, so that light and dark both work."""
+"""Line charts as inline SVG. Colours and fonts come from the page's style sheet, so light and dark mode both work."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Literal
 
-# Drawn small, so that letters stay legible where a phone shrinks the picture.
+# Units of the view box, which the page scales to the column. It is small so that text stays legible on a phone.
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 12, 22, 46
-COLOURS = 6  # classes c0 … c5 of the style sheet; `base` is the grey one
-MARKS = ("circle", "square", "diamond", "up", "down", "cross")
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 22, 46  # margins around the plot
+MIN_TICK_GAP = 26  # between the labels of the x axis
+N_COLOURS = 6  # classes c0 to c5 of the style sheet
+
+# Markers differ in shape as well as in colour. Corners relative to the point; the circle has none.
+MARKERS: dict[str, list[tuple[float, float]]] = {
+    "circle": [],
+    "square": [(-3.5, -3.5), (3.5, -3.5), (3.5, 3.5), (-3.5, 3.5)],
+    "diamond": [(0, -5), (5, 0), (0, 5), (-5, 0)],
+    "up": [(0, -5), (4.6, 3.6), (-4.6, 3.6)],
+    "down": [(0, 5), (4.6, -3.6), (-4.6, -3.6)],
+    "cross": [(-4.2, 0), (-1.4, -1.4), (0, -4.2), (1.4, -1.4), (4.2, 0), (1.4, 1.4), (0, 4.2), (-1.4, 1.4)],
+}
+
+Style = int | Literal["base"]  # the number of a line, or the grey line that others are compared with
+Scale = Callable[[float], float]  # from a value to its coordinate
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line: points (x, y), and for each what a pointer over it shows. style: a number, or "base" for the quiet one.
-    band: (x, low, high), shaded. dashed: drawn with gaps."""
+    """A line through points (x, y).
+
+    notes: one per point, shown on hover. band: (x, low, high), shaded. dashed: drawn with gaps.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
-    style: int | str = 0
+    style: Style = 0
     notes: Sequence[str] = ()
     band: Sequence[tuple[float, float, float]] = ()
     dashed: bool = False
@@ -27,7 +43,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """A label, and how numbers are placed and written. ticks: those given, else nice ones."""
+    """ticks: default: round numbers. text: formats the label of a tick. limits: default: the range of the values."""
 
     label: str
     log: bool = False
@@ -42,138 +58,144 @@ def line_chart(
     y: Axis,
     alt: str,
     marker: tuple[float, str] | None = None,
-    level: float = math.nan,
+    level: float | None = None,
 ) -> str:
-    """An SVG picture with its legend. alt: what it shows, in words. marker: a vertical line and its name. level: a
-    horizontal line."""
-    xs = [p[0] for s in series for p in s.points]
-    ys = [p[1] for s in series for p in s.points] + [v for s in series for b in s.band for v in b[1:]]
-    place_x, x_ticks = _scale(x, [*xs, *([marker[0]] if marker else [])], LEFT + 10, WIDTH - RIGHT - 10)
-    place_y, y_ticks = _scale(y, [*ys, *([level] if math.isfinite(level) else [])], HEIGHT - BOTTOM - 8, TOP + 8)
+    """An SVG chart with its legend.
+
+    alt: what it shows, for screen readers. marker: a vertical line at x, and its name. level: a horizontal line at y.
+    """
+    xs = [px for s in series for px, _ in s.points]
+    ys = [py for s in series for _, py in s.points] + [edge for s in series for _, *edges in s.band for edge in edges]
+    if marker is not None:
+        xs.append(marker[0])
+    if level is not None:
+        ys.append(level)
+    x_scale, x_ticks = _scale(x, xs, LEFT + 10, WIDTH - RIGHT - 10)
+    y_scale, y_ticks = _scale(y, ys, HEIGHT - BOTTOM - 8, TOP + 8)
+
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">']
-    parts += [_row(place_y(value), "grid", y.text(value)) for value in y_ticks]
-    parts += [_column(place_x(value), "grid", x.text(value)) for value in _apart(x_ticks, place_x)]
+    parts += [_horizontal_line(y_scale(value), "grid", y.text(value)) for value in y_ticks]
+    parts += [_vertical_line(x_scale(value), "grid", x.text(value)) for value in _thin_out(x_ticks, x_scale)]
     parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 8, "middle", x.label, "label"))
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<g transform="translate(12 {middle}) rotate(-90)">{_text(0, 0, "middle", y.label, "label")}</g>')
-    if math.isfinite(level):
-        parts.append(_row(place_y(level), "mark"))
-    if marker:
-        at = place_x(marker[0])
-        parts.append(_column(at, "mark"))
-        parts.append(_text(at, TOP - 7, "end" if at > WIDTH - 60 else "middle", marker[1]))
-    parts += [_drawn(s, place_x, place_y) for s in series]
+    if level is not None:
+        parts.append(_horizontal_line(y_scale(level), "mark"))
+    if marker is not None:
+        position = x_scale(marker[0])
+        parts.append(_vertical_line(position, "mark"))
+        # Near the right edge the name is to the left of its line, so that it is not cut off.
+        parts.append(_text(position, TOP - 7, "end" if position > WIDTH - 60 else "middle", marker[1]))
+    parts += [_draw(s, x_scale, y_scale) for s in series]
     return "".join(parts) + "</svg>" + _legend(series)
 
 
-def _row(y: float, kind: str, number: str = "") -> str:
-    line = f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return line + (_text(LEFT - 7, y + 4, "end", number) if number else "")
+def _horizontal_line(y: float, css_class: str, label: str = "") -> str:
+    line = f'<line class="{css_class}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return line + (_text(LEFT - 7, y + 4, "end", label) if label else "")
 
 
-def _column(x: float, kind: str, number: str = "") -> str:
-    line = f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-    return line + (_text(x, HEIGHT - BOTTOM + 17, "middle", number) if number else "")
+def _vertical_line(x: float, css_class: str, label: str = "") -> str:
+    line = f'<line class="{css_class}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+    return line + (_text(x, HEIGHT - BOTTOM + 17, "middle", label) if label else "")
 
 
-def _text(x: float, y: float, anchor: str, words: str, kind: str = "number") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+def _text(x: float, y: float, anchor: str, words: str, css_class: str = "number") -> str:
+    return f'<text class="{css_class}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def _drawn(series: Series, place_x: Callable, place_y: Callable) -> str:
-    points = [(place_x(px), place_y(py)) for px, py in series.points]
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-    parts = [f'<g class="{_class(series)}">']
+def _draw(series: Series, x_scale: Scale, y_scale: Scale) -> str:
+    parts = [f'<g class="{_css_class(series)}">']
     if series.band:
-        around = [(place_x(b[0]), place_y(b[1])) for b in series.band]
-        around += [(place_x(b[0]), place_y(b[2])) for b in reversed(series.band)]
-        parts.append('<polygon class="band" points="' + " ".join(f"{a:.1f},{b:.1f}" for a, b in around) + '"/>')
-    parts.append(f'<polyline class="line{" dashed" if series.dashed else ""}" points="{line}"/>')
-    for i, at in enumerate(points):
-        note = f"<title>{escape(series.notes[i])}</title>" if series.notes else ""
-        parts.append(_mark(_shape(series), *at, note))
+        outline = [(x_scale(x), y_scale(low)) for x, low, _ in series.band]
+        outline += [(x_scale(x), y_scale(high)) for x, _, high in reversed(series.band)]
+        parts.append(f'<polygon class="band" points="{_coordinates(outline)}"/>')
+    points = [(x_scale(x), y_scale(y)) for x, y in series.points]
+    parts.append(f'<polyline class="{_line_class(series)}" points="{_coordinates(points)}"/>')
+    for i, point in enumerate(points):
+        title = f"<title>{escape(series.notes[i])}</title>" if series.notes else ""
+        parts.append(_marker(_shape(series), *point, title))
     return "".join(parts) + "</g>"
 
 
-def _mark(shape: str, x: float, y: float, note: str = "") -> str:
-    outlines = {
-        "square": [(-3.5, -3.5), (3.5, -3.5), (3.5, 3.5), (-3.5, 3.5)],
-        "diamond": [(0, -5), (5, 0), (0, 5), (-5, 0)],
-        "up": [(0, -5), (4.6, 3.6), (-4.6, 3.6)],
-        "down": [(0, 5), (4.6, -3.6), (-4.6, -3.6)],
-        "cross": [(-4.2, 0), (-1.4, -1.4), (0, -4.2), (1.4, -1.4), (4.2, 0), (1.4, 1.4), (0, 4.2), (-1.4, 1.4)],
-    }
-    if shape == "circle":
-        return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4">{note}</circle>'
-    points = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in outlines[shape])
-    return f'<polygon class="dot" points="{points}">{note}</polygon>'
+def _coordinates(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _marker(shape: str, x: float, y: float, title: str = "") -> str:
+    corners = MARKERS[shape]
+    if not corners:
+        return f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4">{title}</circle>'
+    return f'<polygon class="dot" points="{_coordinates([(x + dx, y + dy) for dx, dy in corners])}">{title}</polygon>'
 
 
 def _legend(series: Sequence[Series]) -> str:
+    """Nothing for a single line, which the axis names, unless it has a band to explain."""
     if len(series) < 2 and not any(s.band for s in series):
         return ""
     entries = "".join(
-        f'<li class="{_class(s)}"><svg viewBox="0 0 30 12" aria-hidden="true">'
-        f'<line class="line{" dashed" if s.dashed else ""}" x1="0" x2="30" y1="6" y2="6"/>{_mark(_shape(s), 15, 6)}'
+        f'<li class="{_css_class(s)}"><svg viewBox="0 0 30 12" aria-hidden="true">'
+        f'<line class="{_line_class(s)}" x1="0" x2="30" y1="6" y2="6"/>{_marker(_shape(s), 15, 6)}'
         f"</svg>{escape(s.name)}</li>"
         for s in series
     )
     return f'<ul class="legend">{entries}</ul>'
 
 
-def _class(series: Series) -> str:
-    return "base" if series.style == "base" else f"c{series.style % COLOURS}"
+def _css_class(series: Series) -> str:
+    return "base" if series.style == "base" else f"c{series.style % N_COLOURS}"
+
+
+def _line_class(series: Series) -> str:
+    return "line dashed" if series.dashed else "line"
 
 
 def _shape(series: Series) -> str:
-    return "circle" if series.style == "base" else MARKS[series.style % len(MARKS)]
+    return "circle" if series.style == "base" else list(MARKERS)[series.style % len(MARKERS)]
 
 
-def _scale(
-    axis: Axis, values: Sequence[float], start: float, end: float
-) -> tuple[Callable[[float], float], list[float]]:
-    """Where a value stands between `start` and `end`, and the ticks."""
+def _scale(axis: Axis, values: Sequence[float], start: float, end: float) -> tuple[Scale, list[float]]:
+    """Maps the range of the values to the coordinates from `start` to `end`; also the ticks in that range."""
     low, high = axis.limits or (min(values), max(values))
-    if low == high:
-        around = abs(low) / 10 or 1.0
-        low, high = (low / 2, high * 2) if axis.log else (low - around, high + around)
-    turn = math.log if axis.log else float
+    if low == high:  # a single value: leave room around it
+        margin = abs(low) / 10 or 1.0
+        low, high = (low / 2, high * 2) if axis.log else (low - margin, high + margin)
     if axis.ticks:
-        ticks = [t for t in axis.ticks if low <= t <= high]
-    elif axis.log:
-        ticks = _round(low, high)
+        ticks = [tick for tick in axis.ticks if low <= tick <= high]
     else:
-        ticks = _nice(low, high)
+        ticks = _log_ticks(low, high) if axis.log else _linear_ticks(low, high)
+    transform: Scale = math.log if axis.log else float
 
-    def place(value: float) -> float:
-        return start + (turn(value) - turn(low)) / (turn(high) - turn(low)) * (end - start)
+    def scale(value: float) -> float:
+        return start + (transform(value) - transform(low)) / (transform(high) - transform(low)) * (end - start)
 
-    return place, ticks
+    return scale, ticks
 
 
-def _nice(low: float, high: float) -> list[float]:
-    """Some five round numbers between low and high."""
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= min((m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 5), default=10)
+def _linear_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers between low and high."""
+    magnitude = 10 ** math.floor(math.log10((high - low) / 4))
+    step = magnitude * min((m for m in (1, 2, 5, 10) if (high - low) / (m * magnitude) <= 5), default=10)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def _round(low: float, high: float) -> list[float]:
-    """Powers of ten between low and high, with 2 and 5 times them where there are few."""
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between low and high; where there are few, also multiples of them."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in (1,), (1, 2, 5), range(1, 10):
-        ticks = [d * 10.0**e for e in exponents for d in digits if low <= d * 10.0**e <= high]
+    ticks: list[float] = []
+    for multiples in [(1,), (1, 2, 5), range(1, 10)]:
+        ticks = [m * 10.0**e for e in exponents for m in multiples if low <= m * 10.0**e <= high]
         if len(ticks) >= 3:
             break
     return ticks or [low, high]
 
 
-def _apart(ticks: Sequence[float], place: Callable[[float], float], gap: float = 26) -> list[float]:
-    """Ticks whose numbers do not touch; the last stays."""
-    kept: list[float] = []
+def _thin_out(ticks: Sequence[float], scale: Scale) -> list[float]:
+    """The ticks whose labels do not overlap, including the last one."""
+    shown: list[float] = []
     for tick in reversed(ticks):
-        if not kept or abs(place(tick) - place(kept[-1])) >= gap:
-            kept.append(tick)
-    return kept[::-1]
+        if not shown or abs(scale(tick) - scale(shown[-1])) >= MIN_TICK_GAP:
+            shown.append(tick)
+    return shown[::-1]

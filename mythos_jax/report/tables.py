@@ -1,70 +1,80 @@
-"""Results as text and as rows for the report: one list of columns for each kind of result."""
+"""Measurements as a text table, and the columns that the report's tables share with it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from mythos_jax.evaluation.results import DepthResult, Result, TaskResult
+from mythos_jax.evaluation.policies import Setting
+from mythos_jax.evaluation.results import Evaluation, HarnessTasks, HeldOutText, Measurement, ReasoningTask
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, and what stands under it for a result."""
+    """A heading, and the cell of a measurement."""
 
-    name: str
-    text: Callable[[Any], str]
-
-
-def columns(results: Sequence[Result]) -> list[Column]:
-    """The columns of a table of these results; those on halting only where something halts."""
-    first = results[0]
-    loops = Column("loops", lambda r: f"{r.loops}" if r.halting is None else f"≤ {r.loops}")
-    mean = Column("mean loops", lambda r: f"{r.mean_loops:.2f}")
-    halting = [Column("halting", policy)] if any(r.halting for r in results) else []
-    if isinstance(first, DepthResult):
-        rank = Column(
-            "rank corr.", lambda r: "" if r.rank_correlation is None else f"{r.rank_correlation:+.2f}"
-        )  # Spearman's
-        return [
-            loops,
-            *halting,
-            Column("nats/token", lambda r: f"{r.loss:.4f}"),
-            Column("bits/byte", lambda r: f"{r.bits_per_byte:.4f}"),
-            mean,
-            *([rank] if halting else []),
-        ]
-    if isinstance(first, TaskResult):
-        return [
-            loops,
-            *halting,
-            Column("difficulty", lambda r: f"{r.difficulty}"),
-            Column("exact match", lambda r: f"{r.exact_match:.2%}"),
-            Column("nats/answer", lambda r: f"{r.loss:.4f}"),
-            mean,
-        ]
-    return [
-        loops,
-        *halting,
-        Column("task", lambda r: r.task),
-        Column("metric", lambda r: r.metric),
-        Column("value", lambda r: f"{r.value:.4f}" + ("" if r.error is None else f" ± {r.error:.4f}")),
-        mean,
-    ]
+    heading: str
+    cell: Callable[[Measurement], str]
 
 
-def policy(result: Result) -> str:
-    """Criterion and threshold of a result; a star where a full forward pass is an estimate of decoding."""
-    if result.halting is None:
+LOOPS = Column("loops", lambda m: f"{m.setting.loops}" if m.setting.halting is None else f"≤ {m.setting.loops}")
+HALTING = Column("halting", lambda m: policy_name(m.setting))
+MEAN_LOOPS = Column("mean loops", lambda m: f"{m.mean_loops:.2f}")
+LOSS_COLUMNS = [Column("nats/token", lambda m: f"{m.loss:.4f}"), Column("bits/byte", lambda m: f"{m.value:.4f}")]
+PROBLEM_COLUMNS = [
+    Column("difficulty", lambda m: f"{m.group}"),
+    Column("exact match", lambda m: f"{m.value:.2%}"),
+    Column("nats/answer", lambda m: f"{m.loss:.4f}"),
+]
+HARNESS_COLUMNS = [
+    Column("task", lambda m: f"{m.group}"),
+    Column("metric", lambda m: m.metric),
+    Column("value", lambda m: f"{m.value:.4f}" + ("" if m.error is None else f" ± {m.error:.4f}")),
+]
+
+
+def columns(evaluation: Evaluation) -> list[Column]:
+    """The columns of a table with a row per measurement; those about halting only if a policy was run."""
+    halting = [HALTING] if any(m.setting.halting is not None for m in evaluation.results) else []
+    match evaluation.data:
+        case HeldOutText():
+            return [LOOPS, *halting, *LOSS_COLUMNS, MEAN_LOOPS, *([_rank_column(evaluation)] if halting else [])]
+        case ReasoningTask():
+            return [LOOPS, *halting, *PROBLEM_COLUMNS, MEAN_LOOPS]
+        case HarnessTasks():
+            return [LOOPS, *halting, *HARNESS_COLUMNS, MEAN_LOOPS]
+
+
+def _rank_column(evaluation: Evaluation) -> Column:
+    """Spearman's correlation of a token's loss and its loops; empty for fixed depths, where loops are constant."""
+
+    def cell(m: Measurement) -> str:
+        correlation = evaluation.rank_correlations.get(m.setting)
+        return "" if correlation is None else f"{correlation:+.2f}"
+
+    return Column("rank corr.", cell)
+
+
+def policy_name(setting: Setting) -> str:
+    """For example "latent 0.03", or "none" for a fixed depth; a star marks a full forward pass that only estimates
+    decoding."""
+    if setting.criterion is None:
         return "none"
-    return f"{result.halting} {result.threshold:g}" + ("*" if result.approximate else "")
+    return f"{setting.criterion} {setting.threshold:g}" + ("*" if setting.approximate else "")
 
 
-def format_table(results: Sequence[Result]) -> str:
-    """The results as lines of text, columns aligned."""
-    wanted = columns(results)
-    rows = [[column.name for column in wanted], *([column.text(r) for column in wanted] for r in results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(wanted))]
+def setting_name(setting: Setting) -> str:
+    """As `policy_name`, but for example "8 loops" for a fixed depth."""
+    if setting.criterion is None:
+        return f"{setting.loops} loops" if setting.loops > 1 else "1 loop"
+    return policy_name(setting)
+
+
+def format_table(evaluation: Evaluation) -> str:
+    """The measurements as lines of text with aligned columns."""
+    shown = columns(evaluation)
+    rows = [[column.heading for column in shown]]
+    rows += [[column.cell(m) for column in shown] for m in evaluation.results]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(shown))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    if any(r.approximate for r in results):
-        lines.append("* reads the logits: in a full forward pass an estimate of what decoding does")
+    if any(m.setting.approximate for m in evaluation.results):
+        lines.append("* reads the logits, so a full forward pass only estimates what decoding does")
     return "\n".join(lines)

@@ -186,10 +186,10 @@ class _Loop:
         model = Mythos(self.config.model)
         settings = fixed([self.config.model.loops])
         variables = evaluated(state.variables, state.average)
-        found, _ = evaluate_depths(
+        measurements, _ = evaluate_depths(
             model, variables, self.held_out, settings, mesh=self.mesh, bytes_per_token=1, progress=False
         )
-        return found[0].loss
+        return measurements[0].loss
 
 
 class _Profiler:

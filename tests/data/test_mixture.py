@@ -176,6 +176,6 @@ def test_training_on_a_mixture(parts, tmp_path):
     assert logged[-1] == {"step": 3, "held_out_loss": pytest.approx(trained.loss, abs=1e-5)}
     (mixture,) = evaluate_model(loaded, loops=[1], progress=False).results
     by_part = [evaluate_model(loaded, data=part, loops=[1], progress=False).results[0] for part in (a, b)]
-    assert mixture.tokens == sum(result.tokens for result in by_part) > by_part[0].tokens
-    mean = sum(result.loss * result.tokens for result in by_part) / mixture.tokens
+    assert mixture.n == sum(result.n for result in by_part) > by_part[0].n
+    mean = sum(result.loss * result.n for result in by_part) / mixture.n
     assert mixture.loss == pytest.approx(mean, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Exact match against logits computed one example at a time, and a whole run on a task from the command line."""
+"""Exact match against logits computed one problem at a time, and a complete run on a task from the command line."""
 
 import json
 
@@ -23,6 +23,7 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.evaluate import evaluate_model
 from mythos_jax.evaluation.exact_match import evaluate_task
 from mythos_jax.evaluation.policies import fixed
+from mythos_jax.evaluation.results import ReasoningTask
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import load_model
@@ -43,46 +44,48 @@ CONFIG = Config(
 )
 
 
-def slow(model, variables, batches, loops):
-    """Share of examples in which every answer is the likeliest token, and nats per answer."""
-    right, nats = [], []
+def direct(model, variables, batches, loops):
+    """The fraction of problems in which every answer token is the most likely one, nats per answer token, and the
+    number of problems."""
+    solved, nats = [], []
     for batch in batches:
         logits = np.asarray(model.apply(variables, batch["tokens"], loops=loops).logits, np.float64)
         for row in range(len(logits)):
-            places = np.flatnonzero(batch["mask"][row])
-            if not len(places):
+            positions = np.flatnonzero(batch["mask"][row])
+            if not len(positions):
                 continue
-            wanted = batch["targets"][row]
-            right.append(all(int(np.argmax(logits[row, i])) == wanted[i] for i in places))
-            nats += [np.log(np.exp(logits[row, i]).sum()) - logits[row, i, wanted[i]] for i in places]
-    return np.mean(right), np.mean(nats), len(right)
+            targets = batch["targets"][row]
+            solved.append(all(int(np.argmax(logits[row, i])) == targets[i] for i in positions))
+            nats += [np.log(np.exp(logits[row, i]).sum()) - logits[row, i, targets[i]] for i in positions]
+    return np.mean(solved), np.mean(nats), len(solved)
 
 
 @pytest.mark.parametrize(
     "task", [TaskConfig("addition", (1,), digits=1), TaskConfig("p_hop", (1,), length=6, alphabet=3)]
 )
-def test_exact_match_is_that_of_the_logits(task):
+def test_exact_match_equals_that_of_the_logits(task):
     config = Config(model=CONFIG.model, data=DataConfig(task=task, seq_len=8, held_out_fraction=0.5))
     data, model = TaskData(config), Mythos(config.model)
     batches = {d: list(data.eval_batches(d, batch_size=8, max_rows=20)) for d in (1, 2)}
-    assert batches[2][-1]["mask"].any(1).sum() == 4  # filled up with rows that do not count
+    assert batches[2][-1]["mask"].any(1).sum() == 4  # padded with rows that do not count
     variables = jax.jit(model.init)(jax.random.key(0), batches[1][0]["tokens"])
-    for batch in batches[1] + batches[2]:  # a fresh model knows nothing: make what it says at one loop right, for some
-        said = np.asarray(model.apply(variables, batch["tokens"], loops=1).logits).argmax(-1)
-        batch["targets"][:5] = np.where(batch["mask"], said, batch["targets"])[:5]
-        for row, which in (2, 0), (3, -1):  # all but the first or the last answer
-            place = np.flatnonzero(batch["mask"][row])[which]
-            batch["targets"][row, place] = (said[row, place] + 1) % 16
+    for batch in batches[1] + batches[2]:
+        # An untrained model answers nothing correctly, so its predictions at one loop become the answers of some rows.
+        predicted = np.asarray(model.apply(variables, batch["tokens"], loops=1).logits).argmax(-1)
+        batch["targets"][:5] = np.where(batch["mask"], predicted, batch["targets"])[:5]
+        for row, which in (2, 0), (3, -1):  # rows with all but the first or the last answer correct
+            position = np.flatnonzero(batch["mask"][row])[which]
+            batch["targets"][row, position] = (predicted[row, position] + 1) % 16
     mesh = make_mesh(MeshConfig())
     results, _ = evaluate_task(model, variables, batches, fixed([1, 3]), mesh=mesh, progress=False)
-    assert [(r.difficulty, r.loops) for r in results] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    assert [(r.group, r.setting.loops) for r in results] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     for r in results:
-        exact, loss, count = slow(model, variables, batches[r.difficulty], r.loops)
-        assert r.exact_match == pytest.approx(exact, abs=1e-9)
+        exact, loss, count = direct(model, variables, batches[r.group], r.setting.loops)
+        assert r.value == pytest.approx(exact, abs=1e-9)
         assert r.loss == pytest.approx(loss, abs=1e-4)
-        assert r.examples == count == 20
-        assert r.mean_loops == r.loops
-        assert r.loops == 3 or 8 / 20 <= r.exact_match < 0.8
+        assert r.n == count == 20
+        assert r.mean_loops == r.setting.loops
+        assert r.setting.loops == 3 or 8 / 20 <= r.value < 0.8
 
 
 @pytest.fixture(scope="module")
@@ -92,37 +95,36 @@ def run(tmp_path_factory):
     return workdir
 
 
-def test_a_run_learns_and_its_exact_match_is_that_of_its_logits(run):
+def test_a_run_learns_and_its_exact_match_equals_that_of_its_logits(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"] - 1
     loaded = load_model(run)
     evaluation = evaluate_model(loaded, halting=[Halting("latent", 0.4)], progress=False)
-    results, about = [r for r in evaluation.results if r.halting is None], evaluation.about
-    assert about["task"] == "addition"
-    assert about["trained_on"] == [1]
+    assert evaluation.data == ReasoningTask("addition", [1])
+    results = [r for r in evaluation.results if r.setting.halting is None]
     assert len(results) == 6
     data = TaskData(loaded.config)
     variables = jax.device_get(loaded.variables)
     for r in results:
-        batches = list(data.eval_batches(r.difficulty, batch_size=8, max_rows=20))
-        exact, loss, count = slow(loaded.model, variables, batches, r.loops)
-        assert (r.exact_match, r.examples) == (pytest.approx(exact, abs=1e-9), count)
+        batches = list(data.eval_batches(r.group, batch_size=8, max_rows=20))
+        exact, loss, count = direct(loaded.model, variables, batches, r.setting.loops)
+        assert (r.value, r.n) == (pytest.approx(exact, abs=1e-9), count)
         assert r.loss == pytest.approx(loss, abs=1e-4)
-    assert len({r.exact_match for r in results}) > 2  # some right, some wrong
-    (trace,) = evaluation.traces
-    halted = [r for r in evaluation.results if r.halting]
+    assert len({r.value for r in results}) > 2  # some solved, some not
+    (usage,) = evaluation.loop_usage
+    halted = [r for r in evaluation.results if r.setting.halting]
     loops = []
     for r in halted:
-        for batch in data.eval_batches(r.difficulty, batch_size=8, max_rows=20):
+        for batch in data.eval_batches(r.group, batch_size=8, max_rows=20):
             out = loaded.model.apply(variables, batch["tokens"], loops=3, halting=Halting("latent", 0.4))
             loops += [np.mean(row[mask]) for row, mask in zip(out.loops, batch["mask"], strict=True) if mask.any()]
-        assert r.mean_loops == pytest.approx(np.mean(loops[-20:]), abs=1e-6)  # answers of one difficulty are alike long
-    np.testing.assert_allclose(trace.loops_N, loops, atol=1e-6)
-    assert trace.difficulty_N.tolist() == [1] * 20 + [2] * 20
-    assert sorted(trace.shown) == [1, 2]
+        assert r.mean_loops == pytest.approx(np.mean(loops[-20:]), abs=1e-6)  # answers of a difficulty are equally long
+    np.testing.assert_allclose(usage.loops_N, loops, atol=1e-6)
+    assert usage.hardness_N.tolist() == [1] * 20 + [2] * 20
+    assert [sample.difficulty for sample in usage.samples] == [1, 2]
 
 
-def test_resume_goes_on_and_refuses_a_changed_task(run, tmp_path):
+def test_a_run_resumes_but_not_with_a_changed_task(run, tmp_path):
     import shutil
 
     from mythos_jax.typed import from_dict, to_dict
@@ -132,11 +134,11 @@ def test_resume_goes_on_and_refuses_a_changed_task(run, tmp_path):
         tree["data"]["task"] |= task
         return from_dict(Config, tree)
 
-    undisturbed = jax.device_get(load_model(run).variables)
+    uninterrupted = jax.device_get(load_model(run).variables)
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "60")
     train(CONFIG, tmp_path / "run", progress=False)
-    jax.tree.map(np.testing.assert_array_equal, undisturbed, jax.device_get(load_model(tmp_path / "run").variables))
+    jax.tree.map(np.testing.assert_array_equal, uninterrupted, jax.device_get(load_model(tmp_path / "run").variables))
     for change, message in [
         ({"difficulty": [1, 2]}, r"cannot resume.*data\.task\.difficulty was \[1\], is \[1, 2\]"),
         ({"answers": "last"}, r"cannot resume.*data\.task\.answers was 'every', is 'last'"),
@@ -153,7 +155,7 @@ def test_the_command_line(run, tmp_path, capsys):
     assert main(["eval", str(run), "--loops", "1-2", "--halting", "latent:0.4,latent:0.6"]) == 0
     assert "exact match" in capsys.readouterr().out.splitlines()[0]
     page = (run / "report" / "index.html").read_text()
-    assert all(wanted in page for wanted in ["trained on difficulty 1", "Where the loops go", "rank correlation"])
+    assert all(text in page for text in ["trained on difficulty 1", "Where the loops go", "rank correlation"])
     assert main(["generate", str(run), "0101"]) == 2
     assert capsys.readouterr().err == (
         f"mythos: {run}: was trained on task addition, which is no text; allowed: `mythos eval`\n"

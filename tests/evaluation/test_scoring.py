@@ -1,4 +1,4 @@
-"""Likelihoods and continuations of ragged sequences against one call a sequence."""
+"""Likelihoods and continuations of ragged sequences, against one call per sequence."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig
 from mythos_jax.evaluation import scoring
 from mythos_jax.evaluation.policies import Setting
-from mythos_jax.evaluation.scoring import bucket, extend, in_batches, score
+from mythos_jax.evaluation.scoring import batches_by_length, generate_until, padded_width, score
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
@@ -31,55 +31,55 @@ def loaded():
 
 def test_batches_have_few_widths():
     lengths = [3, 100, 40, 31, 33, 64, 1, 70, 99]
-    found = list(in_batches(lengths, 3, 90))
-    assert sorted(i for numbers, _ in found for i in numbers) == list(range(9))
-    for numbers, width in found:
-        assert len(numbers) <= 3
-        assert all(bucket(lengths[i], 90) == width for i in numbers)
-    assert {width for _, width in found} == {32, 64, 90}
+    batches = list(batches_by_length(lengths, 3, 90))
+    assert sorted(i for indices, _ in batches for i in indices) == list(range(9))
+    for indices, width in batches:
+        assert len(indices) <= 3
+        assert all(padded_width(lengths[i], 90) == width for i in indices)
+    assert {width for _, width in batches} == {32, 64, 90}
 
 
 @pytest.mark.parametrize("halting", [None, Halting("latent", 0.2)])
-def test_scores_are_those_of_single_calls(loaded, halting, monkeypatch):
-    monkeypatch.setattr(scoring, "SHORTEST", 4)
+def test_likelihoods_equal_those_of_single_calls(loaded, halting, monkeypatch):
+    monkeypatch.setattr(scoring, "MIN_WIDTH", 4)
     rng = np.random.default_rng(0)
     sequences = [(rng.integers(0, 40, n).tolist(), k) for n, k in [(17, 16), (5, 2), (9, 1), (2, 1), (12, 5)] * 2]
     run = jax.jit(lambda tokens: loaded.model.apply(loaded.variables, tokens, loops=jnp.int32(5), halting=halting))
-    for place, k in (1, 2), (2, 1):  # make the first scored token right: of two, and the only one
-        tokens = sequences[place][0]
+    for i, k in (1, 2), (2, 1):  # make the first scored token the most likely one: of two tokens, and of one
+        tokens = sequences[i][0]
         best = run(np.array([tokens[:-1]])).logits[0, -k].argmax()
-        sequences[place] = [*tokens[:-k], int(best), *tokens[len(tokens) - k + 1 :]], k
-    found = score(loaded, sequences, Setting(5, halting), progress=False)
-    assert len({s.loops / s.tokens for s in found}) > (1 if halting else 0)
-    assert len({s.greedy for s in found}) == 2
-    for (tokens, k), got in zip(sequences[:5], found, strict=False):
+        sequences[i] = [*tokens[:-k], int(best), *tokens[len(tokens) - k + 1 :]], k
+    likelihoods = score(loaded, sequences, Setting(5, halting), progress=False)
+    assert len({s.loops / s.tokens for s in likelihoods}) > (1 if halting else 0)
+    assert len({s.greedy for s in likelihoods}) == 2
+    for (tokens, k), got in zip(sequences[:5], likelihoods, strict=False):
         out = run(np.array([tokens[:-1]]))
         logits = np.asarray(out.logits[0, -k:], np.float64)
-        wanted = np.array(tokens[-k:])
-        nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(k), wanted]
+        targets = np.array(tokens[-k:])
+        nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(k), targets]
         assert got.log_likelihood == pytest.approx(-nats.sum(), abs=1e-4)
-        assert got.greedy == bool((logits.argmax(-1) == wanted).all())
+        assert got.greedy == bool((logits.argmax(-1) == targets).all())
         assert (got.tokens, got.loops) == (k, int(out.loops[0, -k:].sum()))
     for tokens in ([1], list(range(18))):
         with pytest.raises(ValueError, match=r"allowed: 1 <= n < tokens <= 17"):
             score(loaded, [(tokens, 1)], Setting(3), progress=False)
 
 
-def test_continuations_are_those_of_single_prompts(loaded):
+def test_continuations_equal_those_of_single_prompts(loaded):
     rng = np.random.default_rng(1)
-    prompts = [rng.integers(0, 40, n).tolist() for n in (3, 5, 12, 2)]  # the third loses four tokens
+    prompts = [rng.integers(0, 40, n).tolist() for n in (3, 5, 12, 2)]  # the third is truncated by four tokens
     alone = []
     for prompt in prompts:
         result = generate(loaded.model, loaded.variables, np.array([prompt[-8:]]), max_new_tokens=8, loops=3)
         alone.append((result.tokens[0].tolist(), int(result.loops.sum())))
     stop = alone[1][0][3]
-    found = extend(loaded, prompts, Setting(3), max_new_tokens=8, stop_tokens=(stop,), progress=False)
-    for (tokens, loops), got in zip(alone, found, strict=True):
-        until = tokens.index(stop) if stop in tokens else 8
-        assert got.tokens == tokens[:until]
-        assert got.drawn == min(until + 1, 8)
-        assert got.loops == loops * got.drawn / 8
-    assert len(found[1].tokens) <= 3
+    continuations = generate_until(loaded, prompts, Setting(3), max_new_tokens=8, stop_tokens=(stop,), progress=False)
+    for (tokens, loops), got in zip(alone, continuations, strict=True):
+        length = tokens.index(stop) if stop in tokens else 8
+        assert got.tokens == tokens[:length]
+        assert got.generated == min(length + 1, 8)
+        assert got.loops == loops * got.generated / 8
+    assert len(continuations[1].tokens) <= 3
 
 
 @pytest.mark.parametrize("chunk", [None, 4, 5])
