@@ -129,7 +129,7 @@ def _pareto(panel: Panel, trained_loops: int, with_heading: bool) -> str:
     better = "higher" if panel.higher_is_better else "lower"
     words = (
         f"The cheapest setting of each policy within 0.5 % of {setting_name(reference.setting)} "
-        f"({reference.value:.4g}, the dashed line; {better} is better), and the fraction of its loops that are saved. "
+        f"({reference.value:.4g}, the dashed line; {better} is better), and the fraction of loops it saves. "
         "Over fixed: the value minus that of fixed depths at the same mean loops."
     )
     name = f"{panel.group}: {panel.metric}" if with_heading else panel.group

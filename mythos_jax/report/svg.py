@@ -8,7 +8,7 @@ from typing import Literal
 
 # Units of the view box, which the page scales to the column. It is small so that text stays legible on a phone.
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 12, 22, 46  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 74, 12, 22, 46  # margins around the plot
 MIN_TICK_GAP = 26  # between the labels of the x axis
 N_COLOURS = 6  # classes c0 to c5 of the style sheet
 
