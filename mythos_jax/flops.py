@@ -1,6 +1,7 @@
-"""Parameters, FLOPs and bytes, counted from the config alone, analytic in loops.
+"""Parameters, FLOPs and bytes of a model, computed from its config as functions of the number of loops.
 
-XLA's own cost analysis counts the body of a loop once, so it cannot tell what depth costs.
+XLA's own cost analysis counts the body of a loop once, so it does not show what depth costs. A multiply-add counts as
+two FLOPs. FLOPs and bytes are those of matrices; norms, softmax and the like are left out.
 """
 
 import math
@@ -14,25 +15,29 @@ from mythos_jax.model.layers import compute_dtype
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """All of them; the tied embedding once."""
+    """The number of parameters; the embedding, which is also the output head, counts once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_variables(config)["params"]))
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward FLOPs of one token, a multiply-add counted as two; attention as if every key were seen."""
+    """Forward FLOPs per token. loop: of a single loop. coda: including the linear map before it, if there is one."""
 
     prelude: int
-    loop: int  # of one loop
-    coda: int  # read-out map included
+    loop: int
+    coda: int
     head: int
 
     def at(self, loops: int) -> int:
+        """Forward FLOPs per token with this number of loops."""
         return self.prelude + loops * self.loop + self.coda + self.head
 
 
 def forward_flops(config: ModelConfig, context: int) -> Flops:
-    """FLOPs per token where each token attends to `context` keys (a causal sequence of n tokens: about n / 2)."""
+    """Forward FLOPs per token, if each token attends to `context` keys.
+
+    For a causal sequence of n tokens, the mean context is about n / 2.
+    """
     c = config
     attention = 2 * _attention_weights(c) + 2 * context * _attention_per_key(c)
     dense = attention + 2 * _dense_weights(c, c.hidden_dim)
@@ -48,19 +53,22 @@ def forward_flops(config: ModelConfig, context: int) -> Flops:
 
 
 def training_flops(config: Config) -> int:
-    """FLOPs of one optimizer step on the global batch, without what is computed twice to save memory.
+    """FLOPs of one optimizer step on the global batch at the mean depth, without recomputation.
 
-    The backward pass costs twice the forward; loops without gradient cost the forward alone. Attention is causal.
+    The backward pass costs twice the forward pass; loops without gradients cost the forward pass alone. Attention is
+    causal.
     """
     flops, mean = forward_flops(config.model, context=max(config.data.seq_len // 2, 1)), mean_loops(config)
-    learning = min(mean, backprop_loops(config))
-    per_token = 3 * flops.at(learning) + (mean - learning) * flops.loop
+    with_gradients = min(mean, backprop_loops(config))
+    per_token = 3 * flops.at(with_gradients) + (mean - with_gradients) * flops.loop
     return config.training.batch_size * config.data.seq_len * per_token
 
 
 def cache_bytes(config: ModelConfig, loops: int) -> int:
-    """Bytes of decode cache per token of context, one slot a loop: mla keeps (kv_rank + rope_dim) channels a slot,
-    gqa 2 n_kv_heads head_dim."""
+    """Bytes of the decoding cache per token of context, with one slot per loop.
+
+    Each layer and slot keeps kv_lora_rank + qk_rope_head_dim channels with mla, 2 n_kv_heads head_dim with gqa.
+    """
     c = config
     mla = c.attention == "mla"
     channels = c.kv_lora_rank + c.qk_rope_head_dim if mla else 2 * c.n_kv_heads * c.gqa_head_dim
@@ -69,16 +77,18 @@ def cache_bytes(config: ModelConfig, loops: int) -> int:
 
 
 def decode_bytes(config: ModelConfig, context: int, loops: int) -> int:
-    """Bytes that must be read to decode one token of one row after `context` tokens: a weight each time it is used
-    (the loop's once a loop, of the routed experts those chosen), in the compute dtype, and the cache.
+    """Bytes that must be read to decode one token of one row after `context` tokens: weights and cache.
 
-    What a device computes with bfloat16 may be stored as float32 and then cost twice that; norms are left out.
+    A weight counts each time it is used: the loop's weights once per loop, and only the routed experts that the token
+    is sent to. Weights are assumed to be stored in the compute dtype; if they are float32, they take twice the bytes
+    of bfloat16.
     """
-    weights = forward_flops(config, context=0).at(loops) // 2  # with one token, each is one multiply-add
+    weights = forward_flops(config, context=0).at(loops) // 2  # for one token, each weight is one multiply-add
     return weights * compute_dtype(config).itemsize + context * cache_bytes(config, loops)
 
 
 def _attention_weights(c: ModelConfig) -> int:
+    """Weights of one attention layer."""
     if c.attention == "mla":
         nope, rope, V = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         query = c.dim * c.q_lora_rank + c.q_lora_rank * c.n_heads * (nope + rope)
@@ -88,17 +98,19 @@ def _attention_weights(c: ModelConfig) -> int:
 
 
 def _attention_per_key(c: ModelConfig) -> int:
-    """Multiply-adds for one key: its score and its share of the sum, over all heads."""
+    """Multiply-adds per key, over all heads: its score, and its value's part of the weighted sum."""
     if c.attention == "mla":
         return c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
     return 2 * c.n_heads * c.gqa_head_dim
 
 
 def _dense_weights(c: ModelConfig, hidden: int) -> int:
+    """Weights of a dense feed-forward layer of this hidden width."""
     return (3 if c.activation == "swiglu" else 2) * c.dim * hidden
 
 
 def _loop_feed_forward_weights(c: ModelConfig) -> int:
+    """Weights of a feed-forward layer in the loop that one token uses."""
     if c.feed_forward == "dense":
         return _dense_weights(c, c.loop_hidden_dim or c.hidden_dim)
     routed = c.experts_per_token * c.expert_dim

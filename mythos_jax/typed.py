@@ -1,8 +1,8 @@
-"""Frozen dataclasses that check themselves, with errors a user can act on; and plain containers to them and back.
+"""Frozen dataclasses that check their own fields, with errors that a user can act on.
 
-A config is a tree of `Section`s: frozen dataclasses whose fields carry their bounds in `Annotated` and that check
-themselves, so that a wrong value gives the same one-line message whether the config is built in Python, read from a
-file, or overridden on the command line. This is our own, and small, because the model must need only jax and flax.
+A config is a tree of `Section`s: frozen dataclasses whose fields carry their bounds in `Annotated`. They check
+themselves, so a wrong value gives the same one-line message whether the config is built in Python, read from a file, or
+overridden on the command line. The standard library is enough for this, and the model must need only jax and flax.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ M = TypeVar("M")
 T = TypeVar("T")
 
 
-# Markers: what `Annotated` says about a field.
+# Markers, for the `Annotated` type of a field.
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Between:
 
 @dataclass(frozen=True)
 class Or:
-    """One value is allowed in spite of the bound beside this marker; `meaning` says what it stands for."""
+    """One value that is allowed although it is out of bounds; `meaning` says what it stands for."""
 
     value: float
     meaning: str
@@ -81,9 +81,9 @@ class Or:
 
 @dataclass(frozen=True)
 class Formerly:
-    """The field had another name in an earlier version; `note` says what to know about the new one.
+    """The field had another name in an earlier version. note: what users of that name should know.
 
-    Giving the earlier name is an error that names the new one; what a program stored is upgraded (see `upgrade`).
+    Giving the earlier name is an error that names the new one. Stored configs are upgraded instead (see `upgrade`).
     """
 
     name: str
@@ -156,11 +156,11 @@ def marked(section: type, kind: type[M]) -> list[tuple[str, M]]:
     ]
 
 
-# Plain containers to sections and back.
+# Sections to nested dicts and back.
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain containers; tuples become lists."""
+    """A section as nested dicts, lists and scalars, as YAML and JSON have them."""
     return {
         f.name: to_dict(value)
         if dataclasses.is_dataclass(value := getattr(config, f.name))
@@ -195,9 +195,9 @@ def from_dict(section: type[S], tree: Any) -> S:
 
 
 def upgrade(section: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier version stored of a section, with the names of this version and its defaults for new fields.
+    """A section that an earlier version stored with `to_dict`, with current names and with defaults for new fields.
 
-    A field that is added must therefore have a default that means what the code did before.
+    The default of a field that is added must therefore mean what the code did before.
     """
     hints, current = _hints(section), to_dict(section())
     upgraded = current | {_renamed(section).get(name, (name, ""))[0]: value for name, value in tree.items()}
@@ -208,7 +208,7 @@ def upgrade(section: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted names of the leaves in which two trees of plain containers differ, with both values."""
+    """The leaves in which two nested dicts differ: both values by dotted name."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return {} if old == new else {name: (old, new)}
     changed: dict[str, tuple[Any, Any]] = {}
@@ -242,7 +242,7 @@ def annotated_hints(section: type) -> dict[str, Any]:
 
 @_cached
 def _renamed(section: type) -> dict[str, tuple[str, str]]:
-    """The present name for each earlier name of a field, and the note about it."""
+    """For each earlier name of a field, the current one and the note about it."""
     return {marker.name: (name, marker.note) for name, marker in marked(section, Formerly)}
 
 
@@ -287,7 +287,7 @@ _WORDS: dict[Any, tuple[str, str]] = {
 
 
 def _check_bounds(value: Any, hint: Any, name: str, allowed: str = "") -> None:
-    """Raises ConfigError where a value of the right type is out of the bounds in its annotated type."""
+    """Raises ConfigError if a value, which has the right type, is out of the bounds in its annotated type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         _check_bounds(value, arguments[0], name)

@@ -1,4 +1,4 @@
-"""Every config in configs/ loads, survives a round trip and has its published size; every bad one gives its message."""
+"""All configs in configs/ load, survive a round trip and have their published size; bad ones give one clear line."""
 
 import dataclasses
 import re
@@ -86,7 +86,7 @@ def test_a_config_in_the_repository_survives_a_round_trip(path, tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_in_the_repository_builds_and_runs(path):
-    """In shapes alone, so that the largest do too."""
+    """With abstract shapes, so that this also works for the largest."""
     config = load_config(path).model
     tokens = jax.ShapeDtypeStruct((2, 4), jnp.int32)
 
@@ -104,7 +104,7 @@ def test_a_published_size_has_as_many_parameters_as_the_original(name, parameter
 
 
 def test_the_baselines_match_what_they_are_compared_with():
-    """The small one in compute a token, the large one in parameters."""
+    """The small baseline in compute per token, the large one in parameters."""
     small, large = load_config(named("baseline_quickstart")), load_config(named("baseline_1b"))
     quickstart = load_config(named("quickstart"))
     flops = [forward_flops(c.model, 64).at(c.model.loops) for c in (small, quickstart)]
@@ -134,7 +134,7 @@ def test_yaml_numbers(write, text, value):
     assert load_config(write("{}"), ["--training.learning_rate", text]).training.learning_rate == value
 
 
-def test_overrides_are_laid_over_the_file(write):
+def test_overrides_take_precedence_over_the_file(write):
     path = write("model: {dim: 64}\ntraining: {steps: 5}\n")
     words = "--model.dim 32 --model.head_dim=8 --model.remat dots --mesh.fsdp -1 --mesh.data=1 --name it"
     config = load_config(path, [*words.split(), "--data.sources", "[a, b]"])
@@ -262,8 +262,8 @@ def test_a_stored_config_says_which_version_wrote_it(write, tmp_path):
     )
 
 
-def test_execution_is_told_apart_from_the_definition_of_a_model():
-    """The first assertion holds the list: a resume is refused, and a conversion fails, for all other fields."""
+def test_execution_fields_are_separate_from_the_definition_of_a_model():
+    """A resume that changes any field outside SPEED_FIELDS is refused, so the lists are spelled out here."""
     assert EXECUTION_FIELDS == ("dtype", "remat", "expert_exchange")
     assert SPEED_FIELDS == ("remat", "expert_exchange")
     assert INITIALIZATION_FIELDS == ("init_std", "output_init")
@@ -325,11 +325,11 @@ def test_a_bad_model_gives_one_clear_line(fields, expected):
 
 
 @pytest.mark.parametrize("good", [{}, MLA, MOE, {"head_dim": 6}, {"n_heads": 3, "n_kv_heads": 1, "head_dim": 4}])
-def test_the_models_that_the_bad_ones_start_from_are_good(good):
+def test_the_models_that_the_bad_ones_start_from_are_valid(good):
     ModelConfig(**{**GQA, **good})
 
 
-def test_a_file_that_is_no_config(tmp_path, write):
+def test_a_file_that_is_not_a_config(tmp_path, write):
     missing = tmp_path / "missing.yaml"
     assert message(load_config, missing) == f"{missing}: cannot be read (No such file or directory)"
     assert message(load_config, tmp_path) == f"{tmp_path}: cannot be read (Is a directory)"
@@ -342,7 +342,7 @@ def test_a_file_that_is_no_config(tmp_path, write):
     assert re.fullmatch(re.escape(f"{path}: not a YAML file (") + ".*\\)", message(load_config, path))
 
 
-def test_a_section_that_is_no_mapping(write):
+def test_a_section_that_is_not_a_mapping(write):
     expected = "mesh: got 3, allowed: a mapping with data, fsdp, tensor, expert, sequence, slices, gather"
     assert message(load_config, write("mesh: 3\n")) == expected
     assert message(load_config, write("data: {3: x}\n")).startswith("data.3: unknown key; allowed: path, sources, ")
