@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks import original
@@ -72,8 +73,6 @@ def verdict(rows: dict[str, list[dict[str, float]]]) -> str:
 
 
 def draw(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
     colours = iter(["C1", "C2", "C3", "C4"])

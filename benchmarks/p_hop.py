@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.runs import once
 from mythos_jax.config import Config, load_config
@@ -60,8 +61,6 @@ def table(looped: list[Results], single: list[Results], config: Config) -> str:
 
 
 def draw(looped: list[Results], single: list[Results], config: Config, path: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
     depths = config.evaluation.loops
