@@ -20,8 +20,8 @@ from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.sharding import replicate, use_mesh
 
-RECORDED_TOKENS = 2**18  # whose loss and loops are recorded one by one, for ranks and the heat map
-SAMPLE_TOKENS = 600  # of those, shown in the heat map
+RECORDED_TOKENS = 2**18  # tokens whose loss and loops are recorded individually
+SAMPLE_TOKENS = 600  # those of them that the heat map shows
 
 PerToken = tuple[np.ndarray, np.ndarray]  # nats_BT, loops_BT
 
@@ -47,8 +47,8 @@ def evaluate_depths(
     bytes_per_token: float,
     progress: bool = True,
 ) -> tuple[list[Measurement], list[LoopUsage]]:
-    """Bits per byte and loss on the same batches under each setting, and the loops of the first 2^18 tokens under each
-    halting policy.
+    """Measures bits per byte and loss on the same batches under each setting, and the loops of the first 2^18 tokens
+    under each halting policy.
 
     batches: NumPy dicts of tokens and targets, int32 [B, T], mask [B, T] and optionally segment_ids, all of one shape.
     """

@@ -1,4 +1,4 @@
-"""`mythos eval`: a model on held-out rows, on the problems of its task, or on tasks of lm-evaluation-harness."""
+"""`mythos eval`: evaluates a model on held-out text, problems of its task, or tasks of lm-evaluation-harness."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from mythos_jax.data.placement import check_batch
 from mythos_jax.data.tasks import TaskData
 from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.depths import evaluate_depths
-from mythos_jax.evaluation.exact_match import evaluate_task
+from mythos_jax.evaluation.exact_match import evaluate_problems
 from mythos_jax.evaluation.loop_trace import trace_loops
 from mythos_jax.evaluation.policies import Setting, default_depths, make_settings
 from mythos_jax.evaluation.results import Evaluation, HarnessTasks, HeldOutText, LoopTrace, ModelInfo, ReasoningTask
@@ -30,10 +30,11 @@ def evaluate_model(
     with_loop_trace: bool = False,
     progress: bool = True,
 ) -> Evaluation:
-    """A model on the held-out rows of `data`; by default on those of its run (all parts of a mixture) or, for a run on
-    a reasoning task, on held-out problems.
+    """Evaluates a model at each depth of `loops` and under each policy of `halting`.
 
-    `evaluation.max_rows` counts per part or difficulty. with_loop_trace: also what happens loop by loop.
+    data: a prepared folder, whose held-out rows are used. Default: those of the run (of all parts of a mixture) or,
+    for a run on a reasoning task, held-out problems. `evaluation.max_rows` is the limit per part or difficulty.
+    with_loop_trace: also measures what each loop does.
 
     Raises ConfigError: no data, rows of another tokenizer, a policy that the model cannot follow.
     """
@@ -42,17 +43,17 @@ def evaluate_model(
     settings = choose_settings(loaded, loops, halting)
     check_batch(loaded.mesh, loaded.config.evaluation.batch_size, "evaluation.batch_size")
     if loaded.config.data.task.name and data is None:
-        return _evaluate_problems(loaded, settings, with_loop_trace, progress)
-    return _evaluate_text(loaded, data, settings, with_loop_trace, progress)
+        return _evaluate_on_problems(loaded, settings, with_loop_trace, progress)
+    return _evaluate_on_text(loaded, data, settings, with_loop_trace, progress)
 
 
-def _evaluate_problems(
+def _evaluate_on_problems(
     loaded: LoadedModel, settings: Sequence[Setting], with_loop_trace: bool, progress: bool
 ) -> Evaluation:
     config, task = loaded.config, TaskData(loaded.config)
     size, max_rows = config.evaluation.batch_size, config.evaluation.max_rows
     batches = {d: list(task.eval_batches(d, batch_size=size, max_rows=max_rows)) for d in task.difficulties}
-    measurements, usage = evaluate_task(
+    measurements, usage = evaluate_problems(
         loaded.model, loaded.variables, batches, settings, mesh=loaded.mesh, progress=progress
     )
     symbols = task.problem.symbols
@@ -66,7 +67,7 @@ def _evaluate_problems(
     )
 
 
-def _evaluate_text(
+def _evaluate_on_text(
     loaded: LoadedModel, data: str | None, settings: Sequence[Setting], with_loop_trace: bool, progress: bool
 ) -> Evaluation:
     batches, bytes_per_token = held_out_batches(loaded, data)
@@ -107,19 +108,21 @@ def evaluate_on_tasks(
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """A model on tasks of lm-evaluation-harness (`lm_eval.evaluate_tasks`), by default at its own depth.
+    """Evaluates a model on tasks of lm-evaluation-harness, by default at its own depth.
+
+    The arguments from `include_path` on are those of `lm_eval.run_harness`.
 
     Raises ConfigError: the harness is not installed, an unknown task, a model without a tokenizer.
     """
     try:
-        from mythos_jax.evaluation.lm_eval import evaluate_tasks  # an extra that not every installation has
+        from mythos_jax.evaluation.lm_eval import run_harness  # an extra that not every installation has
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
         raise ConfigError("--tasks: needs lm-evaluation-harness; pip install 'mythos-jax[lm-eval]'") from None
     check_batch(loaded.mesh, loaded.config.evaluation.batch_size, "evaluation.batch_size")
     settings = choose_settings(loaded, loops or [loaded.config.model.loops], halting)
-    measurements = evaluate_tasks(
+    measurements = run_harness(
         loaded,
         tasks,
         settings,

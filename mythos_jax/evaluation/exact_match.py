@@ -41,7 +41,7 @@ def _evaluate_batch(
     return totals, replicate((answer_loops_B / jnp.maximum(answer_tokens_B, 1), out.loops))
 
 
-def evaluate_task(
+def evaluate_problems(
     model: Mythos,
     variables: Any,
     batches: Mapping[int, Sequence[dict[str, np.ndarray]]],
@@ -50,7 +50,8 @@ def evaluate_task(
     mesh: Mesh,
     progress: bool = True,
 ) -> tuple[list[Measurement], list[LoopUsage]]:
-    """Exact match on the same problems under each setting, and the loops of each problem under each halting policy.
+    """Measures exact match on the same problems under each setting, and the loops of each problem under each halting
+    policy.
 
     batches: for each difficulty, NumPy dicts of tokens and targets, int32 [B, T], and mask [B, T] (True on the
     answers), all of one shape; rows without an answer do not count.

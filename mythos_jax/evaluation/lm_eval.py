@@ -139,7 +139,7 @@ class Adapter(TemplateLM):
         return continuations
 
 
-def evaluate_tasks(
+def run_harness(
     loaded: LoadedModel,
     tasks: Sequence[str],
     settings: Sequence[Setting],
@@ -150,7 +150,7 @@ def evaluate_tasks(
     seed: int = 0,
     progress: bool = True,
 ) -> list[Measurement]:
-    """Every task under every setting: a row for each metric that the task reports.
+    """Runs every task under every setting; one measurement per metric that the task reports.
 
     tasks: names known to the harness, or paths of task files. include_path: a folder with more task files.
     limit: documents per task (default: all). Raises ConfigError for an unknown task.

@@ -21,7 +21,7 @@ from mythos_jax.config import (
 from mythos_jax.data.tasks import TaskData
 from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.evaluate import evaluate_model
-from mythos_jax.evaluation.exact_match import evaluate_task
+from mythos_jax.evaluation.exact_match import evaluate_problems
 from mythos_jax.evaluation.policies import fixed
 from mythos_jax.evaluation.results import ReasoningTask
 from mythos_jax.model.halting import Halting
@@ -77,7 +77,7 @@ def test_exact_match_equals_that_of_the_logits(task):
             position = np.flatnonzero(batch["mask"][row])[which]
             batch["targets"][row, position] = (predicted[row, position] + 1) % 16
     mesh = make_mesh(MeshConfig())
-    results, _ = evaluate_task(model, variables, batches, fixed([1, 3]), mesh=mesh, progress=False)
+    results, _ = evaluate_problems(model, variables, batches, fixed([1, 3]), mesh=mesh, progress=False)
     assert [(r.group, r.setting.loops) for r in results] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     for r in results:
         exact, loss, count = direct(model, variables, batches[r.group], r.setting.loops)

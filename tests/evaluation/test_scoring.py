@@ -14,7 +14,6 @@ from mythos_jax.evaluation.scoring import batches_by_length, generate_until, pad
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.ops.chunked_argmax import chunked_argmax
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import make_mesh
 from tests.tiny import variables
@@ -80,11 +79,3 @@ def test_continuations_equal_those_of_single_prompts(loaded):
         assert got.generated == min(length + 1, 8)
         assert got.loops == loops * got.generated / 8
     assert len(continuations[1].tokens) <= 3
-
-
-@pytest.mark.parametrize("chunk", [None, 4, 5])
-def test_chunked_argmax(chunk):
-    rng = np.random.default_rng(2)
-    features, table = rng.normal(size=(2, 12, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32)
-    found = chunked_argmax(jnp.asarray(features), jnp.asarray(table), chunk)
-    np.testing.assert_array_equal(found, (features @ table.T).argmax(-1))
