@@ -93,9 +93,9 @@ def halting_section(evaluation: Evaluation, panels: Sequence[Panel]) -> str:
 def _pool_difficulties(panels: Sequence[Panel]) -> list[Panel]:
     """One panel for the difficulties trained on and, if there are others, one for all difficulties."""
     trained = [panel for panel in panels if panel.trained_on]
-    pooled = [pool(trained, "difficulties trained on, weighted equally")] if trained else []
+    pooled = [pool(trained, "Difficulties trained on, weighted equally")] if trained else []
     if len(trained) < len(panels):
-        pooled.append(pool(panels, "all difficulties, weighted equally"))
+        pooled.append(pool(panels, "All difficulties, weighted equally"))
     return pooled
 
 
@@ -128,7 +128,7 @@ def _pareto(panel: Panel, trained_loops: int, with_heading: bool) -> str:
     )
     better = "higher" if panel.higher_is_better else "lower"
     words = (
-        f"The cheapest setting of each policy within 0.5 % of {setting_name(reference.setting)} "
+        f"The cheapest setting of each policy within 0.5 % of the value at {setting_name(reference.setting)} "
         f"({reference.value:.4g}, the dashed line; {better} is better), and the fraction of loops it saves. "
         "Over fixed: the value minus that of fixed depths at the same mean loops."
     )
