@@ -52,16 +52,18 @@ def forward_flops(config: ModelConfig, context: int) -> Flops:
     )
 
 
-def training_flops(config: Config) -> int:
-    """FLOPs of one optimizer step on the global batch at the mean depth, without recomputation.
+def training_flops(config: Config, loops: float | None = None) -> int:
+    """FLOPs of one optimizer step on the global batch, without recomputation. loops: its mean depth (default: that of
+    the config).
 
     The backward pass costs twice the forward pass; loops without gradients cost the forward pass alone. Attention is
     causal.
     """
-    flops, mean = forward_flops(config.model, context=max(config.data.seq_len // 2, 1)), mean_loops(config)
+    flops = forward_flops(config.model, context=max(config.data.seq_len // 2, 1))
+    mean = mean_loops(config) if loops is None else loops
     with_gradients = min(mean, backprop_loops(config))
-    per_token = 3 * flops.at(with_gradients) + (mean - with_gradients) * flops.loop
-    return config.training.batch_size * config.data.seq_len * per_token
+    per_token = 3 * (flops.at(0) + with_gradients * flops.loop) + (mean - with_gradients) * flops.loop
+    return round(config.training.batch_size * config.data.seq_len * per_token)
 
 
 def cache_bytes(config: ModelConfig, loops: int) -> int:

@@ -40,7 +40,9 @@ def lines(workdir):
 
 
 def timeless(rows):
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "goodput")} for row in rows]
+    """Rows of the log without what depends on the speed of the machine."""
+    timed = ("tokens_per_second", "flops_per_second", "mfu", "goodput")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
 def with_training(config, **fields):

@@ -11,7 +11,8 @@ from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.prepare import prepare
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import copy_tree, is_remote, to_path
-from mythos_jax.training.metrics import RemoteMetricsLog, open_writers
+from mythos_jax.training import loggers
+from mythos_jax.training.loggers import RemoteJsonlLogger, open_loggers
 
 
 class Store(MemoryFileSystem):
@@ -39,25 +40,37 @@ def lines(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_a_log_in_a_bucket_is_whole_at_every_flush_and_cut_back_on_resume():
+def test_a_log_in_a_bucket_is_complete_after_every_flush_and_truncated_on_resume(monkeypatch):
     run = to_path("gs://bucket/run")
     assert is_remote(run)
-    (log,) = open_writers((), run, "name", restored_step=0)
-    assert isinstance(log, RemoteMetricsLog)
+    (log,) = open_loggers((), run, "name", restored_step=0)
+    assert isinstance(log, RemoteJsonlLogger)
     log.write(1, {"loss": 2.0})
     assert not (run / "metrics.jsonl").exists()
     log.flush()
     log.write(2, {"loss": 1.0})
     assert lines(run / "metrics.jsonl") == [1]
-    log.EVERY = 0
+    monkeypatch.setattr(loggers, "COPY_EVERY", 0)
     log.write(3, {"loss": 1.0})
     assert lines(run / "metrics.jsonl") == [1, 2, 3]
     log.close()
-    (log,) = open_writers((), run, "name", restored_step=2)
+    (log,) = open_loggers((), run, "name", restored_step=2)
     log.write(3, {"loss": 5.0})
     log.close()
     assert lines(run / "metrics.jsonl") == [1, 2, 3]
     assert '"loss": 5.0' in (run / "metrics.jsonl").read_text()
+
+
+def test_tensorboard_files_in_a_bucket_are_complete_when_closed():
+    run = to_path("gs://bucket/run")
+    _, first = open_loggers(("tensorboard",), run, "name", restored_step=0)
+    first.write(1, {"loss": 2.0})
+    first.close()
+    _, second = open_loggers(("tensorboard",), run, "name", restored_step=1)
+    second.write(2, {"loss": 1.0})
+    second.close()
+    files = sorted((run / "tensorboard").iterdir(), key=lambda file: file.name)
+    assert [b"loss" in file.read_bytes() for file in files] == [True, True]
 
 
 def test_a_config_in_a_bucket():

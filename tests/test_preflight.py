@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from mythos_jax import cli
+from mythos_jax.chips import CHIPS, GIB
 from mythos_jax.errors import ConfigError
 from mythos_jax.preflight.collectives import bytes_sent, read_collectives, replica_groups
 from mythos_jax.preflight.compile import read_refusal
 from mythos_jax.preflight.cost import cost, matmul_flops
 from mythos_jax.preflight.hlo import Instruction, parse
-from mythos_jax.preflight.topology import CHIPS, GIB, parse_topology
+from mythos_jax.preflight.topology import parse_topology
 
 # Two loops, one inside the other, of 3 and 5 rounds; cut down from what the TPU compiler prints.
 PROGRAM = """HloModule jit_step, is_scheduled=true

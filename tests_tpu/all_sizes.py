@@ -33,9 +33,10 @@ HEAD = (
 
 def row(name: str, quick: bool) -> str:
     """One line of the table."""
+    from mythos_jax.chips import GIB
     from mythos_jax.config import load_config
     from mythos_jax.preflight.report import preflight
-    from mythos_jax.preflight.topology import GIB, parse_topology
+    from mythos_jax.preflight.topology import parse_topology
 
     config, topology = load_config(ROOT / "configs" / f"{name}.yaml"), parse_topology(SLICES[name])
     start = time.process_time()

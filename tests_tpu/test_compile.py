@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mythos_jax.chips import CHIPS
 from mythos_jax.cli import main
 from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, TrainingConfig
 from mythos_jax.flops import cache_bytes, count_parameters
@@ -19,7 +20,7 @@ from mythos_jax.preflight.compile import chip_bytes, compile_decode, compile_tra
 from mythos_jax.preflight.cost import cost
 from mythos_jax.preflight.hlo import parse
 from mythos_jax.preflight.report import preflight
-from mythos_jax.preflight.topology import CHIPS, parse_topology
+from mythos_jax.preflight.topology import parse_topology
 from mythos_jax.sharding import make_mesh, use_mesh
 
 # Sizes that are all different, so that an array's shape tells what it is.

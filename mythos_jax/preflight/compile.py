@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
+from mythos_jax.chips import GIB
 from mythos_jax.config import Config
 from mythos_jax.data.placement import batch_sharding, check_batch
 from mythos_jax.errors import ConfigError
@@ -20,7 +21,7 @@ from mythos_jax.inference import generate
 from mythos_jax.inference.sampling import Sampling
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.preflight.topology import GIB, Topology
+from mythos_jax.preflight.topology import Topology
 from mythos_jax.sharding import RULES, make_mesh, placement, use_mesh
 from mythos_jax.training.step import abstract_state, jitted_step
 

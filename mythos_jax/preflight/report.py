@@ -4,13 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from mythos_jax.chips import GIB
 from mythos_jax.config import Config
 from mythos_jax.flops import forward_flops, training_flops
 from mythos_jax.preflight.collectives import Collective, read_collectives
 from mythos_jax.preflight.compile import Buffer, Program, chip_bytes, compile_decode, compile_train
 from mythos_jax.preflight.cost import cost
 from mythos_jax.preflight.hlo import parse
-from mythos_jax.preflight.topology import GIB, Topology
+from mythos_jax.preflight.topology import Topology
 from mythos_jax.training.depth import loops_without_gradient
 
 

@@ -1,42 +1,9 @@
-"""TPU slices to compile for: what a chip can do, and which slice shapes there are.
-
-Numbers are per chip and as published: https://docs.cloud.google.com/tpu/docs/v5e, …/v6e and …/v5p (read in November
-2026). Their inter-chip bandwidth counts both directions of all links; DCN of v5e and v6e is the pod's over 256 chips.
-"""
+"""TPU slices to compile for: which slice shapes there are, and the names that users give them."""
 
 from dataclasses import dataclass
 
+from mythos_jax.chips import CHIPS, Chip
 from mythos_jax.errors import ConfigError
-
-GB, GIB = 1e9, 2**30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """hbm_bytes: what the compiler gives a program. flops: peak bfloat16. Bandwidths in bytes a second."""
-
-    name: str
-    hbm_bytes: float
-    flops: float
-    hbm_bandwidth: float
-    ici_bandwidth: float  # of one torus axis: a link each way, as a ring collective uses them
-    dcn_bandwidth: float
-    shapes: tuple[str, ...]  # slices that can be rented
-
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = (
-    "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24"
-)  # fmt: skip
-
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", 15.75 * GIB, 197e12, 819 * GB, 400 / 4 * GB, 25 / 8 * GB, _FLAT),
-        Chip("v6e", 31.25 * GIB, 918e12, 1600 * GB, 800 / 4 * GB, 100 / 8 * GB, _FLAT),
-        Chip("v5p", 95.74 * GIB, 459e12, 2765 * GB, 1200 / 6 * GB, 50 / 8 * GB, _CUBES),
-    )
-}
 
 
 @dataclass(frozen=True)

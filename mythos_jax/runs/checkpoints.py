@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from mythos_jax.errors import ConfigError, DamagedError, SaveError
 from mythos_jax.paths import is_remote, to_path
 from mythos_jax.processes import is_process_zero, log0, process_zero_first, raise_together
-from mythos_jax.runs.state import TrainState, evaluated
+from mythos_jax.runs.state import TrainState, eval_variables
 
 # Orbax reports each save and restore, and warns of its own defaults, through absl; failures it raises.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -103,7 +103,7 @@ class Checkpoints:
             sums = self._meta(step)["checksums"]
             variables = self._restore_tree(step, "model", like, sums)
             if "average" in sums:
-                variables = evaluated(variables, self._restore_tree(step, "average", like["params"], sums))
+                variables = eval_variables(variables, self._restore_tree(step, "average", like["params"], sums))
         except Exception as error:
             why = " ".join(str(error).split())[:200]
             raise DamagedError(f"{self.directory / str(step)}: damaged, cannot be restored ({why})") from error

@@ -22,6 +22,6 @@ class TrainState(struct.PyTreeNode):
     skipped: jax.Array
 
 
-def evaluated(variables: dict[str, Any], average: Any) -> dict[str, Any]:
+def eval_variables(variables: dict[str, Any], average: Any) -> dict[str, Any]:
     """The variables to evaluate: the moving average of the weights where one is kept."""
     return variables if average is None else {**variables, "params": average}

@@ -1,4 +1,4 @@
-"""What training may minimise beside the next-token loss (which is in `model/likelihood.py`)."""
+"""Objectives that training can add to the next-token loss (which is in `model/likelihood.py`)."""
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ from mythos_jax.model.state import Aux
 
 
 def extra_objectives(config: ObjectivesConfig, aux: Aux, mask_BT: jax.Array) -> dict[str, jax.Array]:
-    """Each objective that is on, float32 [], before its weight; means over counted tokens."""
+    """Every objective with a non-zero weight, float32 []: its mean over the tokens in the mask, not yet weighted."""
     makers = {
         "ponder_cost": lambda: _token_mean(ponder_cost(aux.act_weight_LBT), mask_BT),
         "ponder_prior": lambda: _token_mean(ponder_prior(aux.act_weight_LBT, config.ponder_prior_rate), mask_BT),
@@ -20,14 +20,14 @@ def extra_objectives(config: ObjectivesConfig, aux: Aux, mask_BT: jax.Array) -> 
 
 
 def ponder_cost(weight_LBT: jax.Array) -> jax.Array:
-    """Expected loops under the ACT weights, [B, T]: the differentiable cost of thinking (after arXiv 1603.08983)."""
+    """Expected loops under the ACT weights, [B, T]; a differentiable compute cost (after arXiv 1603.08983)."""
     loops_L = jnp.arange(1, weight_LBT.shape[0] + 1, dtype=jnp.float32)
     return jnp.einsum("LBT,L->BT", weight_LBT, loops_L)
 
 
 def ponder_prior(weight_LBT: jax.Array, rate: float) -> jax.Array:
-    """KL(ACT weights || geometric of this rate, cut at L loops and renormalised), [B, T] (PonderNet, arXiv 2107.05407,
-    equation 6)."""
+    """KL(ACT weights || geometric distribution with this rate, truncated at L loops and renormalised), [B, T]
+    (PonderNet, arXiv 2107.05407, equation 6)."""
     prior_L = rate * (1 - rate) ** jnp.arange(weight_LBT.shape[0], dtype=jnp.float32)
     log_prior_L = jnp.log(prior_L / prior_L.sum())
     terms_LBT = weight_LBT * (jnp.log(jnp.maximum(weight_LBT, 1e-8)) - log_prior_L[:, None, None])
@@ -35,7 +35,7 @@ def ponder_prior(weight_LBT: jax.Array, rate: float) -> jax.Array:
 
 
 def contraction(change_LBT: jax.Array) -> jax.Array:
-    """How much each loop's step of the state exceeds the one before, summed over loops, [B, T]."""
+    """By how much each loop changes the state more than the loop before it did, summed over loops, [B, T]."""
     return nn.relu(change_LBT[1:] - change_LBT[:-1]).sum(0)
 
 

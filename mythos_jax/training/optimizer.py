@@ -1,4 +1,4 @@
-"""AdamW and Muon, their schedule, and which weights decay."""
+"""AdamW and Muon, their learning-rate schedule, and which weights decay."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mythos_jax.config import TrainingConfig
 
-# Everything that is no matrix of the network: norm gains and LoRA scales, biases, the injection's dynamics.
+# Parameters that are not matrices of the network: norm gains and LoRA scales, biases, the injection's dynamics.
 NO_DECAY = frozenset({"scale", "q_bias", "k_bias", "halt_bias", "log_a", "log_dt", "dt_bias", "b"})
 
-# Weights that are matrices between hidden activations, and the axes of each that Muon takes as input and output; the
-# others (embeddings, heads of one output, gates of few channels) go to AdamW. Experts have a leading axis of their own.
+# Muon updates the matrices between hidden activations; for each layout of axes, those it treats as input and output.
+# All other weights (embeddings, heads with one output, gates with few channels) go to AdamW. Experts have a leading
+# axis, over which Muon is vectorised.
 _HEADS_OUT = MuonDimensionNumbers((0,), (1, 2))  # [D, H, K]
 _HEADS_IN = MuonDimensionNumbers((0, 1), (2,))  # [H, K, D]
 _PLAIN = MuonDimensionNumbers((0,), (1,))
@@ -20,19 +21,28 @@ _EXPERTS = MuonDimensionNumbers((1,), (2,))  # [E, D, F]
 
 
 def schedule(config: TrainingConfig, peak: float) -> optax.Schedule:
-    """Linear from peak / (warm-up + 1) at step 0 to the peak, then as `config.schedule` says."""
-    warm, final = config.warmup_steps, peak * config.final_learning_rate_fraction
-    rest = max(config.steps - warm, 1)
+    """The learning rate by step: linear from peak / (warmup_steps + 1) to the peak, then `config.schedule`."""
+    warmup, fraction = config.warmup_steps, config.final_learning_rate_fraction
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, config.final_learning_rate_fraction)
+        after = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), fraction)
     elif config.schedule == "wsd":
-        down = max(round(config.decay_fraction * config.steps), 1)
-        after = optax.linear_schedule(peak, final, down, transition_begin=max(rest - down, 0))
+        begin = decay_start(config) - warmup
+        after = optax.linear_schedule(peak, peak * fraction, _decay_steps(config), transition_begin=begin)
     else:
         after = optax.constant_schedule(peak)
-    if not warm:
+    if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(peak / (warm + 1), peak, warm), after], [warm])
+    # Not from zero: the first step would change nothing.
+    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+
+
+def decay_start(config: TrainingConfig) -> int:
+    """The step at which `wsd` starts to decay; never before the end of the warm-up."""
+    return max(config.warmup_steps, max(config.steps, config.warmup_steps + 1) - _decay_steps(config))
+
+
+def _decay_steps(config: TrainingConfig) -> int:
+    return max(round(config.decay_fraction * config.steps), 1)
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
@@ -44,7 +54,7 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=decays,
+        mask=decay_mask,
     )
     update = adamw
     if config.optimizer == "muon":
@@ -57,20 +67,20 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.gradient_clip or float("inf")), update)
 
 
-def decays(params: Any) -> Any:
-    """A tree of bools: true for weights that weight decay pulls to zero."""
+def decay_mask(params: Any) -> Any:
+    """A tree of bools: true for the weights that weight decay applies to."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path)[-1] not in NO_DECAY, params)
 
 
 def optimizer_groups(params: Any) -> Any:
-    """A tree of "muon" and "adamw": who moves each weight when `optimizer` is muon."""
+    """A tree of "muon" and "adamw": which of the two updates each weight when `optimizer` is muon."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "adamw" if _muon_axes(path_names(path)) is None else "muon", params
     )
 
 
 def path_names(path: tuple[Any, ...]) -> list[str]:
-    """The dictionary keys on a tree path (boxes of partition names, where there are any, left out)."""
+    """The dictionary keys on a tree path, without the boxes that hold partition names."""
     return [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
 
 
@@ -79,15 +89,15 @@ def _dimension_numbers(params: Any) -> Any:
 
 
 def _muon_axes(names: list[str]) -> MuonDimensionNumbers | None:
-    """The axes of a Muon weight, told by its path; None for AdamW's."""
-    *above, last = names
-    parent = above[-1] if above else ""
+    """The axes of the Muon weight at this path; None for a weight that AdamW updates."""
+    *parents, last = names
+    parent = parents[-1] if parents else ""
     if parent == "moe":
         return _EXPERTS
     if last == "kv_up" or parent == "q_up":
         return _HEADS_OUT
     if last != "kernel" or parent in ("router", "lora"):
         return None
-    if above[-2:-1] == ["attention"]:
+    if parents[-2:-1] == ["attention"]:
         return {"out": _HEADS_IN, "q_down": _PLAIN, "kv_down": _PLAIN}.get(parent, _HEADS_OUT)
-    return None if "lora" in above else _PLAIN
+    return None if "lora" in parents else _PLAIN

@@ -1,4 +1,4 @@
-"""The training loop against undisturbed runs: resume, kills, refusals, failures."""
+"""The training loop against uninterrupted runs: resume, kills, refusals, failures."""
 
 import dataclasses
 import json
@@ -22,40 +22,40 @@ from tests.training.conftest import use_devices
 
 
 @pytest.fixture(scope="module")
-def kept_run(tmp_path_factory):
-    return tmp_path_factory.mktemp("kept") / "run"
+def trained_once(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained") / "run"
 
 
 @pytest.fixture
-def undisturbed(config, tmp_path, kept_run):
-    """The run directory of a run that nothing interrupted: a copy of one that is trained once."""
-    if not kept_run.exists():
-        train(config, kept_run, progress=False)
-    return Path(shutil.copytree(kept_run, tmp_path / "undisturbed"))
+def uninterrupted(config, tmp_path, trained_once):
+    """The directory of a run that nothing interrupted: each test's own copy."""
+    if not trained_once.exists():
+        train(config, trained_once, progress=False)
+    return Path(shutil.copytree(trained_once, tmp_path / "uninterrupted"))
 
 
-def test_a_run_leaves_its_files_and_learns(config, undisturbed):
-    rows = lines(undisturbed)
+def test_a_run_writes_its_files_and_learns(config, uninterrupted):
+    rows = lines(uninterrupted)
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     assert rows[0]["learning_rate"] > 0
     assert rows[0]["mean_loops"] == config.model.loops
     np.testing.assert_allclose(np.sum(rows[0]["expert_load"], axis=-1), 1, atol=1e-5)
-    assert load_config(undisturbed / "config.yaml") == config
-    assert Checkpoints(undisturbed / "checkpoints", read_only=True).steps() == [6, 8]
-    bias = parameters(undisturbed)["balance"]["recurrence"]["cell"]["layer_0"]["moe"]["router"]["bias"]
+    assert load_config(uninterrupted / "config.yaml") == config
+    assert Checkpoints(uninterrupted / "checkpoints", read_only=True).steps() == [6, 8]
+    bias = parameters(uninterrupted)["balance"]["recurrence"]["cell"]["layer_0"]["moe"]["router"]["bias"]
     assert np.abs(bias).max() > 0
 
 
-def test_resume_equals_an_uninterrupted_run(config, undisturbed, tmp_path):
+def test_resume_equals_an_uninterrupted_run(config, uninterrupted, tmp_path):
     workdir = tmp_path / "resumed"
     train(config, workdir, progress=False)
-    # As if the run had been killed before its last save: only the checkpoint of step 6 is left, and the log of step 8.
+    # As if the run had been killed during its last save: the newest checkpoint is of step 6, the log goes to step 8.
     shutil.rmtree(workdir / "checkpoints" / "8")
     (workdir / "metrics.jsonl").open("a").write('{"step": 8, "los')
     train(config, workdir, progress=False)
-    assert_same(parameters(undisturbed), parameters(workdir))
-    assert timeless(lines(workdir)) == timeless(lines(undisturbed))
+    assert_same(parameters(uninterrupted), parameters(workdir))
+    assert timeless(lines(workdir)) == timeless(lines(uninterrupted))
 
 
 def as_written_by_0_1_0(workdir):
@@ -82,15 +82,15 @@ def as_written_by_0_1_0(workdir):
         meta.write_text(text)
 
 
-def test_a_run_of_version_0_1_0_resumes_and_is_evaluated(config, undisturbed, tmp_path, capsys):
-    workdir = shutil.copytree(undisturbed, tmp_path / "old")
+def test_a_run_of_version_0_1_0_resumes_and_is_evaluated(config, uninterrupted, tmp_path, capsys):
+    workdir = shutil.copytree(uninterrupted, tmp_path / "old")
     shutil.rmtree(workdir / "checkpoints" / "8")
     as_written_by_0_1_0(workdir)
     capsys.readouterr()
     assert load_model(workdir).config == config
     train(config, workdir, progress=False)
     assert "resuming" in capsys.readouterr().err
-    assert_same(parameters(undisturbed), parameters(workdir))
+    assert_same(parameters(uninterrupted), parameters(workdir))
     changed = dataclasses.replace(config, training=dataclasses.replace(config.training, grad_accumulation_steps=2))
     as_written_by_0_1_0(workdir)
     train(changed, workdir, progress=False)
@@ -98,9 +98,9 @@ def test_a_run_of_version_0_1_0_resumes_and_is_evaluated(config, undisturbed, tm
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_stopped_goes_on_as_if_nothing_happened(config, tmp_path, number):
+def test_a_run_that_was_stopped_resumes_as_if_nothing_had_happened(config, tmp_path, number):
     config = with_training(config, steps=60, checkpoint_every=20)
-    train(config, tmp_path / "undisturbed", progress=False)
+    train(config, tmp_path / "uninterrupted", progress=False)
     workdir = tmp_path / "stopped"
     process = start(config, workdir)
     wait_for_step(workdir, 25, process)
@@ -112,12 +112,12 @@ def test_a_run_that_is_stopped_goes_on_as_if_nothing_happened(config, tmp_path, 
         assert 25 <= saved < 60
         assert f"stopped by {signal.Signals(number).name} after step {saved}; checkpoint saved" in errors
     train(config, workdir, progress=False)
-    assert_same(parameters(tmp_path / "undisturbed"), parameters(workdir))
-    assert timeless(lines(workdir)) == timeless(lines(tmp_path / "undisturbed"))
+    assert_same(parameters(tmp_path / "uninterrupted"), parameters(workdir))
+    assert timeless(lines(workdir)) == timeless(lines(tmp_path / "uninterrupted"))
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_was_saved(config, tmp_path):
-    """A limit on the size of files stands for the full disk: the write fails in the same place."""
+def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_checkpoints(config, tmp_path):
+    """A limit on file sizes simulates the full disk: the write fails in the same place."""
     workdir = tmp_path / "full"
     train(with_training(config, steps=3), workdir, progress=False)
 
@@ -130,44 +130,44 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(config, tmp_path):
     assert Checkpoints(workdir / "checkpoints", read_only=True).steps() == [3]
 
 
-def test_a_half_written_checkpoint_is_not_restored(config, undisturbed, tmp_path):
-    half = undisturbed / "checkpoints" / "9.orbax-checkpoint-tmp"
-    shutil.copytree(undisturbed / "checkpoints" / "8", half)
-    assert Checkpoints(undisturbed / "checkpoints", read_only=True).newest() == 8
-    assert load_model(undisturbed).step == 8
+def test_an_incomplete_checkpoint_is_not_restored(config, uninterrupted, tmp_path):
+    half = uninterrupted / "checkpoints" / "9.orbax-checkpoint-tmp"
+    shutil.copytree(uninterrupted / "checkpoints" / "8", half)
+    assert Checkpoints(uninterrupted / "checkpoints", read_only=True).newest() == 8
+    assert load_model(uninterrupted).step == 8
 
 
 def data_files(folder):
-    """The files of a checkpoint that hold its weights."""
+    """The files of a checkpoint that contain its weights."""
     return [file for file in (folder / "model").rglob("*") if file.is_file() and file.parent.name == "d"]
 
 
 def flip_bits(folder):
-    """One in the middle of each."""
+    """One bit in the middle of each file."""
     for file in data_files(folder):
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 16
         file.write_bytes(data)
 
 
-def cut_short(folder):
+def truncate(folder):
     for file in data_files(folder):
         file.write_bytes(file.read_bytes()[:100])
 
 
-def keep_the_files_but_change_what_they_say(folder):
-    """Another checkpoint's arrays in place of these: whole files, wrong contents."""
+def swap_the_contents(folder):
+    """Another checkpoint's arrays in place of these: intact files with the wrong contents."""
     shutil.rmtree(folder / "model")
     shutil.copytree(folder.parent / "6" / "model", folder / "model")
 
 
-def cut_meta_short(folder):
+def truncate_metadata(folder):
     file = folder / "meta" / "metadata"
     file.write_bytes(file.read_bytes()[:100])
 
 
-def change_a_digit_of_meta(folder):
-    """Still JSON, but it says that the run was made with another model."""
+def change_a_digit_of_the_metadata(folder):
+    """Still JSON, but now of a run with another model."""
     file = folder / "meta" / "metadata"
     text = file.read_text()
     changed = text.replace("264", "265", 1)
@@ -175,25 +175,25 @@ def change_a_digit_of_meta(folder):
     file.write_text(changed)
 
 
-# Orbax and TensorStore leave the reads that failed to an event loop that is closed by then.
+# Orbax and TensorStore leave failed reads to an event loop that has been closed by then.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "damage",
-    [flip_bits, cut_short, keep_the_files_but_change_what_they_say, cut_meta_short, change_a_digit_of_meta],
+    [flip_bits, truncate, swap_the_contents, truncate_metadata, change_a_digit_of_the_metadata],
 )
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(config, undisturbed, capsys, damage):
-    whole, log = parameters(undisturbed), timeless(lines(undisturbed))
-    damage(undisturbed / "checkpoints" / "8")
-    train(config, undisturbed, progress=False)
+def test_a_damaged_checkpoint_is_set_aside_for_the_previous_one(config, uninterrupted, capsys, damage):
+    expected, log = parameters(uninterrupted), timeless(lines(uninterrupted))
+    damage(uninterrupted / "checkpoints" / "8")
+    train(config, uninterrupted, progress=False)
     errors = capsys.readouterr().err
     assert "checkpoints/8: damaged, trying the one before" in errors
     assert "after step 6" in errors
-    assert (undisturbed / "checkpoints" / "8.damaged").is_dir()
-    assert_same(whole, parameters(undisturbed))
-    assert timeless(lines(undisturbed)) == log
+    assert (uninterrupted / "checkpoints" / "8.damaged").is_dir()
+    assert_same(expected, parameters(uninterrupted))
+    assert timeless(lines(uninterrupted)) == log
 
 
-def test_checksums_see_every_flipped_bit_and_no_sharding():
+def test_checksums_detect_every_flipped_bit_on_any_sharding():
     rng = np.random.default_rng(0)
     tree = {"a": rng.standard_normal((6, 8)).astype(np.float32), "b": np.arange(5, dtype=np.int32)}
     truth = np.asarray(checksums(tree))
@@ -201,9 +201,9 @@ def test_checksums_see_every_flipped_bit_and_no_sharding():
     for spec in [PartitionSpec("fsdp"), PartitionSpec(None, "data"), PartitionSpec("fsdp", "data")]:
         placed = {**tree, "a": jax.device_put(tree["a"], NamedSharding(mesh, spec))}
         np.testing.assert_array_equal(checksums(placed), truth)
-    for place in rng.integers(0, 48 * 32, 40):
+    for bit in rng.integers(0, 48 * 32, 40):
         words = tree["a"].copy().view(np.uint32).ravel()
-        words[place // 32] ^= np.uint32(1 << (place % 32))
+        words[bit // 32] ^= np.uint32(1 << (bit % 32))
         changed = {**tree, "a": words.view(np.float32).reshape(6, 8)}
         assert np.asarray(checksums(changed))[0] != truth[0]
     swapped = {**tree, "a": tree["a"][::-1].copy()}
@@ -211,55 +211,58 @@ def test_checksums_see_every_flipped_bit_and_no_sharding():
 
 
 def test_a_run_moves_between_one_two_and_eight_devices(config, tmp_path, monkeypatch):
-    """Same global batches; the loss equals that of an unmoved run to 1e-5 over the first six steps, with
-    a restore on other devices among them, and to 1e-4 throughout."""
+    """Same global batches; the loss equals that of a run on one device to 1e-5 over the first six steps, which include
+    a restore on two devices, and to 1e-4 throughout."""
     config = with_training(config, steps=9, checkpoint_every=3, schedule="constant")
-    train(config, tmp_path / "still", progress=False)
+    train(config, tmp_path / "unmoved", progress=False)
     for devices, steps in [(1, 3), (2, 6), (8, 9)]:
         use_devices(monkeypatch, devices)
         train(with_training(config, steps=steps), tmp_path / "moved", progress=False)
-    still, moved = ([row["loss"] for row in lines(tmp_path / name)] for name in ("still", "moved"))
-    np.testing.assert_allclose(moved[:6], still[:6], atol=1e-5)
-    np.testing.assert_allclose(moved, still, atol=1e-4)
+    unmoved, moved = ([row["loss"] for row in lines(tmp_path / name)] for name in ("unmoved", "moved"))
+    np.testing.assert_allclose(moved[:6], unmoved[:6], atol=1e-5)
+    np.testing.assert_allclose(moved, unmoved, atol=1e-4)
 
 
-def test_resume_refuses_another_model_batch_seed_or_data(config, undisturbed, tmp_path, text_file):
-    before = parameters(undisturbed)
+def test_resume_refuses_another_model_batch_seed_or_data(config, uninterrupted, tmp_path, text_file):
+    before = parameters(uninterrupted)
     model = dataclasses.replace(config.model, act_threshold=0.5, rope_theta=5e4)
     with pytest.raises(ConfigError, match=r"model\.rope_theta was 10000\.0, is 50000\.0; model\.act_threshold was"):
-        train(dataclasses.replace(config, model=model), undisturbed, progress=False)
+        train(dataclasses.replace(config, model=model), uninterrupted, progress=False)
     with pytest.raises(ConfigError, match=r"training\.batch_size was 8, is 16"):
-        train(with_training(config, batch_size=16), undisturbed, progress=False)
+        train(with_training(config, batch_size=16), uninterrupted, progress=False)
     with pytest.raises(ConfigError, match=r"training\.seed was 0, is 1"):
-        train(with_training(config, seed=1), undisturbed, progress=False)
+        train(with_training(config, seed=1), uninterrupted, progress=False)
     data = dataclasses.replace(config.data, path=str(tmp_path / "other"), held_out_fraction=0.5)
     with pytest.raises(ConfigError, match="data was"):
-        train(dataclasses.replace(config, data=data), undisturbed, progress=False)
-    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["6", "8"]  # nothing is set aside
-    assert_same(before, parameters(undisturbed))
+        train(dataclasses.replace(config, data=data), uninterrupted, progress=False)
+    assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["6", "8"]  # nothing was set aside
+    assert_same(before, parameters(uninterrupted))
 
 
-def test_more_steps_are_announced(config, undisturbed, capsys):
-    train(with_training(config, steps=10), undisturbed, progress=False)
-    assert "training.steps was 8, is now 10: the learning rate's cosine now ends at step 10" in capsys.readouterr().err
-    assert load_model(undisturbed).step == 10
+def test_training_for_more_steps_is_announced(config, uninterrupted, capsys):
+    train(with_training(config, steps=10), uninterrupted, progress=False)
+    errors = capsys.readouterr().err
+    assert "training.steps was 8, is now 10: the learning rate's cosine now ends at step 10" in errors
+    assert load_model(uninterrupted).step == 10
 
 
-def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
+def test_a_nan_or_infinite_loss_stops_the_run(config, tmp_path):
     config = with_training(config, learning_rate=1e30, checkpoint_every=1, gradient_clip=0.0)
-    with pytest.raises(BadStepError, match=r"step [2-8]: \w+ is (nan|inf); training stopped, the checkpoint of step"):
+    with pytest.raises(
+        BadStepError, match=r"step [2-8]: \w+ is (nan|inf); training stopped, the newest checkpoint is of"
+    ):
         train(config, tmp_path / "nan", progress=False)
     assert load_model(tmp_path / "nan").step >= 1
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: (p.mkdir(), (p / "x").write_text("x"))])
-def test_a_workdir_that_is_no_run_is_left_alone(config, tmp_path, make):
+def test_a_workdir_that_is_not_a_run_is_left_alone(config, tmp_path, make):
     make(tmp_path / "taken")
-    with pytest.raises(ConfigError, match=r"taken: (is a file|holds files but no run)"):
+    with pytest.raises(ConfigError, match=r"taken: (is a file|contains files but no run)"):
         train(config, tmp_path / "taken", progress=False)
 
 
-def test_batch_must_divide_over_the_devices(config, tmp_path, monkeypatch):
+def test_batch_size_must_be_divisible_by_the_devices(config, tmp_path, monkeypatch):
     use_devices(monkeypatch, 8)
     with pytest.raises(ConfigError, match=r"training\.batch_size: got 12, allowed: a multiple of 8"):
         train(with_training(config, batch_size=12), tmp_path / "run", progress=False)

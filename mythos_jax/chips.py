@@ -1,0 +1,80 @@
+"""What accelerator chips can do, as their makers publish it.
+
+TPU numbers are per chip: https://docs.cloud.google.com/tpu/docs/v4, …/v5e, …/v5p, …/v6e and …/tpu7x (read in November
+2026). Their inter-chip bandwidth counts both directions of all links; DCN of v5e and v6e is the pod's over 256 chips.
+GPU numbers are those of NVIDIA's data sheets for dense matrices, which is half of what they list "with sparsity".
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+
+GB, GIB = 1e9, 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A TPU to compile for. hbm_bytes: what the compiler gives a program. flops: peak bfloat16 FLOP/s. Bandwidths are
+    in bytes per second."""
+
+    name: str
+    hbm_bytes: float
+    flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float  # of one torus axis: one link in each direction, as a ring collective uses them
+    dcn_bandwidth: float
+    shapes: tuple[str, ...]  # slices that can be rented
+
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = (
+    "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24"
+)  # fmt: skip
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 15.75 * GIB, 197e12, 819 * GB, 400 / 4 * GB, 25 / 8 * GB, _FLAT),
+        Chip("v6e", 31.25 * GIB, 918e12, 1600 * GB, 800 / 4 * GB, 100 / 8 * GB, _FLAT),
+        Chip("v5p", 95.74 * GIB, 459e12, 2765 * GB, 1200 / 6 * GB, 50 / 8 * GB, _CUBES),
+    )
+}
+
+# Peak bfloat16 FLOP/s of one jax device by its `device_kind`. A v4 or v5p device is a whole chip of two cores; a
+# TPU7x chip of two cores is two devices.
+_TPU_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "TPU7x": 2307e12 / 2,
+}
+# By prefix of `device_kind`, which may end in a memory size ("NVIDIA H100 80GB HBM3"). The first match counts, so the
+# slower PCIe and NVL boards come before the SXM modules.
+_GPU_FLOPS = (
+    ("NVIDIA A100", 312e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA H200 NVL", 835e12),
+    ("NVIDIA H200", 989e12),
+)
+
+
+def peak_flops(devices: Iterable[jax.Device]) -> float | None:
+    """Peak bfloat16 FLOP/s of devices together; None if one is not in the tables, as a CPU or a part of a GPU."""
+    peaks = [_peak_flops(device.device_kind) for device in devices]
+    known = [peak for peak in peaks if peak is not None]
+    return sum(known) if len(known) == len(peaks) else None
+
+
+def _peak_flops(kind: str) -> float | None:
+    if kind in _TPU_FLOPS:
+        return _TPU_FLOPS[kind]
+    if "MIG" in kind.split():  # one slice of the GPU that the rest of the name describes
+        return None
+    return next((flops for name, flops in _GPU_FLOPS if kind.startswith(name)), None)

@@ -1,0 +1,190 @@
+"""Where a run's metrics go: `metrics.jsonl` always, TensorBoard and Weights & Biases on request."""
+
+import importlib
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.paths import copy_tree, is_remote
+
+# Seconds between two copies of a growing file to an object store, where nothing can be appended.
+COPY_EVERY = 60
+
+# The package that each logger needs; it comes with the extra that has the logger's name.
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+class Logger(Protocol):
+    """Records the metrics of a step; values are numbers or nested lists of numbers."""
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...  # before every checkpoint: a run that resumes from it does not write these steps again
+
+    def close(self) -> None: ...
+
+
+class JsonlLogger:
+    """Appends to `metrics.jsonl`, one JSON object per line, each with a `step`."""
+
+    def __init__(self, path: str | Path, restored_step: int = 0):
+        """Drops lines after `restored_step`, and a last line that was cut short when the process was killed."""
+        self.path = Path(path)
+        if self.path.exists():
+            past = [line for line in self.path.read_text().splitlines() if _step(line) <= restored_step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in past))
+            os.replace(temporary, self.path)
+        self._file = self.path.open("a")
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RemoteJsonlLogger:
+    """`metrics.jsonl` in an object store: written to a local disk and copied as a whole."""
+
+    def __init__(self, path: Any, restored_step: int = 0):
+        self.path, self._folder = path, tempfile.TemporaryDirectory(prefix="mythos-log-")
+        local = Path(self._folder.name) / path.name
+        if path.exists():
+            local.write_bytes(path.read_bytes())
+        self._log, self._copied = JsonlLogger(local, restored_step), time.monotonic()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._log.write(step, metrics)
+        if time.monotonic() - self._copied > COPY_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        self.path.write_bytes(self._log.path.read_bytes())
+        self._copied = time.monotonic()
+
+    def close(self) -> None:
+        self._log.close()
+        self.flush()
+        self._folder.cleanup()
+
+
+class TensorBoardLogger:
+    """Scalars as TensorBoard event files, one per start of the run.
+
+    They are written by a background thread, within a second. In an object store, see `RemoteJsonlLogger`.
+    """
+
+    def __init__(self, folder: Any, restored_step: int = 0):
+        from tensorboardX import SummaryWriter
+
+        self._folder, self._copied = folder, time.monotonic()
+        self._local = tempfile.TemporaryDirectory(prefix="mythos-tensorboard-") if is_remote(folder) else None
+        self._writer = SummaryWriter(
+            self._local.name if self._local else str(folder),
+            # Hides what earlier files contain about later steps, which are about to run again.
+            purge_step=restored_step + 1,
+            flush_secs=1,
+            # Files are read in the order of their names, which otherwise contain whole seconds only.
+            filename_suffix=f".{time.time_ns()}",
+        )
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in _scalars(metrics).items():
+            self._writer.add_scalar(name, value, step)
+        if self._local and time.monotonic() - self._copied > COPY_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._copy()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._copy()
+        if self._local:
+            self._local.cleanup()
+
+    def _copy(self) -> None:
+        if self._local:
+            copy_tree(Path(self._local.name), self._folder)
+            self._copied = time.monotonic()
+
+
+class WandbLogger:
+    """Scalars to Weights & Biases; its environment variables configure the rest (WANDB_MODE=offline, WANDB_PROJECT, …).
+
+    Every start of a run continues the W&B run whose id is stored in the run's directory. Raises ConfigError if W&B
+    refuses.
+    """
+
+    def __init__(self, folder: Any, name: str):
+        import wandb
+
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "mythos_jax"),
+                name=name,
+                id=id_file.read_text(),
+                dir=None if is_remote(folder) else str(folder),  # None: under the working directory
+                resume="allow",
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"training.loggers: wandb refused ({one_line(error)}); allowed: `wandb login`, or WANDB_MODE=offline"
+            ) from error
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        self._run.log(_scalars(metrics), step=step)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_loggers(names: tuple[str, ...]) -> None:
+    """Raises ConfigError if a logger's package is not installed; call this before any work is done."""
+    for name in names:
+        try:
+            importlib.import_module(PACKAGES[name])
+        except ImportError:
+            raise ConfigError(
+                f"training.loggers: {name} is not installed; allowed: pip install 'mythos-jax[{name}]'"
+            ) from None
+
+
+def open_loggers(names: tuple[str, ...], workdir: Any, run_name: str, restored_step: int) -> list[Logger]:
+    """`metrics.jsonl` and the loggers of `training.loggers`, which must be installed (see `check_loggers`)."""
+    makers: dict[str, Callable[[], Logger]] = {
+        "tensorboard": lambda: TensorBoardLogger(workdir / "tensorboard", restored_step),
+        "wandb": lambda: WandbLogger(workdir, run_name),
+    }
+    log = RemoteJsonlLogger if is_remote(workdir) else JsonlLogger
+    return [log(workdir / "metrics.jsonl", restored_step), *(makers[name]() for name in names)]
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def _step(line: str) -> float:
+    """The step of a line of the log; infinity if the line is damaged, so that it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,50 @@
+"""Profiler traces of a few training steps."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mythos_jax.paths import copy_tree, is_remote
+
+
+class Profiler:
+    """Writes one trace of the steps `first` to `last`, for TensorBoard or Perfetto; none if `span` is empty.
+
+    A context manager: leaving it ends a trace that is still being recorded.
+    """
+
+    def __init__(self, span: tuple[int, ...], folder: Any):
+        """span: (first, last), both included, or (). folder: a local or remote directory."""
+        self._span, self._folder, self._recording = span, folder, False
+        # The profiler writes to a local disk only; a remote trace is copied when it is complete.
+        self._local = Path(tempfile.mkdtemp(prefix="mythos-profile-")) if span and is_remote(folder) else folder
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around one training step."""
+        # `<=` rather than `==`: a resumed run may start inside the span.
+        if self._span and self._span[0] <= step <= self._span[1] and not self._recording:
+            jax.profiler.start_trace(str(self._local))
+            self._recording = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+        if self._recording and step >= self._span[1]:
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self._recording:
+            return
+        jax.profiler.stop_trace()
+        self._recording = False
+        if self._local != self._folder:
+            copy_tree(self._local, self._folder)

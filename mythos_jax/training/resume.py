@@ -1,0 +1,76 @@
+"""Which runs may be resumed: what a checkpoint stores about its run, compared with the current config and data."""
+
+from pathlib import Path
+from typing import Any
+
+from mythos_jax.config import Config, ModelConfig, TaskConfig, TrainingConfig
+from mythos_jax.config.model import SPEED_FIELDS
+from mythos_jax.data.open import Data
+from mythos_jax.errors import ConfigError
+from mythos_jax.processes import log0
+from mythos_jax.training.optimizer import decay_start
+from mythos_jax.typed import differences, from_dict, to_dict, upgrade
+
+Metadata = dict[str, Any]
+
+# Prefixes of the fields that a resume may not change: the result would be neither the old run nor a new one.
+_FIXED = ("model.", "data", "training.batch_size", "training.seed", "training.optimizer", "training.ema_decay")
+# Fields among them that affect only speed and memory.
+_FREE = tuple(f"model.{name}" for name in SPEED_FIELDS)
+
+
+def checkpoint_metadata(config: Config, data: Data) -> Metadata:
+    """What a checkpoint stores about its run, as plain containers."""
+    return {
+        "model": to_dict(config.model),
+        "training": to_dict(config.training),
+        "data": data.identity,
+    }
+
+
+def check_resume(saved: Metadata, current: Metadata, workdir: Path) -> None:
+    """Raises ConfigError if the run was made with another model, batch size, seed, optimizer or data."""
+    changes = changed_fields(saved, current)
+    refused = {k: v for k, v in changes.items() if k.startswith(_FIXED) and k not in _FREE}
+    if refused:
+        fields = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in refused.items())
+        raise ConfigError(
+            f"{workdir}: cannot resume, the run was made with other settings ({fields}); use a new --workdir"
+        )
+
+
+def announce_changes(saved: Metadata, current: Metadata, step: int) -> None:
+    """Prints every field that differs from the checkpoint of `step`, and what another number of steps does to the
+    learning rate."""
+    for name, (old, new) in changed_fields(saved, current).items():
+        note = ""
+        if name == "training.steps":
+            note = _schedule_note(from_dict(TrainingConfig, current["training"], "training"), step)
+        log0(f"{name} was {old!r}, is now {new!r}{note}")
+
+
+def changed_fields(saved: Metadata, current: Metadata) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the fields that differ, with the saved and the current value.
+
+    Settings that an earlier version saved are compared under their current names, with the defaults of fields that it
+    did not have.
+    """
+    data = saved["data"]
+    if isinstance(data, dict) and "task" in data:
+        data = {**data, "task": upgrade(TaskConfig, data["task"])}
+    upgraded = {
+        "model": upgrade(ModelConfig, saved["model"]),
+        "training": upgrade(TrainingConfig, saved["training"]),
+        "data": data,
+    }
+    return differences(upgraded, current)
+
+
+def _schedule_note(training: TrainingConfig, step: int) -> str:
+    """How the learning rate continues after `step` when the number of steps has changed."""
+    if training.schedule == "cosine":
+        return f": the learning rate's cosine now ends at step {training.steps}, and is followed from step {step} on"
+    if training.schedule == "wsd":
+        start = decay_start(training)
+        return f": the learning rate now decays from step {start} to step {training.steps}"
+    return ": the learning rate does not depend on it"

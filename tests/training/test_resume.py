@@ -1,0 +1,74 @@
+"""What a resumed run may change, and what it is told about it."""
+
+import types
+from pathlib import Path
+
+import pytest
+
+from mythos_jax.config import Config, TaskConfig, TrainingConfig
+from mythos_jax.errors import ConfigError
+from mythos_jax.training.resume import announce_changes, changed_fields, check_resume, checkpoint_metadata
+from mythos_jax.typed import to_dict
+
+RUN = Path("runs/x")
+
+
+def metadata(**training):
+    config = Config(training=TrainingConfig(steps=100, warmup_steps=10, **training))
+    return checkpoint_metadata(config, types.SimpleNamespace(identity="rows"))
+
+
+def test_a_field_that_an_older_checkpoint_lacks_has_its_default():
+    saved = metadata()
+    del saved["model"]["expert_exchange"], saved["model"]["dtype"], saved["training"]["ema_decay"]
+    del saved["training"]["objectives"]
+    assert changed_fields(saved, metadata()) == {}
+    check_resume(saved, metadata(), RUN)
+    assert changed_fields(saved, metadata(ema_decay=0.9)) == {"training.ema_decay": (0.0, 0.9)}
+
+
+def test_a_task_field_that_an_older_checkpoint_lacks_has_its_default():
+    task = to_dict(TaskConfig("parity", (4,)))
+    saved, current = metadata() | {"data": {"task": dict(task)}}, metadata() | {"data": {"task": task}}
+    del saved["data"]["task"]["answers"]
+    check_resume(saved, current, RUN)
+    current["data"] = {"task": {**task, "answers": "last"}}
+    with pytest.raises(ConfigError, match=r"data\.task\.answers was 'every', is 'last'"):
+        check_resume(saved, current, RUN)
+
+
+def test_a_model_field_that_this_version_does_not_know_is_refused():
+    saved = metadata()
+    saved["model"]["wormhole"] = 1
+    with pytest.raises(ConfigError, match=r"runs/x: cannot resume, .*model\.wormhole was 1, is None"):
+        check_resume(saved, metadata(), RUN)
+
+
+def test_fields_that_affect_only_speed_may_change():
+    saved, current = metadata(), metadata()
+    current["model"] |= {"remat": "full", "expert_exchange": "all_to_all"}
+    check_resume(saved, current, RUN)
+    current["model"]["rope_theta"] = 5e4
+    with pytest.raises(ConfigError, match=r"model\.rope_theta was 10000\.0, is 50000\.0\); use a new --workdir"):
+        check_resume(saved, current, RUN)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("cosine", ": the learning rate's cosine now ends at step 200, and is followed from step 40 on"),
+        ("wsd", ": the learning rate now decays from step 160 to step 200"),
+        ("constant", ": the learning rate does not depend on it"),
+    ],
+)
+def test_what_more_steps_do_to_the_learning_rate_is_announced(capsys, schedule, message):
+    saved = metadata(schedule=schedule)
+    current = metadata(schedule=schedule)
+    current["training"]["steps"] = 200
+    announce_changes(saved, current, step=40)
+    assert capsys.readouterr().err == f"training.steps was 100, is now 200{message}\n"
+
+
+def test_nothing_is_announced_where_nothing_changed(capsys):
+    announce_changes(metadata(), metadata(), step=40)
+    assert capsys.readouterr().err == ""
