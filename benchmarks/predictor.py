@@ -21,7 +21,7 @@ from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel, load_model
 from mythos_jax.sharding import use_mesh
-from mythos_jax.training.predictor import make_predictor
+from mythos_jax.training.predictor import train_predictor
 
 MOVES = np.geomspace(0.003, 1.5, 20)
 THRESHOLDS = {
@@ -67,7 +67,7 @@ def main() -> None:
     loaded = load_model(args.run)
     depth = args.loops or loaded.config.model.loops
     if "predictor" not in loaded.variables:
-        make_predictor(loaded, loops=depth)
+        train_predictor(loaded, loops=depth)
         loaded = load_model(args.run)
     data, task = open_data(loaded.config), loaded.config.data.task
     size = loaded.config.evaluation.batch_size

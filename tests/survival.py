@@ -1,9 +1,9 @@
-"""Runs that are killed, or moved to other devices, against one that nothing disturbs.
+"""Runs that are killed, or moved to other devices, compared with an uninterrupted run.
 
     python -m tests.survival                       20 SIGKILLs and SIGTERMs at random moments
-    python -m tests.survival --devices 1,2,8       as many devices (of the CPU, made up) one after the other
+    python -m tests.survival --devices 1,2,8       moved from 1 to 2 to 8 simulated CPU devices
 
-The helpers serve the short versions of this in `tests/training/test_train.py` too.
+`tests/training/test_train.py` uses the helpers for short versions of both.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from mythos_jax.runs.load import load_model
 from mythos_jax.sharding import make_mesh
 
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 42, signal.SIGINT: 130}
-# Moved runs, in nats per token: over the first steps after a restore, against the same checkpoint continued on the
-# devices it comes from; and at any step, against the run that never moved.
+# Bounds on the loss of a moved run, in nats per token: for the first steps after a restore, compared with the same
+# checkpoint continued on its old devices; and for all steps, compared with the run that was never moved.
 FIRST, FIRST_BOUND, DRIFT_BOUND = 5, 1e-5, 1e-4
 
 
@@ -58,7 +58,7 @@ def assert_same(a, b):
 
 
 def start(config, workdir, within=(), devices=1):
-    """`mythos train` in a process of its own, as a user has it."""
+    """Starts `mythos train` in a process of its own, as a user would. within: the words of a command that runs it."""
     file = workdir.parent / f"{workdir.name}.yaml"
     save_config(config, file)
     command = [*within, sys.executable, "-m", "mythos_jax.cli", "train", str(file), "--workdir", str(workdir)]
@@ -67,7 +67,7 @@ def start(config, workdir, within=(), devices=1):
 
 
 def wait_for_step(workdir, step, process, seconds=300):
-    """Until the log of a run shows a step."""
+    """Waits until the log of a run contains a step."""
     end = time.time() + seconds
     while time.time() < end and process.poll() is None:
         log = workdir / "metrics.jsonl"
@@ -93,7 +93,7 @@ def finish(config, workdir, devices=1):
 
 
 def last_step(workdir):
-    """The last step whose line in the log is whole; 0: there is none."""
+    """The last step with a complete line in the log; 0 if there is none."""
     if not (workdir / "metrics.jsonl").exists():
         return 0
     rows = (workdir / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
@@ -101,31 +101,33 @@ def last_step(workdir):
 
 
 def kill_often(config, folder, kills, seed):
-    """A run stopped at `kills` random moments, and one that was not: arrays, optimizer and log are the same."""
+    """Stops a run at `kills` random moments and compares arrays, optimizer and log with an uninterrupted run."""
     draw = random.Random(seed)
-    undisturbed, workdir = folder / "undisturbed", folder / "killed"
-    finish(config, undisturbed)
+    uninterrupted, workdir = folder / "uninterrupted", folder / "killed"
+    finish(config, uninterrupted)
     print(f"{'':>3} {'signal':>8} {'after step':>10} {'newest checkpoint':>18}")
     for i, step in enumerate(sorted(draw.sample(range(1, config.training.steps * 9 // 10), kills))):
         number = draw.choice([signal.SIGKILL, signal.SIGTERM])
         last, process = last_step(workdir), start(config, workdir)
-        if last and draw.random() < 0.2:  # while it starts; before the loop SIGTERM is as good as SIGKILL
+        if last and draw.random() < 0.2:  # during start-up, where SIGTERM has the effect of SIGKILL
             number = signal.SIGKILL
             time.sleep(draw.uniform(0, 3))
         else:
             wait_for_step(workdir, max(step, last + 1), process)
-            time.sleep(draw.uniform(0, 0.1))  # somewhere in a step or a save
+            time.sleep(draw.uniform(0, 0.1))  # during a step or a save
         stop(process, number)
         saved = Checkpoints(workdir / "checkpoints", read_only=True).newest() if last_step(workdir) else None
         print(f"{i + 1:>3} {number.name:>8} {last_step(workdir):>10} {saved!s:>18}", flush=True)
     finish(config, workdir)
-    a, b = ({"variables": parameters(path), "log": timeless(lines(path))} for path in (undisturbed, workdir))
+    a, b = ({"variables": parameters(path), "log": timeless(lines(path))} for path in (uninterrupted, workdir))
     assert_same(a["variables"], b["variables"])
     assert a["log"] == b["log"]
-    sums = [final_checksums(path, config.training.steps) for path in (undisturbed, workdir)]
+    sums = [final_checksums(path, config.training.steps) for path in (uninterrupted, workdir)]
     assert sums[0] == sums[1]
     arrays = sum(map(len, sums[0].values()))
-    print(f"{kills} kills in {config.training.steps} steps: {arrays} arrays, with the optimizer's, are bit-identical")
+    print(
+        f"{kills} kills in {config.training.steps} steps: {arrays} arrays, including the optimizer's, are bit-identical"
+    )
 
 
 def final_checksums(workdir, step):
@@ -133,9 +135,9 @@ def final_checksums(workdir, step):
 
 
 def move(config, folder, counts):
-    """A run that goes on at equal intervals on other numbers of devices, and one that stays on the first."""
-    still, workdir = folder / "still", folder / "moved"
-    finish(config, still, counts[0])
+    """Moves a run to other numbers of devices at equal intervals; compares it with one that stays on the first."""
+    unmoved, workdir = folder / "unmoved", folder / "moved"
+    finish(config, unmoved, counts[0])
     total = config.training.steps
     ends = [total * (i + 1) // len(counts) for i in range(len(counts))]
     print(f"{'devices':>8} {'from step':>10} {f'first {FIRST} steps':>14} {'largest drift':>14}")
@@ -152,18 +154,18 @@ def move(config, folder, counts):
         else:
             _, errors = process.communicate()
             assert process.returncode == 0, errors
-        here, there = loss_by_step(workdir), loss_by_step(still)
-        drift = max(abs(here[s] - there[s]) for s in here if s > begin)
+        moved_loss, unmoved_loss = loss_by_step(workdir), loss_by_step(unmoved)
+        drift = max(abs(moved_loss[s] - unmoved_loss[s]) for s in moved_loss if s > begin)
         first = 0.0
         if i:
-            before = loss_by_step(stayed)
-            first = max(abs(here[s] - before[s]) for s in range(begin + 1, begin + FIRST + 1))
+            stayed_loss = loss_by_step(stayed)
+            first = max(abs(moved_loss[s] - stayed_loss[s]) for s in range(begin + 1, begin + FIRST + 1))
         print(f"{devices:>8} {begin:>10} {first:>14.1e} {drift:>14.1e}", flush=True)
         assert_same_batches(config, counts, begin)
         assert first <= FIRST_BOUND
         assert drift <= DRIFT_BOUND
-    # Depths are drawn for the global batch, and the mean counts its tokens.
-    loops = [[row["mean_loops"] for row in lines(path)] for path in (still, workdir)]
+    # Depths are drawn for the global batch and the mean is over its tokens, so it does not depend on the devices.
+    loops = [[row["mean_loops"] for row in lines(path)] for path in (unmoved, workdir)]
     np.testing.assert_allclose(*loops, rtol=1e-6)
     print(f"bounds: {FIRST_BOUND} on the first {FIRST} steps after a restore, {DRIFT_BOUND} throughout")
 
@@ -173,26 +175,26 @@ def loss_by_step(workdir):
 
 
 def assert_same_batches(config, counts, step):
-    """The global batch after a step, put together on each number of devices."""
+    """The global batch after a step is the same on every number of devices."""
     data, size = open_data(config, progress=False), config.training.batch_size
-    found = []
+    global_batches = []
     for count in counts:
         sharding = batch_sharding(make_mesh(config.mesh, jax.local_devices()[:count]))
         rows = local_rows(sharding, size)
         batch = next(data.train_batches(batch_size=size, seed=config.training.seed, start_step=step, rows=rows))
-        found.append(jax.device_get(to_global(sharding, size, rows, batch)))
-    for other in found[1:]:
-        assert_same(found[0], other)
+        global_batches.append(jax.device_get(to_global(sharding, size, rows, batch)))
+    for other in global_batches[1:]:
+        assert_same(global_batches[0], other)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--devices", help="for example 1,2,8: move instead of kill")
+    parser.add_argument("--devices", help="for example 1,2,8: move the run instead of killing it")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments and signals")
     arguments = parser.parse_args()
-    import tests.conftest  # noqa: F401  eight devices, and one compilation cache for this process and those it starts
+    import tests.conftest  # noqa: F401  sets up eight devices and the compilation cache, also for the processes started here
     from tests.training.conftest import MODEL
 
     with tempfile.TemporaryDirectory() as name:

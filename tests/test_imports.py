@@ -31,7 +31,7 @@ FLOORS = (
     ("processes",),
     ("config",),
     ("typed",),
-    ("errors", "paths", "version"),
+    ("chips", "errors", "paths", "version"),
 )
 FLOOR = {room: -i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -17,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.runs.load import load_model
-    from mythos_jax.training.predictor import make_predictor
+    from mythos_jax.training.predictor import train_predictor
 
     loaded = load_model(arguments.model, arguments.step)
-    summary = make_predictor(loaded, loops=arguments.loops, rows=arguments.rows)
+    summary = train_predictor(loaded, loops=arguments.loops, rows=arguments.rows)
     print(f"{'mean loops':>10} {'KL to the final, nats':>22}")
     for loops, excess in zip(summary["mean_loops"], summary["excess_nats"], strict=True):
         print(f"{loops:>10.2f} {excess:>22.5f}")

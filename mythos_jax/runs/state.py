@@ -1,4 +1,4 @@
-"""The state of training: what a step replaces and a checkpoint holds."""
+"""The state of training: what a step replaces and a checkpoint stores."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from flax import struct
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a step replaces.
+    """Everything that a step replaces.
 
     step: int32 [], finished steps. variables: params and balance. average: a moving average of params, or None.
-    loss_mean: float32 [], running mean of the loss, 0 at the start. skipped: int32 [], updates left out so far.
+    loss_mean: float32 [], running mean of the loss, 0 at the start. skipped: int32 [], updates skipped so far.
     """
 
     step: jax.Array
@@ -23,5 +23,5 @@ class TrainState(struct.PyTreeNode):
 
 
 def eval_variables(variables: dict[str, Any], average: Any) -> dict[str, Any]:
-    """The variables to evaluate: the moving average of the weights where one is kept."""
+    """The variables to evaluate: with the moving average of the weights if one is kept."""
     return variables if average is None else {**variables, "params": average}

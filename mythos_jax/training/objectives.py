@@ -10,13 +10,18 @@ from mythos_jax.model.state import Aux
 
 def extra_objectives(config: ObjectivesConfig, aux: Aux, mask_BT: jax.Array) -> dict[str, jax.Array]:
     """Every objective with a non-zero weight, float32 []: its mean over the tokens in the mask, not yet weighted."""
-    makers = {
-        "ponder_cost": lambda: _token_mean(ponder_cost(aux.act_weight_LBT), mask_BT),
-        "ponder_prior": lambda: _token_mean(ponder_prior(aux.act_weight_LBT, config.ponder_prior_rate), mask_BT),
-        "contraction": lambda: _token_mean(contraction(aux.change_LBT), mask_BT),
-        "router_z": lambda: jnp.mean(aux.router_z) if aux.router_z is not None else jnp.float32(0),
-    }
-    return {name: make() for name, make in makers.items() if getattr(config, name)}
+    objectives = {}
+    if config.ponder_cost:
+        objectives["ponder_cost"] = _token_mean(ponder_cost(_computed(aux.act_weight_LBT)), mask_BT)
+    if config.ponder_prior:
+        prior_BT = ponder_prior(_computed(aux.act_weight_LBT), config.ponder_prior_rate)
+        objectives["ponder_prior"] = _token_mean(prior_BT, mask_BT)
+    if config.contraction:
+        objectives["contraction"] = _token_mean(contraction(_computed(aux.change_LBT)), mask_BT)
+    if config.router_z:
+        # A dense model has no router.
+        objectives["router_z"] = jnp.mean(aux.router_z) if aux.router_z is not None else jnp.float32(0)
+    return objectives
 
 
 def ponder_cost(weight_LBT: jax.Array) -> jax.Array:
@@ -37,6 +42,12 @@ def ponder_prior(weight_LBT: jax.Array, rate: float) -> jax.Array:
 def contraction(change_LBT: jax.Array) -> jax.Array:
     """By how much each loop changes the state more than the loop before it did, summed over loops, [B, T]."""
     return nn.relu(change_LBT[1:] - change_LBT[:-1]).sum(0)
+
+
+def _computed(values: jax.Array | None) -> jax.Array:
+    # A config that asks for an objective of a model that does not compute it has been refused (`Config`).
+    assert values is not None
+    return values
 
 
 def _token_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A run so small that it trains in seconds."""
+"""The config of a run that trains in seconds."""
 
 import jax
 import pytest
@@ -24,7 +24,7 @@ MODEL = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """Training on one of the devices, unless a test says otherwise: eight of them share two cores."""
+    """Trains on one device unless a test chooses otherwise; the eight simulated ones share the CPU's cores."""
     use_devices(monkeypatch, 1)
 
 

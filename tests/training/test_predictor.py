@@ -1,4 +1,4 @@
-"""The depth predictor: what the head can learn, the budget it keeps, and where it is found again."""
+"""The depth predictor: what the head can learn, the budgets it keeps, and how it is read back."""
 
 import json
 
@@ -18,7 +18,8 @@ DIM, LOOPS = 8, 6
 
 @pytest.fixture(scope="module")
 def synthetic():
-    """Tokens of three kinds, told by the first channels, that settle after 1, 3 and 6 loops; and the trained head."""
+    """Tokens of three kinds, marked by the first channels, that converge after 1, 3 and 6 loops; and a head trained on
+    them."""
     random = np.random.default_rng(0)
     kind = random.integers(0, 3, 6000)
     features = 0.3 * random.standard_normal((6000, DIM)) + 2 * np.eye(3, DIM)[kind]
@@ -30,18 +31,18 @@ def synthetic():
     return features, excess, needed, fit(features[:4000], excess[:4000], steps=400)
 
 
-def test_head_learns_what_tells_tokens_apart(synthetic):
+def test_head_learns_which_tokens_need_which_depth(synthetic):
     features, excess, needed, head = synthetic
-    predictor, table = calibrate(head, features[4000:], excess[4000:], nats=1.0)
-    # At its own budget each kind runs what it needs: (1 + 3 + 6) / 3 on average, and no loop more.
+    predictor, table = calibrate(head, features[4000:], excess[4000:], final_loss=1.0)
+    # At its own budget each kind runs the loops it needs and no more: (1 + 3 + 6) / 3 on average.
     loops = predicted_loops(predictor, features[None, 4000:], None)[0]
     assert (np.asarray(loops) == needed[4000:]).mean() > 0.99
     assert table["budget"] == pytest.approx(needed[4000:].mean(), abs=0.05)
 
 
-def test_budgets_are_kept_and_traced(synthetic):
+def test_means_stay_within_the_budget_which_is_traced(synthetic):
     features, excess, _, head = synthetic
-    predictor, _ = calibrate(head, features[4000:], excess[4000:], nats=1.0)
+    predictor, _ = calibrate(head, features[4000:], excess[4000:], final_loss=1.0)
     call = jax.jit(predicted_loops)
     means = [float(call(predictor, features[None, 4000:], budget).mean()) for budget in (1.0, 1.5, 2.0, 3.4, 5.0, 99.0)]
     assert call._cache_size() == 1
@@ -51,7 +52,7 @@ def test_budgets_are_kept_and_traced(synthetic):
     assert means[-1] > 4
 
 
-def test_loops_at_is_the_cheapest_depth():
+def test_loops_at_returns_the_cheapest_depth():
     random = np.random.default_rng(1)
     excess = random.uniform(0, 1, (50, LOOPS - 1)).astype(np.float32)
     for price in (0.0, 0.03, 0.2, 5.0):
@@ -59,7 +60,7 @@ def test_loops_at_is_the_cheapest_depth():
         np.testing.assert_array_equal(loops_at(jnp.asarray(excess), price), np.argmin(total, axis=1) + 1)
 
 
-def test_predictor_of_other_weights_is_not_used_and_a_damaged_one_is_refused(tmp_path):
+def test_predictor_of_another_step_is_ignored_and_a_damaged_one_is_refused(tmp_path):
     assert _predictor_of(tmp_path, 3) == {}
     folder = tmp_path / "predictor"
     folder.mkdir()
