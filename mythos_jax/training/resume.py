@@ -45,7 +45,7 @@ def announce_changes(saved: Metadata, current: Metadata, step: int) -> None:
     for name, (old, new) in changed_fields(saved, current).items():
         note = ""
         if name == "training.steps":
-            note = _schedule_note(from_dict(TrainingConfig, current["training"], "training"), step)
+            note = _schedule_note(from_dict(TrainingConfig, current["training"]), step)
         log0(f"{name} was {old!r}, is now {new!r}{note}")
 
 
