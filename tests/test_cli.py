@@ -123,7 +123,7 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
         (["train", "missing.yaml"], "mythos: missing.yaml: cannot be read (No such file or directory)"),
         (["train", "{config}", "--model.dmi", "3"], "mythos: model.dmi: unknown key; did you mean model.dim?"),
         (["train", "{config}", "--model.loops", "0"], "mythos: model.loops: got 0, allowed: an integer >= 1"),
-        (["train", "{config}", "--workdir", "{text}"], "holds files but no run"),
+        (["train", "{config}", "--workdir", "{text}"], "contains files but no run"),
         (["eval", "{text}"], "weight files"),
         (["eval", "nothing-here"], "nothing-here: no such file or directory"),
         (["eval", "{run}", "--step", "7"], "no checkpoint of step 7; allowed: 2"),
