@@ -1,4 +1,4 @@
-"""The command line as a user meets it: results, one-line errors, exit codes."""
+"""The command line as a user sees it: results, one-line errors, exit codes."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def place(tmp_path_factory):
 
 
 def fails(capsys, words, code=2):
-    """Runs a command that must fail; returns its one line."""
+    """Runs a command that must fail; returns the one line that it prints."""
     try:
         got = main([str(word) for word in words])
     except SystemExit as stop:  # argparse
@@ -56,14 +56,14 @@ def fails(capsys, words, code=2):
     return errors.strip().splitlines()[-1]
 
 
-def test_eval_prints_a_table_and_leaves_a_report(place, capsys):
+def test_eval_prints_a_table_and_writes_a_report(place, capsys):
     assert main(["eval", str(place / "run"), "--loops", "1,3"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out[:3]] == ["loops", "1", "3"]
     assert (place / "run" / "report" / "index.html").exists()
 
 
-def test_eval_json_is_all_there_is_on_standard_output(place, capsys):
+def test_eval_json_prints_nothing_else_on_standard_output(place, capsys):
     assert main(["eval", str(place / "run"), "--loops", "2", "--halting", "latent:0.5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [(r["halting"], r["threshold"]) for r in result["results"]] == [(None, None), ("latent", 0.5)]
@@ -80,7 +80,7 @@ def test_generate_and_info(place, capsys):
     assert "parameters: " in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_the_text_that_there_is(place, capsys, monkeypatch):
+def test_ctrl_c_ends_the_text_with_a_newline(place, capsys, monkeypatch):
     def stream(*_, **__):
         yield GenerateResult(np.array([[ord("a"), ord("b")]]), np.array([2]), np.array([[2, 2]]))
         raise KeyboardInterrupt
@@ -90,7 +90,7 @@ def test_ctrl_c_leaves_the_text_that_there_is(place, capsys, monkeypatch):
     assert capsys.readouterr() == ("docab\n", "mythos: interrupted\n")
 
 
-def test_a_run_converts_and_comes_back(place, capsys, tmp_path):
+def test_a_run_converts_and_can_be_fine_tuned(place, capsys, tmp_path):
     words = ["convert", str(place / "run"), str(tmp_path / "out"), "--to", "mythos_jax", "--json"]
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["ok"]
@@ -156,7 +156,7 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
         (["train", "{config}", "--workdir", "{text}/../new", "--init-from", "{text}"], "weight files"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(place, capsys, words, line):
+def test_wrong_input_is_a_one_line_error_with_exit_code_2(place, capsys, words, line):
     names = {"config": place / "tiny.yaml", "run": place / "run", "text": place / "text"}
     assert line in fails(capsys, [word.format(**names) for word in words])
 
@@ -178,12 +178,12 @@ for words in [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS
     assert module.stdout == f"mythos {__version__}\n"
 
 
-def test_debug_shows_where(capsys):
+def test_debug_shows_the_traceback(capsys):
     with pytest.raises(ValueError, match="cannot be read"):
         main(["train", "missing.yaml", "--debug"])
 
 
-def test_sigterm_before_the_first_step_means_start_again(place, tmp_path, capsys, monkeypatch):
+def test_sigterm_before_the_first_step_exits_with_the_restart_code(place, tmp_path, capsys, monkeypatch):
     def train(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)

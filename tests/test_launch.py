@@ -1,4 +1,4 @@
-"""What the launchers of launch/ write and run, with stand-ins for the clouds' commands."""
+"""What the launchers in launch/ write and run, with fake versions of the clouds' commands."""
 
 import os
 import shutil
@@ -27,13 +27,13 @@ CLOUD = ["gke", "gcluster", "tpu_vm", "skypilot"]
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs a launcher; `stand_ins` maps a command's name to the body of a bash script, all calls are written down."""
+    """Runs a launcher and records the commands that it calls; `fakes` maps a command to the body of a bash script."""
 
-    def run(name, *words, stand_ins=None, **settings):
+    def run(name, *words, fakes=None, **settings):
         folder, calls = tmp_path / "bin", tmp_path / "calls"
         folder.mkdir(exist_ok=True)
         for command in ["mythos", "kubectl", "gcluster", "gcloud", "sky", "sbatch", "sleep"]:
-            body = (stand_ins or {}).get(command, "exit 0")
+            body = (fakes or {}).get(command, "exit 0")
             stdin = f"cat > {tmp_path}/stdin\n" if command == "kubectl" else ""
             (folder / command).write_text(
                 f'#!/bin/bash\n{stdin}echo "{command} $*" >> {calls}\ncd {tmp_path}\n{body}\n'
@@ -67,7 +67,7 @@ def test_the_jobset_field_by_field(launch):
     (replicated,) = jobset["spec"]["replicatedJobs"]
     assert replicated["replicas"] == 2
     job = replicated["template"]["spec"]
-    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (4, 4, 0)  # 16 chips, 4 a host
+    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (4, 4, 0)  # 16 chips, 4 per host
     assert job["completionMode"] == "Indexed"
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule == {"action": "FailJob", "onExitCodes": {"containerName": "mythos", "operator": "In", "values": [1, 2]}}
@@ -80,7 +80,7 @@ def test_the_jobset_field_by_field(launch):
     }
     (container,) = pod["containers"]
     assert container["name"] == rule["onExitCodes"]["containerName"]
-    assert "command" not in container  # the image's entry point is process 1 and gets the SIGTERM
+    assert "command" not in container  # the image's entry point is process 1 and receives the SIGTERM
     assert container["image"] == "registry/image:1"
     run = ["train", CONFIG, "--workdir", "gs://bucket/runs/mythos-1b"]
     assert container["args"] == [*run, "--training.steps", "7", "--data.sources", '["a b"]']
@@ -92,7 +92,7 @@ def test_the_jobset_field_by_field(launch):
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
 
-def test_gke_applies_what_the_dry_run_shows(launch, tmp_path):
+def test_gke_applies_the_jobset_that_the_dry_run_shows(launch, tmp_path):
     shown = launch("gke", "--dry-run", CONFIG).stdout
     done = launch("gke", CONFIG)
     assert done.calls == [f"mythos compile {CONFIG} --topology v5p:2x2x4 --slices 2", "kubectl apply -f -"]
@@ -107,7 +107,7 @@ def test_the_skypilot_job_field_by_field():
     assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [42, 134], "max_restarts_on_errors": 0}
     assert set(task["envs"]) == {"CONFIG", "OVERRIDES", "RUN", "JAX_COMPILATION_CACHE_DIR"}
     assert (LAUNCH.parent / task["envs"]["CONFIG"]).is_file()
-    # What `run` hands to mythos, on the second of two nodes.
+    # What `run` passes to mythos, on the second of two nodes.
     script = task["run"].replace("exec mythos", "echo $JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID")
     sky = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     envs = {"CONFIG": CONFIG, "OVERRIDES": "--training.steps 5", "RUN": "gs://b/r", "PATH": os.environ["PATH"]}
@@ -123,7 +123,7 @@ def test_skypilot_sets_every_variable_of_the_job(launch):
     assert "RUN=gs://bucket/runs/mythos-1b" in done.calls[1]
 
 
-def test_gcluster_names_slices_as_google_does(launch):
+def test_gcluster_uses_googles_names_for_slices(launch):
     for topology, kind in [("v5p:2x2x4", "v5p-32"), ("v6e:4x4", "v6e-16"), ("v5e:16x16", "v5litepod-256")]:
         call = launch("gcluster", CONFIG, TOPOLOGY=topology).calls[-1]
         assert f"--compute-type {kind} --num-slices 2 --restarts 2 --grace-period 200" in call
@@ -133,8 +133,8 @@ def test_gcluster_names_slices_as_google_does(launch):
 
 @pytest.mark.parametrize("name", [*CLOUD, "slurm"])
 @pytest.mark.parametrize("code", [1, 2])
-def test_nothing_is_launched_that_does_not_fit(launch, name, code):
-    done = launch(name, CONFIG, stand_ins={"mythos": f"exit {code}"})
+def test_a_config_that_does_not_fit_is_not_launched(launch, name, code):
+    done = launch(name, CONFIG, fakes={"mythos": f"exit {code}"})
     assert done.returncode == code
     assert done.calls == [f"mythos compile {CONFIG} --topology v5p:2x2x4 --slices 2"]
 
@@ -155,7 +155,7 @@ def test_a_dry_run_shows_the_preflight_and_calls_nothing(launch, name):
         ({"IMAGE": ""}, "IMAGE is not set"),
     ],
 )
-def test_a_wrong_setting_is_one_line(launch, settings, message):
+def test_a_wrong_setting_is_a_one_line_error(launch, settings, message):
     done = launch("gke", CONFIG, **settings)
     assert done.returncode == 2
     assert message in done.stderr
@@ -163,7 +163,7 @@ def test_a_wrong_setting_is_one_line(launch, settings, message):
     assert done.calls == []
 
 
-# A queued resource that is there at once, and workers whose exit codes are the lines of `codes`.
+# A queued resource that is active at once, and workers whose exit codes are the lines of `codes`.
 GCLOUD = """
 case "$*" in
 *describe*) [ -e slice ] && cat slice || exit 1 ;;
@@ -179,19 +179,19 @@ esac
     ("codes", "end", "runs"),
     [([0], 0, 1), ([42, "lost", 0], 0, 3), ([42, 1, 0], 1, 2), ([2, 0], 2, 1), ([42, 42, 42, 0], 42, 3)],
 )
-def test_tpu_vms_start_again_after_42_at_most_so_often(launch, tmp_path, codes, end, runs):
+def test_tpu_vms_restart_after_42_up_to_the_limit(launch, tmp_path, codes, end, runs):
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
-    done = launch("tpu_vm", CONFIG, stand_ins={"gcloud": GCLOUD}, SLICES="1")
+    done = launch("tpu_vm", CONFIG, fakes={"gcloud": GCLOUD}, SLICES="1")
     assert done.returncode == end, done.stderr
     assert sum("docker run" in call for call in done.calls) == runs
     assert sum("queued-resources create" in call for call in done.calls) == 1
     assert "queued-resources delete" in done.calls[-1]
 
 
-def test_a_slice_that_was_taken_away_is_asked_for_again(launch, tmp_path):
+def test_a_preempted_slice_is_requested_again(launch, tmp_path):
     (tmp_path / "codes").write_text("lost\n0\n")
     (tmp_path / "taken").write_text("SUSPENDED\n")
-    done = launch("tpu_vm", CONFIG, stand_ins={"gcloud": GCLOUD})
+    done = launch("tpu_vm", CONFIG, fakes={"gcloud": GCLOUD})
     assert done.returncode == 0, done.stderr
     creates = [call for call in done.calls if "queued-resources create" in call]
     assert len(creates) == 2
@@ -210,7 +210,7 @@ def test_slurm_submits_the_batch_script(launch):
 @pytest.mark.parametrize(
     ("code", "restarts", "requeued"), [(0, 0, 0), (1, 0, 0), (2, 0, 0), (42, 0, 1), (137, 1, 1), (42, 2, 0)]
 )
-def test_the_batch_script_requeues_what_can_go_on(tmp_path, code, restarts, requeued):
+def test_the_batch_script_requeues_runs_that_can_resume(tmp_path, code, restarts, requeued):
     for command, body in {"srun": f"exit {code}", "squeue": "echo RUNNING", "scontrol": "", "sleep": ""}.items():
         (tmp_path / command).write_text(f'#!/bin/bash\necho "{command} $*" >> {tmp_path}/calls\n{body}\n')
         (tmp_path / command).chmod(0o755)
@@ -240,7 +240,7 @@ def test_shellcheck():
 
 
 @pytest.mark.parametrize(("kind", "extra"), [("tpu", "tpu"), ("gpu", "cuda")])
-def test_dockerfiles_copy_what_is_there_and_install_a_known_extra(kind, extra):
+def test_dockerfiles_copy_existing_files_and_install_a_known_extra(kind, extra):
     lines = (LAUNCH / f"Dockerfile.{kind}").read_text().splitlines()
     for line in lines:
         if line.startswith("COPY"):

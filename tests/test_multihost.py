@@ -49,7 +49,7 @@ def losses(workdir):
 
 
 def plain_checksums(tree):
-    """What the processes wrote beside the checkpoint, in numpy."""
+    """The checksums of a checkpoint, computed with NumPy."""
     sums = []
     for x in map(np.asarray, jax.tree.leaves(tree)):
         words = np.ascontiguousarray(x).view(np.uint32).ravel().astype(np.uint64)
@@ -81,7 +81,7 @@ def test_sigterm_to_one_process_stops_both_and_they_resume(tmp_path, monkeypatch
     assert f"stopped by SIGTERM after step {steps[0]}; checkpoint saved" in errors
     assert f"resuming {workdir} after step {steps[0]}" in errors
     assert "Traceback" not in errors
-    # One process speaks.
+    # Only process 0 prints.
     assert output.count("trained to step 8") == 1
     assert errors.count("resuming") == 1
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -92,7 +92,7 @@ def test_sigterm_to_one_process_stops_both_and_they_resume(tmp_path, monkeypatch
     pairs = zip(losses(workdir).values(), losses(tmp_path / "alone").values(), strict=True)
     assert max(abs(a - b) for a, b in pairs) < 1e-5
 
-    # On one process of two devices, and of one: to the bit what the eight wrote.
+    # One process, with two devices and with one, restores exactly what the eight devices wrote.
     restored = []
     for count in (2, 1):
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:count])
@@ -117,17 +117,18 @@ STEP = {
 }
 
 
-def test_slurm_says_who_we_are():
+def test_the_cluster_is_read_from_slurms_variables():
     assert find_cluster(STEP) == Cluster("slurm", "gpu007:62344", 4, 2, None)  # 5000 mod 4096 + 61440
     shared = STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1"}
     assert find_cluster(shared).local_devices == (1,)
-    assert find_cluster(shared | {"CUDA_VISIBLE_DEVICES": "0"}).local_devices is None  # bound to one by Slurm
+    bound = shared | {"CUDA_VISIBLE_DEVICES": "0"}  # Slurm has given the task one GPU
+    assert find_cluster(bound).local_devices is None
     for nodes, first in [("a1,b2", "a1"), ("a1", "a1"), ("rack-2-n[3,5-9]", "rack-2-n3")]:
         assert find_cluster(STEP | {"SLURM_STEP_NODELIST": nodes}).coordinator == f"{first}:62344"
     assert find_cluster(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
-def test_flags_come_before_variables_and_variables_before_slurm():
+def test_flags_take_precedence_over_variables_and_variables_over_slurm():
     variables = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     assert find_cluster({}) is None
     assert find_cluster(variables | STEP) == Cluster("flags", "a:1", 2, 1)
@@ -147,17 +148,17 @@ def test_flags_come_before_variables_and_variables_before_slurm():
         ({"processes": 0}, r"--processes: got 0, allowed: an integer >= 1"),
     ],
 )
-def test_half_a_cluster_is_one_line(keywords, message):
+def test_an_incomplete_cluster_is_a_one_line_error(keywords, message):
     with pytest.raises(ConfigError, match=message):
         find_cluster({}, **keywords)
 
 
-def test_a_variable_that_is_no_number_is_named():
+def test_a_variable_that_is_not_a_number_is_named():
     with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES: got 'two'"):
         find_cluster({"JAX_NUM_PROCESSES": "two"})
 
 
-def test_what_is_restarted():
+def test_the_combined_exit_code_tells_whether_to_restart():
     assert combined_exit_code([0, 0]) == 0
     assert combined_exit_code([42, 42]) == combined_exit_code([-9, 42]) == combined_exit_code([0, -6]) == 42
     assert combined_exit_code([42, 1]) == 1

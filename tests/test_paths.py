@@ -16,7 +16,7 @@ from mythos_jax.training.loggers import RemoteJsonlLogger, open_loggers
 
 
 class Store(MemoryFileSystem):
-    """Keeps gs://bucket/x; like the real one nothing can be appended to an object nor rename it in place."""
+    """Stores gs://bucket/x; as in a real object store, nothing can be appended to an object."""
 
     store, pseudo_dirs = {}, [""]
 
@@ -92,7 +92,7 @@ def test_prepared_rows_in_a_bucket_are_copied_once(tmp_path, monkeypatch, store)
     for file in (tmp_path / "rows").iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes()
     assert manifest.fingerprint in (folder / "manifest.json").read_text()
-    del store.store["/bucket/rows/train.array_record"]  # it is not asked for again
+    del store.store["/bucket/rows/train.array_record"]  # it is not read again
     assert local_folder("gs://bucket/rows") == folder
     assert local_folder(tmp_path / "rows") == tmp_path / "rows"
     with pytest.raises(ConfigError, match="gs://bucket/other: nothing prepared there"):

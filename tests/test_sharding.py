@@ -1,4 +1,4 @@
-"""The mesh, and where arrays come to lie on it."""
+"""The mesh, and how arrays are placed on it."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from tests import parallelism
 MODEL = ModelConfig(vocab_size=64, dim=32, max_seq_len=128, loops=2, n_heads=4, n_kv_heads=2, hidden_dim=64)
 
 
-def test_the_free_axis_takes_what_is_left():
+def test_the_free_axis_takes_the_remaining_devices():
     assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {
         "data": 1,
         "fsdp": 4,
@@ -44,7 +44,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
         check_batch(make_mesh(MeshConfig()), 12, "training.batch_size")
 
 
-def test_weights_and_optimizer_state_are_made_in_their_shards():
+def test_weights_and_optimizer_state_are_created_in_their_shards():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     state = init_state(Config(model=MODEL, training=TrainingConfig(ema_decay=0.9)), mesh)
     expected = {"q": PartitionSpec("fsdp", "tensor"), "out": PartitionSpec("tensor", None, "fsdp")}
@@ -78,8 +78,8 @@ reference = functools.cache(parallelism.on_one_device)
         ("gqa dense", "fsdp tensor sequence per loop"),
     ],
 )
-def test_a_step_on_eight_devices_is_the_step_on_one(model, mesh):
-    """Loss, expert load and every gradient. (All pairs: `python -m tests.parallelism`.)"""
+def test_a_step_on_eight_devices_equals_the_step_on_one(model, mesh):
+    """Loss, expert load and every gradient. `python -m tests.parallelism` compares all pairs."""
     model = dataclasses.replace(parallelism.MODELS[model], prelude_layers=0)
     one = reference(model)
     assert max(np.abs(g).max() for g in jax.tree.leaves(one["gradients"])) > 0.1
@@ -87,13 +87,13 @@ def test_a_step_on_eight_devices_is_the_step_on_one(model, mesh):
     assert difference < 1e-5, where
 
 
-def test_the_loss_on_a_mesh_is_that_on_one_device():
-    """In parts, with vocabulary, width, rows and positions all cut; and with rows that the mesh does not divide."""
+def test_the_loss_on_a_mesh_equals_that_on_one_device():
+    """In chunks: vocabulary, width, rows and positions all sharded, then with rows that the mesh does not divide."""
     keys = jax.random.split(jax.random.key(0), 3)
     table = jax.random.normal(keys[1], (40, 8))
 
     def both(features, table, targets):
-        return jax.value_and_grad(lambda f, t: jnp.sin(cross_entropy(f, t, targets, chunk=4)).sum(), (0, 1))(
+        return jax.value_and_grad(lambda f, t: jnp.sin(cross_entropy(f, t, targets, chunk_length=4)).sum(), (0, 1))(
             features, table
         )
 
@@ -102,23 +102,23 @@ def test_the_loss_on_a_mesh_is_that_on_one_device():
         targets = jax.random.randint(keys[2], (rows, 14), 0, 40)
         expected = both(features, table, targets)
         with use_mesh(make_mesh(mesh)):
-            found = jax.jit(both)(features, table, targets)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+            sharded = jax.jit(both)(features, table, targets)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), sharded, expected)
 
 
 def in_loops(hlo):
-    """How many all-gathers stand in bodies of loops, and how many elsewhere."""
+    """The number of all-gathers in loop bodies, and elsewhere."""
     bodies, counts, name = set(re.findall(r"body=%?([\w.-]+)", hlo)), [0, 0], None
     for line in hlo.splitlines():
-        if found := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
-            name = found[1]
+        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            name = header[1]
         if re.search(r" all-gather(-start)?\(", line):
             counts[name not in bodies] += 1
     return counts
 
 
-def test_the_loops_weights_are_gathered_once_or_in_every_loop():
-    """XLA would move any gathering of weights out of the loop, or JAX keep its result for the backward pass."""
+def test_loop_weights_are_gathered_once_or_in_every_loop():
+    """Unprevented, XLA would move the gathering out of the loop, or JAX would keep its result for the backward pass."""
     counts = {}
     for gather in ["once", "per_loop"]:
         config = parallelism.config_of(BARE, MeshConfig(fsdp=8, gather=gather))
@@ -130,13 +130,13 @@ def test_the_loops_weights_are_gathered_once_or_in_every_loop():
         with use_mesh(mesh):
             hlo = jitted_step(config).lower(abstract_state(config, mesh), batch).compile().as_text()
         counts[gather] = in_loops(hlo)
-    matrices = 6  # q, k, v, out; up, down
+    matrices = 6  # q, k, v, out, up, down
     assert counts["once"][0] == 0
-    assert counts["per_loop"][0] == 2 * matrices  # and again in the backward pass
+    assert counts["per_loop"][0] == 2 * matrices  # once more in the backward pass
     assert counts["once"][1] == counts["per_loop"][1] + matrices
 
 
-def test_data_spans_slices_and_all_else_stays_inside():
+def test_only_the_data_axis_spans_slices():
     mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2, slices=2))
     assert {d.id for d in mesh.devices[:2].flat} == {0, 1, 2, 3}
     with pytest.raises(ConfigError, match=r"mesh\.data: got 1, allowed: a multiple of mesh\.slices, 2"):
@@ -145,7 +145,7 @@ def test_data_spans_slices_and_all_else_stays_inside():
         make_mesh(MeshConfig(slices=3))
 
 
-def test_devices_that_name_their_slice_are_grouped_by_it():
+def test_devices_are_grouped_by_the_slice_they_report():
     @dataclasses.dataclass(frozen=True)
     class Chip:
         id: int
@@ -160,18 +160,18 @@ def test_devices_that_name_their_slice_are_grouped_by_it():
         in_slices(1, chips)
 
 
-def test_a_start_that_would_replicate_weights_is_refused():
+def test_a_mesh_that_would_replicate_weights_is_refused():
     good, mesh = abstract_variables(MODEL), make_mesh(MeshConfig(fsdp=4, tensor=2))
     check_sharded(mesh, good)
     odd = abstract_variables(dataclasses.replace(MODEL, hidden_dim=61, dim=36, n_heads=3, n_kv_heads=3))
-    check_sharded(mesh, odd)  # fsdp cuts the width, so nothing is whole on every device
+    check_sharded(mesh, odd)  # fsdp divides the width, so no weight is replicated
     none = abstract_variables(dataclasses.replace(MODEL, hidden_dim=61, dim=30, n_heads=3, n_kv_heads=3, vocab_size=67))
     expected = (
         r"mesh: 99.0% of .* allowed: 2%; the largest is params\.embedding \[67, 30\], which fsdp 4, tensor 2 does"
     )
     with pytest.raises(ConfigError, match=expected):
         check_sharded(mesh, none)
-    check_sharded(make_mesh(MeshConfig(data=8, fsdp=1)), none)  # a mesh that is not there to cut weights
+    check_sharded(make_mesh(MeshConfig(data=8, fsdp=1)), none)  # a mesh without axes that shard weights
     unnamed = {"params": {**good["params"], "extra": jax.ShapeDtypeStruct((64, 64), np.float32)}}
     with pytest.raises(ConfigError, match=r"the largest is params\.extra \[64, 64\]"):
         check_sharded(mesh, unnamed)
@@ -179,7 +179,8 @@ def test_a_start_that_would_replicate_weights_is_refused():
 
 @pytest.mark.parametrize("model", [BARE, BARE_MLA], ids=["gqa", "mla"])
 def test_generation_on_a_mesh_gives_the_same_tokens(model):
-    """Drawn, not greedy: so that they depend on every logit. The cache lies cut by rows, positions and heads."""
+    """Sampled rather than greedy, so that the tokens depend on every logit. The cache is sharded by rows, positions and
+    heads."""
     shapes = jax.eval_shape(lambda: nn.unbox(Mythos(model).init(jax.random.key(0), np.zeros((1, 1), np.int32))))
     random = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: random.normal(1, 0.2, x.shape).astype(np.float32), shapes)
@@ -195,12 +196,12 @@ def test_generation_on_a_mesh_gives_the_same_tokens(model):
         keys = init_cache(model, 2, 10).loop[0].kv.keys
         last = (model.n_kv_heads // 2, model.gqa_head_dim) if model is BARE else keys.shape[3:]
         assert keys.sharding.shard_shape(keys.shape) == (model.loops, 1, 5, *last)
-        found = run(jax.device_put(variables, shardings(mesh, abstract_variables(model))))
-    np.testing.assert_array_equal(found, expected)
+        tokens = run(jax.device_put(variables, shardings(mesh, abstract_variables(model))))
+    np.testing.assert_array_equal(tokens, expected)
     assert len(np.unique(expected)) > 4
 
 
-def test_a_process_reads_the_rows_its_devices_hold():
+def test_a_process_reads_the_rows_that_its_devices_hold():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     sharding = batch_sharding(mesh)
     np.testing.assert_array_equal(local_rows(sharding, 8), np.arange(8))
