@@ -1,8 +1,8 @@
-"""Every kind of model on every mesh of eight fake devices: loss and gradients are those of one device.
+"""Every kind of model on every mesh of eight fake devices: loss and gradients must equal those on one device.
 
     JAX_PLATFORMS=cpu python -m tests.parallelism [model or mesh …]
 
-The suite runs a few pairs of these (test_sharding.py).
+The test suite runs a few of these pairs (test_sharding.py).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from mythos_jax.training.step import abstract_state, make_train_step
 
 B, T = 8, 16
 
-# One layer each in prelude and loop.
+# One layer in the prelude and one in the loop.
 GQA = ModelConfig(
     vocab_size=64,
     dim=32,
@@ -47,7 +47,7 @@ MODELS = {
     "gqa moe": dataclasses.replace(GQA, **MOE),
     "mla dense": MLA,
     "mla moe": dataclasses.replace(MLA, **MOE, readout="act"),
-    "gqa moe by all to all": dataclasses.replace(GQA, **MOE, expert_exchange="all_to_all"),
+    "gqa moe all-to-all": dataclasses.replace(GQA, **MOE, expert_exchange="all_to_all"),
 }
 MESHES = {
     "data": MeshConfig(data=8, fsdp=1),
@@ -63,13 +63,13 @@ MESHES = {
 
 
 def config_of(model: ModelConfig, mesh: MeshConfig) -> Config:
-    # Without clipping, the first moments after one step are the gradients, up to a factor.
+    # Without clipping, the optimizer's first moments after one step are the gradients times (1 - b1).
     training = TrainingConfig(steps=4, batch_size=B, gradient_clip=0.0)
     return Config(model=model, training=training, data=DataConfig(seq_len=T), mesh=mesh)
 
 
-def some_state(config: Config, mesh: Mesh) -> TrainState:
-    """The same weights on every mesh, of a size that gives each part of the model a say."""
+def random_state(config: Config, mesh: Mesh) -> TrainState:
+    """The same weights on every mesh, large enough for every part of the model to affect the loss."""
     random = np.random.default_rng(0)
 
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -83,14 +83,14 @@ def some_state(config: Config, mesh: Mesh) -> TrainState:
 def loss_and_gradients(
     model: ModelConfig, mesh_config: MeshConfig, devices: list[jax.Device] | None = None
 ) -> dict[str, Any]:
-    """Of one training step on this mesh: loss, expert load, and the gradient of every weight, on the host."""
+    """The loss, the expert load and the gradient of every weight of one training step on this mesh, on the host."""
     config, mesh = config_of(model, mesh_config), make_mesh(mesh_config, devices)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((B, T), bool)}
     placed = to_global(batch_sharding(mesh), B, np.arange(B), batch)
-    # So few tokens would have whole scores. One device keeps those, as the truth; a mesh attends block by block.
+    # For so few tokens attention would be dense. One device keeps that, as the reference; a mesh attends by blocks.
     with mock.patch.object(attention, "MAX_DENSE_QUERIES", T if mesh.size == 1 else 0):
-        state, metrics = make_train_step(config, mesh)(some_state(config, mesh), placed)
+        state, metrics = make_train_step(config, mesh)(random_state(config, mesh), placed)
     gradients = jax.tree.map(lambda m: np.asarray(m) / (1 - config.training.b1), state.optimizer[1][0].mu)
     return {"loss": metrics["loss"], "expert_load": metrics.get("expert_load"), "gradients": gradients}
 
@@ -99,15 +99,15 @@ def on_one_device(model: ModelConfig) -> dict[str, Any]:
     return loss_and_gradients(model, MeshConfig(), jax.devices()[:1])
 
 
-def worst(one: Any, other: Any) -> tuple[float, str]:
-    """The largest absolute difference between two such results, and where."""
-    found = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), one, other)
-    path, value = max(jax.tree_util.tree_leaves_with_path(found), key=lambda item: item[1])
+def largest_difference(one: Any, other: Any) -> tuple[float, str]:
+    """The largest absolute difference between two such results, and the path of the array that has it."""
+    differences = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), one, other)
+    path, value = max(jax.tree_util.tree_leaves_with_path(differences), key=lambda item: item[1])
     return value, jax.tree_util.keystr(path)
 
 
 def main(words: list[str]) -> int:
-    """Prints a line for each pair; returns 1 if any differs by more than 1e-5."""
+    """Prints a line per pair of model and mesh; returns 1 if any differs from one device by more than 1e-5."""
     jax.config.update("jax_num_cpu_devices", 8)
     failed = 0
     for name, model in MODELS.items():
@@ -120,7 +120,7 @@ def main(words: list[str]) -> int:
             if words and name not in words and mesh_name not in words:
                 continue
             start = time.perf_counter()
-            value, where = worst(one, loss_and_gradients(model, mesh))
+            value, where = largest_difference(one, loss_and_gradients(model, mesh))
             failed += value > 1e-5
             verdict = "ok  " if value <= 1e-5 else "FAIL"
             seconds = time.perf_counter() - start

@@ -1,5 +1,6 @@
-"""Preflight without a TPU compiler: topologies, reading HLO, counting bytes and FLOPs. Compiling is in tests_tpu/."""
+"""Preflight without a TPU compiler: topologies, reading HLO, counting bytes and FLOPs. tests_tpu/ has the rest."""
 
+import re
 import sys
 import types
 
@@ -12,10 +13,10 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.preflight.collectives import bytes_sent, read_collectives, replica_groups
 from mythos_jax.preflight.compile import read_refusal
 from mythos_jax.preflight.cost import cost, matmul_flops
-from mythos_jax.preflight.hlo import Instruction, parse
+from mythos_jax.preflight.hlo import Instruction, UnknownHloError, parse
 from mythos_jax.preflight.topology import parse_topology
 
-# Two loops, one inside the other, of 3 and 5 rounds; cut down from what the TPU compiler prints.
+# Nested loops with 3 and 5 iterations, reduced from the output of the TPU compiler.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %add.1 (a: f32[], b: f32[]) -> f32[] {
@@ -63,7 +64,7 @@ ENTRY %main (s.5: (s32[], bf16[8,16], bf16[16,4])) -> (s32[], bf16[8,16], bf16[1
 
 
 def mesh(*slices, **sizes):
-    """A stand-in for a mesh of TPUs: `slices[i]` is the slice of device i (default: one slice)."""
+    """A fake mesh of TPUs. slices: the slice of each device (default: all in one slice)."""
     devices = np.empty(tuple(sizes.values()), object)
     for i in range(devices.size):
         devices.flat[i] = types.SimpleNamespace(slice_index=slices[i] if slices else 0)
@@ -74,20 +75,20 @@ def instruction(attributes="", opcode="all-reduce", operands=(), type="f32[]"):
     return Instruction("i", opcode, type, operands, attributes, "main")
 
 
-def test_instructions_count_as_often_as_their_loops_run():
+def test_instructions_are_counted_as_often_as_their_loops_run():
     program = parse(PROGRAM)
     assert {name: runs for name, runs in program.runs.items() if "body" in name} == {"outer_body": 3, "inner_body": 15}
-    # 8 x 16 by 16 x 4, a multiply-add as two.
+    # A product of 8 x 16 and 16 x 4; a multiply-add counts as two.
     assert cost(program).flops == 15 * 2 * 8 * 16 * 4
 
 
-def test_a_traced_depth_is_told_and_a_sampler_runs_once():
-    """The inner loop compares with a value, or stops for another reason than its largest integer."""
+def test_trip_counts_that_are_not_constant():
+    """The recurrence runs `traced_depth` times, other loops once: also one whose bound is the largest integer."""
     bound = "  %bound.2 = s32[]{:T(128)} constant(5)\n"
     traced = PROGRAM.replace(bound, "  %bound.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0\n")
     assert traced != PROGRAM
     loop = "while(%p.3), condition=%inner_condition, body=%inner_body"
-    named = traced.replace(loop, loop + ', metadata={op_name="jit(step)/jvp(Mythos.trunk)/recurrence/while"}')
+    named = traced.replace(loop, loop + ', metadata={op_name="jit(step)/jvp(Mythos.loop)/recurrence/while"}')
     assert parse(traced, traced_depth=7).runs["inner_body"] == 3
     assert parse(named, traced_depth=7).runs["inner_body"] == 3 * 7
     sampler = PROGRAM.replace(bound, bound.replace("(5)", "(2147483647)"))
@@ -95,7 +96,7 @@ def test_a_traced_depth_is_told_and_a_sampler_runs_once():
 
 
 def test_collectives_have_bytes_axes_and_slices():
-    """The gather joins 4 chips of the inner axis, the reduction 2 of the outer, here one a slice."""
+    """The gather spans 4 chips on the inner axis; the reduction spans 2 on the outer axis, in different slices."""
     reduce, gather = sorted(
         read_collectives(parse(PROGRAM), mesh(*[0] * 4, *[1] * 4, data=2, fsdp=4)), key=lambda c: c.runs
     )
@@ -105,34 +106,34 @@ def test_collectives_have_bytes_axes_and_slices():
     assert (reduce.ici, reduce.dcn) == (0, 3 * 2 * (8 * 16 * 2) / 2)
 
 
-def test_a_ragged_exchange_counts_as_with_an_even_load():
-    """Out and back: 8 rows of 16 bfloat16 a chip, three quarters of them to others, in a buffer for 32."""
-    counts = "".join(f"  %s.{i} = s32[4] parameter({i + 2})\n" for i in range(4))
+def test_ragged_all_to_all_is_counted_for_an_even_load():
+    """To the experts and back: 8 rows of 16 bfloat16 per chip, three quarters of them to other chips; room for 32."""
+    sizes = "".join(f"  %s.{i} = s32[4] parameter({i + 2})\n" for i in range(4))
     for sent, room in [(8, 32), (32, 8)]:
         text = (
             f"ENTRY %main (x: bf16[{sent},16], y: bf16[{room},16]) -> bf16[{room},16] {{\n"
-            f"  %x = bf16[{sent},16] parameter(0)\n  %y = bf16[{room},16] parameter(1)\n{counts}"
+            f"  %x = bf16[{sent},16] parameter(0)\n  %y = bf16[{room},16] parameter(1)\n{sizes}"
             f"  ROOT %z = bf16[{room},16] ragged-all-to-all(%x, %y, %s.0, %s.1, %s.2, %s.3), "
             "replica_groups={{0,1,2,3},{4,5,6,7}}\n}\n"
         )
-        (found,) = read_collectives(parse(text), mesh(*[0] * 8, data=2, expert=4))
-        assert (found.axes, found.ici, found.dcn) == (("expert",), 3 / 4 * 8 * 16 * 2, 0)
+        (collective,) = read_collectives(parse(text), mesh(*[0] * 8, data=2, expert=4))
+        assert (collective.axes, collective.ici, collective.dcn) == (("expert",), 3 / 4 * 8 * 16 * 2, 0)
 
 
-def test_the_pieces_of_one_collective_count_once():
-    """The compiler spreads a gather over several fusions; its pieces share a chain."""
+def test_the_pieces_of_one_collective_are_counted_once():
+    """The compiler may spread a gather over several fusions; the pieces have the same chain."""
     line = next(line for line in PROGRAM.splitlines() if " all-gather(" in line)
     piece = line.replace("channel_id=1", 'channel_id=1, frontend_attributes={chain_id="7"}')
     for program, count in [
         (PROGRAM.replace(line, piece + "\n" + piece.replace("%all ", "%all.2 ")), 1),
         (PROGRAM.replace(line, line + "\n" + line.replace("%all ", "%all.2 ")), 2),
     ]:
-        found = read_collectives(parse(program), mesh(*[0] * 8, data=2, fsdp=4))
-        assert sum(c.kind == "all-gather" for c in found) == count
+        collectives = read_collectives(parse(program), mesh(*[0] * 8, data=2, fsdp=4))
+        assert sum(c.kind == "all-gather" for c in collectives) == count
 
 
-def test_what_hosts_exchange_between_slices_is_counted():
-    """As the TPU compiler writes an all-reduce between two slices: 8 x 16 bfloat16 a chip, in the outer loop."""
+def test_transfers_between_slices_are_counted():
+    """An all-reduce between two slices as the TPU compiler prints it: 8 x 16 bfloat16 per chip, in the outer loop."""
     line = next(line for line in PROGRAM.splitlines() if " all-reduce(" in line)
     sent = (
         "  %send.1 = (bf16[8,16]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%x.3, %after), channel_id=4, "
@@ -144,15 +145,15 @@ def test_what_hosts_exchange_between_slices_is_counted():
     assert (between.ici, between.dcn) == (0, 3 * 2 * (8 * 16 * 2) / 2)
 
 
-def test_only_hbm_counts_as_moved():
-    """The weights of PROGRAM lie in fast memory, memory space 1; the product reads x and writes y, in float32."""
+def test_only_hbm_traffic_is_counted():
+    """The weights of PROGRAM are in fast memory, S(1); the product reads x from HBM and writes y, in float32, to it."""
     program = parse(PROGRAM)
     gather, product = 15 * 16 * 16 * 2, 15 * (8 * 16 * 2 + 8 * 4 * 4)
     assert cost(program).hbm_bytes == gather + product + 3 * 2 * 8 * 16 * 2
 
 
 @pytest.mark.parametrize(
-    ("spelling", "groups"),
+    ("notation", "groups"),
     [
         ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
         ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
@@ -165,18 +166,18 @@ def test_only_hbm_counts_as_moved():
         ("source_target_pairs={{0,1},{1,2},{2,3}}", [[0, 1], [1, 2], [2, 3]]),
     ],
 )
-def test_groups_in_every_spelling(spelling, groups):
-    assert sorted(replica_groups(instruction(f"channel_id=1, {spelling}, to_apply=%add"), 4)) == groups
+def test_replica_groups_in_every_notation(notation, groups):
+    assert sorted(replica_groups(instruction(f"channel_id=1, {notation}, to_apply=%add"), 4)) == groups
 
 
 def test_bytes_of_a_ring():
-    """What each chip sends, by simulating the ring: n - 1 rounds of one n-th (gather: of one part)."""
+    """In each of the n - 1 steps of a ring, a chip sends 1 / n of the data, or for a gather its own part."""
     n, size = 8, 800
     assert bytes_sent("reduce-scatter", size, n) == ((n - 1) * size / n, 0)
     assert bytes_sent("all-gather", size / n, n) == ((n - 1) * size / n, 0)
     assert bytes_sent("all-reduce", size, n) == (2 * (n - 1) * size / n, 0)
     assert bytes_sent("all-to-all", size, n) == ((n - 1) * size / n, 0)
-    # Two slices of 4: inside a ring of 4, then a quarter of it between the two.
+    # Two slices of 4 chips: a ring of 4 inside each slice, then a quarter of the data between the slices.
     assert bytes_sent("all-reduce", size, n, slices=2) == (2 * 3 / 4 * size, 2 * 1 / 2 * size / 4)
     assert bytes_sent("all-reduce", size, 1) == (0, 0)
 
@@ -186,12 +187,12 @@ def test_bytes_of_a_ring():
     [
         ("bf16[8,16]", "bf16[16,4]", "f32[8,4]", "dim_labels=bf_io->bf", 2 * 8 * 16 * 4),
         ("bf16[8,16]", "bf16[4,16]", "f32[8,4]", "dim_labels=bf_oi->bf", 2 * 8 * 16 * 4),
-        # A batch of 64 products, written as a window of which one tap each meets an element.
+        # A batch of 64 products, as a window of which exactly one tap per output meets an element.
         (
             "bf16[64,32,8]", "bf16[64,32,16]", "bf16[64,8,16]",
             "window={size=64 stride=63 lhs_dilate=64}, dim_labels=0fb_0io->0bf", 2 * 64 * 32 * 8 * 16,
         ),
-        # A convolution proper: 6 outputs, 3 taps, of which the padding takes one at each end.
+        # A real convolution: 6 outputs of 3 taps, one of which falls on the padding at each end.
         ("f32[6,1,5]", "f32[3,5,7]", "f32[6,1,7]", "window={size=3 pad=1_1}, dim_labels=0bf_0io->0bf", 2 * 16 * 5 * 7),
     ],
 )  # fmt: skip
@@ -203,12 +204,34 @@ def test_flops_of_products(left, right, out, attributes, flops):
     assert cost(parse(text)).flops == flops
 
 
-def test_a_kernel_counts_what_it_says():
+def test_the_cost_of_a_kernel_is_what_it_reports():
     attributes = 'custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"123","x":"4"}}'
     assert matmul_flops(None, instruction(attributes, opcode="custom-call")) == 123
 
 
-# A kernel that tells its settings, over several lines, and not its cost: 4 x 4 blocks, of which it visits 10.
+@pytest.mark.parametrize(
+    ("known", "unknown", "message"),
+    [
+        ("f32[8,4]{1,0:T(8,128)} convolution", "f32[8,4]{1,0:T(8,128)} ragged-dot", "unknown opcode 'ragged-dot'"),
+        ("bf16[16,16]{1,0:T(8,128)(2,1)} all-gather", "q7[16,16] all-gather", "unknown dtype 'q7'"),
+        ("f32[] add(%a, %b)", "f32[] 17", "unknown syntax"),
+    ],
+)
+def test_unknown_hlo_is_an_error_that_names_it(known, unknown, message):
+    assert known in PROGRAM
+    with pytest.raises(UnknownHloError, match=re.escape(message)) as error:
+        cost(parse(PROGRAM.replace(known, unknown)))
+    assert "libtpu" in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["tpu_custom_call", "SomethingNew"])
+def test_a_kernel_without_a_known_cost_is_an_error(target):
+    with pytest.raises(UnknownHloError, match=f"custom call '{target}', which reports no cost"):
+        matmul_flops(None, instruction(f'custom_call_target="{target}"', opcode="custom-call"))
+    assert matmul_flops(None, instruction('custom_call_target="AllocateBuffer"', opcode="custom-call")) == 0
+
+
+# A kernel with metadata on several lines that does not report its cost: 4 x 4 blocks, of which it visits 10.
 SPLASH = """HloModule jit_step
 
 ENTRY %main (q: bf16[2,4,512,96], k: bf16[2,2,512,96], v: bf16[2,2,512,64], t: s8[1,4,4]) -> bf16[2,4,512,64] {
@@ -227,13 +250,14 @@ ENTRY %main (q: bf16[2,4,512,96], k: bf16[2,2,512,96], v: bf16[2,2,512,64], t: s
 def test_splash_attention_counts_the_blocks_it_visits():
     module = parse(SPLASH)
     assert [i.opcode for i in module.computations["main"]][-2:] == ["custom-call", "copy"]
-    found = cost(module)
-    assert found.flops == 2 * 2 * 4 * 512**2 * (96 + 64) * 10 / 16
+    total = cost(module)
+    assert total.flops == 2 * 2 * 4 * 512**2 * (96 + 64) * 10 / 16
     q, out, k, v = (2 * 512 * n for n in (2 * 4 * 96, 2 * 4 * 64, 2 * 2 * 96, 2 * 2 * 64))
-    assert found.hbm_bytes == q + out + 2.5 * (k + v) + 2 * out  # a block of keys is read for 2.5 of queries; a copy
+    # Each block of keys is read for 2.5 blocks of queries on average; the last term is the copy.
+    assert total.hbm_bytes == q + out + 2.5 * (k + v) + 2 * out
 
 
-def test_refusals_are_read():
+def test_out_of_memory_messages_are_parsed():
     message = """\
 RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. CompileTimeHbmOom: Ran out of memory in memory space
 hbm. Used 20.51G of 15.75G hbm. Exceeded hbm capacity by 4.76G.
@@ -247,18 +271,18 @@ Largest program allocations in hbm:
   2. Size: 512.0M
      Shape: bf16[268435456]{0}
 """
-    found = read_refusal(message)
-    assert found.needed == 20.51 * GIB
-    assert [(b.bytes, b.source) for b in found.biggest] == [(8 * GIB, "jit(step)/moe/dot_general"), (GIB / 2, "")]
-    assert found.biggest[0].type.startswith("f32[2,1024,1048576]")
+    refusal = read_refusal(message)
+    assert refusal.needed == 20.51 * GIB
+    assert [(b.bytes, b.source) for b in refusal.biggest] == [(8 * GIB, "jit(step)/moe/dot_general"), (GIB / 2, "")]
+    assert refusal.biggest[0].type.startswith("f32[2,1024,1048576]")
     short = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (446.61G) "
     assert read_refusal(short + "exceeds available HBM (15.75G).").needed == 446.61 * GIB
     assert read_refusal("INTERNAL: something else") is None
 
 
 def test_topologies():
-    found = parse_topology("v5p:4x4x8", slices=2)
-    assert (found.chip, found.name) == (CHIPS["v5p"], "v5p:4x4x8 x 2")
+    topology = parse_topology("v5p:4x4x8", slices=2)
+    assert (topology.chip, topology.name) == (CHIPS["v5p"], "v5p:4x4x8 x 2")
     for name in ["v5e:3x3", "v5p:4x4", "v5e", "h100:8"]:
         with pytest.raises(ConfigError, match=r"allowed: .*v5[ep]:"):
             parse_topology(name)
@@ -266,7 +290,7 @@ def test_topologies():
         parse_topology("v5e:4x4", slices=0)
 
 
-def test_the_command_refuses_wrong_input_in_one_line(tmp_path, monkeypatch, capsys):
+def test_the_command_rejects_wrong_input_with_one_line(tmp_path, monkeypatch, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("name: c\n")
     assert cli.main(["compile", str(path), "--topology", "v9:1x1"]) == 2

@@ -1,9 +1,9 @@
-"""Compiles the train step of mythos_1b … mythos_1t, each for its slice, and writes the table in docs/pods.md.
+"""Compiles the train step of mythos_1b … mythos_1t, each for its slice, and updates the table in docs/pods.md.
 
     .venv-tpu/bin/python -m tests_tpu.all_sizes [--full] [NAME …]
 
-With names, only their rows are made anew. `--full`: with the compiler's whole search, in three times the time; the
-larger sizes then need more than 24 GB of memory.
+With names, only their rows are updated. With `--full`, the compiler searches longer for fast code. That takes three
+times as long, and the larger sizes need more than 24 GB of memory.
 """
 
 import argparse
@@ -32,7 +32,7 @@ HEAD = (
 
 
 def row(name: str, quick: bool) -> str:
-    """One line of the table."""
+    """The row of one config in the table."""
     from mythos_jax.chips import GIB
     from mythos_jax.config import load_config
     from mythos_jax.preflight.report import preflight
@@ -41,7 +41,7 @@ def row(name: str, quick: bool) -> str:
     config, topology = load_config(ROOT / "configs" / f"{name}.yaml"), parse_topology(SLICES[name])
     start = time.process_time()
     report = preflight(config, topology, quick=quick)
-    took = time.process_time() - start
+    seconds_taken = time.process_time() - start
     mesh = " × ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     cells = [
         name,
@@ -63,25 +63,25 @@ def row(name: str, quick: bool) -> str:
         ]
     else:
         cells += ["", "", f"{report.needed / GIB:.1f} of {topology.chip.hbm_bytes / GIB:.1f} GiB", "**no**", "", "", ""]
-    return "| " + " | ".join([*cells, f"{took:.0f} s" + ", quick" * quick]) + " |"
+    return "| " + " | ".join([*cells, f"{seconds_taken:.0f} s" + ", quick" * quick]) + " |"
 
 
 def write(rows: dict[str, str]) -> None:
-    """Replaces rows of the table, and says when and with what they were made."""
+    """Replaces rows of the table, and states when and with which versions they were made."""
     page = PAGE.read_text()
     table = re.search(r"<!-- all sizes -->\n(.*?)<!-- end -->", page, flags=re.DOTALL)
-    kept = dict(re.findall(r"^(\| (mythos_\w+) .*)$", table.group(1), flags=re.MULTILINE))
-    kept = {name: line for line, name in kept.items()} | rows
+    lines = re.findall(r"^(\| (mythos_\w+) .*)$", table.group(1), flags=re.MULTILINE)
+    all_rows = {name: line for line, name in lines} | rows
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
     made = f"Made on {datetime.date.today():%-d %B %Y} with {versions}."
-    body = HEAD + "".join(f"{kept[name]}\n" for name in SLICES if name in kept)
+    body = HEAD + "".join(f"{all_rows[name]}\n" for name in SLICES if name in all_rows)
     PAGE.write_text(page[: table.start(1)] + made + "\n\n" + body + page[table.end(1) :])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*SLICES, []], help=f"of {', '.join(SLICES)}")
-    parser.add_argument("--full", action="store_true", help="with the compiler's whole search")
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*SLICES, []], help=f"which of {', '.join(SLICES)}")
+    parser.add_argument("--full", action="store_true", help="let the compiler search longer for fast code")
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name in arguments.names or SLICES:

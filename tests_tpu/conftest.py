@@ -1,4 +1,4 @@
-"""These tests compile for TPUs with libtpu, on a CPU; nothing runs on a device."""
+"""These tests compile for TPUs with libtpu on a CPU; nothing runs on a TPU."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""`mythos compile` with the TPU compiler itself: what fits, what does not, and what the compiled programs hold."""
+"""`mythos compile` with the real TPU compiler: what fits, what does not, and what the compiled programs contain."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from mythos_jax.preflight.report import preflight
 from mythos_jax.preflight.topology import parse_topology
 from mythos_jax.sharding import make_mesh, use_mesh
 
-# Sizes that are all different, so that an array's shape tells what it is.
+# All sizes differ, so that the shape of an array identifies it.
 MOE = ModelConfig(
     vocab_size=32000, dim=256, max_seq_len=512, loops=2, n_heads=4, n_kv_heads=2, hidden_dim=640, remat="full",
     feed_forward="moe", n_experts=16, experts_per_token=2, expert_dim=384, n_shared_experts=1, dtype="bfloat16",
@@ -39,63 +39,65 @@ def small_program():
     return compile_train(SMALL, parse_topology("v5e:4x4"), quick=True)
 
 
-def test_expert_weights_do_not_travel_along_the_expert_axis():
+def test_expert_weights_do_not_move_along_the_expert_axis():
     program = small_program()
     gathers = [c for c in read_collectives(parse(program.text), program.mesh) if c.kind == "all-gather"]
-    # Told by their shape: of a shared expert there is one. fsdp does gather them.
-    here, hidden = MOE.n_experts // SMALL.mesh.expert, {MOE.expert_dim, MOE.expert_dim // SMALL.mesh.tensor}
-    of_weights = [c for c in gathers if any(here == a.shape[0] and hidden & set(a.shape) for a in c.arrays)]
+    # Expert weights are identified by their shape: their number per device, and the hidden width. A shared expert has
+    # no axis of experts. The weights are gathered along fsdp only.
+    local_experts, hidden = MOE.n_experts // SMALL.mesh.expert, {MOE.expert_dim, MOE.expert_dim // SMALL.mesh.tensor}
+    of_weights = [c for c in gathers if any(local_experts == a.shape[0] and hidden & set(a.shape) for a in c.arrays)]
     assert any(c.axes == ("fsdp",) for c in of_weights)
     assert not any("expert" in c.axes for c in of_weights)
     assert any("expert" in c.axes for c in gathers)  # tokens do
 
 
-def test_by_all_to_all_tokens_go_to_their_experts_only():
+def test_all_to_all_sends_tokens_only_to_their_experts():
     config = dataclasses.replace(SMALL, model=dataclasses.replace(MOE, expert_exchange="all_to_all"))
     program = compile_train(config, parse_topology("v5e:4x4"), quick=True)
     collectives = read_collectives(parse(program.text), program.mesh)
     assert any(c.kind == "ragged-all-to-all" and c.axes == ("expert",) for c in collectives)
-    # Among the devices of the experts counts are gathered, not tokens (as in the ring), which are MOE.dim wide.
+    # Along the expert axis only counts are gathered. The ring gathers tokens, which are MOE.dim wide.
     ring = read_collectives(parse(small_program().text), small_program().mesh)
-    for found, tokens in [(collectives, False), (ring, True)]:
-        gathered = [a for c in found if c.kind == "all-gather" and c.axes == ("expert",) for a in c.arrays]
-        assert any(MOE.dim in a.shape for a in gathered) == tokens
+    for program_collectives, gathers_tokens in [(collectives, False), (ring, True)]:
+        gathers = [c for c in program_collectives if c.kind == "all-gather" and c.axes == ("expert",)]
+        assert any(MOE.dim in a.shape for c in gathers for a in c.arrays) == gathers_tokens
 
 
-def test_logits_are_nowhere_whole():
-    """Vocabulary over tensor, rows over the rest; and so for the table and its gradient."""
-    vocabulary, ways = MOE.vocab_size, SMALL.mesh.fsdp * SMALL.mesh.expert
+def test_no_chip_holds_all_logits():
+    """The vocabulary is sharded over tensor and rows over the other axes; likewise the table and its gradient."""
+    vocab_size, row_shards = MOE.vocab_size, SMALL.mesh.fsdp * SMALL.mesh.expert
     arrays = {a for i, _ in parse(small_program().text).walk() for a in i.arrays}
-    assert not any(vocabulary in a.shape for a in arrays)
-    part = [a for a in arrays if vocabulary // SMALL.mesh.tensor in a.shape]
-    most = max(SMALL.training.batch_size // ways * CHUNK_LENGTH, MOE.dim) * vocabulary // SMALL.mesh.tensor
-    assert part
-    assert max(a.bytes for a in part) <= 4 * most
+    assert not any(vocab_size in a.shape for a in arrays)
+    sharded = [a for a in arrays if vocab_size // SMALL.mesh.tensor in a.shape]
+    logits_or_table = max(SMALL.training.batch_size // row_shards * CHUNK_LENGTH, MOE.dim)
+    assert sharded
+    assert max(a.bytes for a in sharded) <= 4 * logits_or_table * vocab_size // SMALL.mesh.tensor
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
-def test_expert_products_cost_the_ideal_on_each_generation(topology):
-    """Forward and both gradients, 3 x 2 N D F FLOPs; and rows in tiles that are never half empty on average."""
+def test_expert_products_have_the_ideal_cost_on_each_generation(topology):
+    """Forward and both gradients take 3 x 2 N D F FLOPs, and on average tiles of rows are at least half full."""
     N, D, F, E = 8192, 512, 1024, 64
     mesh = make_mesh(MeshConfig(), topology_devices(parse_topology(topology)))
-    rows, whole = PartitionSpec("fsdp"), PartitionSpec()
+    by_rows, replicated = PartitionSpec("fsdp"), PartitionSpec()
 
     def loss(x, w, sizes):
-        run = jax.shard_map(grouped_matmul, in_specs=(rows, whole, rows), out_specs=rows, check_vma=False)
+        run = jax.shard_map(grouped_matmul, in_specs=(by_rows, replicated, by_rows), out_specs=by_rows, check_vma=False)
         return run(x, w, sizes).astype(jnp.float32).sum()
 
     def array(dtype, spec, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    arguments = array(jnp.bfloat16, rows, N * 4, D), array(jnp.bfloat16, whole, E, D, F), array(jnp.int32, rows, E * 4)
+    x, w = array(jnp.bfloat16, by_rows, N * 4, D), array(jnp.bfloat16, replicated, E, D, F)
+    sizes = array(jnp.int32, by_rows, E * 4)
     with use_mesh(mesh):
-        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(x, w, sizes).compile()
     assert cost(parse(compiled.as_text())).flops == pytest.approx(3 * 2 * N * D * F, rel=0.01)
     m = tile_rows(N, E)
     assert (N // m + E - 1) * m <= 2 * N
 
 
-def test_what_does_not_fit_is_said_plainly(tmp_path, capsys):
+def test_the_report_of_a_program_that_does_not_fit(tmp_path, capsys):
     path = tmp_path / "big.yaml"
     path.write_text(
         "model: {vocab_size: 32000, dim: 512, max_seq_len: 16384, loops: 2, n_heads: 8, n_kv_heads: 8}\n"
@@ -108,14 +110,16 @@ def test_what_does_not_fit_is_said_plainly(tmp_path, capsys):
     assert "to change: set model.remat to full" in out
     assert "Traceback" not in out + err
     assert main(["compile", str(path), "--topology", "v5e:2x2", "--quick", "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert found["fits"] is False
-    assert found["hbm"]["peak"] > found["hbm"]["capacity"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["fits"] is False
+    assert report["hbm"]["peak"] > report["hbm"]["capacity"]
 
 
 def test_decode_holds_parameters_and_cache():
+    """The cache is bfloat16, which is what the dtype "auto" means on a TPU."""
     model = dataclasses.replace(MOE, feed_forward="dense", n_experts=0)
-    config = Config(model=model, data=DataConfig(seq_len=512), evaluation=EvaluationConfig(batch_size=64))
+    auto = dataclasses.replace(model, dtype="auto")
+    config = Config(model=auto, data=DataConfig(seq_len=512), evaluation=EvaluationConfig(batch_size=64))
     report = preflight(config, parse_topology("v5e:2x2"), decode=True, quick=True)
     assert report.fits
     assert report.hbm["cache"] == 64 * 512 * cache_bytes(model, model.loops) / 4 + 64 * 4 / 4
@@ -124,18 +128,18 @@ def test_decode_holds_parameters_and_cache():
 
 
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
-def test_a_cache_cut_along_its_positions_stays_where_it_is(attention):
-    """Devices along `sequence` send each other maxima, sums and outputs of attention, and nothing as long as a part."""
+def test_a_cache_sharded_along_its_positions_is_not_moved(attention):
+    """Devices along `sequence` exchange only maxima, sums and outputs of attention; nothing as long as their shards."""
     latents = dict(q_lora_rank=96, kv_lora_rank=128, qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=80)
-    chosen = {"attention": attention, **(latents if attention == "mla" else {})}
-    model = dataclasses.replace(MOE, feed_forward="dense", n_experts=0, **chosen)
+    fields = {"attention": attention, **(latents if attention == "mla" else {})}
+    model = dataclasses.replace(MOE, feed_forward="dense", n_experts=0, **fields)
     length, rows, mesh = 448, 16, MeshConfig(fsdp=2, tensor=2, sequence=4)
     evaluation = EvaluationConfig(batch_size=rows)
     config = Config(model=model, data=DataConfig(seq_len=length), evaluation=evaluation, mesh=mesh)
     program = compile_decode(config, parse_topology("v5e:4x4"), quick=True)
-    cut = [c for c in read_collectives(parse(program.text), program.mesh) if "sequence" in c.axes]
-    assert any(c.kind == "all-reduce" for c in cut)
-    assert not any({length, length // mesh.sequence} & set(a.shape) for c in cut for a in c.arrays)
+    along_sequence = [c for c in read_collectives(parse(program.text), program.mesh) if "sequence" in c.axes]
+    assert any(c.kind == "all-reduce" for c in along_sequence)
+    assert not any({length, length // mesh.sequence} & set(a.shape) for c in along_sequence for a in c.arrays)
     cache = rows * length * cache_bytes(model, model.loops) / (16 if attention == "gqa" else 8)  # latents have no heads
     assert chip_bytes(program.state["cache"]) == cache + 4 * rows / 2
 
@@ -154,8 +158,8 @@ def test_slices_are_joined_by_the_data_axis():
     assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
 
 
-def test_between_slices_each_chip_sends_its_part_of_the_gradients():
-    """A sixteenth, in float32 or bfloat16; a quick compile leaves some sums in the loop, of two rounds."""
+def test_each_chip_sends_its_part_of_the_gradients_between_slices():
+    """A sixteenth of them, in float32 or bfloat16. A quick compile leaves some sums in the loop, which runs twice."""
     config = dataclasses.replace(
         SMALL, mesh=MeshConfig(data=2, fsdp=4, expert=4), training=TrainingConfig(batch_size=32)
     )
@@ -166,7 +170,7 @@ def test_between_slices_each_chip_sends_its_part_of_the_gradients():
     assert gradients / 16 / 2 < sum(c.dcn for c in between) < 2 * gradients / 16
 
 
-def test_an_unknown_topology_lists_the_known(capsys):
+def test_the_error_for_an_unknown_topology_lists_the_known_ones(capsys):
     assert main(["compile", "configs/quickstart.yaml", "--topology", "v5e:5x5"]) == 2
     error = capsys.readouterr().err
     assert "'v5e:5x5'" in error

@@ -1,4 +1,4 @@
-"""The train step of mythos_1b, compiled whole: what it takes, and which kernels it is made of."""
+"""The complete train step of mythos_1b, compiled: whether it fits, and which kernels it consists of."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from mythos_jax.flops import count_parameters
 from mythos_jax.preflight.compile import compile_train
 from mythos_jax.preflight.cost import matmul_flops
 from mythos_jax.preflight.hlo import parse
-from mythos_jax.preflight.report import read
+from mythos_jax.preflight.report import make_report
 from mythos_jax.preflight.topology import parse_topology
 
 
@@ -20,73 +20,75 @@ def test_the_smallest_size(topology, mesh):
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=mesh[0], expert=mesh[1]))
     topology = parse_topology(topology)
     program = compile_train(config, topology, quick=True)
-    it_fits(config, read(config, topology, program), mesh)
+    check_fit(config, make_report(config, topology, program), mesh)
     module = parse(program.text)
-    attention_is_a_kernel(config, module)
-    expert_products_are_kernels(config, module)
-    large_arrays_are_nowhere(config, module)
+    check_attention_kernels(config, module)
+    check_expert_kernels(config, module)
+    check_no_large_arrays(config, module)
 
 
-def it_fits(config, report, mesh):
+def check_fit(config, report, mesh):
     assert report.fits
-    # Experts are cut by both axes, the rest by fsdp; nothing is whole but norms.
+    # Experts are sharded over both axes, other weights over fsdp; only norms are replicated.
     parameters = 4 * count_parameters(config.model)
     assert parameters / (mesh[0] * mesh[1]) < report.hbm["parameters"] < parameters / mesh[0]
     assert report.hbm["optimizer"] == pytest.approx(2 * report.hbm["parameters"], rel=0.01)
-    # The loop forward twice (remat), backward once; room in the ring of experts.
+    # The loop runs forward twice (remat) and backward once; the ring of experts multiplies some padding.
     assert 1.2 < report.flops["compiled"] / report.flops["model"] < 1.7
     assert sum(c.ici for c in report.collectives) > 0
     assert report.seconds["DCN"] == 0
 
 
-def kernels(module, word):
-    """(instruction, how often it runs, FLOPs of a run) of the Mosaic kernels so named."""
+def kernels(module, name):
+    """How often each Mosaic kernel with this name runs, and the FLOPs of a run."""
     for i, runs in module.walk():
-        if i.opcode == "custom-call" and 'target="tpu_custom_call"' in i.attributes and word in i.op_name:
-            yield i, runs, matmul_flops(module, i)
+        if i.opcode == "custom-call" and 'target="tpu_custom_call"' in i.attributes and name in i.op_name:
+            yield runs, matmul_flops(module, i)
 
 
-def rows(config):
-    """Of a chip, in one of the parts that gradients are accumulated over."""
-    return (
-        config.training.batch_size // config.training.grad_accumulation_steps // (config.mesh.fsdp * config.mesh.expert)
-    )
+def rows_per_chip(config):
+    """In one of the parts that gradients are accumulated over."""
+    chips = config.mesh.fsdp * config.mesh.expert
+    return config.training.batch_size // config.training.grad_accumulation_steps // chips
 
 
-def attention_is_a_kernel(config, module):
-    """Each layer's, in each loop; the loop forward twice. Its FLOPs are those of causal attention in blocks of 512."""
+def check_attention_kernels(config, module):
+    """One per layer and loop, forward twice in the loop; FLOPs are those of causal attention in blocks of 512."""
     c, S, parts = config.model, config.data.seq_len, config.training.grad_accumulation_steps
-    outside, loops = c.prelude_layers + c.coda_layers, c.loop_layers * c.loops
+    outside, inside = c.prelude_layers + c.coda_layers, c.loop_layers * c.loops
     K, V = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
-    scores = rows(config) * c.n_heads * S * S * (S / 512 + 1) / (2 * S / 512)
+    scores = rows_per_chip(config) * c.n_heads * S * S * (S / 512 + 1) / (2 * S / 512)
     for phase, times, widths in [
-        ("fwd", outside + 2 * loops, K + V),
-        ("dq", outside + loops, 2 * K + V),
-        ("dkv", outside + loops, 2 * K + 2 * V),
+        ("fwd", outside + 2 * inside, K + V),
+        ("dq", outside + inside, 2 * K + V),
+        ("dkv", outside + inside, 2 * K + 2 * V),
     ]:
-        found = list(kernels(module, f"splash_mha_{phase}"))
-        assert sum(runs for _, runs, _ in found) == parts * times
-        assert {flops for _, _, flops in found} == {2 * scores * widths}
+        splash = list(kernels(module, f"splash_mha_{phase}"))
+        assert sum(runs for runs, _ in splash) == parts * times
+        assert {flops for _, flops in splash} == {2 * scores * widths}
 
 
-def expert_products_are_kernels(config, module):
-    """Three products forward, three again (remat), of them two once more in the ring, six backward; and no others over
-    experts. The ring has room for a quarter more tokens than an even load (ops/expert_parallel.py)."""
+def check_expert_kernels(config, module):
+    """All products over experts are Megablox kernels.
+
+    There are three products forward; three again (remat), and two of them once more in the ring; six backward. The ring
+    multiplies up to a quarter more rows than an even load has (ops/expert_parallel.py).
+    """
     c, t = config.model, config.training
     chips = config.mesh.fsdp * config.mesh.expert
-    one = 2 * t.batch_size * config.data.seq_len * c.experts_per_token * c.dim * c.expert_dim * c.loops / chips
-    found = sum(runs * flops for _, runs, flops in kernels(module, "gmm"))
-    assert 0.9 * 12 * one < found < 1.3 * 14 * one
+    product = 2 * t.batch_size * config.data.seq_len * c.experts_per_token * c.dim * c.expert_dim * c.loops / chips
+    total = sum(runs * flops for runs, flops in kernels(module, "gmm"))
+    assert 0.9 * 12 * product < total < 1.3 * 14 * product
     assert "ragged-dot" not in {i.opcode for i, _ in module.walk()}
 
 
-def large_arrays_are_nowhere(config, module):
-    """Scores of all heads, and logits of all tokens."""
-    S, vocabulary = config.data.seq_len, config.model.vocab_size
-    scores = rows(config) * config.model.n_heads * S * S
-    made = [a for i, _ in module.walk() if "/attention/" in i.op_name for a in i.arrays]
-    assert made
-    assert max(math.prod(a.shape) for a in made) < scores / 8
-    of_vocabulary = [a for i, _ in module.walk() for a in i.arrays if vocabulary in a.shape]
-    assert of_vocabulary
-    assert max(math.prod(a.shape) for a in of_vocabulary) <= vocabulary * max(config.model.dim, S)
+def check_no_large_arrays(config, module):
+    """Neither the attention scores of all heads nor the logits of all tokens exist at once."""
+    S, vocab_size = config.data.seq_len, config.model.vocab_size
+    scores = rows_per_chip(config) * config.model.n_heads * S * S
+    in_attention = [a for i, _ in module.walk() if "/attention/" in i.op_name for a in i.arrays]
+    assert in_attention
+    assert max(math.prod(a.shape) for a in in_attention) < scores / 8
+    with_vocab = [a for i, _ in module.walk() for a in i.arrays if vocab_size in a.shape]
+    assert with_vocab
+    assert max(math.prod(a.shape) for a in with_vocab) <= vocab_size * max(config.model.dim, S)

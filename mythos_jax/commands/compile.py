@@ -32,9 +32,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # are not attached cannot be read from the compilation cache.
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     from mythos_jax.config import load_config
-    from mythos_jax.preflight.report import as_json, as_text, preflight
+    from mythos_jax.preflight.report import preflight
 
     config = load_config(arguments.config, overrides)
     report = preflight(config, topology, decode=arguments.decode, quick=arguments.quick)
-    print(json.dumps(as_json(report)) if arguments.json else as_text(report))
+    print(json.dumps(report.as_dict()) if arguments.json else report.as_text())
     return DONE if report.fits else FAILED

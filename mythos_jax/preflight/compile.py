@@ -1,4 +1,4 @@
-"""Compiling the real train step and decode step for TPUs that are not there, with the compiler in libtpu."""
+"""Compiles the real train and decode steps with the compiler in libtpu, for TPUs that are not attached."""
 
 import dataclasses
 import importlib.util
@@ -16,33 +16,33 @@ from jax.sharding import Mesh, NamedSharding
 from mythos_jax.chips import GIB
 from mythos_jax.config import Config
 from mythos_jax.data.placement import batch_sharding, check_batch
-from mythos_jax.errors import ConfigError
-from mythos_jax.inference import generate
+from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.inference.generate import decode
 from mythos_jax.inference.sampling import Sampling
+from mythos_jax.inference.state import GenerateResult, Setup, State
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.preflight.topology import Topology
 from mythos_jax.sharding import RULES, make_mesh, placement, use_mesh
 from mythos_jax.training.step import abstract_state, jitted_step
 
-# libtpu asks the metadata server of a TPU VM what it runs on, and logs that there is none.
+# libtpu expects to run on a TPU VM. Without these it asks the VM's metadata server what it runs on, and logs failures.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another compile on this machine holds no chip
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations may run on this machine, since none uses a chip
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
 
-
-# For `quick`: the compiler searches less for fast code. Memory and FLOPs stay within a few percent (docs/pods.md).
+# Compiler options for `quick`: less search for fast code. Memory and FLOPs stay within a few percent (docs/pods.md).
 _QUICK = {"exec_time_optimization_effort": -1.0}
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A large array of a program that does not fit: its bytes on a chip, its type, where in the model it is made."""
+    """A large array of a program that does not fit: its bytes per chip, its type, and the operation that makes it."""
 
     bytes: float
     type: str
@@ -51,7 +51,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """The compiler's refusal. needed: bytes on a chip, as far as it says."""
+    """The compiler's refusal. needed: bytes per chip; NaN if the message does not say."""
 
     needed: float
     biggest: tuple[Buffer, ...]
@@ -59,9 +59,12 @@ class OutOfMemory:
 
 @dataclass(frozen=True)
 class Program:
-    """What was compiled. state: abstract arrays by part of the state (parameters, optimizer, …). text: the optimised
-    HLO. temporaries: bytes on a chip beside the state, at the worst moment. code: bytes on a chip. refusal: why it does
-    not fit, and then the others are empty."""
+    """A compiled step.
+
+    state: abstract arrays by part of the state (parameters, optimizer, …). text: optimised HLO. temporaries: peak bytes
+    per chip besides the state. code: bytes per chip. refusal: why it does not fit; then there is no text, and
+    temporaries and code are 0.
+    """
 
     mesh: Mesh
     state: dict[str, Any]
@@ -72,50 +75,43 @@ class Program:
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """The devices of a slice, as descriptions. Raises ConfigError where libtpu is missing or older than the chip."""
+    """Descriptions of a topology's devices. Raises ConfigError if libtpu is missing or does not know the topology."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("mythos compile: needs the TPU compiler; install it: pip install 'mythos-jax[tpu]'")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.shape == "1x1":
-        options["chips_per_host_bounds"] = (1, 1, 1)  # else a host has four
+        options["chips_per_host_bounds"] = (1, 1, 1)  # the default is four chips per host
     name = f"{topology.chip.name}:{topology.shape}"
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise ConfigError(f"--topology: {topology.name} is unknown to this libtpu ({_one_line(error)})") from None
-    return list(described.devices)
-
-
-def for_tpu(config: Config) -> Config:
-    """The config with the dtype that it means on a TPU: the process that compiles sees only a CPU."""
-    dtype = config.model.compute_dtype("tpu")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+        reason = one_line(error, limit=200)
+        raise ConfigError(f"--topology: {topology.name} is unknown to this libtpu ({reason})") from None
+    return list(description.devices)
 
 
 def compile_train(config: Config, topology: Topology, quick: bool = False) -> Program:
-    """The train step for the config's global batch."""
-    config = for_tpu(config)
+    """Compiles the train step for the config's global batch. quick: see `_QUICK`."""
     mesh = _mesh(config, topology)
     rows, length = config.training.batch_size, config.data.seq_len
     check_batch(mesh, rows, "training.batch_size")
-    parts = rows // config.training.grad_accumulation_steps
-    check_batch(mesh, parts, "training.batch_size / training.grad_accumulation_steps")
+    rows_per_part = rows // config.training.grad_accumulation_steps
+    check_batch(mesh, rows_per_part, "training.batch_size / training.grad_accumulation_steps")
     state = abstract_state(config, mesh)
     batch = {
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))
         for name, dtype in {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.bool_}.items()
     }
-    kept = {"parameters": state.variables, "optimizer": state.optimizer, "average": state.average, "batch": batch}
     with use_mesh(mesh):
         lowered = jitted_step(config).lower(state, batch)
-    return _compile(lowered, mesh, kept, quick)
+    parts = {"parameters": state.variables, "optimizer": state.optimizer, "average": state.average, "batch": batch}
+    return _compile(lowered, mesh, parts, quick)
 
 
 def compile_decode(config: Config, topology: Topology, quick: bool = False) -> Program:
-    """Decoding token by token at full depth: `evaluation.batch_size` rows that may grow to `data.seq_len` tokens."""
-    config = for_tpu(config)
+    """Compiles decoding at full depth, for `evaluation.batch_size` rows of up to `data.seq_len` tokens."""
     mesh = _mesh(config, topology)
     rows, length = config.evaluation.batch_size, config.data.seq_len
     check_batch(mesh, rows, "evaluation.batch_size")
@@ -123,37 +119,48 @@ def compile_decode(config: Config, topology: Topology, quick: bool = False) -> P
     def place(tree: Any, *names: str) -> Any:
         """Abstract arrays, placed by the logical names of their first axes."""
 
-        def one(x: Any) -> jax.ShapeDtypeStruct:
+        def place_array(x: Any) -> jax.ShapeDtypeStruct:
             spec = placement(x.shape, (*names, *(None,) * (len(x.shape) - len(names))), mesh.shape, RULES)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-        return jax.tree.map(one, tree)
+        return jax.tree.map(place_array, tree)
+
+    def array(dtype: Any, shape: tuple[int, ...] = (), *names: str) -> Any:
+        return place(jax.ShapeDtypeStruct(shape, dtype), *names)
 
     variables = abstract_state(config, mesh).variables
-    cache = jax.eval_shape(lambda: init_cache(config.model, rows, length))
+    with use_mesh(mesh):  # the cache's dtype depends on the platform of the mesh
+        cache = jax.eval_shape(lambda: init_cache(config.model, rows, length))
     heads = "latent" if config.model.attention == "mla" else "kv_heads"
     cache = place(cache.replace(length_B=None), "slots", "batch", "cache_length", heads).replace(
         length_B=place(cache.length_B, "batch")
     )
-    by_row, grid = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(rows,), (rows, length)])
-    state = generate.State(
+    state = State(
         cache=cache,
-        done_B=place(jax.ShapeDtypeStruct((rows,), jnp.bool_), "batch"),
-        step=place(jax.ShapeDtypeStruct((), jnp.int32)),
-        result=place(generate.GenerateResult(tokens=grid, lengths=by_row, loops=grid), "batch"),
+        done_B=array(jnp.bool_, (rows,), "batch"),
+        step=array(jnp.int32),
+        result=GenerateResult(
+            tokens=array(jnp.int32, (rows, length), "batch"),
+            lengths=array(jnp.int32, (rows,), "batch"),
+            loops=array(jnp.int32, (rows, length), "batch"),
+        ),
     )
-    scalars = (np.float32(0), np.int32(0), np.float32(1))
-    setup = generate.Setup(
+    setup = Setup(
         model=Mythos(config.model),
         loops=config.model.loops,
         initial_state=None,
         variables=variables,
         halting=None,
-        sampling=Sampling(*place(scalars), place(jax.ShapeDtypeStruct((rows,), jnp.uint32), "batch")),
-        stop_tokens=place(jax.ShapeDtypeStruct((1,), jnp.int32)),
+        sampling=Sampling(
+            temperature=array(jnp.float32),
+            top_k=array(jnp.int32),
+            top_p=array(jnp.float32),
+            seed_B=array(jnp.uint32, (rows,), "batch"),
+        ),
+        stop_tokens=array(jnp.int32, (1,)),
     )
     with use_mesh(mesh):
-        lowered = generate.decode.lower(setup, state, place(jax.ShapeDtypeStruct((), jnp.int32)))
+        lowered = decode.lower(setup, state, array(jnp.int32))
     return _compile(lowered, mesh, {"parameters": variables, "cache": cache}, quick)
 
 
@@ -162,7 +169,7 @@ def _mesh(config: Config, topology: Topology) -> Mesh:
 
 
 def chip_bytes(tree: Any) -> int:
-    """Bytes of a tree of placed abstract arrays on one chip."""
+    """Bytes per chip of a tree of placed abstract arrays."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -182,7 +189,7 @@ def _compile(lowered: Any, mesh: Mesh, state: dict[str, Any], quick: bool) -> Pr
         mesh,
         state,
         text=compiled.as_text(),
-        # At the worst moment, as the compiler counts to accept a program; `temp_size` is the sum of all it ever holds.
+        # The peak is what the compiler compares with the chip's memory. `temp_size` would be the sum over all buffers.
         temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
     )
@@ -193,7 +200,7 @@ _SIZE = r"([\d.]+)([KMGT]?)B?"
 
 
 def read_refusal(message: str) -> OutOfMemory | None:
-    """The sizes in the compiler's message that a program does not fit, None for another error."""
+    """The sizes in the compiler's message that a program does not fit; None if the message says something else."""
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return None
     used = re.search(rf"Used {_SIZE} of", message) or re.search(rf"\({_SIZE}\) exceeds available", message)
@@ -208,7 +215,3 @@ def read_refusal(message: str) -> OutOfMemory | None:
 
 def _bytes(number: str, unit: str) -> float:
     return float(number) * _UNITS[unit]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,4 +1,8 @@
-"""What a compiled program costs a chip: FLOPs of its matrix products, and bytes between HBM and core."""
+"""What a compiled program costs a chip: FLOPs of its matrix products, and bytes between HBM and core.
+
+Only matrix products are counted as FLOPs; the rest is negligible beside them. Every opcode must be in one of the sets
+below. One that is in none raises UnknownHloError, because ignoring it could hide most of a program's cost.
+"""
 
 import math
 import re
@@ -6,28 +10,57 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mythos_jax.preflight.hlo import Instruction, Module
-from mythos_jax.preflight.splash_cost import splash_bytes, splash_flops
+from mythos_jax.preflight.hlo import Instruction, Module, UnknownHloError
+from mythos_jax.preflight.splash_cost import is_splash, splash_bytes, splash_flops
 
-# Instructions that move nothing themselves.
-_FREE = {
+# Opcodes that move nothing themselves.
+FREE = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "iota",
     "partition-id", "replica-id", "after-all", "opt-barrier", "copy-done", "slice-done", "async-done",
-    "collective-permute-done", "all-gather-done", "all-reduce-done", "async-update",
+    "collective-permute-done", "all-gather-done", "all-reduce-done", "async-update", "add-dependency", "domain",
+    "get-dimension-size", "send-done", "recv-done",
 }  # fmt: skip
-_READS_A_PART = {"dynamic-slice", "slice", "gather"}
+# Opcodes that read only as much of their first operand as they return.
+PARTIAL_READS = {"dynamic-slice", "slice", "gather"}
+# Opcodes whose FLOPs are counted.
+PRODUCTS = {"dot", "convolution"}
+# Opcodes that read their operands and write their result, and do little else.
+STREAMED = PARTIAL_READS | {
+    # elementwise
+    "abs", "add", "and", "atan2", "bitcast-convert", "cbrt", "ceil", "clamp", "clz", "compare", "complex", "convert",
+    "cosine", "count-leading-zeros", "divide", "erf", "exponential", "exponential-minus-one", "floor", "imag",
+    "is-finite", "log", "log-plus-one", "logistic", "map", "maximum", "minimum", "multiply", "negate", "not", "or",
+    "popcnt", "power", "real", "reduce-precision", "remainder", "round-nearest-afz", "round-nearest-even", "rsqrt",
+    "select", "shift-left", "shift-right-arithmetic", "shift-right-logical", "sign", "sine", "sqrt",
+    "stochastic-convert", "subtract", "tan", "tanh", "xor",
+    # data movement
+    "broadcast", "concatenate", "copy", "copy-start", "dynamic-reshape", "dynamic-update-slice", "pad", "reshape",
+    "reverse", "scatter", "select-and-scatter", "slice-start", "transpose", "async-start",
+    # reductions, sorting and random bits
+    "reduce", "reduce-window", "rng", "rng-bit-generator", "rng-get-and-update-state", "sort", "topk",
+    # a fusion's body is counted by itself
+    "fusion",
+    # communication
+    "all-gather", "all-gather-start", "all-reduce", "all-reduce-start", "all-to-all", "collective-permute",
+    "collective-permute-start", "ragged-all-to-all", "reduce-scatter", "send", "recv",
+}  # fmt: skip
+# Opcodes known to contain no matrix product.
+_NO_PRODUCT = FREE | STREAMED
+# Custom calls, by target, that compute and move nothing worth counting.
+FREE_CUSTOM_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Per chip and execution."""
+    """The cost of one execution, per chip."""
 
     flops: float
     hbm_bytes: float
 
 
 def cost(module: Module) -> Cost:
-    """Sums over all instructions, each times how often it runs."""
+    """Sums over all instructions, each as often as it runs. Raises UnknownHloError if one has no known cost."""
+    # Inside fusions and the functions of reductions, values never reach HBM.
     inside = {
         name
         for body in module.computations.values()
@@ -45,38 +78,64 @@ def cost(module: Module) -> Cost:
 
 
 def matmul_flops(module: Module, instruction: Instruction) -> float:
-    """FLOPs of a product, a multiply-add as two; a kernel's are what it says of itself. 0 for the rest."""
-    if instruction.opcode == "custom-call":
-        told = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
-        return float(told.group(1)) if told else splash_flops(module, instruction)
-    if instruction.opcode == "dot":
+    """FLOPs of a matrix product, a multiply-add counted as two, or those that a kernel reports; else 0."""
+    opcode = instruction.opcode
+    if opcode == "custom-call":
+        return _custom_call_cost(module, instruction).flops
+    if opcode == "dot":
         left = module.operand(instruction, 0).arrays[0].shape
         dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        summed = math.prod(left[int(d)] for d in dims.group(1).split(",") if d) if dims else 1
-        return 2.0 * math.prod(instruction.arrays[0].shape) * summed
-    return _convolution_flops(module, instruction) if instruction.opcode == "convolution" else 0.0
+        contracted = math.prod(left[int(d)] for d in dims.group(1).split(",") if d) if dims else 1
+        return 2.0 * math.prod(instruction.arrays[0].shape) * contracted
+    if opcode == "convolution":
+        return _convolution_flops(module, instruction)
+    if opcode not in _NO_PRODUCT:
+        raise UnknownHloError(f"opcode {opcode!r}", str(instruction))
+    return 0.0
+
+
+def _custom_call_cost(module: Module, instruction: Instruction) -> Cost:
+    """What a kernel reports of itself. Splash attention reports nothing, so its cost is computed."""
+    estimate = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.attributes)
+    if estimate:
+        numbers = dict(re.findall(r'"(\w+)":"?(\d+)', estimate.group(1)))
+        return Cost(float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", 0)))
+    if is_splash(instruction):
+        return Cost(splash_flops(module, instruction), splash_bytes(module, instruction))
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    if not target or target.group(1) not in FREE_CUSTOM_CALLS:
+        name = target.group(1) if target else ""
+        raise UnknownHloError(f"custom call {name!r}, which reports no cost,", str(instruction))
+    return Cost(0.0, 0.0)
 
 
 def _convolution_flops(module: Module, instruction: Instruction) -> float:
-    """Batched products are convolutions on a TPU, with windows of which only some taps meet an element."""
+    """The FLOPs of a convolution, counting only the taps that meet an element.
+
+    On a TPU, batched matrix products become convolutions with windows most of whose taps fall on padding.
+    """
     left, right = (module.operand(instruction, i).arrays[0].shape for i in range(2))
     out = instruction.arrays[0].shape
-    lhs, rhs, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if not labels:
+        raise UnknownHloError("convolution without dim_labels", str(instruction))
+    lhs, rhs, result = labels.groups()
     window = _window(instruction.attributes)
     taps = 1.0
     for i in range(sum(label.isdigit() for label in result)):
-        o, d = out[result.index(str(i))], left[lhs.index(str(i))]
-        at = np.arange(o)[:, None] * window["stride"][i] - window["pad"][i]
+        n_out, n_in = out[result.index(str(i))], left[lhs.index(str(i))]
+        at = np.arange(n_out)[:, None] * window["stride"][i] - window["pad"][i]
         at = at + np.arange(window["size"][i])[None] * window["rhs_dilate"][i]
         dilate = window["lhs_dilate"][i]
-        taps *= np.count_nonzero((at >= 0) & (at < (d - 1) * dilate + 1) & (at % dilate == 0))
+        taps *= np.count_nonzero((at >= 0) & (at < (n_in - 1) * dilate + 1) & (at % dilate == 0))
     features = out[result.index("b")] * out[result.index("f")]
     return 2.0 * taps * features * right[rhs.index("i")]
 
 
 def _window(attributes: str) -> dict[str, list[int]]:
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    fields = dict(item.split("=") for item in found.group(1).split() if "=" in item) if found else {}
+    """A convolution's window by dimension: size, stride, lower padding, and dilations."""
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(item.split("=") for item in match.group(1).split() if "=" in item) if match else {}
     sizes = [int(x) for x in fields.get("size", "").split("x") if x]
     window = {"size": sizes, "pad": [0] * len(sizes)}
     for name in ("stride", "lhs_dilate", "rhs_dilate"):
@@ -87,35 +146,35 @@ def _window(attributes: str) -> dict[str, list[int]]:
 
 
 def hbm_bytes(module: Module, instruction: Instruction) -> float:
-    """Bytes that an instruction outside of fusions reads from HBM and writes to it; parts count as parts."""
-    if instruction.opcode in _FREE:
+    """Bytes that an instruction outside fusions reads from HBM and writes to it."""
+    if instruction.opcode in FREE:
         return 0.0
-    told = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"?(\d+)', instruction.attributes)
     if instruction.opcode == "custom-call":
-        return float(told.group(1)) if told else splash_bytes(module, instruction)
+        return _custom_call_cost(module, instruction).hbm_bytes
+    if instruction.opcode not in STREAMED and instruction.opcode not in PRODUCTS:
+        raise UnknownHloError(f"opcode {instruction.opcode!r}", str(instruction))
     if instruction.opcode.endswith("-start"):
-        # A copy between HBM and the chip's fast memory, or a collective: what it moves is its result.
+        # A copy between HBM and the chip's fast memory, or a collective: it moves its result.
         return float(max((a.bytes for a in instruction.arrays), default=0))
     if instruction.opcode == "dynamic-update-slice":
         return 2.0 * module.operand(instruction, 1).bytes
-    if instruction.opcode in _READS_A_PART:
+    if instruction.opcode in PARTIAL_READS:
         return 2.0 * instruction.bytes
     body = module.computations.get((instruction.called().get("calls") or [""])[0], [])
-    written = _written(module, body) if instruction.opcode == "fusion" and body else None
+    is_fusion = instruction.opcode == "fusion"
     total = 0.0
     for i in range(len(instruction.operands)):
-        operand = module.operand(instruction, i)
-        whole = sum(a.bytes for a in operand.arrays if a.in_hbm)
-        total += min(whole, _read(body, i)) if instruction.opcode == "fusion" else whole
-    out = sum(a.bytes for a in instruction.arrays if a.in_hbm)
-    return total + (out if written is None else min(out, written))
+        size = sum(a.bytes for a in module.operand(instruction, i).arrays if a.in_hbm)
+        total += min(size, _bytes_read(body, i)) if is_fusion else size
+    written = sum(a.bytes for a in instruction.arrays if a.in_hbm)
+    return total + (min(written, _bytes_written(module, body)) if is_fusion and body else written)
 
 
-def _read(body: list[Instruction], index: int) -> float:
-    """Bytes of parameter `index` that a fusion looks at: all, unless each use takes a part or only updates it."""
+def _bytes_read(body: list[Instruction], index: int) -> float:
+    """Bytes of parameter `index` that a fusion reads; infinity (all of them) unless every use takes only a part."""
     name = next((i.name for i in body if i.opcode == "parameter" and i.operands == (str(index),)), None)
     uses = [i for i in body if name in i.operands]
-    if uses and all(i.opcode in _READS_A_PART or _updates(i, name) for i in uses):
+    if uses and all(i.opcode in PARTIAL_READS or _updates(i, name) for i in uses):
         return float(sum(0 if i.opcode == "dynamic-update-slice" else i.bytes for i in uses))
     return math.inf
 
@@ -124,8 +183,8 @@ def _updates(instruction: Instruction, name: str | None) -> bool:
     return instruction.opcode == "dynamic-update-slice" and instruction.operands[0] == name
 
 
-def _written(module: Module, body: list[Instruction]) -> float:
-    """Bytes a fusion writes: all of its result, of buffers updated in place the update alone."""
+def _bytes_written(module: Module, body: list[Instruction]) -> float:
+    """Bytes that a fusion writes; infinity (all of its result) unless it updates parts of buffers in place."""
     total, updated = 0.0, 0.0
     for i in body:
         if i.opcode == "dynamic-update-slice":

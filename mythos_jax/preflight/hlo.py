@@ -1,7 +1,10 @@
-"""Reading optimised HLO text: computations, instructions, and how often each runs.
+"""Reads optimised HLO text: computations, instructions, and how often each one runs.
 
-XLA's own cost analysis counts the body of a loop once; here every instruction carries the product of the trip counts
-of the loops around it. TPU programs do not print trip counts, so they are read off the loops' conditions.
+XLA's own cost analysis counts the body of a loop once. Here every instruction is counted as often as the loops around
+it run. TPU programs do not print trip counts, so these are read from the loops' conditions.
+
+XLA does not document this text. The regular expressions here and in the modules that use this one were read from the
+output of the libtpu version in WRITTEN_FOR, with jax 0.10.2. Whatever they do not recognise raises `UnknownHloError`.
 """
 
 import math
@@ -10,9 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+WRITTEN_FOR = "libtpu 0.0.42.1"
+
+# Tokens order side effects and hold no data.
 DTYPE_BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
-    "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8, "c64": 64,
+    "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
+    "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
+    "f8e4m3": 8, "f8e4m3fn": 8, "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2": 8, "f8e5m2fnuz": 8, "f8e3m4": 8,
+    "f8e8m0fnu": 8, "f4e2m1fn": 4, "token": 0,
 }  # fmt: skip
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -23,9 +31,19 @@ _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
+class UnknownHloError(RuntimeError):
+    """The compiler printed something whose meaning or cost is not known here, so the counts would be wrong."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(
+            f"preflight: unknown {what} in compiled HLO, at {where}; preflight/ was written for {WRITTEN_FOR}. "
+            "If your libtpu is another version, install that one; else teach preflight/ about it"
+        )
+
+
 @dataclass(frozen=True)
 class Array:
-    """One array of an instruction's type. in_hbm: not a scalar, nor in the chip's fast memory, S(1)."""
+    """One array of an instruction's type. in_hbm: neither a scalar nor in the chip's fast memory, S(1)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -33,12 +51,12 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        return math.ceil(math.prod(self.shape) * DTYPE_BITS.get(self.dtype, 0) / 8)
+        return math.ceil(math.prod(self.shape) * DTYPE_BITS[self.dtype] / 8)
 
 
 @dataclass
 class Instruction:
-    """One line of HLO. `attributes` is all that follows the operands."""
+    """One line of HLO. `attributes` is everything after the operands."""
 
     name: str
     opcode: str
@@ -49,36 +67,43 @@ class Instruction:
 
     @cached_property
     def arrays(self) -> list[Array]:
-        """Those of its type: one, or the elements of its tuple."""
-        return [
-            Array(dtype, tuple(int(n) for n in sizes.split(",") if n), bool(sizes) and "S(" not in (layout or ""))
-            for dtype, sizes, layout in _SHAPE.findall(self.type)
-        ]
+        """The arrays of its type: one, or the elements of its tuple."""
+        arrays = []
+        for dtype, sizes, layout in _SHAPE.findall(self.type):
+            if dtype not in DTYPE_BITS:
+                raise UnknownHloError(f"dtype {dtype!r}", str(self))
+            shape = tuple(int(n) for n in sizes.split(",") if n)
+            arrays.append(Array(dtype, shape, in_hbm=bool(shape) and "S(" not in layout))
+        return arrays
 
     @property
     def bytes(self) -> int:
         return sum(array.bytes for array in self.arrays)
 
     def called(self) -> dict[str, list[str]]:
-        """Computations it runs, by role."""
-        found: dict[str, list[str]] = {}
+        """The computations it runs, by role."""
+        by_role: dict[str, list[str]] = {}
         for role, name in _CALLED.findall(self.attributes):
-            found.setdefault(role, []).append(name)
+            by_role.setdefault(role, []).append(name)
         for names in _BRANCHES.findall(self.attributes):
-            found.setdefault("branches", []).extend(n.strip().lstrip("%") for n in names.split(","))
-        return found
+            by_role.setdefault("branches", []).extend(n.strip().lstrip("%") for n in names.split(","))
+        return by_role
 
     @property
     def op_name(self) -> str:
-        """Where in the model it comes from, as JAX names it."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        """Where in the model it comes from, as JAX names it; empty if unknown."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match.group(1) if match else ""
+
+    def __str__(self) -> str:
+        """Where it is, for error messages."""
+        return f"%{self.name} in %{self.computation}" + (f" ({self.op_name})" if self.op_name else "")
 
 
 @dataclass
 class Module:
-    """A parsed program. computations: name to instructions, in order. traced_depth: how often the recurrence runs where
-    the program does not say."""
+    """A parsed program. computations: from name to instructions, in order. traced_depth: how often the recurrence runs
+    if the program itself does not say."""
 
     computations: dict[str, list[Instruction]] = field(default_factory=dict)
     entry: str = ""
@@ -89,6 +114,7 @@ class Module:
         return {(i.computation, i.name): i for body in self.computations.values() for i in body}
 
     def operand(self, instruction: Instruction, index: int) -> Instruction:
+        """The instruction that computes an operand."""
         return self.by_name[instruction.computation, instruction.operands[index]]
 
     @cached_property
@@ -105,11 +131,14 @@ class Module:
         return counts
 
     def trips(self, loop: Instruction) -> float:
-        """The constant that a loop's condition compares with. Where it is none: `traced_depth` for the recurrence, 1
-        for other loops (further rounds of experts under an uneven load, draws of a sampler)."""
-        told = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-        if told:
-            return int(told.group(1))
+        """How often a loop's body runs: the constant that its condition compares with.
+
+        If that is not a constant: `traced_depth` for the recurrence, and 1 for other loops (more steps over the rows of
+        experts under an uneven load, repeated draws of a sampler).
+        """
+        match = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if match:
+            return int(match.group(1))
         condition = self.computations[loop.called()["condition"][0]]
         constants = {
             i.name: int(i.operands[0])
@@ -122,14 +151,14 @@ class Module:
         return self.traced_depth if loop.op_name.endswith("recurrence/while") else 1
 
     def walk(self) -> Iterator[tuple[Instruction, float]]:
-        """Every instruction with how often it runs, those inside of fusions too."""
+        """Every instruction that runs and how often, including those inside fusions."""
         for name, body in self.computations.items():
             if self.runs[name]:
                 for instruction in body:
                     yield instruction, self.runs[name]
 
     def _topological(self) -> list[str]:
-        """Callers before what they call."""
+        """Callers before the computations they call."""
         order, seen = [], set()
 
         def visit(name: str) -> None:
@@ -146,36 +175,41 @@ class Module:
 
 
 def parse(text: str, traced_depth: float = 1) -> Module:
-    """HLO text, as `compiled.as_text()` gives it."""
-    module, current = Module(traced_depth=traced_depth), None
-    text = re.sub(r"\n(?=\"|}})", "", text)  # what a kernel tells of itself stands on lines of its own
+    """Parses HLO text as `compiled.as_text()` returns it. Raises UnknownHloError for a line it cannot read."""
+    module = Module(traced_depth=traced_depth)
+    computation: str | None = None
+    text = re.sub(r"\n(?=\"|}})", "", text)  # a kernel's metadata is printed on lines of its own
     for line in text.splitlines():
-        if current is None:
+        if computation is None:
             header = _HEADER.match(line)
             if header:
-                current = header.group(2)
-                module.computations[current] = []
+                computation = header.group(2)
+                module.computations[computation] = []
                 if header.group(1):
-                    module.entry = current
+                    module.entry = computation
         elif line.startswith("}"):
-            current = None
-        else:
-            found = _INSTRUCTION.match(line)
-            if found:
-                module.computations[current].append(_instruction(found.group(1), found.group(2), current))
+            computation = None
+        elif line.strip():
+            module.computations[computation].append(_instruction(line, computation))
     return module
 
 
-def _instruction(name: str, rest: str, computation: str) -> Instruction:
-    # A type holds no word before a bracket but the layout's T(…) and S(…), which are upper case.
-    opcode = _OPCODE.search(rest)
-    end = _closing(rest, opcode.end() - 1)
+def _instruction(line: str, computation: str) -> Instruction:
+    match = _INSTRUCTION.match(line)
+    # The opcode is the first lower-case word before a bracket: types have only the layout's T(…) and S(…).
+    opcode = _OPCODE.search(match.group(2)) if match else None
+    if not match or not opcode:
+        raise UnknownHloError("syntax", f"{line.strip()[:100]!r} in %{computation}")
+    rest = match.group(2)
+    end = _closing_bracket(rest, opcode.end() - 1)
     inside = re.sub(r"/\*.*?\*/", "", rest[opcode.end() : end])
-    operands = tuple(word.split()[-1].lstrip("%") for word in _split(inside) if word.strip())
-    return Instruction(name, opcode.group(1), rest[: opcode.start(1)].strip(), operands, rest[end + 1 :], computation)
+    operands = tuple(word.split()[-1].lstrip("%") for word in _split_at_commas(inside) if word.strip())
+    type_ = rest[: opcode.start(1)].strip()
+    return Instruction(match.group(1), opcode.group(1), type_, operands, rest[end + 1 :], computation)
 
 
-def _closing(text: str, start: int) -> int:
+def _closing_bracket(text: str, start: int) -> int:
+    """The index of the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -184,8 +218,8 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _split(text: str) -> list[str]:
-    """At commas outside of brackets."""
+def _split_at_commas(text: str) -> list[str]:
+    """Splits at the commas that are outside brackets."""
     parts, depth, start = [], 0, 0
     for i, letter in enumerate(text):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(letter, 0)

@@ -1,4 +1,4 @@
-"""TPU slices to compile for: which slice shapes there are, and the names that users give them."""
+"""TPU slices to compile for: which slice shapes exist, and their names."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from mythos_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Topology:
-    """`slices` slices of one shape, joined by the data centre network."""
+    """One or more slices of the same shape, joined by the data centre network."""
 
     chip: Chip
     shape: str
@@ -20,12 +20,12 @@ class Topology:
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """`v5e:16x16` to a Topology; raises ConfigError, with those that are known, for another name."""
+    """The Topology of a name such as `v5e:16x16`. Raises ConfigError, which lists the known names, for another name."""
     chip, _, shape = name.partition(":")
     if chip not in CHIPS or shape not in CHIPS[chip].shapes:
-        known = [c for c in CHIPS.values() if c.name == chip] or CHIPS.values()
-        listed = "; ".join(f"{c.name}:" + f", {c.name}:".join(c.shapes) for c in known)
-        raise ConfigError(f"--topology: got {name!r}, allowed: {listed}")
+        candidates = [c for c in CHIPS.values() if c.name == chip] or list(CHIPS.values())
+        names = "; ".join(f"{c.name}:" + f", {c.name}:".join(c.shapes) for c in candidates)
+        raise ConfigError(f"--topology: got {name!r}, allowed: {names}")
     if slices < 1:
         raise ConfigError(f"--slices: got {slices}, allowed: an integer >= 1")
     return Topology(CHIPS[chip], shape, slices)
