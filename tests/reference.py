@@ -1,10 +1,10 @@
-"""The whole model once more, in plain NumPy and float64, one sequence at a time, straight from the published formulas.
+"""An independent reference: the whole model in plain NumPy and float64, straight from the published formulas.
 
-An independent truth for the tests: no cache, no batch, no masks, no sorting of tokens by expert; every loop is a
-Python loop. It shares with the package only the names of the parameters.
+One sequence at a time, without a cache, batching, masks, or sorting tokens by expert; every loop is a Python loop. It
+shares with the package only the names of the parameters.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,15 +20,15 @@ class Truth(NamedTuple):
     states: np.ndarray
     changes: np.ndarray
     probabilities: np.ndarray  # ACT: p
-    weights: np.ndarray  # ACT: applied weights
+    weights: np.ndarray  # ACT: the weights applied
     halted: np.ndarray  # before the loop
-    measures: np.ndarray  # cosine and kl: what is compared with the threshold; kl has none of the first loop
-    load: np.ndarray  # [loop_layers, E]
+    measures: np.ndarray  # cosine and kl: what is compared with the threshold; kl has none for the first loop
+    load: np.ndarray  # tokens per expert, [loop_layers, E]
 
 
 def forward(
     config: ModelConfig,
-    variables: dict,
+    variables: dict[str, Any],
     tokens: np.ndarray,
     loops: int,
     *,
@@ -37,98 +37,159 @@ def forward(
     min_loops: int = 1,
     initial_state: np.ndarray | None = None,
 ) -> Truth:
-    """One sequence of tokens [T]. With a criterion, tokens halt and are frozen as the design says."""
-    c, params = config, variables["params"]
-    table = params["embedding"]
+    """One sequence of tokens [T]. With a criterion, tokens halt and are then frozen, unless `freeze_halted` is off."""
+    model = _Model(config, variables, tokens)
+    e = model.prelude()
+    h = e if config.initial_state == "injected" else np.zeros_like(e) if initial_state is None else initial_state
+    exits = _Exits(model, loops, criterion, threshold, min_loops)
+    readout = np.zeros_like(e)
+    history: dict[str, list[np.ndarray]] = {name: [] for name in ("states", "changes", "halted")}
+    for t in range(loops):
+        frozen = exits.halted if criterion and config.freeze_halted else np.zeros(len(tokens), bool)
+        new = model.loop(h, e, t, frozen)
+        change = np.linalg.norm(new - h, axis=-1) / np.linalg.norm(new, axis=-1)
+        old, h = h, np.where(frozen[:, None], h, new)
+        for name, value in (("states", h), ("changes", change), ("halted", exits.halted)):
+            history[name].append(value)
+        weight = exits.update(t, h, old, change)
+        readout = readout + weight[:, None] * h
+    state, logits = model.finish(readout if config.readout == "act" else h)
+    return Truth(
+        logits,
+        exits.loops,
+        state,
+        **{name: np.array(values) for name, values in history.items()},
+        probabilities=np.array(exits.probabilities),
+        weights=np.array(exits.weights),
+        measures=np.array(exits.measures),
+        load=model.load,
+    )
 
-    def values(layer):
-        if layer in c.value_gate_layers and layer in c.value_table_layers:
-            return params[f"value_table_{layer}"][tokens].reshape(len(tokens), c.n_kv_heads, -1)
-        return None
 
-    x = table[tokens] * c.embedding_scale
-    for i in range(c.prelude_layers):
-        x, _, _ = layer(c, params[f"prelude_{i}"], x, values(i))
-    if c.prelude_norm:
-        x = norm(x, params["prelude_norm"]["scale"], c.norm_eps)
-    e, cell = x, params["recurrence"]["cell"]
-    h = e if c.initial_state == "injected" else np.zeros_like(e) if initial_state is None else initial_state
+class _Model:
+    """The layers, applied to one sequence of tokens. load: how often each expert of the loop's layers was chosen."""
 
-    T = len(tokens)
-    biases = [
-        variables["balance"]["recurrence"]["cell"][f"layer_{i}"]["moe"]["router"]["bias"]
-        if c.feed_forward == "moe"
-        else None
-        for i in range(c.loop_layers)
-    ]
+    def __init__(self, config: ModelConfig, variables: dict[str, Any], tokens: np.ndarray):
+        self.config, self.variables, self.tokens = config, variables, tokens
+        self.params = variables["params"]
+        self.cell = self.params["recurrence"]["cell"]
+        self.kv: list[Any] = [None] * config.loop_layers  # each layer's keys and values of the last loop
+        self.load = np.zeros((config.loop_layers, config.n_experts))
 
-    def finish(x):
-        """What the coda receives, and the logits."""
+    def prelude(self) -> np.ndarray:
+        """What is injected into every loop, [T, D]."""
+        c = self.config
+        x = self.params["embedding"][self.tokens] * c.embedding_scale
+        for i in range(c.prelude_layers):
+            x, _, _ = layer(c, self.params[f"prelude_{i}"], x, self._value_embedding(i))
+        return norm(x, self.params["prelude_norm"]["scale"], c.norm_eps) if c.prelude_norm else x
+
+    def loop(self, h: np.ndarray, e: np.ndarray, t: int, frozen: np.ndarray) -> np.ndarray:
+        """The state [T, D] after loop t; frozen tokens keep their keys and values."""
+        c, cell = self.config, self.cell
+        y = enter(c, cell, h, e, t)
+        for i in range(c.loop_layers):
+            old = None if self.kv[i] is None else (frozen, self.kv[i])
+            value = self._value_embedding(c.prelude_layers + i)
+            y, self.kv[i], experts = layer(c, cell[f"layer_{i}"], y, value, old=old, bias=self._router_bias(i))
+            for token in np.flatnonzero(~frozen):
+                for expert in experts[token]:
+                    self.load[i, expert] += 1
+        new = leave(c, cell, h, e, lora(c, cell, y, t))
+        return norm(new, cell["state_norm"]["scale"], c.norm_eps) if c.state_norm else new
+
+    def finish(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the coda receives, [T, D], and the logits, [T, V]."""
+        c, params = self.config, self.params
         if c.readout_norm:
             x = norm(x, params["final_norm"]["scale"], c.norm_eps)
         if c.readout_projection:
             x = x @ params["readout_projection"]["kernel"]
         state = x
         for i in range(c.coda_layers):
-            x, _, _ = layer(c, params[f"coda_{i}"], x, values(c.prelude_layers + c.loop_layers + i))
-        return state, norm(x, params["final_norm"]["scale"], c.norm_eps) @ table.T
+            value = self._value_embedding(c.prelude_layers + c.loop_layers + i)
+            x, _, _ = layer(c, params[f"coda_{i}"], x, value)
+        return state, norm(x, params["final_norm"]["scale"], c.norm_eps) @ params["embedding"].T
 
-    halted, ran, cumulative, readout = np.zeros(T, bool), np.zeros(T, int), np.zeros(T), np.zeros_like(e)
-    memory, logits = [None] * c.loop_layers, None
-    load = np.zeros((c.loop_layers, c.n_experts))
-    if c.readout == "act" and threshold is None:
-        threshold = c.act_threshold
-    history = {name: [] for name in ["states", "changes", "probabilities", "weights", "halted", "measures"]}
-    for t in range(loops):
-        frozen = halted if criterion and c.freeze_halted else np.zeros(T, bool)
-        history["halted"].append(halted)
-        y = enter(c, cell, h, e, t)
-        for i in range(c.loop_layers):
-            old = None if memory[i] is None else (frozen, memory[i])
-            place = c.prelude_layers + i
-            y, memory[i], chosen = layer(c, cell[f"layer_{i}"], y, values(place), old=old, bias=biases[i])
-            for token in np.flatnonzero(~frozen):
-                for expert in chosen[token]:
-                    load[i, expert] += 1
-        if c.lora_rank:
-            lora = cell["lora"]
-            scale = lora["scale"][min(t, len(lora["scale"]) - 1)]
-            y = y + ((y @ lora["down"]["kernel"]) * scale) @ lora["up"]["kernel"]
-        new = leave(c, cell, h, e, y)
-        if c.state_norm:
-            new = norm(new, cell["state_norm"]["scale"], c.norm_eps)
-        change = np.linalg.norm(new - h, axis=-1) / np.linalg.norm(new, axis=-1)
-        old, h = h, np.where(frozen[:, None], h, new)
-        ran = ran + ~halted
+    def _value_embedding(self, number: int) -> np.ndarray | None:
+        """The value embedding of a layer, [T, G, K]; None unless the layer has both a gate and a table."""
+        c = self.config
+        if number in c.value_gate_layers and number in c.value_table_layers:
+            return self.params[f"value_table_{number}"][self.tokens].reshape(len(self.tokens), c.n_kv_heads, -1)
+        return None
 
+    def _router_bias(self, i: int) -> np.ndarray | None:
+        if self.config.feed_forward != "moe":
+            return None
+        return self.variables["balance"]["recurrence"]["cell"][f"layer_{i}"]["moe"]["router"]["bias"]
+
+
+class _Exits:
+    """Which tokens have halted, and the loops that contribute to each."""
+
+    def __init__(self, model: _Model, loops: int, criterion: str | None, threshold: float | None, min_loops: int):
+        T = len(model.tokens)
+        self.model, self.total, self.criterion, self.min_loops = model, loops, criterion, min_loops
+        self.threshold = model.config.act_threshold if threshold is None else threshold
+        self.halted, self.loops, self.cumulative = np.zeros(T, bool), np.zeros(T, int), np.zeros(T)
+        self.logits: np.ndarray | None = None  # kl: of the loop before
+        self.probabilities: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
+        self.measures: list[np.ndarray] = []
+
+    def update(self, t: int, h: np.ndarray, old: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """Decides after loop t which tokens halt; returns the weight of this loop's state in ACT's read-out, [T]."""
+        T = len(h)
+        self.loops = self.loops + ~self.halted
         p, weight, halts = np.zeros(T), np.zeros(T), np.zeros(T, bool)
-        if c.readout == "act":
-            p = sigmoid(h @ cell["halt_kernel"] + cell["halt_bias"])[:, 0]
-            for i in np.flatnonzero(~halted):
-                halts[i] = cumulative[i] + p[i] >= threshold and t + 1 >= min_loops
-                left = max(1 - cumulative[i], 0)
-                weight[i] = left if halts[i] or (c.act_remainder and t == loops - 1) else min(p[i], left)
-                cumulative[i] += p[i]
-            readout = readout + weight[:, None] * h
-        elif criterion == "latent":
-            halts = (change < threshold) & (t + 1 >= min_loops)
-        elif criterion == "cosine":
-            cosine = (h * old).sum(-1) / np.linalg.norm(h, axis=-1) / np.linalg.norm(old, axis=-1)
-            halts = (1 - cosine < threshold) & (t + 1 >= min_loops)
-            history["measures"].append(1 - cosine)
-        elif criterion == "kl":  # the coda sees every token's state of this loop
-            logits, before = finish(h)[1], logits
-            if t > 0:
-                old_p, new_p = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (before, logits))
-                measure = (old_p * np.log(old_p / new_p)).sum(-1)
-                halts = (measure < threshold) & (t + 1 >= min_loops)
-                history["measures"].append(measure)
-        halted = halted | halts
-        for name, value in zip(["states", "changes", "probabilities", "weights"], [h, change, p, weight], strict=True):
-            history[name].append(value)
+        if self.model.config.readout == "act":
+            p, weight, halts = self._act(t, h)
+        elif self.criterion:
+            measure = self._measure(h, old, change)
+            if measure is not None:
+                halts = (measure < self.threshold) & (t + 1 >= self.min_loops)
+        self.halted = self.halted | halts
+        self.probabilities.append(p)
+        self.weights.append(weight)
+        return weight
 
-    state, logits = finish(readout if c.readout == "act" else h)
-    return Truth(logits, ran, state, **{name: np.array(values) for name, values in history.items()}, load=load)
+    def _act(self, t: int, h: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Halting probabilities, weights, and which tokens halt, [T] each."""
+        c, cell = self.model.config, self.model.cell
+        p = sigmoid(h @ cell["halt_kernel"] + cell["halt_bias"])[:, 0]
+        weight, halts = np.zeros(len(h)), np.zeros(len(h), bool)
+        for i in np.flatnonzero(~self.halted):
+            halts[i] = self.cumulative[i] + p[i] >= self.threshold and t + 1 >= self.min_loops
+            remainder = max(1 - self.cumulative[i], 0)
+            takes_remainder = halts[i] or (c.act_remainder and t == self.total - 1)
+            weight[i] = remainder if takes_remainder else min(p[i], remainder)
+            self.cumulative[i] += p[i]
+        return p, weight, halts
+
+    def _measure(self, h: np.ndarray, old: np.ndarray, change: np.ndarray) -> np.ndarray | None:
+        """What the criterion compares with the threshold, [T]; None if there is no earlier loop to compare with."""
+        if self.criterion == "latent":
+            return change
+        if self.criterion == "cosine":
+            measure = 1 - (h * old).sum(-1) / np.linalg.norm(h, axis=-1) / np.linalg.norm(old, axis=-1)
+        else:  # kl; the coda sees the state of every token after this loop
+            logits, before = self.model.finish(h)[1], self.logits
+            self.logits = logits
+            if before is None:
+                return None
+            old_p, new_p = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (before, logits))
+            measure = (old_p * np.log(old_p / new_p)).sum(-1)
+        self.measures.append(measure)
+        return measure
+
+
+def lora(c, cell, y, t):
+    """y plus the low-rank update of loop t; loops past the trained depth use the last one's scale."""
+    if not c.lora_rank:
+        return y
+    p = cell["lora"]
+    scale = p["scale"][min(t, len(p["scale"]) - 1)]
+    return y + ((y @ p["down"]["kernel"]) * scale) @ p["up"]["kernel"]
 
 
 def enter(c, cell, h, e, t):
@@ -159,25 +220,25 @@ def leave(c, cell, h, e, y):
 
 
 def layer(c, p, x, value, old=None, bias=None, first=0):
-    """One transformer layer; returns the stream, its keys and values, and the experts each token chose.
+    """One transformer layer; returns the residual stream, the keys and values, and the experts of each token.
 
-    first: where x[0] stands in the text. old: see `keep`.
+    first: the position of x[0] in the text. old: see `merge_kv`.
     """
     attention = mla if c.attention == "mla" else gqa
-    y, memory = attention(c, p["attention"], norm(x, p["attention_norm"]["scale"], c.norm_eps), value, old, first)
+    y, kv = attention(c, p["attention"], norm(x, p["attention_norm"]["scale"], c.norm_eps), value, old, first)
     x = x + y
     if c.norm == "sandwich":
         x = norm(x, p["attention_out_norm"]["scale"], c.norm_eps)
     y = norm(x, p["feed_forward_norm"]["scale"], c.norm_eps)
-    chosen = [[]] * len(x)
+    experts = [[]] * len(x)
     if "moe" in p:
-        y, chosen = moe(c, p["moe"], y, bias)
+        y, experts = moe(c, p["moe"], y, bias)
     else:
         y = feed_forward(c, p["feed_forward"], y)
     x = x + y
     if c.norm == "sandwich":
         x = norm(x, p["feed_forward_out_norm"]["scale"], c.norm_eps)
-    return x, memory, chosen
+    return x, kv, experts
 
 
 def gqa(c, p, x, value, old, first):
@@ -190,7 +251,7 @@ def gqa(c, p, x, value, old, first):
         q, k = norm(q, 1, eps), norm(k, 1, eps)
     if "value_gate" in p and value is not None:
         v = v + 2 * sigmoid(x[:, :32] @ p["value_gate"])[..., None] * value
-    k, v = keep((k, v), old)
+    k, v = merge_kv((k, v), old)
     group = c.n_heads // c.n_kv_heads
     heads = [attend(q[:, j], k[:, j // group], v[:, j // group]) for j in range(c.n_heads)]
     return np.einsum("thk,hkd->td", np.stack(heads, axis=1), p["out"]["kernel"]), (k, v)
@@ -203,7 +264,7 @@ def mla(c, p, x, value, old, first):
     q = np.concatenate([q[..., :nope], rope(q[..., nope:], c.rope_theta, first)], axis=-1)
     down = x @ p["kv_down"]["kernel"]
     latent = norm(down[:, :R], p["kv_norm"]["scale"], c.norm_eps)
-    latent, shared = keep((latent, rope(down[:, None, R:], c.rope_theta, first)[:, 0]), old)
+    latent, shared = merge_kv((latent, rope(down[:, None, R:], c.rope_theta, first)[:, 0]), old)
     up = np.einsum("tr,rhk->thk", latent, p["kv_up"])
     heads = [
         attend(q[:, j], np.concatenate([up[:, j, :nope], shared], axis=-1), up[:, j, nope:]) for j in range(c.n_heads)
@@ -211,9 +272,9 @@ def mla(c, p, x, value, old, first):
     return np.einsum("thk,hkd->td", np.stack(heads, axis=1), p["out"]["kernel"]), (latent, shared)
 
 
-def keep(new, old):
-    """Frozen tokens keep the keys and values of the loop before. Or `old` is a function, from the keys and values of
-    these tokens to those of all that they may look at, themselves last."""
+def merge_kv(new, old):
+    """The keys and values to attend to. With `old` = (frozen, kv), frozen tokens keep those of the previous loop. `old`
+    may also be a function, from these tokens' keys and values to all they may attend to, with themselves last."""
     if old is None:
         return new
     if callable(old):
@@ -223,7 +284,7 @@ def keep(new, old):
 
 
 def attend(q, k, v):
-    """Causal attention of one head; the queries stand at the last keys."""
+    """Causal attention of one head; the queries belong to the last keys."""
     out = []
     for t in range(len(q)):
         end = len(k) - len(q) + t + 1
@@ -234,14 +295,15 @@ def attend(q, k, v):
 
 
 def rope(x, theta, first=0):
-    """x [T, H, K]: pair (2i, 2i + 1) of the token at t turned by t / theta^(2i / K), as complex numbers."""
+    """x [T, H, K]: rotates pair (2i, 2i + 1) of the token at t by t / theta^(2i / K), as complex numbers."""
     T, _, K = x.shape
-    turn = np.exp(1j * (first + np.arange(T))[:, None] / theta ** (np.arange(0, K, 2) / K))
-    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * turn[:, None]
-    return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+    rotation = np.exp(1j * (first + np.arange(T))[:, None] / theta ** (np.arange(0, K, 2) / K))
+    rotated = (x[..., 0::2] + 1j * x[..., 1::2]) * rotation[:, None]
+    return np.stack([rotated.real, rotated.imag], axis=-1).reshape(x.shape)
 
 
 def moe(c, p, x, bias):
+    """The output [T, D] and the experts of each token. The bias affects which are chosen, not their weights."""
     out, chosen = [], []
     for token in x:
         logits = token @ p["router"]["kernel"]
