@@ -21,33 +21,18 @@ from mythos_jax.ops import attention
 from mythos_jax.runs.state import TrainState
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import abstract_state, make_train_step
+from tests.tiny import SHARDED_GQA, SHARDED_MLA, moe_fields
 
 B, T = 8, 16
 
-# One layer in the prelude and one in the loop.
-GQA = ModelConfig(
-    vocab_size=64,
-    dim=32,
-    max_seq_len=T,
-    coda_layers=0,
-    loops=2,
-    n_heads=8,
-    n_kv_heads=8,
-    hidden_dim=64,
-    lora_rank=4,
-    remat="full",
-)
-MLA = dataclasses.replace(
-    GQA, attention="mla", q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10
-)
-MOE: dict[str, Any] = dict(feed_forward="moe", n_experts=8, experts_per_token=2, expert_dim=16, n_shared_experts=1)
+MOE = moe_fields(8, n_shared_experts=1)
 
 MODELS = {
-    "gqa dense": GQA,
-    "gqa moe": dataclasses.replace(GQA, **MOE),
-    "mla dense": MLA,
-    "mla moe": dataclasses.replace(MLA, **MOE, readout="act"),
-    "gqa moe all-to-all": dataclasses.replace(GQA, **MOE, expert_exchange="all_to_all"),
+    "gqa dense": SHARDED_GQA,
+    "gqa moe": dataclasses.replace(SHARDED_GQA, **MOE),
+    "mla dense": SHARDED_MLA,
+    "mla moe": dataclasses.replace(SHARDED_MLA, **MOE, readout="act"),
+    "gqa moe all-to-all": dataclasses.replace(SHARDED_GQA, **MOE, expert_exchange="all_to_all"),
 }
 MESHES = {
     "data": MeshConfig(data=8, fsdp=1),

@@ -195,13 +195,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the random moments and signals")
     arguments = parser.parse_args()
     import tests.conftest  # noqa: F401  sets up eight devices and the compilation cache, also for the processes started here
-    from tests.training.conftest import MODEL
+    from tests.tiny import TRAINED
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = Config(
             name="survival",
-            model=MODEL,
+            model=TRAINED,
             training=TrainingConfig(
                 steps=arguments.steps,
                 batch_size=8,

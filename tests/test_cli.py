@@ -20,11 +20,12 @@ from mythos_jax.inference.generate import GenerateResult
 from mythos_jax.porting.pretrained import load_pretrained
 from mythos_jax.runs.load import load_model
 from mythos_jax.version import __version__
+from tests.tiny import DENSE_FIELDS
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = {
     "name": "tiny",
-    "model": {"dim": 32, "max_seq_len": 32, "loops": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 48},
+    "model": DENSE_FIELDS,
     "training": {"steps": 2, "batch_size": 8, "log_every": 1},
     "data": {"seq_len": 16, "held_out_fraction": 0.2},
     "evaluation": {"batch_size": 8, "max_rows": 16},

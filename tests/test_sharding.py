@@ -22,6 +22,7 @@ from mythos_jax.ops.cross_entropy import cross_entropy
 from mythos_jax.sharding import check_sharded, in_slices, make_mesh, shardings, use_mesh
 from mythos_jax.training.step import abstract_state, init_state, jitted_step
 from tests import parallelism
+from tests.tiny import SHARDED_GQA, SHARDED_MLA
 
 MODEL = ModelConfig(vocab_size=64, dim=32, max_seq_len=128, loops=2, n_heads=4, n_kv_heads=2, hidden_dim=64)
 
@@ -62,10 +63,10 @@ def test_initial_weights_do_not_depend_on_the_mesh():
 
 
 BARE = dataclasses.replace(
-    parallelism.GQA, prelude_layers=0, lora_rank=0, injection="none", activation="relu2", n_kv_heads=2
+    SHARDED_GQA, prelude_layers=0, lora_rank=0, injection="none", activation="relu2", n_kv_heads=2
 )
 
-BARE_MLA = dataclasses.replace(parallelism.MLA, prelude_layers=0, lora_rank=0, injection="none", activation="relu2")
+BARE_MLA = dataclasses.replace(SHARDED_MLA, prelude_layers=0, lora_rank=0, injection="none", activation="relu2")
 
 reference = functools.cache(parallelism.on_one_device)
 

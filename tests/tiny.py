@@ -1,4 +1,4 @@
-"""Tiny models for the tests, one per family, and the compiled calls that all tests share."""
+"""Tiny models for the tests, their weights and inputs, and the compiled calls that the tests share."""
 
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +17,27 @@ from mythos_jax.model.state import Output
 
 B, T, V = 2, 8, 40
 
+MLA_FIELDS: dict[str, Any] = {
+    "attention": "mla",
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+}
+
+
+def moe_fields(n_experts: int, n_shared_experts: int = 0) -> dict[str, Any]:
+    return {
+        "feed_forward": "moe",
+        "n_experts": n_experts,
+        "experts_per_token": 2,
+        "expert_dim": 16,
+        "n_shared_experts": n_shared_experts,
+    }
+
+
+# One model per family, and variants. Compared with `reference`.
 GQA = ModelConfig(  # OpenMythos
     vocab_size=V,
     dim=32,
@@ -24,30 +45,14 @@ GQA = ModelConfig(  # OpenMythos
     loops=3,
     n_heads=4,
     n_kv_heads=2,
-    feed_forward="moe",
     hidden_dim=40,
-    n_experts=5,
-    experts_per_token=2,
-    expert_dim=16,
-    n_shared_experts=1,
+    **moe_fields(5, n_shared_experts=1),
     loop_embedding=True,
     lora_rank=4,
     readout="act",
 )
 MLA = ModelConfig(
-    vocab_size=V,
-    dim=32,
-    max_seq_len=16,
-    loops=3,
-    attention="mla",
-    n_heads=4,
-    q_lora_rank=12,
-    kv_lora_rank=8,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=10,
-    hidden_dim=40,
-    state_norm=True,
+    vocab_size=V, dim=32, max_seq_len=16, loops=3, n_heads=4, hidden_dim=40, **MLA_FIELDS, state_norm=True
 )
 GQA_LAST = replace(GQA, readout="last", state_norm=True, feed_forward="dense")
 MLA_ACT = replace(MLA, readout="act", state_norm=False, act_remainder=False)
@@ -87,9 +92,37 @@ PARCAE = ModelConfig(
 )
 
 
+# Dense, as the fields of a YAML file. For tests that train a model or evaluate one.
+DENSE_FIELDS: dict[str, Any] = {
+    "dim": 32,
+    "max_seq_len": 32,
+    "loops": 2,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "hidden_dim": 48,
+}
+DENSE = ModelConfig(vocab_size=V, **{**DENSE_FIELDS, "max_seq_len": 16, "loops": 3})
+TRAINED = ModelConfig(vocab_size=264, **DENSE_FIELDS, **moe_fields(4), prelude_norm=True, state_norm=True)  # of bytes
+
+# Every dimension that a mesh may divide is a multiple of 8. One layer each in the prelude and in the loop.
+SHARDED_GQA = ModelConfig(
+    vocab_size=64,
+    dim=32,
+    max_seq_len=16,
+    coda_layers=0,
+    loops=2,
+    n_heads=8,
+    n_kv_heads=8,
+    hidden_dim=64,
+    lora_rank=4,
+    remat="full",
+)
+SHARDED_MLA = replace(SHARDED_GQA, **MLA_FIELDS)
+
+
 @cache
 def variables(config: ModelConfig, seed: int = 0) -> Any:
-    """Weights far from their initial values, so that every part of the model has a say; float32 NumPy, no boxes."""
+    """Weights far from their initial values, so that every part affects the output; float32 NumPy arrays, unboxed."""
     shapes = jax.eval_shape(Mythos(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     random = np.random.default_rng(seed)
 
@@ -117,7 +150,7 @@ def variables(config: ModelConfig, seed: int = 0) -> Any:
 
 
 def exact(tree: Any) -> Any:
-    """The same numbers in float64, for the reference."""
+    """The same values in float64, for the reference."""
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
@@ -132,20 +165,22 @@ def some_state(config: ModelConfig, seed: int = 0) -> np.ndarray | None:
     return np.random.default_rng(seed).standard_normal((B, T, config.dim)).astype(np.float32)
 
 
-traces: Counter[ModelConfig] = Counter()  # how often `run_traced` was traced
+traces: Counter[ModelConfig] = Counter()  # how many times `run_traced` was traced
 
 
 @partial(jax.jit, static_argnames=("config", "loops"))
 def run(config: ModelConfig, variables: Any, tokens_BT: jax.Array, *, loops: int, **keywords: Any) -> Output:
-    return Mythos(config).apply(variables, tokens_BT, loops=loops, **keywords)
+    output: Any = Mythos(config).apply(variables, tokens_BT, loops=loops, **keywords)
+    return output
 
 
 @partial(jax.jit, static_argnames="config")
 def run_traced(config: ModelConfig, variables: Any, tokens_BT: jax.Array, loops: jax.Array, **keywords: Any) -> Output:
     traces[config] += 1
-    return Mythos(config).apply(variables, tokens_BT, loops=loops, **keywords)
+    output: Any = Mythos(config).apply(variables, tokens_BT, loops=loops, **keywords)
+    return output
 
 
 def halting(criterion: str, threshold: float, min_loops: int = 1, max_loops: int = 100) -> Halting:
-    """All fields given, so that every policy of one criterion has the same structure."""
+    """A policy with every field set, so that all policies of a criterion have the same pytree structure."""
     return Halting(criterion, threshold, min_loops, max_loops)

@@ -17,10 +17,11 @@ if "CI" not in os.environ:  # in CI, a missing package is a failure
 from mythos_jax.cli import main
 from mythos_jax.inference.generate import generate
 from mythos_jax.runs.load import load_model
+from tests.tiny import DENSE_FIELDS
 
 CONFIG = {
     "name": "tiny",
-    "model": {"dim": 32, "max_seq_len": 48, "loops": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 48},
+    "model": {**DENSE_FIELDS, "max_seq_len": 48},
     "training": {"steps": 3, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 1},
     "evaluation": {"batch_size": 4},
 }

@@ -154,10 +154,10 @@ def test_training_on_a_mixture(parts, tmp_path):
     from mythos_jax.evaluation.evaluate import evaluate_model
     from mythos_jax.runs.load import load_model
     from mythos_jax.training.train import train
-    from tests.training.conftest import MODEL
+    from tests.tiny import TRAINED
 
     a, b, _ = parts
-    config = Config(model=MODEL, data=DataConfig(mixture={a: 2, b: 1}, seq_len=T, document_mask=True))
+    config = Config(model=TRAINED, data=DataConfig(mixture={a: 2, b: 1}, seq_len=T, document_mask=True))
     config = dataclasses.replace(
         config,
         training=dataclasses.replace(config.training, steps=3, batch_size=8, checkpoint_every=2, evaluate_every=3),
@@ -172,7 +172,7 @@ def test_training_on_a_mixture(parts, tmp_path):
         train(changed, tmp_path / "run", progress=False)
     loaded = load_model(tmp_path / "run")
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    (trained,) = evaluate_model(loaded, loops=[MODEL.loops], progress=False).results
+    (trained,) = evaluate_model(loaded, loops=[TRAINED.loops], progress=False).results
     assert logged[-1] == {"step": 3, "held_out_loss": pytest.approx(trained.loss, abs=1e-5)}
     (mixture,) = evaluate_model(loaded, loops=[1], progress=False).results
     by_part = [evaluate_model(loaded, data=part, loops=[1], progress=False).results[0] for part in (a, b)]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mythos_jax.config import MeshConfig, ModelConfig
+from mythos_jax.config import MeshConfig
 from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.evaluation.loop_trace import trace_loops
 from mythos_jax.evaluation.policies import Setting, fixed
@@ -20,10 +20,9 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.report.page import write_report
 from mythos_jax.report.tables import format_table
 from mythos_jax.sharding import make_mesh
-from tests.tiny import variables
+from tests.tiny import DENSE, moe_fields, variables
 
-MODEL = ModelConfig(vocab_size=40, dim=32, max_seq_len=16, loops=3, n_heads=2, n_kv_heads=1, hidden_dim=48)
-EXPERTS = replace(MODEL, feed_forward="moe", n_experts=4, experts_per_token=2, expert_dim=16)
+EXPERTS = replace(DENSE, **moe_fields(4))
 THRESHOLDS = (0.2, 0.26)  # how far tokens of this model move in their third to fifth loop
 SETTINGS = fixed([1, 2, 5]) + [Setting(5, Halting("latent", threshold)) for threshold in THRESHOLDS]
 MESH = MeshConfig()
@@ -42,21 +41,21 @@ class Counted(Mythos):
 @pytest.fixture(scope="module")
 def setup():
     """A model, its weights, and two batches, of which the second is padded."""
-    model, rng = Mythos(MODEL), np.random.default_rng(0)
+    model, rng = Mythos(DENSE), np.random.default_rng(0)
     batches = []
     for rows in [8, 5]:
         tokens = rng.integers(0, 40, (8, 13)).astype(np.int32)
         mask = (np.arange(8) < rows)[:, None] & np.ones((8, 12), bool)
         mask[0, 9:] = False
         batches.append({"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask})
-    return model, variables(MODEL), batches
+    return model, variables(DENSE), batches
 
 
 @pytest.fixture(scope="module")
 def measured(setup):
     _, variables, batches = setup
     mesh = make_mesh(MESH)
-    return evaluate_depths(Counted(MODEL), variables, batches, SETTINGS, mesh=mesh, bytes_per_token=2.5, progress=False)
+    return evaluate_depths(Counted(DENSE), variables, batches, SETTINGS, mesh=mesh, bytes_per_token=2.5, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig
+from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig
 from mythos_jax.evaluation import scoring
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.scoring import batches_by_length, generate_until, padded_width, score
@@ -16,16 +16,14 @@ from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import make_mesh
-from tests.tiny import variables
-
-MODEL = ModelConfig(vocab_size=40, dim=32, max_seq_len=16, loops=3, n_heads=2, n_kv_heads=1, hidden_dim=48)
+from tests.tiny import DENSE, variables
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    config = Config(model=MODEL, data=DataConfig(seq_len=8), evaluation=EvaluationConfig(batch_size=8))
-    weights = jax.tree.map(jnp.asarray, variables(MODEL))
-    return LoadedModel(Path("x"), config, Mythos(MODEL), weights, None, make_mesh(MeshConfig()), None)
+    config = Config(model=DENSE, data=DataConfig(seq_len=8), evaluation=EvaluationConfig(batch_size=8))
+    weights = jax.tree.map(jnp.asarray, variables(DENSE))
+    return LoadedModel(Path("x"), config, Mythos(DENSE), weights, None, make_mesh(MeshConfig()), None)
 
 
 def test_batches_have_few_widths():

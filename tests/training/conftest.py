@@ -3,23 +3,8 @@
 import jax
 import pytest
 
-from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, TrainingConfig
-
-MODEL = ModelConfig(
-    vocab_size=264,
-    dim=32,
-    max_seq_len=32,
-    loops=2,
-    n_heads=2,
-    n_kv_heads=1,
-    hidden_dim=48,
-    feed_forward="moe",
-    n_experts=4,
-    experts_per_token=2,
-    expert_dim=16,
-    prelude_norm=True,
-    state_norm=True,
-)
+from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, TrainingConfig
+from tests.tiny import TRAINED
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +31,7 @@ def text_file(tmp_path_factory):
 def config(text_file):
     return Config(
         name="tiny",
-        model=MODEL,
+        model=TRAINED,
         training=TrainingConfig(steps=8, batch_size=8, checkpoint_every=3, log_every=1, warmup_steps=2),
         data=DataConfig(path=f"{text_file}_rows", sources=(str(text_file),), seq_len=16, held_out_fraction=0.2),
         evaluation=EvaluationConfig(batch_size=8),

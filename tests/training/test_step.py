@@ -17,12 +17,12 @@ from mythos_jax.training.depth import draw_depths
 from mythos_jax.training.objectives import contraction, ponder_cost, ponder_prior
 from mythos_jax.training.optimizer import optimizer_groups
 from mythos_jax.training.step import init_state, make_train_step
-from tests.training.conftest import MODEL
+from tests.tiny import TRAINED
 
 MESH = MeshConfig()
 
 
-def config_with(model=MODEL, **training):
+def config_with(model=TRAINED, **training):
     return Config(
         model=dataclasses.replace(model, max_seq_len=128), training=TrainingConfig(**{"batch_size": 16, **training})
     )
@@ -158,7 +158,7 @@ def test_objectives_by_hand():
 
 
 def test_objectives_are_logged_one_by_one():
-    act = dataclasses.replace(MODEL, readout="act", loops=4)
+    act = dataclasses.replace(TRAINED, readout="act", loops=4)
     weights = ObjectivesConfig(ponder_cost=0.1, ponder_prior=0.1, contraction=0.1, router_z=0.1)
     _, metrics = run(config_with(act, objectives=weights, learning_rate=1e-2, warmup_steps=0), 4)
     for name in ["ponder_cost", "ponder_prior", "contraction", "router_z"]:
