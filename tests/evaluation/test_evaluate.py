@@ -115,7 +115,7 @@ def test_samples_end_after_600_tokens(setup):
     settings = [Setting(1), Setting(2, Halting("latent", 0.2))]
     mesh = make_mesh(MESH)
     _, (usage,) = evaluate_depths(
-        Mythos(MODEL), variables, [batch], settings, mesh=mesh, bytes_per_token=1, progress=False
+        Mythos(DENSE), variables, [batch], settings, mesh=mesh, bytes_per_token=1, progress=False
     )
     assert sum(len(sample.tokens_T) for sample in usage.samples) == 600
     first = batch["mask"][0]

@@ -16,7 +16,7 @@ LOOPS = 5
 
 
 @pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa_moe", "mla_dense"])
-def test_a_later_token_never_changes_an_earlier_logit(config):
+def test_later_tokens_do_not_change_earlier_logits(config):
     tokens = some_tokens()
     before = run(config, variables(config), tokens, loops=LOOPS, initial_state=None).logits
     for position in (T - 1, 3):
@@ -37,7 +37,7 @@ def test_rows_of_a_batch_are_independent():
 
 @pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa_moe", "mla_dense"])
 def test_documents_in_a_row_are_isolated(config):
-    """Each document gives what it gives alone, its positions from 0; 0 is padding."""
+    """Each document gives the same logits as on its own, with positions from 0; segment 0 is padding."""
     lengths = [[3, 4], [5, 3]]
     segments, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
     for b, row in enumerate(lengths):
@@ -49,37 +49,37 @@ def test_documents_in_a_row_are_isolated(config):
     out = run(config, variables(config), tokens, loops=LOOPS, segment_ids=segments, positions=positions)
     load = 0
     for b, i in [(0, 1), (0, 2), (1, 1), (1, 2)]:
-        own = segments[b] == i
-        truth = reference.forward(config, exact(variables(config)), tokens[b, own], LOOPS)
-        np.testing.assert_allclose(out.logits[b, own], truth.logits, rtol=0, atol=1e-4)
+        in_document = segments[b] == i
+        truth = reference.forward(config, exact(variables(config)), tokens[b, in_document], LOOPS)
+        np.testing.assert_allclose(out.logits[b, in_document], truth.logits, rtol=0, atol=1e-4)
         load += truth.load
     if config.feed_forward == "moe":  # padding is not counted
         np.testing.assert_array_equal(out.aux.expert_load, load)
 
 
 def test_absorbed_mla_equals_expanded():
-    """On a cache that holds more tokens than are asked about, as in decoding."""
+    """With a cache that holds more tokens than there are queries, as in decoding."""
     random, queries = np.random.default_rng(0), 3
     index = jnp.broadcast_to(T - queries + jnp.arange(queries), (B, queries))
     context = AttentionContext(rope=rope_tables(index, MLA.rope_dim, MLA.rope_theta), mask=Mask(index_BT=index))
-    held = jax.tree.map(lambda x: random.standard_normal(x.shape).astype(np.float32), empty_kv(MLA, 1, B, T))
+    stored = jax.tree.map(lambda x: random.standard_normal(x.shape).astype(np.float32), empty_kv(MLA, 1, B, T))
     x = random.standard_normal((B, queries, MLA.dim)).astype(np.float32)
     params = variables(MLA)["params"]["coda_0"]["attention"]
 
     def call(absorb):
         module = MultiHeadLatentAttention(MLA, absorb=absorb)
-        return jax.jit(module.apply)({"params": params}, x, context, LayerCache(kv=held))
+        return jax.jit(module.apply)({"params": params}, x, context, LayerCache(kv=stored))
 
     (absorbed, cache), (expanded, _) = call(True), call(False)
     assert np.abs(expanded).max() > 0.1
     np.testing.assert_allclose(absorbed, expanded, rtol=0, atol=1e-5)
-    # Only the new tokens' places were written.
-    np.testing.assert_array_equal(cache.kv.keys[:, :, : T - queries], held.keys[:, :, : T - queries])
-    assert np.abs(cache.kv.keys - held.keys)[:, :, T - queries :].min(-1).max() > 0
+    # Only the entries of the new tokens were written.
+    np.testing.assert_array_equal(cache.kv.keys[:, :, : T - queries], stored.keys[:, :, : T - queries])
+    assert np.abs(cache.kv.keys - stored.keys)[:, :, T - queries :].min(-1).max() > 0
 
 
-def test_kv_head_serves_neighbouring_query_heads():
-    """Head g serves query heads g H/G to (g + 1) H/G - 1: repeated, not tiled."""
+def test_kv_head_serves_adjacent_query_heads():
+    """Key/value head g serves query heads g H/G to (g + 1) H/G - 1: repeated, not tiled."""
     q = jnp.zeros((1, 1, 4, 2))
     k, v = jnp.zeros((1, 1, 2, 2)), jnp.arange(2.0).reshape(1, 1, 2, 1)
     np.testing.assert_array_equal(attend(q, k, v, Mask(), 1.0)[0, 0, :, 0], [0, 0, 1, 1])

@@ -1,4 +1,4 @@
-"""Decoding with a cache against the NumPy reference, which has none: token by token, in chunks, ragged, halting."""
+"""Decoding with a cache against the NumPy reference, which has none: by token, in chunks, ragged, with halting."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -25,18 +25,18 @@ from tests.tiny import (
     variables,
 )
 
-LOOPS = 5  # beyond the trained depth, 3
+LOOPS = 5  # more than the trained depth, 3
 CHUNK = 4
 LENGTHS = np.array([8, 5])
 
 
-def pieces(config, tokens_BT, cuts, lengths=LENGTHS, call=run, loops=LOOPS, **keywords):
-    """Feeds tokens [cuts[i], cuts[i + 1]) one piece after the other; positions past a row's length are padding."""
+def run_in_pieces(config, tokens_BT, cuts, lengths=LENGTHS, call=run, loops=LOOPS, **keywords):
+    """Feeds tokens [cuts[i], cuts[i + 1]) piece by piece; positions past a row's length are padding."""
     cache = init_cache(config, B, T, np.max(loops))
     outs = []
     for start, end in pairwise(cuts):
         segments = (np.arange(start, end) < lengths[:, None]).astype(np.int32)
-        # What stands in the padding must not matter.
+        # The contents of the padding must not matter.
         tokens = np.where(segments, tokens_BT[:, start:end], 7)
         out = call(config, variables(config), tokens, loops=loops, segment_ids=segments, cache=cache, **keywords)
         cache = out.cache
@@ -62,15 +62,15 @@ CUTS = {
 
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa", "mla"])
-def test_cached_equals_each_row_alone(config, cuts):
-    logits, ran, cache = pieces(config, some_tokens(), CUTS[cuts])
+def test_cached_rows_equal_rows_on_their_own(config, cuts):
+    logits, ran, cache = run_in_pieces(config, some_tokens(), CUTS[cuts])
     check_rows(config, logits, ran)
     np.testing.assert_array_equal(cache.length_B, LENGTHS)  # padding is not counted
 
 
 @pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa", "mla"])
-def test_padded_prefill_then_each_row_goes_on_by_itself(config):
-    """After a ragged prefill the next token stands right behind the row's own last one."""
+def test_rows_continue_after_a_padded_prefill(config):
+    """After a ragged prefill, a row's next token directly follows its own last token."""
     tokens, prompt = some_tokens(), np.array([3, 1])
     cache, got = init_cache(config, B, T, LOOPS), [[], []]
     out = run(
@@ -110,16 +110,16 @@ POLICIES = {
 def test_halting_with_cache_equals_full_forward(policy, cuts):
     """The spread of exits and the margins to the threshold are asserted in test_halting.py, for the same inputs."""
     config, criterion, threshold = POLICIES[policy]
-    logits, ran, _ = pieces(config, some_tokens(), CUTS[cuts], halting=halting(criterion, threshold))
+    logits, ran, _ = run_in_pieces(config, some_tokens(), CUTS[cuts], halting=halting(criterion, threshold))
     check_rows(config, logits, ran, criterion=criterion, threshold=threshold)
 
 
 def test_depth_by_row_with_cache():
-    """Rows past their depth are frozen; those within it remember every loop, also where ACT has halted: here the
-    first chunk's tokens all halt within 2 loops, and later ones that run 5 look at them."""
+    """Rows past their depth are frozen. Rows within it cache every loop, also for tokens that ACT has halted: here the
+    tokens of the first chunk all halt within 2 loops, and later tokens that run 5 loops attend to them."""
     depths, tokens = np.array([5, 2], np.int32), some_tokens(23)
     config = replace(GQA, act_threshold=0.3)
-    logits, ran, _ = pieces(config, tokens, CUTS["chunk_then_tokens"], call=run_traced, loops=depths)
+    logits, ran, _ = run_in_pieces(config, tokens, CUTS["chunk_then_tokens"], call=run_traced, loops=depths)
     assert ran[0, :CHUNK].max() == 2
     assert ran[0, CHUNK:].max() == 5
     check_rows(config, logits, ran, loops=depths, tokens=tokens)
@@ -131,10 +131,10 @@ def test_depth_by_row_with_cache():
     ids=["gqa", "mla"],
 )
 def test_cache_bytes(config, numbers):
-    """Per token: 4 bytes x numbers for each layer outside the loop, and for each loop of each layer inside."""
+    """Per token: 4 bytes x numbers for each layer outside the loop, and per loop for each layer inside it."""
     cache = init_cache(config, B, T, LOOPS)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.prelude, cache.loop, cache.coda)))
-    assert held == B * T * 4 * numbers * (config.prelude_layers + config.coda_layers + config.loop_layers * LOOPS)
+    cache_size = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.prelude, cache.loop, cache.coda)))
+    assert cache_size == B * T * 4 * numbers * (config.prelude_layers + config.coda_layers + config.loop_layers * LOOPS)
     assert cache.capacity == T
 
 

@@ -1,4 +1,4 @@
-"""Bounded caches, and halting by logits, against a slow decoder in NumPy: both attentions, ragged, in chunks."""
+"""Bounded caches and halting by logits, against a slow NumPy decoder: both attentions, ragged rows, in chunks."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +15,7 @@ from tests.tiny import GQA_LAST, MLA, B, T, exact, halting, run, some_tokens, va
 
 LOOPS = 5
 LENGTHS = np.array([8, 6])
-CUTS = [0, 4, 5, 6, 7, 8]  # a prompt, then token by token; the second row ends on the way
+CUTS = [0, 4, 5, 6, 7, 8]  # a prompt, then token by token; the second row ends before the first
 GQA = replace(GQA_LAST, lora_rank=0, n_shared_experts=0)
 CONFIGS = {"gqa": GQA, "mla": MLA}
 
@@ -33,14 +33,14 @@ def decode(config, slots=None, policy=None):
 
 
 def check(config, got, slots=None, policy=None, margin=1e-3):
-    """Both rows against the slow decoder, alone; returns the loops that their tokens ran."""
+    """Compares each row with the slow decoder; returns the loops that the tokens ran."""
     logits, ran = got
     rules = {} if policy is None else {"criterion": policy.criterion, "threshold": policy.threshold}
     all_ran = []
     for b, length in enumerate(LENGTHS):
         row = Decoder(config, exact(variables(config)), LOOPS, slots, **rules)
         pieces = [(some_tokens()[b, start : min(end, length)], end - start > 1) for start, end in pairwise(CUTS)]
-        truth = [row.feed(tokens, several) for tokens, several in pieces if len(tokens)]
+        truth = [row.feed(tokens, is_prompt) for tokens, is_prompt in pieces if len(tokens)]
         assert row.margin > margin
         np.testing.assert_array_equal(ran[b, :length], np.concatenate([loops for _, loops in truth]))
         expected = np.concatenate([logits for logits, _ in truth])
@@ -62,18 +62,18 @@ def check(config, got, slots=None, policy=None, margin=1e-3):
     ],
 )
 def test_bounded_cache(attention, slots, threshold):
-    """A slot keeps the last loop that a token ran in it; only slots that it never reached get those of its exit."""
+    """A slot holds the last loop that a token ran in it; only slots that the token never reached hold its exit loop."""
     config = CONFIGS[attention]
     policy = threshold and halting("latent", threshold)
     got = decode(config, slots, policy)
     ran = check(config, got, slots, policy)
     if policy:
         assert len(set(ran)) >= 2, set(ran)
-        # Tokens that come round to slots they have used, or leave slots that they never reach.
+        # Some tokens wrap around to slots they have used, or exit before they reach every slot.
         assert ran.min() < slots if slots >= 3 else ran.max() > slots
-    # An approximation where slots are shared, which is what this test is about; else exact, exits filled in too.
-    whole, _ = decode(config, None, policy)
-    assert (np.abs(got[0][0] - whole[0]).max() > 1e-3) == (ran.max() > slots)
+    # Where slots are shared, the result is an approximation, as intended; otherwise it is exact, exits included.
+    unbounded, _ = decode(config, None, policy)
+    assert (np.abs(got[0][0] - unbounded[0]).max() > 1e-3) == (ran.max() > slots)
 
 
 @pytest.mark.parametrize("attention", CONFIGS)
@@ -81,7 +81,7 @@ def test_bounded_cache(attention, slots, threshold):
     ("criterion", "thresholds"), [("kl", (3e-3, 3e-2)), ("entropy", (1e-2, 0.05)), ("argmax", (1, 2))]
 )
 def test_halting_by_logits(attention, criterion, thresholds):
-    """The prompt runs all loops, each later token its own; one program for all thresholds."""
+    """The prompt runs all loops, and each later token as many as it needs; one program serves all thresholds."""
     config, before, means = CONFIGS[attention], None, []
     for threshold in thresholds:
         policy = halting(criterion, float(threshold))
@@ -101,13 +101,13 @@ def test_cosine():
 
 @pytest.mark.parametrize("slots", [None, 2])
 @pytest.mark.parametrize("attention", CONFIGS)
-def test_cache_bytes_are_those_of_the_formula(attention, slots):
+def test_cache_bytes_agree_with_the_formula(attention, slots):
     cache = init_cache(CONFIGS[attention], B, T, LOOPS, slots)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.prelude, cache.loop, cache.coda)))
-    assert held == B * T * cache_bytes(CONFIGS[attention], slots or LOOPS)
+    cache_size = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.prelude, cache.loop, cache.coda)))
+    assert cache_size == B * T * cache_bytes(CONFIGS[attention], slots or LOOPS)
 
 
-def test_no_slot_is_refused():
+def test_zero_slots_are_refused():
     with pytest.raises(ValueError, match="loop_cache_slots: got 0, allowed: an integer >= 1, or None"):
         init_cache(MLA, B, T, LOOPS, 0)
 
@@ -120,6 +120,6 @@ def test_no_slot_is_refused():
         ({"max_loops": 0}, "halting max_loops: got 0, allowed: a number >= 1"),
     ],
 )
-def test_bad_numbers_are_refused(numbers, message):
+def test_invalid_numbers_are_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
         Halting("kl", **numbers)

@@ -1,4 +1,4 @@
-"""Halting against the NumPy reference, ACT's arithmetic against a plain loop, and the refusals."""
+"""Halting against the NumPy reference, ACT's arithmetic against a plain loop, and what is refused."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def truths(config, criterion, threshold, loops=LOOPS, **keywords):
 
 
 def margin(truth, criterion, threshold):
-    """How near the threshold any token came in a loop it was running."""
+    """The smallest distance to the threshold of any token in a loop that it ran."""
     if criterion in ("cosine", "kl"):
         distance = np.abs(truth.measures / threshold - 1)
         return distance[~truth.halted[-len(distance) :]].min()
@@ -55,19 +55,19 @@ def test_halting_equals_reference(policy):
 
 
 @pytest.mark.parametrize("policy", ["gqa_act", "mla_latent"])
-def test_least_and_most_loops_and_threshold_are_traced(policy):
+def test_loop_bounds_and_threshold_are_traced(policy):
     """The compiled call of the test above serves every policy of its criterion."""
     config, criterion, threshold = POLICIES[policy]
     compiled = run._cache_size()
-    for scale, least, most in [(1.0, 3, 100), (1.0, 1, 2), (0.5, 1, 100), (0.5, 2, 4)]:
+    for scale, min_loops, max_loops in [(1.0, 3, 100), (1.0, 1, 2), (0.5, 1, 100), (0.5, 2, 4)]:
         out = run(
             config,
             variables(config),
             some_tokens(),
             loops=LOOPS,
-            halting=halting(criterion, scale * threshold, least, most),
+            halting=halting(criterion, scale * threshold, min_loops, max_loops),
         )
-        rows = truths(config, criterion, scale * threshold, min(LOOPS, most), min_loops=least)
+        rows = truths(config, criterion, scale * threshold, min(LOOPS, max_loops), min_loops=min_loops)
         for b, row in enumerate(rows):
             np.testing.assert_array_equal(out.loops[b], row.loops)
             np.testing.assert_allclose(out.logits[b], row.logits, rtol=0, atol=1e-4)
@@ -75,8 +75,9 @@ def test_least_and_most_loops_and_threshold_are_traced(policy):
 
 
 def test_halting_by_logits_in_a_full_forward_pass(monkeypatch):
-    """Without a cache the coda sees every token's state of the same loop; logits exist for few positions at a time."""
-    config = replace(MLA, hidden_dim=44)  # nothing but logits is V wide
+    """Without a cache, the coda sees every token's state after the same loop, and logits exist for a few positions at a
+    time."""
+    config = replace(MLA, hidden_dim=44)  # only logits are V wide
     monkeypatch.setattr("mythos_jax.ops.chunked.CHUNK_LENGTH", 3)
     monkeypatch.setattr("mythos_jax.ops.chunked.MAX_UNCHUNKED_VOCAB", 1)
     policy = halting("kl", 0.02)
@@ -104,8 +105,9 @@ def test_halting_by_logits_in_a_full_forward_pass(monkeypatch):
         np.testing.assert_allclose(logits, row.logits, rtol=0, atol=1e-4)
 
 
-def test_halting_without_freezing_lets_tokens_evolve():
-    """The original: a halted token's weight is 0, its state and keys go on, and the result is that of all loops."""
+def test_halted_tokens_evolve_without_freezing():
+    """As in the original: a halted token has weight 0, but its state and keys are still updated, so the result is the
+    same as without halting."""
     config = replace(GQA, freeze_halted=False)
     out = run(config, variables(config), some_tokens(), loops=LOOPS, halting=halting("act", GQA.act_threshold))
     for b in range(B):
@@ -113,11 +115,11 @@ def test_halting_without_freezing_lets_tokens_evolve():
         np.testing.assert_allclose(out.logits[b], truth.logits, rtol=0, atol=1e-4)
 
 
-def simulate(probabilities, threshold, remainder, least):
-    """ACT for one token, as Graves describes it: weights until the cumulative probability reaches the threshold."""
+def simulate(probabilities, threshold, remainder, min_loops):
+    """ACT for one token, as Graves defines it: weights until the cumulative probability reaches the threshold."""
     weights, cumulative = [], 0.0
     for t, p in enumerate(probabilities):
-        if t + 1 >= least and cumulative + p >= threshold:
+        if t + 1 >= min_loops and cumulative + p >= threshold:
             return [*weights, max(1 - cumulative, 0)] + [0.0] * (len(probabilities) - t - 1)
         if remainder and t == len(probabilities) - 1:
             return [*weights, max(1 - cumulative, 0)]
@@ -126,23 +128,23 @@ def simulate(probabilities, threshold, remainder, least):
     return weights
 
 
-@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize("min_loops", [1, 3])
 @pytest.mark.parametrize("remainder", [True, False])
 @pytest.mark.parametrize("loops", [1, 2, 6])
-def test_act_weights(loops, remainder, least):
+def test_act_weights(loops, remainder, min_loops):
     probabilities = np.random.default_rng(loops).uniform(0, 0.5, (loops, 50)).astype(np.float32)
-    probabilities[:, :10] /= 10  # these never get there
-    probabilities[:, 40:] = 0.95  # with least 3 these would use up more than 1
+    probabilities[:, :10] /= 10  # these never reach the threshold
+    probabilities[:, 40:] = 0.95  # with min_loops 3, the weights of these would exceed 1
     threshold, weights = 0.9, []
     cumulative, running = jnp.zeros((50, 1)), jnp.ones((50, 1), bool)
     for t, p in enumerate(probabilities[..., None]):
         last = jnp.full((50, 1), t == loops - 1) if remainder else None
-        weight, total, halts = act_weight(p, cumulative, threshold, jnp.full((50, 1), t + 1 >= least), last)
+        weight, total, halts = act_weight(p, cumulative, threshold, jnp.full((50, 1), t + 1 >= min_loops), last)
         weights.append(np.where(running, weight, 0)[:, 0])
         cumulative, running = jnp.where(running, total, cumulative), running & ~halts
     weights, running = np.stack(weights), np.asarray(running[:, 0])
 
-    expected = [simulate(list(map(float, column)), threshold, remainder, least) for column in probabilities.T]
+    expected = [simulate(list(map(float, column)), threshold, remainder, min_loops) for column in probabilities.T]
     np.testing.assert_allclose(weights.T, expected, rtol=0, atol=1e-6)
     total = weights.sum(0)
     assert running[:10].all()
@@ -182,12 +184,12 @@ def test_unknown_criterion_is_refused():
         Halting("kI")
 
 
-def test_default_threshold_is_the_models_for_act_and_huginns_for_latent():
+def test_default_thresholds():
     assert Halting("latent").resolved_threshold == 0.03
-    by_default, given = (
+    by_default, explicit = (
         run(GQA, variables(GQA), some_tokens(), loops=LOOPS, halting=policy)
         for policy in (Halting("act"), halting("act", GQA.act_threshold))
     )
-    np.testing.assert_allclose(by_default.logits, given.logits, rtol=0, atol=1e-5)
-    assert jax.tree.leaves(Halting("latent", threshold=0.1)) == [0.1, 1]  # a pytree whose numbers can be traced
+    np.testing.assert_allclose(by_default.logits, explicit.logits, rtol=0, atol=1e-5)
+    assert jax.tree.leaves(Halting("latent", threshold=0.1)) == [0.1, 1]  # a pytree with numbers that can be traced
     assert GQA_LAST.readout == "last"

@@ -1,4 +1,4 @@
-"""Injection stays contractive; the loop embedding and LoRA follow the original past the trained depth."""
+"""Injection is contractive; the loop embedding and LoRA agree with the original beyond the trained depth."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ EXTREMES = [-1e30, -100.0, -20.0, -18.0, -1.0, 0.0, 1.0, 20.0, 100.0, 1e30]
 @pytest.mark.parametrize(
     ("kind", "second"), [(OpenMythosInjection, "log_dt"), (ParcaeInjection, "dt_bias")], ids=["openmythos", "parcae"]
 )
-def test_decay_is_strictly_inside_0_and_1(kind, second, other):
+def test_decay_is_strictly_between_0_and_1(kind, second, other):
     config = replace(GQA, dim=len(EXTREMES), n_heads=1, n_kv_heads=1)
     params = {"log_a": jnp.array(EXTREMES), "b": jnp.zeros(len(EXTREMES)), "norm": {"scale": jnp.ones(len(EXTREMES))}}
     params[second] = jnp.full(1 if second == "log_dt" else len(EXTREMES), other)
@@ -31,7 +31,7 @@ def test_decay_is_strictly_inside_0_and_1(kind, second, other):
     assert decay.dtype == jnp.float32
     assert (decay < 1).all()
     assert (decay > 0).all()
-    assert (np.diff(decay) <= 0).all()  # the larger log_a, the faster it forgets
+    assert (np.diff(decay) <= 0).all()  # the larger log_a, the faster the decay
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
@@ -47,7 +47,7 @@ def test_loop_embedding(dim):
         np.testing.assert_allclose(row, np.pad(expected, (0, dim - width)), rtol=0, atol=1e-4)
 
 
-def test_lora_uses_its_last_row_past_the_trained_depth():
+def test_lora_uses_its_last_row_beyond_the_trained_depth():
     params = variables(GQA)["params"]["recurrence"]["cell"]["lora"]
     y = np.random.default_rng(0).standard_normal((5, 2, GQA.dim)).astype(np.float32)
     out = jax.jit(LoopLoRA(GQA).apply)({"params": params}, y, jnp.array([0, 1, 2, 3, 99]))

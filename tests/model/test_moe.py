@@ -1,4 +1,4 @@
-"""Routing: the bias moves the choice, never the gates; load counts; balancing. (Values: test_recurrence.py.)"""
+"""Routing: the bias affects the choice but never the gates; expert load; balancing. (Values: test_recurrence.py.)"""
 
 from dataclasses import replace
 
@@ -25,21 +25,21 @@ def router(kernel, bias):
     return {"params": {"kernel": kernel}, "balance": {"bias": np.asarray(bias, np.float32)}}
 
 
-def test_bias_moves_the_choice_not_the_gates():
+def test_bias_affects_the_choice_and_not_the_gates():
     x, kernel = inputs()
     bias = np.array([0, 0, 50, 0, 0])
-    plain, chosen, _ = route(router(kernel, np.zeros(E)), x)
-    gates, biased, _ = route(router(kernel, bias), x)
-    assert (np.asarray(chosen) != 2).all(axis=1).any()  # it changes something
+    unbiased_gates, unbiased, _ = route(router(kernel, np.zeros(E)), x)
+    biased_gates, biased, _ = route(router(kernel, bias), x)
+    assert (np.asarray(unbiased) != 2).all(axis=1).any()  # without the bias, the choice is different
     assert (biased[:, 0] == 2).all()  # the bias puts its expert first
     probabilities = np.asarray(jax.nn.softmax(x @ kernel), np.float64)
-    for g, experts in [(plain, chosen), (gates, biased)]:
+    for gates, experts in [(unbiased_gates, unbiased), (biased_gates, biased)]:
         expected = np.take_along_axis(probabilities, np.asarray(experts), axis=1)
-        np.testing.assert_allclose(g, expected / expected.sum(-1, keepdims=True), rtol=1e-4)
-        np.testing.assert_allclose(np.sum(g, -1), 1, rtol=1e-5)
+        np.testing.assert_allclose(gates, expected / expected.sum(-1, keepdims=True), rtol=1e-4)
+        np.testing.assert_allclose(np.sum(gates, -1), 1, rtol=1e-5)
 
 
-def test_gates_stay_finite_when_the_bias_chooses_impossible_experts():
+def test_gates_are_finite_when_the_bias_chooses_impossible_experts():
     x, kernel = inputs()
     x[:, 0], kernel[0] = 1, [500, -500, -500, -500, -500]
     gates, experts, _ = route(router(kernel, [-5000, 0, 0, 0, 0]), x)
@@ -71,9 +71,9 @@ def test_log_partition_is_summed_over_counted_tokens():
     np.testing.assert_allclose(z, np.log(E), rtol=1e-6)
 
 
-def test_balancing_moves_towards_equal_load():
+def test_balancing_approaches_equal_load():
     random = np.random.default_rng(0)
-    logits = random.standard_normal((500, E)) + np.array([2, 1, 0, 0, -2])  # some experts are far more popular
+    logits = random.standard_normal((500, E)) + np.array([2, 1, 0, 0, -2])  # some experts are chosen far more often
 
     def load(bias):
         chosen = np.argsort(-(logits + np.asarray(bias)), axis=1)[:, :K]
@@ -85,7 +85,7 @@ def test_balancing_moves_towards_equal_load():
     last = load(bias)
     assert first.max() / first.mean() > 1.8
     assert last.max() / last.mean() < 1.1
-    np.testing.assert_allclose(bias.sum(), 0, atol=1e-5)  # only differences choose
+    np.testing.assert_allclose(bias.sum(), 0, atol=1e-5)  # only differences affect the choice
 
 
 def test_balancing_step():

@@ -1,4 +1,4 @@
-"""Halting by prediction: in a full forward pass, with a cache, and where it is refused."""
+"""Halting by prediction: in a full forward pass, with a cache, and when it is refused."""
 
 import jax
 import numpy as np
@@ -6,14 +6,14 @@ import pytest
 
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.predictor import PRICES, init_head, predicted_loops
-from tests.model.test_cache import CUTS, LENGTHS, LOOPS, pieces
+from tests.model.test_cache import CUTS, LENGTHS, LOOPS, run_in_pieces
 from tests.tiny import GQA, MLA, halting, run, some_tokens, variables
 
-DEPTHS = 4  # the predictor foresees fewer loops than the call allows
+DEPTHS = 4  # the predictor predicts fewer loops than the call allows
 
 
 def predictor(config):
-    """Random, so that tokens differ; its means are made up, so that the budget chooses the price."""
+    """Random, so that tokens differ; with invented mean loops, so that the budget determines the price."""
     head = jax.tree.map(np.asarray, init_head(jax.random.key(3), config.dim, 16, DEPTHS))
     head["out"] = np.random.default_rng(0).standard_normal(head["out"].shape).astype(np.float32)
     mean_loops = np.linspace(DEPTHS, 1, len(PRICES)).astype(np.float32)
@@ -25,14 +25,14 @@ def with_predictor(config):
 
 
 @pytest.mark.parametrize("budget", [1.6, 4.0])
-def test_tokens_run_what_is_foreseen_and_decoding_equals_the_full_forward(budget, monkeypatch):
-    both, policy = with_predictor(MLA), halting("predicted", budget)
-    full = run(MLA, both, some_tokens(), loops=LOOPS, halting=policy)
-    expected = predicted_loops(both["predictor"], full.aux.injected_BTD, budget)
+def test_tokens_run_the_predicted_loops_also_when_decoding(budget, monkeypatch):
+    weights, policy = with_predictor(MLA), halting("predicted", budget)
+    full = run(MLA, weights, some_tokens(), loops=LOOPS, halting=policy)
+    expected = predicted_loops(weights["predictor"], full.aux.injected_BTD, budget)
     np.testing.assert_array_equal(full.loops, expected)
     assert len(np.unique(full.loops)) >= (3 if budget < DEPTHS else 1)
     monkeypatch.setattr("tests.model.test_cache.variables", with_predictor)
-    logits, ran, _ = pieces(MLA, some_tokens(), CUTS["chunk_then_tokens"], halting=policy)
+    logits, ran, _ = run_in_pieces(MLA, some_tokens(), CUTS["chunk_then_tokens"], halting=policy)
     for b, length in enumerate(LENGTHS):
         np.testing.assert_array_equal(ran[b, :length], full.loops[b, :length])
         np.testing.assert_allclose(logits[b, :length], full.logits[b, :length], rtol=0, atol=1e-4)

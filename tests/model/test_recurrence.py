@@ -1,4 +1,4 @@
-"""The recurrent block against the NumPy reference: scan, while loop, depths by row, gradients, rematerialisation."""
+"""The recurrent block against the NumPy reference: scan, while loop, depth per row, gradients, rematerialisation."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ FAMILIES = {
     "huginn": HUGINN,
     "parcae": PARCAE,
 }
-LOOPS = 5  # beyond the trained depth, 3
+LOOPS = 5  # more than the trained depth, 3
 
 
 def truth(config, loops, row, tokens=None, state=None):
@@ -63,9 +63,9 @@ def test_scan_equals_reference(family):
             np.testing.assert_allclose(out.aux.act_weight_LBT[:, b], row.weights, rtol=0, atol=1e-5)
             total_T = np.sum(out.aux.act_weight_LBT[:, b], axis=0)
             reached_T = (row.probabilities * ~row.halted).sum(0) >= config.act_threshold
-            whole_T = reached_T | config.act_remainder
-            np.testing.assert_allclose(total_T[whole_T], 1, rtol=0, atol=1e-5)
-            assert (total_T[~whole_T] < 1).all()
+            complete_T = reached_T | config.act_remainder
+            np.testing.assert_allclose(total_T[complete_T], 1, rtol=0, atol=1e-5)
+            assert (total_T[~complete_T] < 1).all()
     if config.feed_forward == "moe":
         np.testing.assert_array_equal(out.aux.expert_load, sum(row.load for row in rows))
 
@@ -86,20 +86,20 @@ def test_traced_depth_equals_scan_and_compiles_once(family):
 
 
 @pytest.mark.parametrize("family", ["openmythos", "huginn"])
-def test_depth_by_row_equals_each_row_alone(family):
+def test_rows_of_different_depths_equal_rows_on_their_own(family):
     config, depths = FAMILIES[family], np.array([2, 5], np.int32)
     out = run_traced(config, variables(config), some_tokens(), depths, initial_state=some_state(config))
     rows = [truth(config, int(depth), b) for b, depth in enumerate(depths)]
     for b, row in enumerate(rows):
         np.testing.assert_allclose(out.logits[b], row.logits, rtol=0, atol=1e-4)
         np.testing.assert_array_equal(out.loops[b], row.loops)
-    if config.feed_forward == "moe":  # loops a row has not asked for do not count
+    if config.feed_forward == "moe":  # loops beyond a row's depth do not count
         np.testing.assert_array_equal(out.aux.expert_load, sum(row.load for row in rows))
 
 
 def gradient(config, weight_TV):
-    """d sum(weight x logits) by the parameters, for the first tokens of the first row; and the matmuls and the bytes
-    of temporaries that it takes."""
+    """The gradient of sum(weight x logits) for the first tokens of the first row; also the number of matmuls and the
+    bytes of temporary memory that it takes."""
 
     def loss(params):
         tokens = some_tokens()[:1, : len(weight_TV)]
@@ -114,7 +114,7 @@ def gradient(config, weight_TV):
 
 @pytest.mark.parametrize("config", [GQA, replace(MLA, prelude_layers=0)], ids=["openmythos", "mla_last"])
 def test_gradient_equals_finite_differences_of_reference(config):
-    """One random direction for every parameter array; the reference is unrolled and in float64."""
+    """One random direction per parameter array; the reference is unrolled and in float64."""
     random = np.random.default_rng(1)
     weight_TV = random.standard_normal((5, V)) / 5
     gradients, *_ = gradient(config, weight_TV.astype(np.float32))
@@ -131,7 +131,8 @@ def test_gradient_equals_finite_differences_of_reference(config):
             return jax.tree_util.tree_map_with_path(lambda p, x: x + sign * step if p == path else x, point["params"])
 
         expected = (loss(moved(1)) - loss(moved(-1))) / 2
-        scale = np.linalg.norm(leaf) * np.linalg.norm(step) / np.sqrt(leaf.size)  # of a product with a random step
+        # The typical size of the product of this gradient and a random step.
+        scale = np.linalg.norm(leaf) * np.linalg.norm(step) / np.sqrt(leaf.size)
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all(), name
         assert scale > 0, name
@@ -143,11 +144,11 @@ def test_rematerialised_gradients_are_the_same():
     weight_TV = np.random.default_rng(1).standard_normal((T, V)).astype(np.float32)
     plain, matmuls, size = gradient(config, weight_TV)
     counts, sizes = {"none": matmuls}, {"none": size}
-    for remat in REMAT_POLICIES:  # `variables` draws alike for all
+    for remat in REMAT_POLICIES:  # `variables` draws the same weights for all of them
         again, counts[remat], sizes[remat] = gradient(replace(config, remat=remat), weight_TV)
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * np.abs(a).max())
-    # What is kept is not computed again. (The CPU has one memory, so there `offload` is `attention`.)
+    # What is saved is not computed again. (The CPU has one memory, so there `offload` equals `attention`.)
     assert counts["full"] > counts["attention"] == counts["offload"] > counts["dots"] >= counts["none"]
     assert sizes["full"] < sizes["attention"] < sizes["dots"] < sizes["none"]
 

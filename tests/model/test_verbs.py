@@ -1,5 +1,5 @@
-"""begin, loop, finish: depth stepped through by hand, and tokens that are gathered, joined and resumed at different
-loops, against calls that run each alone and whole."""
+"""begin, loop and finish: one loop at a time, and tokens that are gathered, joined and resumed at different loops, each
+compared with a single call."""
 
 from dataclasses import replace
 from functools import partial
@@ -37,8 +37,8 @@ def apply(config, forward):
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("config", [GQA, MLA, HUGINN, PARCAE], ids=["gqa_act", "mla", "huginn", "parcae"])
-def test_stepping_by_hand_shows_every_depth(config, cached):
-    """Finishing after loop t is the model at t + 1 loops, at every t, and leaves the tokens free to go deeper."""
+def test_stepping_by_hand_gives_every_depth(config, cached):
+    """Finishing after loop t gives the model at t + 1 loops, and the tokens can still run deeper afterwards."""
     start = some_state(config)
 
     @jax.jit
@@ -76,8 +76,8 @@ POLICIES = {
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_halting_can_be_stepped_through_by_hand(policy):
-    """One loop per call, with a cache, token after token, is what one call per token gives: exits, and the keys and
-    values that exited tokens leave for deeper ones."""
+    """Token by token with a cache, one loop per call gives the same as one call per token: the exits, and the keys and
+    values that halted tokens leave for deeper ones."""
     config, policy = POLICIES[policy]
 
     @partial(jax.jit, static_argnames="by_hand")
@@ -108,8 +108,8 @@ def test_halting_can_be_stepped_through_by_hand(policy):
     "config", [GQA_LAST, MLA, replace(PARCAE, initial_state="zeros")], ids=["gqa", "mla", "parcae"]
 )
 def test_rows_at_different_loops_share_a_call(config, policy, at_once):
-    """What a server does: rows at loops 3 and 0 of the same batch run on, one loop per call or all that are left at
-    once, and each gives what it gives alone, also when the next token finds their keys and values."""
+    """As in a batching server: rows at loops 3 and 0 of one batch continue, one loop per call or all remaining loops at
+    once. Each gives the same as on its own, and so does the next token, which attends to their keys and values."""
     policy = policy and halting(policy, {"latent": 0.2, "kl": 0.05}[policy])
     prompt, token_B = some_tokens()[:, :4], some_tokens()[:, 4]
 
@@ -133,7 +133,7 @@ def test_rows_at_different_loops_share_a_call(config, policy, at_once):
         return apply(config, forward)
 
     @jax.jit
-    def the_rest(tokens, cache, loop_B):
+    def remaining_loops(tokens, cache, loop_B):
         def forward(model):
             return model.loop(tokens, cache, loops=LOOPS, halting=policy, start=loop_B)[:2]
 
@@ -145,13 +145,13 @@ def test_rows_at_different_loops_share_a_call(config, policy, at_once):
     truth = alone(before.cache, token_B)
     tokens, cache = start(before.cache, token_B)
     loop_B = jnp.zeros(B, jnp.int32)
-    for _ in range(3):  # row 0 alone: row 1 is carried along at its end and its progress is thrown away
+    for _ in range(3):  # row 0 only: row 1 is given its last loop, and its result is discarded
         ahead, cache = one_loop(tokens, cache, jnp.array([0, LOOPS]) + loop_B * jnp.array([1, 0]))
         tokens = TokenState.join([ahead.rows(slice(0, 1)), like(ahead, tokens).rows(slice(1, 2))], axis=0)
         loop_B = loop_B + jnp.array([1, 0])
     assert loop_B.tolist() == [3, 0]
     if at_once:
-        tokens, cache = the_rest(tokens, cache, loop_B)
+        tokens, cache = remaining_loops(tokens, cache, loop_B)
     for _ in range(0 if at_once else LOOPS):
         tokens, cache = one_loop(tokens, cache, loop_B)
         loop_B += 1
@@ -166,7 +166,7 @@ def test_rows_at_different_loops_share_a_call(config, policy, at_once):
 
 
 def like(prepared, tokens):
-    """`tokens` with the fields that a call of `loop` adds, from `prepared`."""
+    """`tokens` with the fields that a call of `loop` adds, taken from `prepared`."""
     return tokens.replace(exit_kv=tokens.exit_kv or prepared.exit_kv, probe=tokens.probe or prepared.probe)
 
 
@@ -194,7 +194,7 @@ def test_tokens_of_one_row_are_split_and_joined():
         ({"count": -1, "loops": jnp.int32(3)}, "count: got -1, allowed: an integer >= 0"),
     ],
 )
-def test_loops_that_cannot_be_run_are_refused(keywords, message):
+def test_invalid_ranges_of_loops_are_refused(keywords, message):
     def forward(model):
         return model.loop(model.begin(some_tokens())[0], **{"loops": LOOPS, **keywords})
 
