@@ -51,8 +51,8 @@ def rows(config: ModelConfig) -> list[Row]:
 def gate_layers(prelude: int, loop: int, coda: int, loops: int, backprop_loops: int) -> tuple[int, ...]:
     """Layers that have a value gate.
 
-    The original gives a gate to layers whose number has the parity of the last layer it back-propagates through, and
-    numbers the coda's layers after those of the *unrolled* loop.
+    In the original, a layer has one if its number has the parity of the number of the last layer that the loop
+    back-propagates through. It numbers the coda's layers after those of the *unrolled* loop.
     """
     numbers = [*range(prelude + loop), *(prelude + loop * loops + i for i in range(coda))]
     return tuple(i for i, number in enumerate(numbers) if number % 2 == (loop * backprop_loops - 1) % 2)
