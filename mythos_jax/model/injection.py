@@ -4,11 +4,14 @@ Every injection wraps the loop's layers with two functions: `enter` makes their 
 makes the next state from the old one, e, and the output of the layers.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mythos_jax.config import ModelConfig
+from mythos_jax.config import INJECTION_NAMES, ModelConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.layers import Linear, RMSNorm
 
 # The smallest normal float32 and the largest below 1. A decay stays strictly inside (0, 1) however far its parameters
@@ -103,12 +106,25 @@ class NoInjection(nn.Module):
         return y_BTD
 
 
-INJECTIONS = {
+INJECTIONS: dict[str, Any] = {
     "openmythos": OpenMythosInjection,
     "parcae": ParcaeInjection,
     "concat": ConcatInjection,
     "none": NoInjection,
 }
+
+
+def register_injection(name: str, kind: type[nn.Module]) -> None:
+    """Makes an injection of your own a word that `model.injection` allows, for as long as the program runs.
+
+    kind: a Linen module with the field `config` and the methods `enter` and `leave`. Raises ConfigError if the name is
+    taken by another one.
+    """
+    if INJECTIONS.get(name, kind) is not kind:
+        raise ConfigError(f"injection: got {name!r}, which is taken; allowed: a name other than {', '.join(INJECTIONS)}")
+    INJECTIONS[name] = kind
+    if name not in INJECTION_NAMES:
+        INJECTION_NAMES.append(name)
 
 
 def _decay(rate_D: jax.Array) -> jax.Array:
