@@ -1,6 +1,6 @@
 """What depth does: a logit lens over the loops, and tokens that stop when they are done.
 
-    python examples/depth_and_halting.py runs/quickstart "def main"
+python examples/depth_and_halting.py runs/quickstart "def main"
 """
 
 import argparse

@@ -26,7 +26,7 @@ def main() -> None:
         print(piece, end="", flush=True)
     print()
 
-    # A list is one batch. Each text gets what it would get alone, so it can be sampled several times with several seeds.
+    # A list is one batch. Each text gets what it would get alone: to sample one text several times, give several seeds.
     samples = lm.generate(
         [arguments.prompt] * 3, max_new_tokens=arguments.max_new_tokens, temperature=0.8, top_p=0.95, seed=[1, 2, 3]
     )

@@ -42,7 +42,8 @@ def forward_flops(config: ModelConfig, context: int) -> Flops:
     attention = 2 * _attention_weights(c) + 2 * context * _attention_per_key(c)
     dense = attention + 2 * _dense_weights(c, c.hidden_dim)
     loop = c.loop_layers * (attention + 2 * _loop_feed_forward_weights(c))
-    loop += 2 * {"openmythos": 0, "none": 0, "parcae": c.dim**2, "concat": 2 * c.dim**2}[c.injection]
+    # Diagonal maps are left out, and so is what an injection of the user's own costs.
+    loop += 2 * {"parcae": c.dim**2, "concat": 2 * c.dim**2}.get(c.injection, 0)
     loop += 2 * 2 * c.dim * c.lora_rank + (2 * c.dim if c.readout == "act" else 0)
     return Flops(
         prelude=c.prelude_layers * dense,

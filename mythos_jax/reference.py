@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from mythos_jax.cli import build_parser
 from mythos_jax.config import Config
-from mythos_jax.typed import Section, annotated_hints, describe
+from mythos_jax.typed import OneOf, Section, annotated_hints, describe
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -115,7 +115,9 @@ def _field_row(section: type[Section], name: str, description: str) -> list[str]
         subsection: type[Section] = hint  # type: ignore[assignment]
         anchor = subsection.section.replace(".", "")
         return [f"`{name}`", "a section", "", f"see [{subsection.section}](#{anchor})"]
-    words = get_args(hint) if get_origin(hint) is Literal else ()
+    words = get_args(hint) if get_origin(hint) is Literal else []
+    for marker in get_args(hint):
+        words = marker.words if isinstance(marker, OneOf) else words
     allowed = ", ".join(f"`{word}`" for word in words) or describe(hint)
     return [f"`{name}`", allowed, f"`{_yaml(getattr(section(), name))}`", _with_links(description)]
 

@@ -72,6 +72,19 @@ class Between:
 
 
 @dataclass(frozen=True)
+class OneOf:
+    """The text is one of these words. Unlike a `Literal`, the list may grow while a program runs."""
+
+    words: list[str]
+
+    def allows(self, value: str) -> bool:
+        return value in self.words
+
+    def describe(self, noun: str) -> str:
+        return ", ".join(self.words)
+
+
+@dataclass(frozen=True)
 class Or:
     """One value that is allowed although it is out of bounds; `meaning` says what it stands for."""
 
@@ -258,7 +271,7 @@ def describe(hint: Any, plural: bool = False) -> str:
     if origin is Annotated:
         words = describe(arguments[0], plural)
         for marker in arguments[1:]:
-            if isinstance(marker, Ge | Gt | Between):
+            if isinstance(marker, Ge | Gt | Between | OneOf):
                 words = marker.describe(words)
             elif isinstance(marker, Or):
                 words += f", or {marker.value} {marker.meaning}"
@@ -291,7 +304,7 @@ def _check_bounds(value: Any, hint: Any, name: str, allowed: str = "") -> None:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         _check_bounds(value, arguments[0], name)
-        bounds = [marker for marker in arguments[1:] if isinstance(marker, Ge | Gt | Between)]
+        bounds = [marker for marker in arguments[1:] if isinstance(marker, Ge | Gt | Between | OneOf)]
         exceptions = [marker.value for marker in arguments[1:] if isinstance(marker, Or)]
         ok = value in exceptions or all(bound.allows(value) for bound in bounds)
         check_field(ok, name, value, allowed or describe(hint))

@@ -1,4 +1,4 @@
-"""Every example runs, as a user would run it, and the notebook's cells do; on a model that the second example trains."""
+"""Every example runs as a user would run it, and so do the notebook's cells; on a model that an example trains."""
 
 import json
 import subprocess

@@ -9,6 +9,7 @@ from mythos_jax.typed import (
     Between,
     NonNegativeFloat,
     NonNegativeInt,
+    OneOf,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -21,7 +22,8 @@ Attention = Literal["gqa", "mla"]
 FeedForward = Literal["dense", "moe"]
 Activation = Literal["swiglu", "relu2"]
 NormPlacement = Literal["pre", "sandwich"]
-Injection = Literal["openmythos", "parcae", "concat", "none"]
+INJECTION_NAMES = ["openmythos", "parcae", "concat", "none"]  # and those of `register_injection`
+Injection = Annotated[str, OneOf(INJECTION_NAMES)]
 InitialState = Literal["injected", "noise", "zeros"]
 ReadOut = Literal["last", "act"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]

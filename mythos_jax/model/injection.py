@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mythos_jax.config import INJECTION_NAMES, ModelConfig
+from mythos_jax.config import ModelConfig
+from mythos_jax.config.model import INJECTION_NAMES
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.layers import Linear, RMSNorm
 
@@ -121,7 +122,8 @@ def register_injection(name: str, kind: type[nn.Module]) -> None:
     taken by another one.
     """
     if INJECTIONS.get(name, kind) is not kind:
-        raise ConfigError(f"injection: got {name!r}, which is taken; allowed: a name other than {', '.join(INJECTIONS)}")
+        taken = ", ".join(INJECTIONS)
+        raise ConfigError(f"injection: got {name!r}, which is taken; allowed: a name other than {taken}")
     INJECTIONS[name] = kind
     if name not in INJECTION_NAMES:
         INJECTION_NAMES.append(name)
