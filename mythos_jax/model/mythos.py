@@ -59,11 +59,8 @@ class Mythos(nn.Module):
         c = self.config
         init = matrix_init(c.std, "vocab", "embed")
         self.embedding = self.param("embedding", init, (c.vocab_size, c.dim), jnp.float32)
-        width = c.n_kv_heads * c.gqa_head_dim if c.value_table_layers else 0
-        self.value_tables = {
-            layer: self.param(f"value_table_{layer}", init, (c.vocab_size, width), jnp.float32)
-            for layer in c.value_table_layers
-        }
+        shape = (c.vocab_size, c.n_kv_heads * c.gqa_head_dim)
+        self.value_tables = {i: self.param(f"value_table_{i}", init, shape, jnp.float32) for i in c.value_table_layers}
         self.prelude = [TransformerBlock(c, i) for i in range(c.prelude_layers)]
         if c.prelude_norm:
             self.prelude_norm = RMSNorm(c.norm_eps)
@@ -71,7 +68,7 @@ class Mythos(nn.Module):
         if c.readout_projection:
             self.readout_projection = Linear((c.dim,), ("embed", "mlp"), c.std)
         self.coda = [TransformerBlock(c, c.prelude_layers + c.loop_layers + i) for i in range(c.coda_layers)]
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.final_norm = RMSNorm(c.norm_eps)  # before the head; with readout_norm also before the coda
 
     def __call__(
         self,
@@ -119,8 +116,10 @@ class Mythos(nn.Module):
         if c.prelude_norm:
             x_BTD = self.prelude_norm(x_BTD)
         if cache is not None:
+            # From here on the next tokens come after these; their own places are in `inputs`.
             length_B = cache.length_B + inputs.active_BT.sum(-1, dtype=jnp.int32)
             cache = cache.replace(prelude=caches, length_B=length_B)
+        # Weights do not depend on h_0, so initialising needs no key for it.
         given = "zeros" if initial_state is None and self.is_initializing() else initial_state
         key = self.make_rng("state") if self.has_rng("state") else None
         return start_tokens(c, inputs.replace(injected_BTD=x_BTD), given, key), cache

@@ -2,8 +2,8 @@
 
 `RecurrentCell` holds the loop's weights and runs one loop: `next_state` is the equation, `__call__` the bookkeeping
 around it. `RecurrentBlock` runs the cell from any loop to any loop (model/loop.py): under `nn.scan` for a fixed number
-of loops, which can be differentiated, or `nn.while_loop` where the number is traced, differs by row, or tokens may
-halt. Shape letters as in model/mythos.py; B1 is one value per row, to broadcast over its tokens.
+of loops, which can be differentiated, or `nn.while_loop` where the number is traced or tokens may halt.
+Shape letters as in model/mythos.py; B1 is one value per row, to broadcast over its tokens.
 """
 
 from typing import NamedTuple
@@ -104,7 +104,7 @@ class RecurrentCell(nn.Module):
         state_BTD, caches, stats = self.next_state(
             old.state_BTD, e_BTD, loop_B, attention, carry.caches, values, who.counted_BT
         )
-        trace = Trace(change_LBT=relative_change(state_BTD, old.state_BTD))
+        trace = Trace(change_LBT=relative_change(state_BTD, old.state_BTD))  # of the step itself, frozen or not
         if who.frozen_BT is not None:
             state_BTD = jnp.where(who.frozen_BT[..., None], old.state_BTD, state_BTD)
         state_BTD = constrain(state_BTD, "batch", "length", "act_embed")
@@ -119,7 +119,7 @@ class RecurrentCell(nn.Module):
                 halts_BT = loop_B[:, None] + 1 >= context.predicted_BT
             halts_BT &= who.may_halt_B1
         if who.frozen_BT is not None:
-            halts_BT |= who.last_B1 & ~who.frozen_BT
+            halts_BT |= who.last_B1 & ~who.frozen_BT  # no loop is left to run
 
         tokens = old.replace(
             state_BTD=state_BTD,
@@ -140,9 +140,9 @@ class RecurrentCell(nn.Module):
         p_BT = nn.sigmoid(state_BTD.astype(jnp.float32) @ kernel + bias)[..., 0]
         given = None if halting is None else halting.threshold
         threshold = c.act_threshold if given is None else given
-        last_B1 = who.last_B1 if c.act_remainder else None
+        last_B1 = who.last_B1 if c.act_remainder else None  # the original loses the weight that is left
         weight_BT, probability_BT, halts_BT = act_weight(p_BT, act.probability_BT, threshold, who.may_halt_B1, last_B1)
-        weight_BT *= who.running_BT
+        weight_BT *= who.running_BT  # halted tokens have spent all of theirs
         act = ActState(
             readout_BTD=act.readout_BTD + weight_BT[..., None] * state_BTD.astype(jnp.float32),
             probability_BT=jnp.where(who.running_BT, probability_BT, act.probability_BT),
@@ -173,8 +173,9 @@ class RecurrentBlock(nn.Module):
         c, before = self.config, tokens
         if tokens.exit_kv is not None:
             caches = tuple(cache.replace(exit_kv=kv) for cache, kv in zip(caches, tokens.exit_kv, strict=True))
+        # In a scan the carry is saved once per loop: what no loop changes stays out of it.
         carry = Carry(tokens.replace(inputs=None, exit_kv=None), caches, coda, no_stats(c))
-        cell = RecurrentCell(c, name="cell")
+        cell = RecurrentCell(c, name="cell")  # one cell: all loops share its weights
         run = loop_function(RecurrentCell.__call__, c.remat, self.gather_per_loop)
 
         trace, end = Trace(), context.start
