@@ -1,5 +1,7 @@
 """Mixture of experts: dropless routing, routed and shared experts."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,13 @@ def no_stats(config: ModelConfig) -> RouterStats | None:
     if config.feed_forward != "moe":
         return None
     return RouterStats(jnp.zeros((config.loop_layers, config.n_experts)), jnp.zeros(config.loop_layers))
+
+
+def add_stats(total: RouterStats | None, layers: Sequence[RouterStats | None]) -> RouterStats | None:
+    """Sums over one more loop, given that loop's statistics of each layer."""
+    if total is None:
+        return None
+    return jax.tree.map(lambda sums, *new: sums + jnp.stack(new), total, *layers)
 
 
 class Router(nn.Module):

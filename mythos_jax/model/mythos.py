@@ -18,7 +18,7 @@ from mythos_jax.model.exit_probe import LogitProbe
 from mythos_jax.model.halting import Halting, check_halting
 from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init
 from mythos_jax.model.loop import make_context, prepare_tokens
-from mythos_jax.model.predictor import COLLECTION
+from mythos_jax.model.predictor import PREDICTOR
 from mythos_jax.model.recurrence import RecurrentBlock
 from mythos_jax.model.state import (
     Output,
@@ -37,19 +37,19 @@ Caches = tuple[LayerCache, ...]
 
 
 class Mythos(nn.Module):
-    """A recurrent-depth transformer; `config` says which.
+    """A recurrent-depth transformer.
 
-    A forward pass is three verbs: `begin` embeds the tokens and runs the prelude, `loop` runs the recurrent block from
-    any loop to any loop, `finish` reads out and runs coda and head. Between them a `TokenState` holds everything that a
-    token carries, so that depth can be stepped through by hand:
+    A forward pass is three verbs: `begin` embeds the tokens and runs the prelude, `loop` runs any range of loops of the
+    recurrent block, `finish` reads out and runs coda and head, at any depth. Between them a `TokenState` holds all that
+    a token carries, so that depth can be stepped through by hand:
 
         m = Mythos(config).bind(variables)
-        tokens, _ = m.begin(tokens_BT)
+        tokens, cache = m.begin(tokens_BT, cache=None)
         for t in range(8):
-            tokens, _, _ = m.loop(tokens, loops=8, start=t, count=1)
-            logits_after_loop_t = m.finish(tokens).logits
+            tokens, cache, _ = m.loop(tokens, cache, loops=8, start=t, count=1)
+            logits_after_loop_t = m.finish(tokens, cache).logits
 
-    gather_per_loop: for training on a mesh that cuts the loop's weights; they are gathered in every loop, not once.
+    gather_per_loop: on a mesh that shards the loop's weights, gather them in each loop and not once before the first.
     """
 
     config: ModelConfig
@@ -83,8 +83,8 @@ class Mythos(nn.Module):
     ) -> Output:
         """Logits and everything that led to them.
 
-        tokens_BT: int32. loops and halting as in `loop`, the other arguments as in `begin`. Raises ValueError for a
-        call that the model cannot follow.
+        tokens_BT: int32. loops and halting as in `loop`, the other arguments as in `begin`. Raises ValueError for
+        arguments that the model does not support.
         """
         tokens, cache = self.begin(tokens_BT, initial_state, positions, segment_ids, cache)
         tokens, cache, trace = self.loop(tokens, cache, loops=loops, halting=halting)
@@ -100,11 +100,11 @@ class Mythos(nn.Module):
     ) -> tuple[TokenState, Cache | None]:
         """Embeds the tokens and runs the prelude: gives e, injected into every loop, and h_0, the state before them.
 
-        tokens_BT: int32. initial_state: [B, T, D], or "zeros"; needed as such, or as rngs={"state": key}, for models
-        that start from noise. positions: int32 [B, T] for RoPE; default: 0, 1, … or, with a cache, those that follow
+        tokens_BT: int32. initial_state: [B, T, D], or "zeros"; models that start from noise need it, or
+        rngs={"state": key}. positions: int32 [B, T] for RoPE; default: 0, 1, … or, with a cache, those that follow
         what it holds. segment_ids: int32 [B, T]; tokens attend to their own segment only (with a cache there is one
-        segment). Segment 0 is padding, which must be at the end of a row, is never attended to, and never loops under
-        halting. cache: from `init_cache`; its `length_B` counts these tokens from here on.
+        segment). Segment 0 is padding, which must be at the end of a row and is never attended to. cache: from
+        `init_cache`; the `length_B` of the one that is returned includes these tokens.
         """
         c = self.config
         inputs = make_inputs(c, tokens_BT, positions, segment_ids, cache)
@@ -116,7 +116,7 @@ class Mythos(nn.Module):
         if c.prelude_norm:
             x_BTD = self.prelude_norm(x_BTD)
         if cache is not None:
-            # From here on the next tokens come after these; their own places are in `inputs`.
+            # The next tokens come after these, whose positions in the cache are in `inputs`.
             length_B = cache.length_B + inputs.active_BT.sum(-1, dtype=jnp.int32)
             cache = cache.replace(prelude=caches, length_B=length_B)
         # Weights do not depend on h_0, so initialising needs no key for it.
@@ -136,21 +136,22 @@ class Mythos(nn.Module):
     ) -> tuple[TokenState, Cache | None, Trace]:
         """Runs the recurrent block on tokens that have run the loops before `start`.
 
-        loops: the depth that the tokens are on their way to: a Python int (default: the config's), a traced integer,
-        or int32 [B], one per row; with a cache, a traced depth is cut to its slots. start: the first loop to run,
-        counted from 0; count: how many to run now (default: all that are left); Python ints, traced, or int32 [B].
-        With Python ints and no halting the loops are scanned and can be differentiated, otherwise a while loop runs.
-        halting: tokens may stop before `loops`. A policy that looks at the logits is for decoding token by token with
-        a cache: several tokens (a prompt) then run all loops; without a cache it is approximate, because the coda sees
-        the current states of a token's neighbours.
+        loops: the target depth, also if this call stops before it: a Python int (default: the config's), a traced
+        integer, or int32 [B], one per row; with a cache, a traced depth is clamped to the loops that it has slots for.
+        start: the first loop to run, counted from 0. count: how many to run now (default: all up to `loops`). Both are
+        Python ints, traced, or int32 [B]: rows can be at different loops. If the count follows from Python ints and
+        there is no halting, the loops are scanned and can be differentiated; otherwise a while loop runs.
+        halting: tokens may stop before `loops`. Policies that look at the logits are for decoding with a cache, one
+        token at a time; a prompt runs all its loops. Without a cache such a policy is approximate: it sees a token as
+        the coda does while the token's neighbours are still looping, not with their final states.
         """
         c, inputs, loops = self.config, tokens.inputs, self.config.loops if loops is None else loops
         if halting is not None and cache is not None and inputs.tokens_BT.shape[1] > 1:
             check_halting(c, halting, cached=True)
             loops, halting = halting.for_prompt(loops)
-        first, predictor = c.prelude_layers, self.variables.get(COLLECTION)
-        values = tuple(self._value_embeddings(inputs.tokens_BT, first + i) for i in range(c.loop_layers))
-        context = make_context(c, inputs, values, predictor, cache, loops, halting, start, count)
+        first, predictor = c.prelude_layers, self.variables.get(PREDICTOR)
+        value_embeddings = tuple(self._value_embeddings(inputs.tokens_BT, first + i) for i in range(c.loop_layers))
+        context = make_context(c, inputs, value_embeddings, predictor, cache, loops, halting, start, count)
         probe = self._probe(inputs, halting)
         tokens, loop_caches, coda_caches, trace = self.recurrence(
             prepare_tokens(c, tokens, context, probe),
@@ -169,10 +170,10 @@ class Mythos(nn.Module):
         trace: of `loop`, for `aux`. logits: false leaves out the head, for losses that never build [B, T, V].
         """
         c = self.config
-        tokens = take_remainder(tokens) if c.act_remainder else tokens
+        tokens = take_remainder(tokens) if c.act_remainder else tokens  # unspent ACT weight goes to the current state
         state_BTD, features_BTD, caches = self._coda(tokens.readout_BTD, tokens.inputs, cache.coda if cache else None)
         if tokens.probe is not None:
-            # The halting criterion has run the coda on this very state; under jit the run above is dropped as unused.
+            # The halting criterion (never with ACT) has run the coda on this state; jit drops the run above as unused.
             features_BTD, caches = tokens.probe.features_BTD, cache.coda if cache else caches
         return Output(
             logits=self.head(features_BTD) if logits else None,
@@ -225,13 +226,13 @@ class Mythos(nn.Module):
         # the same variables can: it holds no state of its own.
         model, variables = Mythos(self.config, parent=None), self.variables
 
-        def coda(state_BTD: jax.Array, caches: Caches) -> Any:
-            return model.apply(variables, state_BTD, inputs, caches, method="_coda")[1:]
+        def coda(readout_BTD: jax.Array, caches: Caches) -> Any:
+            return model.apply(variables, readout_BTD, inputs, caches, method="_coda")[1:]
 
         return LogitProbe(coda, lambda features_BTD: model.apply(variables, features_BTD, method="head"))
 
     def _value_embeddings(self, tokens_BT: jax.Array, layer: int) -> jax.Array | None:
-        """This layer's value embeddings [B, T, G, K], where it has both a table and a gate (Parcae)."""
+        """Value embeddings [B, T, G, K] of a layer with both a table and a gate, added to its values (Parcae)."""
         c = self.config
         if layer not in c.value_table_layers or layer not in c.value_gate_layers:
             return None

@@ -19,7 +19,7 @@ import numpy as np
 
 from mythos_jax.errors import ConfigError
 
-COLLECTION = "predictor"
+PREDICTOR = "predictor"
 MAX_LOG_KL = 10.0  # bound on the logarithm of a predicted KL, so that no exponential overflows
 
 # From a price that buys every loop to one that buys only the first.

@@ -1,9 +1,9 @@
 """The recurrent block: the mathematics of one loop, and the bookkeeping that decides which tokens it applies to.
 
-`RecurrentCell` holds the loop's weights and runs one loop: `next_state` is the equation, `__call__` the bookkeeping
-around it. `RecurrentBlock` runs the cell from any loop to any loop (model/loop.py): under `nn.scan` for a fixed number
-of loops, which can be differentiated, or `nn.while_loop` where the number is traced or tokens may halt.
-Shape letters as in model/mythos.py; B1 is one value per row, to broadcast over its tokens.
+`RecurrentCell` runs one loop: `next_state` is the equation, `__call__` the bookkeeping around it. `RecurrentBlock` runs
+the cell over a range of loops with one of the drivers in model/loop.py: `nn.scan` for a number of loops that is known
+when the program is traced, which can be differentiated, else `nn.while_loop`, which can end early.
+Shape letters as in model/mythos.py; B1 is [B, 1] (or a scalar), to broadcast over the tokens of a row.
 """
 
 from typing import NamedTuple
@@ -21,18 +21,18 @@ from mythos_jax.model.halting import act_weight, relative_change, state_converge
 from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
 from mythos_jax.model.layers import RMSNorm, matrix_init
 from mythos_jax.model.loop import Carry, LoopContext, loop_function, scan_loops, while_loops
-from mythos_jax.model.moe import RouterStats, no_stats
+from mythos_jax.model.moe import RouterStats, add_stats, no_stats
 from mythos_jax.model.state import ActState, TokenState, Trace
 from mythos_jax.sharding import constrain
 
 
 class Masks(NamedTuple):
-    """Which tokens and rows loop t concerns; bool.
+    """Which tokens and rows loop t applies to; bool.
 
-    frozen_BT: the token is carried unchanged: its state, and the keys and values that others see, stay those of the
-    last loop that it ran (None: no token is ever frozen). running_BT: the loop counts for the token, in `loops` and in
-    the ACT sum. counted_BT: the token counts in the router's statistics; padding and frozen tokens do not.
-    may_halt_B1: `min_loops` will have run after this loop. last_B1: this is the last loop that the row is to run.
+    frozen_BT: the token is carried unchanged. Its state stays that of the last loop that it ran, and so do the keys and
+    values through which other tokens see it (None: no token can be frozen). running_BT: the loop counts for the token,
+    in `loops` and in the ACT sum. counted_BT: the token counts in the router's statistics.
+    may_halt_B1: at least `min_loops` loops will have run. last_B1: the row reaches its target depth with this loop.
     """
 
     frozen_BT: jax.Array | None
@@ -43,17 +43,18 @@ class Masks(NamedTuple):
 
 
 def make_masks(halted_BT: jax.Array, loop_B1: jax.Array, context: LoopContext) -> Masks:
-    """The masks of loop t = `loop_B1`, given which tokens halted before it."""
-    active_BT = context.inputs.active_BT
+    """The masks of loop t = `loop_B1`, given which tokens halted before it. `context.limit` is the target depth of a
+    row, `context.stop` the loop before which this call pauses."""
+    active_BT = context.inputs.active_BT  # not padding
     min_loops = 1 if context.halting is None else context.halting.min_loops
     may_halt_B1, last_B1 = loop_B1 + 1 >= min_loops, loop_B1 + 1 >= context.limit
     if context.freeze == "none":
-        # Halted tokens keep evolving like all others, as in the original OpenMythos; only their ACT weights end.
+        # Halted tokens keep evolving, as in the original OpenMythos; they only stop adding to the ACT sum.
         return Masks(None, ~halted_BT, active_BT, may_halt_B1, last_B1)
     finished_BT = jnp.broadcast_to(loop_B1 >= context.stop, halted_BT.shape)
-    if context.freeze == "finished":
+    if context.freeze == "finished":  # no policy, but rows run different numbers of loops
         frozen_BT = finished_BT
-    else:  # rows that stop at the same loop do so when the driver ends
+    else:  # "halted": a policy; if all rows stop at the same loop, the driver ends there and none has to be frozen
         frozen_BT = halted_BT if context.stop.ndim == 0 else halted_BT | finished_BT
     return Masks(frozen_BT, ~halted_BT & ~frozen_BT, active_BT & ~frozen_BT, may_halt_B1, last_B1)
 
@@ -73,10 +74,10 @@ class RecurrentCell(nn.Module):
         values: tuple[jax.Array | None, ...],
         counted_BT: jax.Array,
     ) -> tuple[jax.Array, tuple[LayerCache, ...], list[RouterStats | None]]:
-        """h_(t+1) = norm(leave(h_t, e, y + LoRA_t(y))), where y = layers(enter(h_t, e + wave_t)).
+        """h_(t+1) = norm(leave(h_t, e, y + LoRA_t(y))), where y = layers_t(enter(h_t, e + wave_t)).
 
-        The injection is the pair `enter` and `leave` (model/injection.py). norm, LoRA_t and the loop embedding wave_t
-        are there if the config says so.
+        The injection is the pair `enter` and `leave` (model/injection.py). The layers depend on t only through the keys
+        and values that they attend to. norm, LoRA_t and the scaled loop embedding wave_t are there if configured.
         """
         c = self.config
         injection = INJECTIONS[c.injection](c, name="injection")
@@ -97,55 +98,54 @@ class RecurrentCell(nn.Module):
     def __call__(self, carry: Carry, loop_B: jax.Array, context: LoopContext) -> tuple[Carry, Trace]:
         """Runs loop t = `loop_B` (int32 [B], each row at its own), and decides who halts after it."""
         old, halting = carry.tokens, context.halting
-        who = make_masks(old.halted_BT, loop_B[:, None], context)
-        attention = context.attention.replace(loop=loop_B[0] if context.uniform else loop_B, frozen_BT=who.frozen_BT)
+        masks = make_masks(old.halted_BT, loop_B[:, None], context)
+        attention = context.attention.replace(loop=loop_B[0] if context.uniform else loop_B, frozen_BT=masks.frozen_BT)
 
         e_BTD, values = context.inputs.injected_BTD, context.values
         state_BTD, caches, stats = self.next_state(
-            old.state_BTD, e_BTD, loop_B, attention, carry.caches, values, who.counted_BT
+            old.state_BTD, e_BTD, loop_B, attention, carry.caches, values, masks.counted_BT
         )
-        trace = Trace(change_LBT=relative_change(state_BTD, old.state_BTD))  # of the step itself, frozen or not
-        if who.frozen_BT is not None:
-            state_BTD = jnp.where(who.frozen_BT[..., None], old.state_BTD, state_BTD)
+        trace = Trace(change_LBT=relative_change(state_BTD, old.state_BTD))  # BT; the scan adds L
+        if masks.frozen_BT is not None:
+            state_BTD = jnp.where(masks.frozen_BT[..., None], old.state_BTD, state_BTD)
         state_BTD = constrain(state_BTD, "batch", "length", "act_embed")
 
         act, halts_BT = old.act, jnp.zeros_like(old.halted_BT)
-        if act is not None:
-            act, halts_BT, trace = self.act_step(act, state_BTD, who, context, trace)
-        elif halting is not None:
-            if context.predicted_BT is None:
-                halts_BT = state_converged(halting, state_BTD, old.state_BTD)
-            else:
-                halts_BT = loop_B[:, None] + 1 >= context.predicted_BT
-            halts_BT &= who.may_halt_B1
-        if who.frozen_BT is not None:
-            halts_BT |= who.last_B1 & ~who.frozen_BT  # no loop is left to run
+        if act is not None:  # the only criterion for a model with ACT read-out
+            act, halts_BT, trace = self.act_step(act, state_BTD, masks, context, trace)
+        elif halting is not None and context.predicted_BT is not None:
+            halts_BT = masks.may_halt_B1 & (loop_B[:, None] + 1 >= context.predicted_BT)
+        elif halting is not None:  # criteria that look at logits are checked by the driver, outside the cell
+            halts_BT = masks.may_halt_B1 & state_converged(halting, state_BTD, old.state_BTD)
+        if masks.frozen_BT is not None:
+            # A row at its target depth has halted. A frozen state does not move, which is not convergence.
+            halts_BT = (halts_BT | masks.last_B1) & ~masks.frozen_BT
 
         tokens = old.replace(
             state_BTD=state_BTD,
             halted_BT=old.halted_BT | halts_BT,
-            loops_BT=old.loops_BT + who.running_BT,
+            loops_BT=old.loops_BT + masks.running_BT,
             act=act,
         )
-        router = carry.router and jax.tree.map(lambda total, *new: total + jnp.stack(new), carry.router, *stats)
-        return carry.replace(tokens=tokens, caches=caches, router=router), trace
+        return carry.replace(tokens=tokens, caches=caches, router=add_stats(carry.router, stats)), trace
 
     def act_step(
-        self, act: ActState, state_BTD: jax.Array, who: Masks, context: LoopContext, trace: Trace
+        self, act: ActState, state_BTD: jax.Array, masks: Masks, context: LoopContext, trace: Trace
     ) -> tuple[ActState, jax.Array, Trace]:
-        """Adaptive computation time: p = sigmoid(w h + b) gives this loop's state its weight in the read-out."""
+        """Adaptive computation time: p = sigmoid(w h_(t+1) + b) is the weight of h_(t+1) in the read-out, until the sum
+        of p reaches the threshold: then the token halts, and h_(t+1) gets what is missing to 1 (`act_weight`)."""
         c, halting = self.config, context.halting
         kernel = self.param("halt_kernel", matrix_init(c.std, "embed", None), (c.dim, 1), jnp.float32)
         bias = self.param("halt_bias", nn.initializers.zeros, (1,), jnp.float32)
         p_BT = nn.sigmoid(state_BTD.astype(jnp.float32) @ kernel + bias)[..., 0]
-        given = None if halting is None else halting.threshold
-        threshold = c.act_threshold if given is None else given
-        last_B1 = who.last_B1 if c.act_remainder else None  # the original loses the weight that is left
-        weight_BT, probability_BT, halts_BT = act_weight(p_BT, act.probability_BT, threshold, who.may_halt_B1, last_B1)
-        weight_BT *= who.running_BT  # halted tokens have spent all of theirs
+        override = None if halting is None else halting.threshold
+        threshold = c.act_threshold if override is None else override
+        last_B1 = masks.last_B1 if c.act_remainder else None  # OpenMythos loses the remaining weight
+        weight_BT, sum_BT, halts_BT = act_weight(p_BT, act.probability_BT, threshold, masks.may_halt_B1, last_B1)
+        weight_BT *= masks.running_BT  # halted tokens have spent all of theirs
         act = ActState(
             readout_BTD=act.readout_BTD + weight_BT[..., None] * state_BTD.astype(jnp.float32),
-            probability_BT=jnp.where(who.running_BT, probability_BT, act.probability_BT),
+            probability_BT=jnp.where(masks.running_BT, sum_BT, act.probability_BT),
         )
         return act, halts_BT, trace.replace(halt_probability_LBT=p_BT, act_weight_LBT=weight_BT)
 
@@ -161,20 +161,20 @@ class RecurrentBlock(nn.Module):
         self,
         tokens: TokenState,
         caches: tuple[LayerCache, ...],
-        coda: tuple[LayerCache, ...],
+        coda_caches: tuple[LayerCache, ...],
         context: LoopContext,
         probe: LogitProbe | None,
     ) -> tuple[TokenState, tuple[LayerCache, ...], tuple[LayerCache, ...], Trace]:
-        """Runs the loops that `context` says. caches, coda: of the layers of the loop and, for a `probe` that looks
-        at the logits after each loop, of the coda.
+        """Runs the loops from `context.start` to `context.stop`, or until every token has halted. caches: of the
+        loop's layers; coda_caches: for `probe`, which looks at the logits after each loop.
 
-        Returns the tokens, both caches, and the trace of the loops.
+        Returns the tokens, both kinds of caches, and the trace of the loops.
         """
         c, before = self.config, tokens
-        if tokens.exit_kv is not None:
+        if tokens.exit_kv is not None:  # keys and values of the last loop that each token ran, for each layer
             caches = tuple(cache.replace(exit_kv=kv) for cache, kv in zip(caches, tokens.exit_kv, strict=True))
-        # In a scan the carry is saved once per loop: what no loop changes stays out of it.
-        carry = Carry(tokens.replace(inputs=None, exit_kv=None), caches, coda, no_stats(c))
+        # In a scan the carry is saved once per loop, so the inputs, which no loop changes, stay out of it.
+        carry = Carry(tokens.replace(inputs=None, exit_kv=None), caches, coda_caches, no_stats(c))
         cell = RecurrentCell(c, name="cell")  # one cell: all loops share its weights
         run = loop_function(RecurrentCell.__call__, c.remat, self.gather_per_loop)
 
@@ -191,8 +191,8 @@ class RecurrentBlock(nn.Module):
         tokens, caches = carry.tokens.replace(inputs=before.inputs), carry.caches
         if before.exit_kv is not None:
             tokens = tokens.replace(exit_kv=tuple(cache.exit_kv for cache in caches))
-            if (index_BT := context.inputs.index_BT) is not None:
-                # Tokens that run deeper than these did will look for them in the loops that they skipped.
+            if (index_BT := context.inputs.index_BT) is not None:  # there is a decode cache
+                # Later tokens may run deeper than those that halted here, and look for them in loops >= `end`.
                 new_BT = tokens.halted_BT & ~before.halted_BT
                 caches = tuple(fill_skipped_loops(cache, end, index_BT, new_BT) for cache in caches)
             caches = tuple(cache.replace(exit_kv=None) for cache in caches)

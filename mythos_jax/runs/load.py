@@ -16,7 +16,7 @@ from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.model.predictor import COLLECTION
+from mythos_jax.model.predictor import PREDICTOR
 from mythos_jax.paths import to_path
 from mythos_jax.porting.pretrained import load_variables
 from mythos_jax.porting.reading import FileSource, Source, VariablesSource
@@ -131,13 +131,13 @@ def _predictor_of(directory: Path, step: int) -> dict[str, Any]:
 
     Raises ConfigError where there is a predictor that cannot be read.
     """
-    folder = directory / COLLECTION
+    folder = directory / PREDICTOR
     if not (folder / "predictor.json").is_file():
         return {}
     try:
         if json.loads((folder / "predictor.json").read_text())["step"] != step:
             return {}  # of other weights
-        return {COLLECTION: load((folder / "predictor.safetensors").read_bytes())}
+        return {PREDICTOR: load((folder / "predictor.safetensors").read_bytes())}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"{folder}: damaged ({why}); `mythos train-predictor` recreates it") from None

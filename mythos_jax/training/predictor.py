@@ -27,7 +27,7 @@ from mythos_jax.data.placement import place_batch
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.model.predictor import COLLECTION, PRICES, init_head, log_excess, loops_at
+from mythos_jax.model.predictor import PREDICTOR, PRICES, init_head, log_excess, loops_at
 from mythos_jax.model.state import Output
 from mythos_jax.paths import to_path
 from mythos_jax.runs.load import LoadedModel
@@ -163,7 +163,7 @@ def calibrate(
 
 def save_predictor(directory: Path, predictor: dict[str, np.ndarray], summary: dict[str, Any]) -> None:
     """Writes `predictor/predictor.safetensors` and `predictor/predictor.json` into a run's directory."""
-    folder = to_path(directory) / COLLECTION
+    folder = to_path(directory) / PREDICTOR
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "predictor.safetensors").write_bytes(save(predictor))
     (folder / "predictor.json").write_text(json.dumps(summary, indent=1) + "\n")

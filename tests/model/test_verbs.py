@@ -165,6 +165,32 @@ def test_rows_at_different_loops_share_a_call(config, policy, at_once):
     )
 
 
+@pytest.mark.parametrize("policy", ["latent", "kl"])
+def test_a_paused_row_has_not_converged(policy):
+    """Rows that stop at different loops of one call: the state of the one that waits does not move, and must not halt
+    it. Run on to the end, both give what they give without a pause."""
+    policy = halting(policy, {"latent": 0.1, "kl": 0.02}[policy])
+    prompt, token_B = some_tokens()[:, :4], some_tokens()[:, 4]
+    before = run(MLA, variables(MLA), prompt, loops=LOOPS, halting=policy, cache=init_cache(MLA, B, T, LOOPS))
+
+    @jax.jit
+    def decode(pauses_B):
+        def forward(model):
+            tokens, cache = model.begin(token_B[:, None], cache=before.cache)
+            paused, cache, _ = model.loop(tokens, cache, loops=LOOPS, halting=policy, count=pauses_B)
+            tokens, cache, _ = model.loop(paused, cache, loops=LOOPS, halting=policy, start=pauses_B)
+            return paused.loops_BT, model.finish(tokens, cache)
+
+        return apply(MLA, forward)
+
+    truth = decode(jnp.array([0, 0]))[1]
+    for pauses in ([1, 3], [4, 1], [2, 5]):
+        ran, out = decode(jnp.array(pauses))
+        np.testing.assert_array_equal(ran[:, 0], np.minimum(pauses, truth.loops[:, 0]))
+        np.testing.assert_array_equal(out.loops, truth.loops)
+        np.testing.assert_allclose(out.logits, truth.logits, rtol=0, atol=1e-4)
+
+
 def like(prepared, tokens):
     """`tokens` with the fields that a call of `loop` adds, taken from `prepared`."""
     return tokens.replace(exit_kv=tokens.exit_kv or prepared.exit_kv, probe=tokens.probe or prepared.probe)
