@@ -1,12 +1,12 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by the launchers: settings that they share, the preflight, dry runs.
+# Sourced by the launchers: shared settings, the preflight, dry runs.
 #
-# TOPOLOGY   TPU slice as `mythos compile` names it, for example v6e:4x4
-# SLICES     how many of them, connected over the data centre's network (default 1)
-# BUCKET     gs://… : runs, compiled programs and prepared data lie below it
-# NAME       of the job and its run directory (default: the config's name)
-# IMAGE      what launch/Dockerfile.tpu or Dockerfile.gpu was built and pushed as
-# RESTARTS   after exit code 42, or a process that died, at most so many times (default 20)
+# TOPOLOGY   the TPU slice, named as for `mythos compile`, for example v6e:4x4
+# SLICES     number of slices, connected by the data centre network (default 1)
+# BUCKET     gs://… : where runs and compiled programs are stored
+# NAME       name of the job and of its run directory (default: that of the config)
+# IMAGE      the image built from launch/Dockerfile.tpu or Dockerfile.gpu and pushed
+# RESTARTS   maximum restarts after exit code 42 or a killed process (default 20)
 # GRACE      seconds between SIGTERM and SIGKILL, for the last save (default 180)
 # MYTHOS     the command that runs the preflight (default: mythos)
 # PREFLIGHT  0: skip it
@@ -29,7 +29,7 @@ read_arguments() {
     fi
     case ${1:-} in
     *.yaml | *.yml) CONFIG=$1 ;;
-    *) fail "got '${1:-}', allowed: [--dry-run] CONFIG.yaml [--section.field value …]; settings stand at the top of the script" ;;
+    *) fail "got '${1:-}', allowed: [--dry-run] CONFIG.yaml [--section.field value …]; settings are described at the top of the script" ;;
     esac
     shift
     OVERRIDES=("$@")
@@ -45,7 +45,7 @@ require() {
 shared_storage() {
     case ${BUCKET:-} in
     gs://*) ;;
-    *) fail "BUCKET: got '${BUCKET:-}', allowed: gs://… , a place that all hosts see" ;;
+    *) fail "BUCKET: got '${BUCKET:-}', allowed: gs://…, which all hosts can reach" ;;
     esac
     BUCKET=${BUCKET%/}
     export RUN=$BUCKET/runs/$NAME CACHE=$BUCKET/compiled
@@ -60,13 +60,13 @@ run() {
     fi
 }
 
-# Refuses to go on where the train step does not fit (exit code 1) or the input is wrong (2).
+# Stops the launch if the train step does not fit (exit code 1) or the input is wrong (2).
 preflight() {
     [ "$PREFLIGHT" = 1 ] || return 0
     run "$MYTHOS" compile "$CONFIG" --topology "$TOPOLOGY" --slices "$SLICES" "${OVERRIDES[@]}"
 }
 
-# GENERATION, SHAPE, CHIPS and HOSTS of one slice, four chips a host.
+# GENERATION, SHAPE, CHIPS and HOSTS of one slice, four chips per host.
 read_topology() {
     GENERATION=${TOPOLOGY%%:*} SHAPE=${TOPOLOGY#*:}
     [[ $TOPOLOGY =~ ^(v5e|v5p|v6e):[0-9]+(x[0-9]+)+$ ]] || fail "TOPOLOGY: got '$TOPOLOGY', allowed: v5e:AxB, v6e:AxB or v5p:AxBxC"

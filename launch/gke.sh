@@ -3,8 +3,8 @@
 #
 #     TOPOLOGY=v6e:4x4 BUCKET=gs://b IMAGE=… launch/gke.sh [--dry-run] configs/mythos_1b.yaml --data.path gs://b/data/web
 #
-# QUEUE: Kueue's LocalQueue (default multislice-queue). The other settings stand in common.sh. --dry-run prints the
-# JobSet and applies nothing. The config is read inside the image, at the same path.
+# QUEUE: Kueue's LocalQueue (default multislice-queue). The other settings are in common.sh. --dry-run prints the
+# JobSet without applying it. The config is read inside the image, at the same path.
 # shellcheck source=launch/common.sh disable=SC2034
 source "$(dirname "$0")/common.sh"
 

@@ -4,7 +4,7 @@
 #     launch/local.sh [--dry-run] configs/quickstart.yaml --training.steps 50
 #
 # SHARED: where runs/NAME and compiled programs go (default: the current folder). With TOPOLOGY set, `mythos compile`
-# is asked first. RESTARTS, GRACE and NAME as in common.sh; PYTHON: the interpreter that has mythos_jax.
+# runs first. RESTARTS, GRACE and NAME as in common.sh; PYTHON: the interpreter that has mythos_jax.
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# SkyPilot: a managed job that moves to other nodes when its own are taken away.
+# SkyPilot: a managed job that moves to other nodes when its own are preempted.
 #
 #     BUCKET=gs://b launch/skypilot.sh [--dry-run] CONFIG.yaml …
 #
-# NODES and GPUS (H100:8) override those of skypilot.yaml. The preflight is `mythos info` (is the config sound?), or
-# `mythos compile` if TOPOLOGY names a TPU slice to compare with. The other settings stand in common.sh. The grace time
-# is the cloud's own (a spot node's notice); SkyPilot has no setting for it, so mind training.checkpoint_every.
+# NODES and GPUS (H100:8) override those in skypilot.yaml. The preflight is `mythos info` (is the config valid?), or
+# `mythos compile` if TOPOLOGY names a TPU slice to compare with. The other settings are in common.sh. The grace period
+# is the cloud's preemption notice, which SkyPilot cannot change, so choose training.checkpoint_every accordingly.
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
 shared_storage
 for word in "${OVERRIDES[@]}"; do
-    [[ $word != *[[:space:]\"\'\$]* ]] || fail "got '$word', allowed here: overrides without blanks and quotes"
+    [[ $word != *[[:space:]\"\'\$]* ]] || fail "got '$word', allowed here: overrides without spaces and quotes"
 done
 
 if [ -n "${TOPOLOGY:-}" ]; then

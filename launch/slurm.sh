@@ -3,11 +3,11 @@
 #
 #     NODES=4 TASKS=1 GPUS=8 SHARED=/scratch/me launch/slurm.sh [--dry-run] CONFIG.yaml …
 #
-# NODES     default 1. TASKS: processes a node (default 1, which takes all its GPUs). GPUS: a node (default 8; 0: none).
-# SHARED    a folder that all nodes see (default: the current one); the run goes to SHARED/runs/NAME, compiled programs
-#           to SHARED/compiled. Or BUCKET=gs://… for both.
+# NODES     default 1. TASKS: processes per node (default 1, which uses all its GPUs). GPUS: per node (default 8; 0: none).
+# SHARED    a folder that all nodes can reach (default: the current one); the run goes to SHARED/runs/NAME, compiled
+#           programs to SHARED/compiled. Or BUCKET=gs://… for both.
 # SBATCH_*  are sbatch's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT …
-# The preflight is `mythos info` (is the config sound?), or `mythos compile` if TOPOLOGY names a TPU slice to compare
+# The preflight is `mythos info` (is the config valid?), or `mythos compile` if TOPOLOGY names a TPU slice to compare
 # with. RESTARTS, GRACE, NAME, MYTHOS and PREFLIGHT as in common.sh.
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# TPU VMs without Kubernetes: asks for spot slices, runs on all their workers, asks again when they are taken away.
+# TPU VMs without Kubernetes: requests spot slices, runs on all their workers, requests new ones after a preemption.
 #
 #     ZONE=us-east5-b TOPOLOGY=v6e:4x4 BUCKET=gs://b IMAGE=… launch/tpu_vm.sh [--dry-run] CONFIG.yaml …
 #
-# The other settings stand in common.sh; PROJECT is gcloud's own unless set; SPOT=0 asks for on-demand capacity;
-# RUNTIME is the VM's image (default: the generation's). It must go on running here (tmux): it is the one that starts
-# again. The queued resource is deleted when the run is done or has failed for good; KEEP=1 leaves it.
+# The other settings are in common.sh; PROJECT defaults to gcloud's; SPOT=0 requests on-demand capacity; RUNTIME is the
+# VM image (default: the one for the generation). Keep this script running (tmux): it does the restarts. The queued
+# resource is deleted when the run is done or has failed for good, unless KEEP=1.
 # Flags: cloud.google.com/sdk/gcloud/reference/compute/tpus (queued-resources create, tpu-vm ssh).
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
@@ -41,7 +41,7 @@ delete() {
     run gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
 }
 
-# The container is stopped with SIGTERM when the machine shuts down; its exit code is left for us to read.
+# The container gets SIGTERM when the machine shuts down; its exit code is stored for `exit_code`.
 remote=$(printf '%s ' sudo docker run --rm --name mythos --privileged --net host --stop-timeout "$GRACE" \
     -v /var/lib/mythos:/data -e MYTHOS_DATA_CACHE=/data -e "JAX_COMPILATION_CACHE_DIR=$CACHE" "${IMAGE@Q}" \
     train "${CONFIG@Q}" --workdir "${RUN@Q}" "${OVERRIDES[@]@Q}")
@@ -74,7 +74,7 @@ for ((attempt = 0; attempt <= RESTARTS; attempt++)); do
     while now=$(state) && [ "$now" != ACTIVE ]; do
         case $now in
         NONE) create ;;
-        FAILED | SUSPENDED) delete ;; # taken away, or never to be had; ask again
+        FAILED | SUSPENDED) delete ;; # preempted or never granted: request it again
         esac
         sleep 60
     done

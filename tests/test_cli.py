@@ -115,7 +115,7 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
     assert "vocab_size is 258, allowed: at most the model's, 120" in fails(
         capsys, ["eval", golden, "--data", place / "data"]
     )
-    assert "--tokenizer FILE, or bytes" in fails(capsys, ["generate", golden, "x"])
+    assert "(--tokenizer FILE or bytes)" in fails(capsys, ["generate", golden, "x"])
 
 
 @pytest.mark.parametrize(

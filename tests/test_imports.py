@@ -18,6 +18,7 @@ FLOORS = (
     ("commands",),
     ("__init__",),  # the public names, each imported from its room when it is first used
     ("preflight", "report"),
+    ("language_model",),
     ("training",),
     ("evaluation",),
     ("inference",),

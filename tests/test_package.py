@@ -1,7 +1,9 @@
-"""What `import mythos_jax` gives, and what it does not pull in."""
+"""What `import mythos_jax` gives, and what it does not import or change."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +14,18 @@ def test_public_names():
     for name in mythos_jax.__all__:
         value = getattr(mythos_jax, name)
         assert name == "__version__" or value.__name__ == name
+    assert set(mythos_jax.__all__) <= set(dir(mythos_jax))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mythos_jax.nothing
+
+
+def test_type_checkers_see_the_public_names():
+    """The imports under TYPE_CHECKING are the names in `__all__`, from the modules where they are found at run time."""
+    tree = ast.parse(Path(mythos_jax.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == {name: f"mythos_jax.{module}" for name, module in mythos_jax._MODULES.items()}
+    assert {*seen, "__version__"} == set(mythos_jax.__all__)
 
 
 def test_model_and_training_step_need_only_jax_flax_and_optax():
@@ -25,3 +37,22 @@ from mythos_jax import Mythos, ModelConfig, Halting, load_config, generate
 import mythos_jax.training.step
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_checkpoints_leave_loggers_and_hooks_alone(tmp_path):
+    code = """
+import logging, sys, threading
+import orbax.checkpoint
+
+def settings():
+    loggers = [None, "absl", "asyncio", "orbax", "jax"]
+    return [logging.getLogger(name).level for name in loggers], sys.excepthook, sys.unraisablehook, threading.excepthook
+
+before = settings()
+import mythos_jax.runs.checkpoints
+assert settings() == before
+from mythos_jax.runs.checkpoints import Checkpoints
+Checkpoints(sys.argv[1]).close()
+assert settings() == before
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "checkpoints")], check=True)

@@ -159,7 +159,7 @@ def test_generation_agrees_with_single_prompts(workspace, monkeypatch):
     for prompt, n, text in [("doc", 12, got[0]), ("words and more", 12, got[1]), ("and " * 30, 3, got[2])]:
         tokens = np.array([[256, *prompt.encode()]])[:, -(48 - n) :]
         result = generate(loaded.model, loaded.variables, tokens, max_new_tokens=n, loops=2, stop_tokens=(256,))
-        whole = loaded.tokenizer().decode(result.tokens[0, : result.lengths[0]].tolist())
+        whole = loaded.require_tokenizer().decode(result.tokens[0, : result.lengths[0]].tolist())
         assert text == (whole.split("\n")[0].split("e w")[0] if n == 12 else whole)
 
 

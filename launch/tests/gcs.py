@@ -1,8 +1,8 @@
-"""A run whose directory, data and compiled programs lie under gs://, against an emulator of Cloud Storage.
+"""A run whose directory, data and compiled programs are under gs://, tested against an emulator of Cloud Storage.
 
     pip install gcsfs gcp-storage-emulator && python launch/tests/gcs.py
 
-Prepares rows on this disk, copies them to the bucket, trains to step 4, goes on to step 8, evaluates; then compares
+Prepares rows on this disk, copies them to the bucket, trains to step 4, resumes to step 8, evaluates; then compares
 with the same run on this disk.
 """
 
@@ -25,14 +25,14 @@ data: {seq_len: 16, held_out_fraction: 0.2}
 
 
 def with_generations(objects: Any) -> None:
-    """Makes the emulator's downloads name the object's generation, as Cloud Storage does and TensorStore insists."""
-    plain = objects.download
+    """Adds the object's generation to the emulator's downloads, as Cloud Storage does and TensorStore requires."""
+    original = objects.download
 
     def download(request: Any, response: Any, storage: Any, *rest: Any, **keywords: Any) -> None:
-        with contextlib.suppress(Exception):  # not there: `plain` says so
-            about = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
-            response["x-goog-generation"] = str(about["generation"])
-        plain(request, response, storage, *rest, **keywords)
+        with contextlib.suppress(Exception):  # a missing object: `original` reports it
+            info = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = str(info["generation"])
+        original(request, response, storage, *rest, **keywords)
 
     objects.download = download
 
@@ -70,14 +70,14 @@ def check(folder: Path) -> int:
     copy_tree(folder / "data", to_path("gs://bucket/data"))
     run = to_path("gs://bucket/runs/tiny")
     train = ["train", str(folder / "tiny.yaml"), "--data.path"]
-    there = ["gs://bucket/data", "--workdir", str(run), "--compilation-cache", "gs://bucket/compiled"]
-    mythos(*train, *there, "--training.steps", "4")
-    mythos(*train, *there, "--training.steps", "8")
+    remote = ["gs://bucket/data", "--workdir", str(run), "--compilation-cache", "gs://bucket/compiled"]
+    mythos(*train, *remote, "--training.steps", "4")
+    mythos(*train, *remote, "--training.steps", "8")
     mythos("eval", str(run))
-    here = folder / "runs"
+    local = folder / "runs"
     for steps in ("4", "8"):
-        mythos(*train, str(folder / "data"), "--workdir", str(here), "--training.steps", steps)
-    texts = [(place / "metrics.jsonl").read_text() for place in (run, here)]
+        mythos(*train, str(folder / "data"), "--workdir", str(local), "--training.steps", steps)
+    texts = [(directory / "metrics.jsonl").read_text() for directory in (run, local)]
     logs = [[json.loads(line)["loss"] for line in text.splitlines()] for text in texts]
     print("gs:// ", sorted(str(path.relative_to(run)) for path in run.iterdir()), "compiled programs:", end=" ")
     print(len(list(to_path("gs://bucket/compiled").iterdir())))
@@ -86,7 +86,7 @@ def check(folder: Path) -> int:
 
 
 def mythos(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "mythos_jax.cli", *words, "--debug"], check=True)
+    subprocess.run([sys.executable, "-m", "mythos_jax", *words, "--debug"], check=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A real Slurm of one node on this machine runs launch/slurm.sh: two tasks, CPU, gloo, a tiny model; one of them gets
-# SIGTERM on the way, so the job goes through the queue twice. Needs root and Debian's slurm-wlm and munge:
+# Runs launch/slurm.sh under a real one-node Slurm on this machine: two tasks, CPU, gloo, a tiny model. One of them gets
+# SIGTERM on the way, so the job is requeued once. Needs root and Debian's slurm-wlm and munge:
 #
 #     apt-get install slurm-wlm munge && launch/tests/slurm.sh [FOLDER]
 #
@@ -18,7 +18,7 @@ end() {
 }
 trap end EXIT
 
-# munge wants a key and a socket of its own, owned by who runs it.
+# munge needs its own key and socket, owned by the user who runs it.
 chmod 755 "$folder"
 dd if=/dev/urandom of="$folder/munge.key" bs=1024 count=1 status=none
 chmod 400 "$folder/munge.key"
@@ -63,9 +63,9 @@ for _ in $(seq 60); do
 done
 sinfo
 
-# The command that slurm.sh and the job call.
+# The `mythos` command that slurm.sh and the job call.
 mythos=$folder/mythos
-printf '#!/bin/sh\nexec "%s" -m mythos_jax.cli "$@"\n' "$python" > "$mythos"
+printf '#!/bin/sh\nexec "%s" -m mythos_jax "$@"\n' "$python" > "$mythos"
 chmod +x "$mythos"
 export MYTHOS=$mythos PYTHONPATH=$root JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 SHARED=$folder/shared NAME=tiny
 cd "$folder"
@@ -85,7 +85,7 @@ for _ in $(seq 2400); do
     grep -qs "\"step\": $every," "$log" && break
     sleep 0.1
 done
-victim=$(pgrep -f "mythos_jax.cli train $folder/tiny.yaml --workdir $folder" | tail -n 1)
+victim=$(pgrep -f "mythos_jax train $folder/tiny.yaml --workdir $folder" | tail -n 1)
 echo "SIGTERM to $victim"
 kill -TERM "$victim"
 

@@ -19,7 +19,7 @@ from mythos_jax.errors import DONE
 
 if TYPE_CHECKING:
     from mythos_jax.evaluation.results import Evaluation
-    from mythos_jax.runs.load import LoadedModel
+    from mythos_jax.language_model import LanguageModel
 
 SUMMARY = "Evaluate a run or a pretrained model at several depths and with halting policies."
 
@@ -51,18 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.language_model import load
     from mythos_jax.processes import is_process_zero
     from mythos_jax.report.page import write_report
     from mythos_jax.report.tables import format_table
-    from mythos_jax.runs.load import load_model
 
     connect(arguments)
-    loaded = load_model(arguments.model, arguments.step)
-    evaluation = _evaluate(arguments, loaded, progress=not arguments.json and is_process_zero())
+    lm = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer)
+    evaluation = _evaluate(arguments, lm, progress=not arguments.json and is_process_zero())
     if not is_process_zero():
         return DONE
     # The report of a pretrained model goes elsewhere: the model may be in a read-only cache.
-    folder = Path("reports") / loaded.config.name if loaded.step is None else loaded.directory / "report"
+    folder = Path("reports") / lm.config.name if lm.loaded.step is None else lm.loaded.directory / "report"
     numbers, page = write_report(folder, evaluation, command=arguments.command_line)
     if arguments.json:
         print(json.dumps(evaluation.to_json()))
@@ -72,17 +72,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return DONE
 
 
-def _evaluate(arguments: argparse.Namespace, loaded: "LoadedModel", progress: bool) -> "Evaluation":
-    from mythos_jax.evaluation.evaluate import evaluate_model, evaluate_on_tasks
-
+def _evaluate(arguments: argparse.Namespace, lm: "LanguageModel", progress: bool) -> "Evaluation":
     settings = {"loops": arguments.loops, "halting": arguments.halting, "progress": progress}
     if not arguments.tasks:
-        return evaluate_model(loaded, data=arguments.data, with_loop_trace=True, **settings)
-    return evaluate_on_tasks(
-        loaded,
+        return lm.evaluate(arguments.data, with_loop_trace=True, **settings)
+    return lm.evaluate_on_tasks(
         arguments.tasks,
         include_path=arguments.include_path,
-        tokenizer=arguments.tokenizer,
         limit=arguments.limit,
         seed=arguments.seed,
         **settings,

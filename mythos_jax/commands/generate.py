@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from typing import Any
 
 from mythos_jax.commands.arguments import add_step, add_tokenizer, halting_policy
-from mythos_jax.errors import DONE, ConfigError
+from mythos_jax.errors import DONE
 
 SUMMARY = "Continue a prompt."
 
@@ -44,20 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.inference.text import stream_text
-    from mythos_jax.runs.load import load_model
+    from mythos_jax.language_model import load
 
-    pieces, statistics = stream_text(
-        load_model(arguments.model, arguments.step),
+    pieces = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer).generate(
         arguments.prompt,
-        arguments.tokenizer,
+        stream=True,
         loops=arguments.loops,
         halting=arguments.halting,
         max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
         seed=arguments.seed,
+        draft_loops=arguments.draft_loops,
+        draft_tokens=arguments.draft_tokens,
         loop_cache_slots=arguments.loop_cache_slots,
         prefill_chunk=arguments.prefill_chunk,
-        **_sampling(arguments),
     )
     print(arguments.prompt, end="", flush=True)
     try:
@@ -65,18 +66,5 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(piece, end="", flush=True)
     finally:  # ends the line after a Ctrl-C, too
         print(flush=True)
-    print(f"mythos: {statistics}", file=sys.stderr)
+    print(f"mythos: {pieces.stats}", file=sys.stderr)
     return DONE
-
-
-def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of `stream_text`: how tokens are chosen, or drafted."""
-    if arguments.draft_loops is None:
-        return {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
-    for name, value in [("temperature", arguments.temperature), ("loop-cache-slots", arguments.loop_cache_slots)]:
-        if value:
-            raise ConfigError(
-                f"--{name}: got {value}, allowed only without --draft-loops, which is greedy and needs one cache slot "
-                "per loop"
-            )
-    return {"draft_loops": arguments.draft_loops, "draft_tokens": arguments.draft_tokens}

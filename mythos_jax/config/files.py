@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mythos_jax.config.run import Config
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.paths import to_path
 from mythos_jax.typed import from_dict, to_dict, upgrade
 from mythos_jax.version import __version__
@@ -53,7 +53,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{path}: not a YAML file ({one_line(error)})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: got {type(tree).__name__}, allowed: a mapping of sections")
     return tree

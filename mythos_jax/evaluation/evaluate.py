@@ -87,7 +87,7 @@ def _evaluate_on_text(
         measurements,
         usage,
         _trace(loaded, batches[0], settings) if with_loop_trace else None,
-        decode=loaded.tokenizer().decode if loaded.tokenizer_spec else str,
+        decode=loaded.tokenizer.decode if loaded.tokenizer else str,
     )
 
 
@@ -103,7 +103,6 @@ def evaluate_on_tasks(
     loops: Sequence[int] | None = None,
     halting: Sequence[Halting] = (),
     include_path: str | None = None,
-    tokenizer: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -127,7 +126,6 @@ def evaluate_on_tasks(
         tasks,
         settings,
         include_path=include_path,
-        tokenizer=tokenizer,
         limit=limit,
         seed=seed,
         progress=progress,
@@ -179,7 +177,7 @@ def held_out_batches(loaded: LoadedModel, data: str | None) -> tuple[list[dict[s
 def _held_out_split(loaded: LoadedModel, folder: Path) -> Split:
     """The held-out split of a prepared folder. Raises ConfigError if this model cannot read its rows."""
     manifest, model = load_manifest(folder), loaded.config.model
-    if loaded.tokenizer_spec and manifest.tokenizer_fingerprint != loaded.tokenizer().fingerprint:
+    if loaded.tokenizer and manifest.tokenizer_fingerprint != loaded.tokenizer.fingerprint:
         raise ConfigError(f"{folder}: prepared with a different tokenizer from the model's: {manifest.tokenizer}")
     for name, value, limit in [
         ("vocab_size", manifest.vocab_size, model.vocab_size),

@@ -34,7 +34,6 @@ class Adapter(TemplateLM):
         self,
         loaded: LoadedModel,
         setting: Setting,
-        tokenizer: str | None = None,
         *,
         seed: int = 0,
         progress: bool = True,
@@ -42,7 +41,7 @@ class Adapter(TemplateLM):
         super().__init__()
         self.loaded, self.setting, self.seed, self.progress = loaded, setting, seed, progress
         # Not `self.tokenizer`: the harness expects that to be one of transformers.
-        self._text_tokenizer = loaded.tokenizer(tokenizer)
+        self._text_tokenizer = loaded.require_tokenizer()
         self.max_length = loaded.model.config.max_seq_len
         self.reset_counts()
 
@@ -145,7 +144,6 @@ def run_harness(
     settings: Sequence[Setting],
     *,
     include_path: str | None = None,
-    tokenizer: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -162,7 +160,7 @@ def run_harness(
         manager, specs = _find_tasks(tasks, include_path)
         measurements = []
         for setting in settings:
-            model = Adapter(loaded, setting, tokenizer, seed=seed, progress=progress)
+            model = Adapter(loaded, setting, seed=seed, progress=progress)
             for spec in specs:
                 model.reset_counts()
                 report = simple_evaluate(

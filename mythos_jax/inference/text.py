@@ -1,123 +1,276 @@
-"""Text in, text out, whole or as it is decoded."""
+"""Text in, text out: prompts continued as they are decoded, and the logits of a text."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypedDict, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mythos_jax.config import ModelConfig
 from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import cache_bytes
 from mythos_jax.inference.generate import stream
+from mythos_jax.inference.request import PREFILL_CHUNK, Seed
+from mythos_jax.inference.sampling import position_noise
 from mythos_jax.inference.speculative import SpeculativeResult, stream_drafts
+from mythos_jax.inference.state import GenerateResult
+from mythos_jax.model.halting import Halting, check_halting
+from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel
-from mythos_jax.sharding import use_mesh
+from mythos_jax.sharding import replicate, use_mesh
 
-# What tokenizers write for bytes that are no whole character, and how many of them may still become one: a UTF-8
+# What tokenizers write for bytes that are not a complete character, and how many of them may still become one: a UTF-8
 # character has up to four bytes.
 REPLACEMENT, UNFINISHED = "\ufffd", 3
 
+Piece = TypeVar("Piece", str, list[str])
+
 
 class StreamingDetokenizer:
-    """Text of tokens that come bit by bit: a character whose last bytes are still to come is held back."""
+    """Turns tokens into text as they arrive; holds back a character until its last byte has come."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
-        self._told = 0  # characters
+        self._returned = 0  # characters
 
     def add(self, tokens: list[int], last: bool = False) -> str:
-        """The text that is certain now and was not before; with `last`, all that is left."""
+        """The text that has become certain with these tokens; with `last`, everything that is left."""
         self._tokens += tokens
-        # Of all tokens each time: what a token is written as may depend on those before it.
+        # All tokens are decoded each time: the text of a token may depend on those before it.
         text = self._tokenizer.decode(self._tokens)
         end = len(text)
         while not last and text[:end].endswith(REPLACEMENT) and len(text) - end < UNFINISHED:
             end -= 1
-        new, self._told = text[self._told : end], max(self._told, end)
+        new, self._returned = text[self._returned : end], max(self._returned, end)
         return new
 
 
 @dataclass
 class GenerationStats:
-    """What a text took. tokens, seconds: from the third piece on, when all programs are compiled."""
+    """What generation took, updated as the pieces of a `TextStream` are consumed.
+
+    loops: of each new token. timed_tokens, seconds: from the third piece on, when all programs are compiled.
+    drafted, accepted: tokens, with self-speculation.
+    """
 
     cache_bytes_per_token: int
-    loops: list[int] = field(default_factory=list)  # of each token
-    tokens: int = 0
+    loops: list[int] = field(default_factory=list)
+    timed_tokens: int = 0
     seconds: float = 0.0
-    drafted: int = 0  # tokens, and of those the ones that full depth confirmed
+    drafted: int = 0
     accepted: int = 0
 
     def __str__(self) -> str:
         mean = f"{np.mean(self.loops):.2f} loops per token, " if self.loops else ""
-        speed = f"{self.tokens / self.seconds:.1f} tokens/s, " if self.tokens else ""
+        speed = f"{self.timed_tokens / self.seconds:.1f} tokens/s, " if self.timed_tokens else ""
         drafts = f"{self.accepted / self.drafted:.0%} of drafts accepted, " if self.drafted else ""
         return f"{len(self.loops)} tokens, {mean}{drafts}{speed}{self.cache_bytes_per_token:,} bytes of cache per token"
 
 
-def stream_text(
+class TextStream(Iterator[Piece], Generic[Piece]):
+    """Pieces of text as they are decoded, and the statistics of those consumed so far."""
+
+    def __init__(self, pieces: Iterator[Piece], stats: GenerationStats):
+        self._pieces, self.stats = pieces, stats
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+
+class TextOptions(TypedDict, total=False):
+    """The keywords of `stream_texts`, which says what they mean."""
+
+    loops: int | None
+    halting: Halting | str | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: Seed
+    draft_loops: int | None
+    draft_tokens: int
+    initial_state: str | None
+    loop_cache_slots: int | None
+    prefill_chunk: int
+
+
+def stream_texts(
     loaded: LoadedModel,
-    prompt: str,
-    tokenizer: str | None = None,
+    texts: Sequence[str],
     *,
     loops: int | None = None,
+    halting: Halting | str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: Seed = 0,
+    draft_loops: int | None = None,
+    draft_tokens: int = 3,
+    initial_state: str | None = None,
     loop_cache_slots: int | None = None,
-    **keywords: Any,
-) -> tuple[Iterator[str], GenerationStats]:
-    """What the model continues the prompt with, up to its end-of-document token, in pieces as they are decoded; and
-    what it takes, counted while the pieces are asked for. Other keywords as in `generate`, or, with
-    `draft_loops`, as in `speculate`.
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> TextStream[list[str]]:
+    """Continues texts as one batch, each up to its end-of-document token, in pieces: one per text and yield.
 
-    tokenizer: for a model that has none, as for `load_tokenizer`. The prompt follows an end-of-document token, as
-    every document does in training. Raises ConfigError, at once, for a prompt or a number that the model cannot take.
+    A continuation depends only on its text and seed, not on the batch. As every document does in training, a text
+    follows an end-of-document token.
+
+    halting: a policy, also as text such as "latent:0.03".
+    seed: one for all texts, or one per text.
+    draft_loops: draft tokens with this many loops and verify them at full depth, `draft_tokens` at a time; greedy only,
+      and the same text in less time.
+    Other keywords: as in `inference.generate.generate`.
+
+    Raises ConfigError, at once, for a text or a number that the model cannot take, or a model without a tokenizer.
     """
     if task := loaded.config.data.task.name:
-        raise ConfigError(f"{loaded.directory}: was trained on task {task}, which is no text; allowed: `mythos eval`")
-    reader = loaded.tokenizer(tokenizer)
-    end = reader.end_of_document
-    tokens = jnp.asarray([[end, *reader.encode(prompt)]], jnp.int32)
-    keywords |= {"stop_tokens": (end,), "loops": loops, "loop_cache_slots": loop_cache_slots}
+        raise ConfigError(f"{loaded.directory}: was trained on task {task}, not on text; allowed: `mythos eval`")
+    tokenizer = loaded.require_tokenizer()
+    depth = loops or loaded.config.model.loops
+    stats = GenerationStats(cache_bytes(loaded.config.model, min(loop_cache_slots or depth, depth)))
+    if not texts:
+        return TextStream(iter(()), stats)
+    options: dict[str, Any] = {
+        "loops": loops,
+        "halting": Halting.parse(halting) if isinstance(halting, str) else halting,
+        "max_new_tokens": max_new_tokens,
+        "stop_tokens": (tokenizer.end_of_document,),
+        "seed": seed,
+        "initial_state": initial_state,
+        "prefill_chunk": prefill_chunk,
+    }
+    if draft_loops is None:
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options |= {**sampling, "loop_cache_slots": loop_cache_slots}
+    else:
+        _check_drafts(temperature, loop_cache_slots)
+        options |= {"draft_loops": draft_loops, "draft_tokens": draft_tokens}
+    tokens_BT, lengths_B = _encode(tokenizer, texts)
     try:
         with use_mesh(loaded.mesh):
-            decode = stream_drafts if "draft_loops" in keywords else stream
-            pieces = decode(loaded.model, loaded.variables, tokens, **keywords)
+            decode = stream if draft_loops is None else stream_drafts
+            results = decode(loaded.model, loaded.variables, tokens_BT, lengths_B, **options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    depth = loops or loaded.config.model.loops
-    spent = GenerationStats(cache_bytes(loaded.config.model, min(loop_cache_slots or depth, depth)))
-
-    def texts() -> Iterator[str]:
-        spelling, started = StreamingDetokenizer(reader), 0.0
-        for i, piece in enumerate(_on_mesh(loaded, pieces)):
-            n = int(piece.lengths[0])
-            if i > 1:
-                spent.seconds, spent.tokens = time.perf_counter() - started, spent.tokens + n
-            else:  # the first piece comes from the prefill, the second of the decoding that was compiled for it
-                started = time.perf_counter()
-            spent.loops += piece.loops[0, :n].tolist()
-            if isinstance(piece, SpeculativeResult):
-                spent.drafted, spent.accepted = int(piece.drafted[0]), int(piece.accepted[0])
-            yield spelling.add(piece.tokens[0, :n].tolist())
-        yield spelling.add([], last=True)
-
-    return texts(), spent
+    return TextStream(_decode(_on_mesh(loaded, results), tokenizer, len(texts), stats), stats)
 
 
-def _on_mesh(loaded: LoadedModel, pieces: Iterator[Any]) -> Iterator[Any]:
-    """Each piece is made on the mesh; the caller, between pieces, is not."""
+def _check_drafts(temperature: float, loop_cache_slots: int | None) -> None:
+    for name, value, allowed in [
+        ("temperature", temperature, "0 (greedy)"),
+        ("loop_cache_slots", loop_cache_slots, "none (one slot per loop)"),
+    ]:
+        if value:
+            raise ConfigError(f"{name}: got {value}, allowed with draft_loops: {allowed}")
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The texts' tokens after an end-of-document token, int32 [B, T] with padding on the right, and lengths [B]."""
+    rows = [[tokenizer.end_of_document, *tokenizer.encode(text)] for text in texts]
+    lengths_B = np.array([len(row) for row in rows], np.int32)
+    tokens_BT = np.zeros((len(rows), lengths_B.max()), np.int32)
+    for row, tokens in zip(tokens_BT, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return tokens_BT, lengths_B
+
+
+def _decode(
+    results: Iterator[GenerateResult], tokenizer: Tokenizer, count: int, stats: GenerationStats
+) -> Iterator[list[str]]:
+    """Text of each piece of tokens, and at last the characters that never became complete."""
+    detokenizers = [StreamingDetokenizer(tokenizer) for _ in range(count)]
+    started = time.perf_counter()
+    for i, piece in enumerate(results):
+        lengths = [int(n) for n in piece.lengths]
+        if i > 1:
+            stats.seconds, stats.timed_tokens = time.perf_counter() - started, stats.timed_tokens + sum(lengths)
+        else:  # the first piece comes from the prefill, the second from the decoding loop that was compiled for it
+            started = time.perf_counter()
+        for row, n in enumerate(lengths):
+            stats.loops += piece.loops[row, :n].tolist()
+        if isinstance(piece, SpeculativeResult):
+            stats.drafted, stats.accepted = int(piece.drafted.sum()), int(piece.accepted.sum())
+        tokens = [piece.tokens[row, :n].tolist() for row, n in enumerate(lengths)]
+        yield [detokenizer.add(new) for detokenizer, new in zip(detokenizers, tokens, strict=True)]
+    yield [detokenizer.add([], last=True) for detokenizer in detokenizers]
+
+
+def _on_mesh(loaded: LoadedModel, results: Iterator[GenerateResult]) -> Iterator[GenerateResult]:
+    """Computes each piece on the mesh, which is not the caller's current mesh between pieces."""
     while True:
         with use_mesh(loaded.mesh):
-            piece = next(pieces, None)
+            piece = next(results, None)
         if piece is None:
             return
         yield piece
 
 
-def generate_text(loaded: LoadedModel, prompt: str, tokenizer: str | None = None, **keywords: Any) -> str:
-    """All that `stream_text` yields, as one text."""
-    texts, _ = stream_text(loaded, prompt, tokenizer, **keywords)
-    return "".join(texts)
+def text_logits(
+    loaded: LoadedModel,
+    text_or_tokens: str | Sequence[int] | np.ndarray | jax.Array,
+    *,
+    loops: int | None = None,
+    halting: Halting | str | None = None,
+    initial_state: str | None = None,
+    seed: int = 0,
+) -> jax.Array:
+    """Next-token logits of a text or of tokens, float32 [T, V], or [B, T, V] for tokens [B, T].
+
+    As in generation, a text follows an end-of-document token, so row t predicts the text's token t and the last row
+    what comes after it; tokens are taken as they are. Other keywords as in `stream_texts`.
+
+    Raises ConfigError for tokens that the model cannot take.
+    """
+    policy = Halting.parse(halting) if isinstance(halting, str) else halting
+    if isinstance(text_or_tokens, str):
+        tokens = _encode(loaded.require_tokenizer(), [text_or_tokens])[0][0]
+    else:
+        tokens = np.asarray(text_or_tokens)
+    config = loaded.config.model
+    _check_tokens(config, tokens, loops)
+    check_halting(config, policy, cached=False)
+    tokens_BT = jnp.asarray(tokens.reshape(-1, tokens.shape[-1]), jnp.int32)
+    # Traced, so that other depths reuse the compiled program.
+    depth = jnp.int32(config.loops if loops is None else loops)
+    with use_mesh(loaded.mesh):
+        logits_BTV = _logits(loaded.model, loaded.variables, tokens_BT, depth, policy, initial_state, jnp.uint32(seed))
+    return logits_BTV if tokens.ndim == 2 else logits_BTV[0]
+
+
+def _check_tokens(config: ModelConfig, tokens: np.ndarray, loops: int | None) -> None:
+    if tokens.ndim not in (1, 2) or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise ConfigError(f"tokens: got {tokens.dtype} of shape {tokens.shape}, allowed: integers [T] or [B, T]")
+    if tokens.shape[-1] > config.max_seq_len:
+        raise ConfigError(f"tokens: got {tokens.shape[-1]}, allowed: at most max_seq_len, {config.max_seq_len}")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise ConfigError(
+            f"tokens: got {tokens.min()} to {tokens.max()}, allowed: 0 to {config.vocab_size - 1}, the vocabulary"
+        )
+    if loops is not None and loops < 1:
+        raise ConfigError(f"loops: got {loops}, allowed: an integer >= 1")
+
+
+@partial(jax.jit, static_argnames=("model", "initial_state"))
+def _logits(
+    model: Mythos,
+    variables: Any,
+    tokens_BT: jax.Array,
+    loops: jax.Array,
+    halting: Halting | None,
+    initial_state: str | None,
+    seed: jax.Array,
+) -> jax.Array:
+    start: jax.Array | str | None = initial_state
+    if start is None and model.config.initial_state == "noise":
+        B, T = tokens_BT.shape
+        # The noise that generation draws, so that these are the logits that it samples from.
+        start = position_noise(model.config, jnp.broadcast_to(seed, B), jnp.broadcast_to(jnp.arange(T), (B, T)))
+    out = model.apply(variables, tokens_BT, loops=loops, halting=halting, initial_state=start)
+    return replicate(out.logits)

@@ -1,7 +1,8 @@
-"""Opening a trained model: the run directory of `mythos train`, or a pretrained directory, file or hub id."""
+"""Loading a trained model: the run directory of `mythos train`, or a pretrained directory, file or hub id."""
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from mythos_jax.config import Config, DataConfig, ModelConfig, load_run_config
+from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_run_config
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import PREDICTOR
@@ -26,10 +27,12 @@ from mythos_jax.sharding import make_mesh, shardings
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A trained model: `variables` placed on `mesh`, and what is known of where they come from.
+    """A trained model: `variables` placed on `mesh`, and what is known about their origin.
 
-    config: of the run; for a pretrained model just its `model`. step: None for a pretrained model.
-    directory: where reports go. tokenizer_spec: as for `load_tokenizer`, None where there is none.
+    directory: the run directory, or the pretrained model's.
+    config: the run's; for a pretrained model only its `model` is meaningful.
+    step: of the checkpoint; None for a pretrained model.
+    tokenizer_spec: as for `load_tokenizer`; None if there is no tokenizer.
     """
 
     directory: Path
@@ -40,12 +43,17 @@ class LoadedModel:
     mesh: Mesh
     tokenizer_spec: str | None
 
-    def tokenizer(self, given: str | None = None) -> Tokenizer:
-        """The one given, else its own. Raises ConfigError when there is neither."""
-        spec = given or self.tokenizer_spec
-        if spec is None:
-            raise ConfigError(f"{self.directory}: has no {TOKENIZER_FILE}; allowed: --tokenizer FILE, or bytes")
-        return load_tokenizer(spec)
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Raises ConfigError if its file cannot be read."""
+        return None if self.tokenizer_spec is None else load_tokenizer(self.tokenizer_spec)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Raises ConfigError if there is none."""
+        if self.tokenizer is None:
+            allowed = "a tokenizer of your own (--tokenizer FILE or bytes)"
+            raise ConfigError(f"{self.directory}: has no {TOKENIZER_FILE}; allowed: {allowed}")
+        return self.tokenizer
 
 
 def is_run(path: str | Path) -> bool:
@@ -53,59 +61,71 @@ def is_run(path: str | Path) -> bool:
     return (to_path(path) / "config.yaml").is_file()
 
 
-def load_model(path: str | Path, step: int | None = None, config: str | None = None) -> LoadedModel:
+def load_model(
+    path: str | Path,
+    step: int | None = None,
+    *,
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    mesh: MeshConfig | None = None,
+) -> LoadedModel:
     """A run at its newest checkpoint (or that of `step`), or a pretrained model (see `load_pretrained`).
 
-    config: for a pretrained file that holds tensors only. Raises ConfigError: neither a run nor a model, no such
-    checkpoint, files that are damaged or do not fit.
+    config: for a pretrained file that holds only tensors.
+    tokenizer: a `tokenizer.json` or "bytes", instead of the model's own.
+    mesh: device mesh, instead of the run's own or, for a pretrained model, the default one.
+
+    Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
     if is_run(path):
-        return _open_run(to_path(path), step)
+        return _load_run(to_path(path), step, tokenizer, mesh)
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
-        raise ConfigError(f"{path}: a pretrained model has no step {step}; allowed with a run directory only")
+        raise ConfigError(f"{path}: a pretrained model has no step {step}; allowed only with a run directory")
     source = FileSource(str(path), config)
     model_config, variables = load_variables(source, host=True)
-    mesh = make_mesh(Config().mesh)
+    device_mesh = make_mesh(mesh or Config().mesh)
     return LoadedModel(
         directory=source.path if source.path.is_dir() else source.path.parent,
         config=Config(name=source.path.stem, model=model_config, data=DataConfig(seq_len=1)),
         model=Mythos(model_config),
-        variables=place(model_config, mesh, variables),
+        variables=place_variables(model_config, device_mesh, variables),
         step=None,
-        mesh=mesh,
-        tokenizer_spec=None if source.tokenizer is None else str(source.tokenizer),
+        mesh=device_mesh,
+        tokenizer_spec=_spec(tokenizer or source.tokenizer),
     )
 
 
-def place(model_config: ModelConfig, mesh: Mesh, variables: dict[str, Any]) -> dict[str, Any]:
-    """Arrays onto the mesh, each where its logical axes say; `balance` is {} where the model has no router."""
-    where = shardings(mesh, abstract_variables(model_config))
-    chosen = {name: variables[name] for name in where}
+def place_variables(model_config: ModelConfig, mesh: Mesh, variables: dict[str, Any]) -> dict[str, Any]:
+    """Puts arrays on the mesh by their logical axes; `balance` is {} if the model has no router."""
+    targets = shardings(mesh, abstract_variables(model_config))
+    needed = {name: variables[name] for name in targets}
 
-    def put(x: Any, at: NamedSharding) -> jax.Array:
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array):
-            return jax.device_put(x, at)
-        # Not `device_put`: of arrays on the hosts it would first compare all that the processes have.
-        return jax.make_array_from_callback(x.shape, at, x.__getitem__)
+            return jax.device_put(x, sharding)
+        # `device_put` of a host array would first check that all processes hold the same values.
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
-    return {"balance": {}, **jax.tree.map(put, chosen, where)}
+    return {"balance": {}, **jax.tree.map(put, needed, targets)}
 
 
-def open_source(path: str | Path, config: str | None = None) -> Source:
+def open_source(path: str | Path, config: str | Path | None = None) -> Source:
     """A run or a pretrained model as a source of tensors, for `convert`."""
     if not is_run(path):
         return FileSource(str(path), config)
-    run = _open_run(to_path(path), None)
+    run = _load_run(to_path(path))
     spec = run.tokenizer_spec
     file = Path(spec) if spec and Path(spec).is_file() else None
     return VariablesSource(run.config.model, run.variables, path, file)
 
 
-def _open_run(directory: Path, step: int | None) -> LoadedModel:
+def _load_run(
+    directory: Path, step: int | None = None, tokenizer: str | Path | None = None, mesh: MeshConfig | None = None
+) -> LoadedModel:
     config = load_run_config(directory / "config.yaml")
-    mesh = make_mesh(config.mesh)
+    device_mesh = make_mesh(mesh or config.mesh)
     checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
     steps = checkpoints.steps()
     if not steps or step not in (None, *steps):
@@ -114,30 +134,40 @@ def _open_run(directory: Path, step: int | None) -> LoadedModel:
     step = step or steps[-1]
     boxed = abstract_variables(config.model)
     like = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), nn.unbox(boxed), shardings(mesh, boxed)
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        shardings(device_mesh, boxed),
     )
     variables = checkpoints.restore_variables(step, {"balance": {}, **like})
     checkpoints.close()
-    variables |= _predictor_of(directory, step)
-    prepared = to_path(config.data_path) / TOKENIZER_FILE
-    spec = str(prepared) if prepared.is_file() else config.data.tokenizer
+    variables |= _load_predictor(directory, step)
+    spec = _spec(tokenizer or _tokenizer_of(config))
+    return LoadedModel(directory, config, Mythos(config.model), variables, step, device_mesh, spec)
+
+
+def _tokenizer_of(config: Config) -> str | Path | None:
+    """The tokenizer that a run's data was prepared with; None for a task, whose tokens are not text."""
     if config.data.task.name:
-        spec = None  # its tokens are no text
-    return LoadedModel(directory, config, Mythos(config.model), variables, step, mesh, spec)
+        return None
+    prepared = to_path(config.data_path) / TOKENIZER_FILE
+    return prepared if prepared.is_file() else config.data.tokenizer
 
 
-def _predictor_of(directory: Path, step: int) -> dict[str, Any]:
-    """Variables to add to those of a run at this step: what `mythos train-predictor` saved for them, if it did.
+def _spec(tokenizer: str | Path | None) -> str | None:
+    return None if tokenizer is None else str(tokenizer)
 
-    Raises ConfigError where there is a predictor that cannot be read.
+
+def _load_predictor(directory: Path, step: int) -> dict[str, Any]:
+    """The collection that `mythos train-predictor` saved for the weights of this step; empty if it did not.
+
+    Raises ConfigError if there is a predictor that cannot be read.
     """
     folder = directory / PREDICTOR
     if not (folder / "predictor.json").is_file():
         return {}
     try:
         if json.loads((folder / "predictor.json").read_text())["step"] != step:
-            return {}  # of other weights
+            return {}  # trained for other weights
         return {PREDICTOR: load((folder / "predictor.safetensors").read_bytes())}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"{folder}: damaged ({why}); `mythos train-predictor` recreates it") from None
+        raise ConfigError(f"{folder}: damaged ({one_line(error)}); `mythos train-predictor` recreates it") from None

@@ -23,7 +23,7 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.paths import to_path
 from mythos_jax.processes import StopSignal, is_process_zero, log0, process_zero_first
 from mythos_jax.runs.checkpoints import Checkpoints
-from mythos_jax.runs.load import load_model, place
+from mythos_jax.runs.load import load_model, place_variables
 from mythos_jax.runs.state import TrainState, eval_variables
 from mythos_jax.sharding import check_sharded, make_mesh
 from mythos_jax.training.loggers import check_loggers
@@ -114,7 +114,7 @@ def _initial_variables(config: Config, mesh: Mesh, path: str | Path) -> dict[str
         raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
     for name, (old, new) in changed.items():
         log0(f"{name} is {old!r} in {path}, {new!r} here")
-    return place(config.model, mesh, loaded.variables)
+    return place_variables(config.model, mesh, loaded.variables)
 
 
 def _shapes(model: ModelConfig) -> dict[str, Any]:

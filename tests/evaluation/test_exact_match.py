@@ -158,7 +158,7 @@ def test_the_command_line(run, tmp_path, capsys):
     assert all(text in page for text in ["trained on difficulty 1", "Where the loops go", "rank correlation"])
     assert main(["generate", str(run), "0101"]) == 2
     assert capsys.readouterr().err == (
-        f"mythos: {run}: was trained on task addition, which is no text; allowed: `mythos eval`\n"
+        f"mythos: {run}: was trained on task addition, not on text; allowed: `mythos eval`\n"
     )
     save_config(CONFIG, tmp_path / "c.yaml")
     assert load_config(tmp_path / "c.yaml") == CONFIG
