@@ -50,7 +50,7 @@ def blockwise_attention(
     """softmax(scale q k^T) v, [B, T, H, V], with softmax and sums in float32. Can be differentiated once.
 
     index_BT: int32, [1, T] if all rows have the same; a query sees keys up to its index. segments: int32 segment ids of
-    the queries [B, T] and of the keys [B, S]; a query sees keys of its own segment only, and there must be one.
+    the queries [B, T] and of the keys [B, S]; a query sees only keys of its own segment, and must see one.
     checkpoint_name: the name that rematerialisation policies know the residuals by (the output and the logarithm of
     each softmax's sum). max_block: the largest number of queries, and of keys, per block (default: depends on the
     number of rows and heads).

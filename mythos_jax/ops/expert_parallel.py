@@ -134,8 +134,7 @@ def _on_device(
     first_expert = jax.lax.axis_index("expert") * n_local if layout.expert_shards > 1 else 0
     n_chunks = -(-B * T // max(ROWS_PER_EXPERT * n_experts // K // layout.token_shards, 1))
     chunk_size = -(-B * T // n_chunks)
-    # The number of tokens that may choose this device's experts, and the most rows they may send here: that many if
-    # every token chooses as many of this device's experts as it can.
+    # n_tokens may choose this device's experts. max_rows come if each of them chooses as many of these as possible.
     n_tokens = chunk_size * layout.token_shards
     max_rows = n_tokens * min(K, n_local)
     rows = max_rows

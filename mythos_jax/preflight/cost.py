@@ -1,6 +1,6 @@
 """What a compiled program costs a chip: FLOPs of its matrix products, and bytes between HBM and core.
 
-Only matrix products are counted as FLOPs; the rest is negligible beside them. Every opcode must be in one of the sets
+Only matrix products are counted as FLOPs; the rest is negligible in comparison. Every opcode must be in one of the sets
 below. One that is in none raises UnknownHloError, because ignoring it could hide most of a program's cost.
 """
 
@@ -112,7 +112,7 @@ def _custom_call_cost(module: Module, instruction: Instruction) -> Cost:
 def _convolution_flops(module: Module, instruction: Instruction) -> float:
     """The FLOPs of a convolution, counting only the taps that meet an element.
 
-    On a TPU, batched matrix products become convolutions with windows most of whose taps fall on padding.
+    On a TPU, batched matrix products become convolutions with a window most of whose taps fall on padding.
     """
     left, right = (module.operand(instruction, i).arrays[0].shape for i in range(2))
     out = instruction.arrays[0].shape
