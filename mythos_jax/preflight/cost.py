@@ -18,7 +18,7 @@ FREE = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "iota",
     "partition-id", "replica-id", "after-all", "opt-barrier", "copy-done", "slice-done", "async-done",
     "collective-permute-done", "all-gather-done", "all-reduce-done", "async-update", "add-dependency", "domain",
-    "get-dimension-size", "send-done", "recv-done",
+    "get-dimension-size",
 }  # fmt: skip
 # Opcodes that read only as much of their first operand as they return.
 PARTIAL_READS = {"dynamic-slice", "slice", "gather"}
@@ -42,12 +42,18 @@ STREAMED = PARTIAL_READS | {
     "fusion",
     # communication
     "all-gather", "all-gather-start", "all-reduce", "all-reduce-start", "all-to-all", "collective-permute",
-    "collective-permute-start", "ragged-all-to-all", "reduce-scatter", "send", "recv",
+    "collective-permute-start", "ragged-all-to-all", "reduce-scatter", "recv", "recv-done",
+    "send", "send-done",
 }  # fmt: skip
 # Opcodes known to contain no matrix product.
 _NO_PRODUCT = FREE | STREAMED
-# Custom calls, by target, that compute and move nothing worth counting.
-FREE_CUSTOM_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
+# The compiler's own custom calls, by target, that contain no matrix product; what they move is not counted.
+FREE_CUSTOM_CALLS = {
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "CreateBuffer", "DeviceId",
+    "GatherScatterIndicesBitpacked", "LayoutConstraint", "MoveToDevice", "MoveToHost", "PadToStatic", "PartialReduce",
+    "PinToDevice", "Sharding", "SliceId", "SliceToDynamic", "TopK", "TopKBatchMajorSmallK", "TopKWithUnique",
+    "X64Combine", "X64SplitHigh", "X64SplitLow", "ZeroCrop", "annotate_device_placement",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
