@@ -27,12 +27,12 @@ PRODUCTS = {"dot", "convolution"}
 # Opcodes that read their operands and write their result, and do little else.
 STREAMED = PARTIAL_READS | {
     # elementwise
-    "abs", "add", "and", "atan2", "bitcast-convert", "cbrt", "ceil", "clamp", "clz", "compare", "complex", "convert",
-    "cosine", "count-leading-zeros", "divide", "erf", "exponential", "exponential-minus-one", "floor", "imag",
-    "is-finite", "log", "log-plus-one", "logistic", "map", "maximum", "minimum", "multiply", "negate", "not", "or",
-    "popcnt", "power", "real", "reduce-precision", "remainder", "round-nearest-afz", "round-nearest-even", "rsqrt",
-    "select", "shift-left", "shift-right-arithmetic", "shift-right-logical", "sign", "sine", "sqrt",
-    "stochastic-convert", "subtract", "tan", "tanh", "xor",
+    "abs", "acos", "acosh", "add", "and", "asin", "asinh", "atan2", "atanh", "bitcast-convert", "cbrt", "ceil", "clamp",
+    "compare", "complex", "convert", "cosh", "cosine", "count-leading-zeros", "divide", "erf", "exponential",
+    "exponential-minus-one", "floor", "imag", "is-finite", "log", "log-plus-one", "logistic", "map", "maximum",
+    "minimum", "multiply", "negate", "not", "or", "popcnt", "power", "real", "reduce-precision", "remainder",
+    "round-nearest-afz", "round-nearest-even", "rsqrt", "select", "shift-left", "shift-right-arithmetic",
+    "shift-right-logical", "sign", "sine", "sinh", "sqrt", "stochastic-convert", "subtract", "tan", "tanh", "xor",
     # data movement
     "broadcast", "concatenate", "copy", "copy-start", "dynamic-reshape", "dynamic-update-slice", "pad", "reshape",
     "reverse", "scatter", "select-and-scatter", "slice-start", "transpose", "async-start",
@@ -42,8 +42,7 @@ STREAMED = PARTIAL_READS | {
     "fusion",
     # communication
     "all-gather", "all-gather-start", "all-reduce", "all-reduce-start", "all-to-all", "collective-permute",
-    "collective-permute-start", "ragged-all-to-all", "reduce-scatter", "recv", "recv-done",
-    "send", "send-done",
+    "collective-permute-start", "ragged-all-to-all", "reduce-scatter", "recv", "recv-done", "send", "send-done",
 }  # fmt: skip
 # Opcodes known to contain no matrix product.
 _NO_PRODUCT = FREE | STREAMED
