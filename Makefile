@@ -64,6 +64,7 @@ $(TPU_VENV)/.installed: pyproject.toml constraints.txt
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -76,7 +77,7 @@ constraints: $(BIN)/python
 		--no-annotate -q --custom-compile-command "make constraints" -o constraints.txt
 
 clean:
-	rm -rf $(VENV) $(TORCH_VENV) $(TPU_VENV) .cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(TORCH_VENV) $(TPU_VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find mythos_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

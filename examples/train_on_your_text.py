@@ -44,7 +44,7 @@ def main() -> None:
 
     lm = mythos_jax.load(arguments.workdir / "run")
     for row in lm.evaluate(loops=[1, 2, 4, 8]).results:
-        print(f"{row.loops} loops: {row.loss:.3f} nats per byte on held-out text")
+        print(f"{row.setting.loops} loops: {row.loss:.3f} nats per byte on held-out text")
 
 
 if __name__ == "__main__":
