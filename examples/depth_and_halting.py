@@ -20,7 +20,9 @@ def logit_lens(lm: LanguageModel, tokens_BT: jax.Array, loops: int) -> np.ndarra
     best = []
     for t in range(loops):
         tokens, _, _ = model.loop(tokens, loops=loops, start=t, count=1)
-        best.append(model.finish(tokens).logits[0].argmax(-1))
+        logits_BTV = model.finish(tokens).logits
+        assert logits_BTV is not None
+        best.append(logits_BTV[0].argmax(-1))
     return np.stack(best)
 
 

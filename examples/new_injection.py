@@ -7,6 +7,8 @@ and what is injected, e; `leave` makes the next state from h, e, and the output 
 name is a word of the config like any other: it trains, halts, decodes, shards and is saved without further code.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ def main() -> None:
     variables = jax.jit(model.init)(jax.random.key(0), tokens_BT)
     print(jax.tree.map(jnp.shape, nn.unbox(variables["params"]["recurrence"]["cell"]["injection"])))
 
-    out = model.apply(variables, tokens_BT, loops=16, halting=Halting("latent", threshold=0.05))
+    out: Any = model.apply(variables, tokens_BT, loops=16, halting=Halting("latent", threshold=0.05))
     print(f"{float(out.loops.mean()):.1f} of 16 loops per token")
     print(generate(model, variables, tokens_BT, max_new_tokens=8).tokens)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from glob import glob
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 
@@ -88,6 +89,7 @@ def _slurm(environment: Mapping[str, str], coordinator: str | None) -> Cluster:
         # Node lists look like node7 · node7,other1 · node[07-09],other1. The port derives from the job id, so that jobs
         # sharing a node do not collide.
         first = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
+        assert first is not None, "Slurm writes no empty node list"
         port = int(environment["SLURM_JOB_ID"]) % 4096 + 61440
         coordinator = f"{first[1]}{first[2] or ''}:{port}"
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
@@ -114,7 +116,7 @@ def connect(cluster: Cluster | None, connect_timeout: int = 300, heartbeat_timeo
     """
     if cluster is None:
         return
-    timeouts = {
+    timeouts: dict[str, Any] = {
         "initialization_timeout": connect_timeout,
         "heartbeat_timeout_seconds": heartbeat_timeout,
         "shutdown_timeout_seconds": heartbeat_timeout,
@@ -146,5 +148,5 @@ def cache_compilations(folder: str | None) -> None:
     """
     if folder:
         jax.config.update("jax_compilation_cache_dir", folder)
-    if is_remote(folder or jax.config.jax_compilation_cache_dir or ""):
+    if is_remote(folder or jax.config.read("jax_compilation_cache_dir") or ""):
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own caches need a disk

@@ -86,7 +86,9 @@ class LanguageModel:
         return self.loaded.mesh
 
     @overload
-    def generate(self, texts: str, *, stream: Literal[False] = False, **options: Unpack[TextOptions]) -> str: ...
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, and the first signature takes it
+        self, texts: str, *, stream: Literal[False] = False, **options: Unpack[TextOptions]
+    ) -> str: ...
 
     @overload
     def generate(
@@ -94,7 +96,9 @@ class LanguageModel:
     ) -> list[str]: ...
 
     @overload
-    def generate(self, texts: str, *, stream: Literal[True], **options: Unpack[TextOptions]) -> TextStream[str]: ...
+    def generate(  # type: ignore[overload-overlap]
+        self, texts: str, *, stream: Literal[True], **options: Unpack[TextOptions]
+    ) -> TextStream[str]: ...
 
     @overload
     def generate(

@@ -243,7 +243,7 @@ def _cached(function: Callable[[type], T]) -> Callable[[type], T]:
 def _hints(section: type) -> dict[str, Any]:
     """The type of each field, without its markers."""
     hints = typing.get_type_hints(section)
-    return {field.name: hints[field.name] for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 
 
 @_cached

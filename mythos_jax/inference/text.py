@@ -77,7 +77,8 @@ class TextStream(Iterator[Piece], Generic[Piece]):
     """Pieces of text as they are decoded, and the statistics of those consumed so far."""
 
     def __init__(self, pieces: Iterator[Piece], stats: GenerationStats):
-        self._pieces, self.stats = pieces, stats
+        self._pieces: Iterator[Piece] = pieces
+        self.stats = stats
 
     def __next__(self) -> Piece:
         return next(self._pieces)
@@ -272,5 +273,5 @@ def _logits(
         B, T = tokens_BT.shape
         # The noise that generation draws, so that these are the logits that it samples from.
         start = position_noise(model.config, jnp.broadcast_to(seed, B), jnp.broadcast_to(jnp.arange(T), (B, T)))
-    out = model.apply(variables, tokens_BT, loops=loops, halting=halting, initial_state=start)
+    out: Any = model.apply(variables, tokens_BT, loops=loops, halting=halting, initial_state=start)
     return replicate(out.logits)

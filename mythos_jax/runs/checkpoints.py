@@ -16,6 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             try:
-                meta = raise_together(lambda step=step: self._meta(step))
+                meta = raise_together(partial(self._meta, step))
                 check(meta)
                 return self._restore_state(step, like, meta["checksums"]), meta
             except ConfigError:  # from `check`: the checkpoint itself is fine
@@ -151,11 +152,12 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         self._manager.wait_until_finished()
-        process_zero_first("checkpoint", lambda: is_process_zero() and self._rename(step))
+        process_zero_first("checkpoint", partial(self._rename, step))
         self._manager.reload()
 
     def _rename(self, step: int) -> None:
-        (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+        if is_process_zero():
+            (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
 
     def close(self) -> None:
         with _quiet_orbax():
