@@ -41,8 +41,8 @@ CHIPS = {
     )
 }
 
-# Peak bfloat16 FLOP/s of one jax device by its `device_kind`. A v4 or v5p device is a whole chip of two cores; a
-# TPU7x chip of two cores is two devices.
+# Peak bfloat16 FLOP/s of one jax device, by `device_kind`. A v4 or v5p chip has two cores and is one
+# device; a TPU7x chip has two cores and is two devices.
 _TPU_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": CHIPS["v5e"].flops,

@@ -34,7 +34,7 @@ class JsonlLogger:
     """Appends to `metrics.jsonl`, one JSON object per line, each with a `step`."""
 
     def __init__(self, path: str | Path, restored_step: int = 0):
-        """Drops lines after `restored_step`, and a last line that was cut short when the process was killed."""
+        """Drops lines after `restored_step`, and a last line that is incomplete because the process was killed."""
         self.path = Path(path)
         if self.path.exists():
             past = [line for line in self.path.read_text().splitlines() if _step(line) <= restored_step]
@@ -55,7 +55,7 @@ class JsonlLogger:
 
 
 class RemoteJsonlLogger:
-    """`metrics.jsonl` in an object store: written to a local disk and copied as a whole."""
+    """`metrics.jsonl` in an object store: written to a local disk and copied in full."""
 
     def __init__(self, path: Any, restored_step: int = 0):
         self.path, self._folder = path, tempfile.TemporaryDirectory(prefix="mythos-log-")
@@ -82,7 +82,7 @@ class RemoteJsonlLogger:
 class TensorBoardLogger:
     """Scalars as TensorBoard event files, one per start of the run.
 
-    They are written by a background thread, within a second. In an object store, see `RemoteJsonlLogger`.
+    A background thread writes them, within a second. For an object store they are copied as in `RemoteJsonlLogger`.
     """
 
     def __init__(self, folder: Any, restored_step: int = 0):

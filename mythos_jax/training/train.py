@@ -58,6 +58,7 @@ def train(
         # Processes that saw different checkpoints would restore different steps.
         process_zero_first(f"{run_dir}/checkpoints", checkpoints.steps, identity=str)
         state = _starting_state(config, mesh, data, checkpoints, run_dir, init_from)
+        # Only now: a resume that is refused leaves the run's config as it was.
         if is_process_zero():
             save_config(config, run_dir / "config.yaml")
         return _Loop(config, mesh, data, checkpoints, run_dir, progress and is_process_zero()).run(state)
@@ -74,6 +75,7 @@ def _open_data(config: Config, run_dir: Any, progress: bool) -> Data:
             "--workdir that all processes share"
         )
     data = open_data(config, progress and first, prepare=first)
+    # After the data, so that a config whose data is refused leaves no empty run behind.
     if first:
         run_dir.mkdir(parents=True, exist_ok=True)
     return data
@@ -94,7 +96,7 @@ def _starting_state(
     config: Config, mesh: Mesh, data: Data, checkpoints: Checkpoints, run_dir: Any, init_from: str | Path | None
 ) -> TrainState:
     """The newest checkpoint, else the weights of `init_from`, else weights drawn from the seed."""
-    state = init_state(config, mesh)
+    state = init_state(config, mesh)  # also tells the checkpoint where each restored array belongs on this mesh
     if checkpoints.newest() is not None:
         current = checkpoint_metadata(config, data)
         state, saved = checkpoints.restore_newest(state, lambda saved: check_resume(saved, current, run_dir))
@@ -106,14 +108,14 @@ def _starting_state(
 
 
 def _initial_variables(config: Config, mesh: Mesh, path: str | Path) -> dict[str, Any]:
-    """The weights of another model, for this config's; fields that differ without changing a shape are announced."""
+    """The weights of another model with the same shapes; other fields that differ are announced."""
     loaded = load_model(path)
     changed = differences(to_dict(loaded.config.model), to_dict(config.model), "model")
     if _shapes(loaded.config.model) != _shapes(config.model):
-        fields = "; ".join(f"{name} is {old!r} there, {new!r} here" for name, (old, new) in changed.items())
+        fields = "; ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in changed.items())
         raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
     for name, (old, new) in changed.items():
-        log0(f"{name} is {old!r} in {path}, {new!r} here")
+        log0(f"{name} is {old!r} in {path}, {new!r} in this run")
     return place_variables(config.model, mesh, loaded.variables)
 
 
@@ -140,25 +142,30 @@ class _Loop:
             StopSignal().watching() as stop,
             Profiler(t.profile_steps, self.run_dir / "profile") as profiler,
         ):
+            # Not strict: the batches are endless.
             for step, batch in zip(range(start + 1, t.steps + 1), self._batches(start), strict=False):
                 with profiler.step(step):
                     state, metrics = train_step(state, batch)
+                # Reading this step's metrics would wait for it; those of the previous step are done or nearly so.
                 if pending:
                     self._read(log, *pending)
                 pending = (step, metrics)
+                # All processes are told to stop after the same step, whichever of them received the signal.
                 stopped = stop.reached(step)
                 saves = step % t.checkpoint_every == 0 or step == t.steps or stopped
                 evaluates = t.evaluate_every and step % t.evaluate_every == 0
                 if saves or evaluates:
-                    # Before anything else: a state is saved only if the step that made it was sound.
+                    # First, because it raises at a bad step: its state must not be evaluated or saved.
                     self._read(log, *pending)
                     pending = None
                 if evaluates:
                     log.write(step, {"held_out_loss": self._evaluate(state)})
                 if saves:
+                    # Before the checkpoint exists: a run that resumes from it does not log these steps again.
                     log.flush()
                     self.checkpoints.save(state, self.metadata)
                 if stopped:
+                    # Saves run in the background, and the process is about to exit.
                     self.checkpoints.wait()
                     raise Interrupted(stopped, step)
             self.checkpoints.wait()
@@ -180,7 +187,7 @@ class _Loop:
         log.step(step, values)
 
     def _bad_step(self, step: int, values: dict[str, Any]) -> BadStepError:
-        newest = self.checkpoints.newest()
+        newest = self.checkpoints.newest()  # bad states are not saved, so a new start resumes before the bad step
         saved = f"the newest checkpoint is of step {newest}" if newest is not None else "no checkpoint was saved"
         for name in ["loss", "gradient_norm"]:
             if not math.isfinite(values[name]):
@@ -197,7 +204,7 @@ class _Loop:
     def _evaluate(self, state: TrainState) -> float:
         """Held-out loss at the model's depth, in nats per token."""
         model = Mythos(self.config.model)
-        settings = fixed([self.config.model.loops])
+        settings = fixed([self.config.model.loops])  # not the depths drawn in training, so that the losses compare
         variables = eval_variables(state.variables, state.average)
         measurements, _ = evaluate_depths(
             model, variables, self.held_out, settings, mesh=self.mesh, bytes_per_token=1, progress=False

@@ -1,4 +1,4 @@
-"""What a resumed run may change, and what it is told about it."""
+"""Which fields may change when a run resumes, and what is printed about them."""
 
 import types
 from pathlib import Path
