@@ -146,7 +146,8 @@ def cache_compilations(folder: str | None) -> None:
 
     Process 0 writes the cache, all processes read it.
     """
+    option = "jax_compilation_cache_dir"
     if folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-    if is_remote(folder or jax.config.read("jax_compilation_cache_dir") or ""):
+        jax.config.update(option, folder)
+    if is_remote(folder or getattr(jax.config, option) or ""):
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own caches need a disk
