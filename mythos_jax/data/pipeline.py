@@ -88,7 +88,7 @@ def open_rows(folder: str | Path, split: str, document_mask: bool = False) -> To
 def row_order(rows: int, seed: int | Sequence[int]) -> grain.MapDataset:
     """The endless training order: entry i is the number of the i-th row to read. Each epoch has each row once."""
     # Grain shuffles epoch k with seed + k, so its seeds 0 and 1 give the same order, one epoch apart. Hashing the seed
-    # first makes the orders of neighboring seeds independent, and allows any integer >= 0.
+    # first makes the orders of neighbouring seeds independent, and allows any integer >= 0.
     hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return grain.MapDataset.range(rows).shuffle(seed=hashed).repeat()
 

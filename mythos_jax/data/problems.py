@@ -18,7 +18,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the increment of
 class RowRandom:
     """Random numbers for n rows. Those of row i depend only on `keys[i]` and on how many were drawn before.
 
-    keys: uint64 [n]. Counter-based (the finalizer of SplitMix64, Steele et al. 2014), so that rows can be generated in
+    keys: uint64 [n]. Counter-based (the finaliser of SplitMix64, Steele et al. 2014), so that rows can be generated in
     any order and any number at a time, without a generator per row.
     """
 
@@ -87,7 +87,7 @@ class PHop:
     """Difficulty p: from the last symbol, go p times to what followed its previous occurrence (arXiv 2502.17416).
 
     One hop goes from position i to j + 1, where j < i is the last position of the symbol at i; the answer is the symbol
-    where p hops end. Row: p times `>`, then `length` symbols. No two neighboring symbols are equal (a hop could
+    where p hops end. Row: p times `>`, then `length` symbols. No two neighbouring symbols are equal (a hop could
     otherwise stay where it is); a row is invalid if its hops leave the sequence. With answers "every", every position
     with p hops has an answer.
     """
@@ -101,7 +101,7 @@ class PHop:
 
     def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
         alphabet, length, n = self.config.alphabet, self.config.length, len(random.keys)
-        steps = 1 + random.integers(alphabet - 1, length)  # never 0: neighbors differ
+        steps = 1 + random.integers(alphabet - 1, length)  # never 0: neighbours differ
         symbols = np.cumsum(steps, axis=1) % alphabet
         # hop[:, i] is the position that one hop from i leads to; -1: outside. The last column maps -1 to itself.
         hop = np.full((n, length + 1), -1)

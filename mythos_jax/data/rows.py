@@ -1,7 +1,7 @@
 """The rows of one split on disk: how documents become rows, and how rows are read by number.
 
 The tokens of a split are one stream, with an end-of-document token E before, between and after the documents:
-`E doc1 E doc2 E`. Row r of T targets holds stream[r T : r T + T + 1]. Neighboring rows share one token, so every token
+`E doc1 E doc2 E`. Row r of T targets holds stream[r T : r T + T + 1]. Neighbouring rows share one token, so every token
 but the first E is a target exactly once. The last row may be shorter. A row is one ArrayRecord record: its tokens as
 little-endian uint16 or uint32.
 

@@ -1,6 +1,6 @@
 """Text to token ids and back: raw bytes, or any Hugging Face `tokenizer.json`.
 
-Special tokens are never recognized in text: a document that contains the characters `<|endoftext|>` is not split there.
+Special tokens are never recognised in text: a document that contains the characters `<|endoftext|>` is not split there.
 """
 
 import hashlib

@@ -49,7 +49,7 @@ def read_rows(folder, split):
 
 
 def join(rows):
-    """The stream that the rows were cut from; neighbors must share a token."""
+    """The stream that the rows were cut from; neighbours must share a token."""
     stream = rows[0][:1]
     for row in rows:
         assert row[0] == stream[-1]

@@ -70,7 +70,7 @@ def test_the_vocabulary_includes_added_special_tokens(tmp_path):
     assert tokenizer.decode([*ids, tokenizer.end_of_document, 10**6]) == "main"
 
 
-def test_special_tokens_are_not_recognized_in_text(bpe):
+def test_special_tokens_are_not_recognised_in_text(bpe):
     tokenizer = load_tokenizer(bpe[1])
     ids = tokenizer.encode("a<|endoftext|>b")
     assert tokenizer.end_of_document not in ids
