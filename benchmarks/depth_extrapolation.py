@@ -1,17 +1,14 @@
 """Loss against depth: the PyTorch original and ours, trained on the same bytes with the same budget.
 
-    make test-torch ARGS=--collect-only        # makes .venv-torch
+    make test-torch ARGS=--collect-only        # creates .venv-torch
     .venv-torch/bin/python -m benchmarks.depth_extrapolation
 
-Every run is paired: one seed gives both the same batches in the same order, 1,500 steps of 16 x 96 bytes of Python's
-standard library, AdamW with the same schedule, and the same held-out files. A run that is done is not made again, so
-the script may be stopped at any time; about ten minutes a run on one core.
+Runs are paired: with one seed, both get the same batches in the same order (1,500 steps of 16 x 96 bytes of Python's
+standard library), AdamW with the same schedule, and the same held-out files. Finished runs are not repeated, so the
+script can be stopped at any time. A run takes about ten minutes on one core.
 """
 
 import argparse
-import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +18,18 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks import original
-from benchmarks.runs import DEPTHS, HOUSE, batches_of, once, ours, slug, table
-from mythos_jax.config import Config, load_config
+from benchmarks.runs import DEPTHS, Losses, Variant, add_arguments, batches_of, run_variants, table, train_and_evaluate
+from mythos_jax.config import Config
 
 RANDOM_DEPTHS = (2, 3, 4, 6, 8)
 
 
-def run_original(config: Config, *, halting: bool, random_depth: bool) -> dict[int, float]:
+def run_original(config: Config, *, halting: bool, random_depth: bool) -> Losses:
+    """Trains the original, with its ACT or without, at the config's depth or a random one per step; evaluates it."""
     seed = config.training.seed
     batches, held_out = batches_of(config)
     model = original.build(config.model, seed, halting=halting)
-    drawn = np.random.default_rng(seed)
+    depths = np.random.default_rng(seed)
     bar = tqdm(total=config.training.steps, desc=f"original, seed {seed}", unit="step")
 
     def report(step: int, loss: float) -> None:
@@ -42,50 +40,56 @@ def run_original(config: Config, *, halting: bool, random_depth: bool) -> dict[i
         model,
         config.training,
         batches,
-        lambda _: int(drawn.choice(RANDOM_DEPTHS)) if random_depth else config.model.loops,
+        lambda _: int(depths.choice(RANDOM_DEPTHS)) if random_depth else config.model.loops,
         report,
     )
     bar.close()
     return original.evaluate(model, held_out, DEPTHS)
 
 
-# Name in the table -> what makes its losses.
-VARIANTS: dict[str, Callable[[Config, Path], dict[int, float]]] = {
-    "original": lambda config, _: run_original(config, halting=True, random_depth=False),
-    "original, random depth": lambda config, _: run_original(config, halting=True, random_depth=True),
-    "original without ACT": lambda config, _: run_original(config, halting=False, random_depth=False),
-    "original without ACT, random depth": lambda config, _: run_original(config, halting=False, random_depth=True),
-    "ours": ours,
+def original_variant(*, halting: bool, random_depth: bool) -> Variant:
+    return [], lambda config, _: run_original(config, halting=halting, random_depth=random_depth)
+
+
+VARIANTS: dict[str, Variant] = {
+    "original": original_variant(halting=True, random_depth=False),
+    "original, random depth": original_variant(halting=True, random_depth=True),
+    "original without ACT": original_variant(halting=False, random_depth=False),
+    "original without ACT, random depth": original_variant(halting=False, random_depth=True),
+    "ours": ([], train_and_evaluate),
 }
 
 
-def verdict(rows: dict[str, list[dict[str, float]]]) -> str:
-    def means(name: str) -> dict[int, float]:
-        return {d: float(np.mean([run[str(d)] for run in rows[name]])) for d in DEPTHS}
+def summary(rows: dict[str, list[Losses]]) -> str:
+    """Ours and the best of the originals, each at its best depth; and what ours loses at the greatest depth."""
 
-    mine = means("ours")
+    def means(name: str) -> dict[int, float]:
+        return {depth: float(np.mean([run[str(depth)] for run in rows[name]])) for depth in DEPTHS}
+
+    ours = means("ours")
     theirs = {name: min(means(name).values()) for name in rows if name != "ours"}
     best = min(theirs, key=lambda name: theirs[name])
     return (
-        f"best depth: ours {min(mine.values()):.3f}, {best} {theirs[best]:.3f} nats per byte\n"
-        f"at {DEPTHS[-1]} loops ours is {mine[DEPTHS[-1]] - min(mine.values()):.3f} above its own best"
+        f"best depth: ours {min(ours.values()):.3f}, {best} {theirs[best]:.3f} nats per byte\n"
+        f"at {DEPTHS[-1]} loops ours is {ours[DEPTHS[-1]] - min(ours.values()):.3f} above its own best"
     )
 
 
-def draw(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
+def draw(rows: dict[str, list[Losses]], path: Path) -> None:
+    """Saves the curves: mean over seeds, and the range as a band."""
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
     colours = iter(["C1", "C2", "C3", "C4"])
     for name, runs in rows.items():
-        losses = np.array([[run[str(d)] for d in DEPTHS] for run in runs])
+        losses = np.array([[run[str(depth)] for depth in DEPTHS] for run in runs])
         style: dict[str, Any] = {"color": "#1f5fa8", "linewidth": 2.2} if name == "ours" else {"color": next(colours)}
         (line,) = axes.plot(DEPTHS, losses.mean(0), marker="o", markersize=4, label=name, **style)
         axes.fill_between(DEPTHS, losses.min(0), losses.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
     axes.axvline(8, color="0.6", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(DEPTHS, [str(d) for d in DEPTHS])
+    axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
     axes.minorticks_off()
-    axes.set_xlabel("loops at evaluation (dashed: the depth trained at)")
+    axes.set_xlabel("loops at evaluation (dashed: the depth in training)")
     axes.set_ylabel("held-out nats per byte")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -96,31 +100,16 @@ def draw(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="run just the variants whose name has this in it")
-    parser.add_argument("--out", type=Path, default=Path("runs/depth_extrapolation"))
-    parser.add_argument("--made", action="store_true", help="train nothing: the table of the runs that are made")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as it likes")
+    add_arguments(parser, seeds=[0, 1, 2], out=Path("runs/depth_extrapolation"))
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its default")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    rows: dict[str, list[dict[str, float]]] = {}
-    for name, make in VARIANTS.items():
-        for seed in args.seeds:
-            if args.only and args.only not in name:
-                continue
-            config = load_config(HOUSE, ["--training.seed", str(seed), "--data.path", str(args.out / "data")])
-            work = args.out / f"{slug(name)}_{seed}"
-            if args.made and not work.with_suffix(".json").is_file():
-                continue
-            rows.setdefault(name, []).append(once(work.with_suffix(".json"), partial(make, config, work)))
-    if not rows:
-        sys.exit(f"--only: got {args.only!r}, allowed: part of one of {', '.join(VARIANTS)}")
-    text = table(rows, DEPTHS)
-    print(text)
+    rows = run_variants(args, VARIANTS)
+    print(table(rows, DEPTHS))
     if "ours" in rows and len(rows) > 1:
-        print(verdict(rows))
+        print(summary(rows))
     draw(rows, args.out / "depth_extrapolation.png")
 
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.halting RUN [--loops 8] [--rows 256] [--repeats 9]
 
-Feeds held-out text through decoding, one token at a time, as if each had been drawn; so the losses are those of the
-very computation that is timed, also for criteria that look at the logits. Thresholds are chosen on every other row: of
-each policy the one with the fewest loops whose loss is within 0.4 % of that at full depth. What is reported comes from
-the other rows: loss, mean loops, the loss of fixed depths at the same mean loops (between two depths: some tokens
-at one, the rest at the other), and the time of a token at batch 1, policies taking turns.
+Feeds held-out text through decoding, one token at a time, as if each token had been sampled. The losses are therefore
+those of the computation that is timed, also for criteria that read the logits. Thresholds are chosen on every other
+row: for each policy, the one with the fewest loops whose loss is within 0.4 % of the loss at full depth. All reported
+numbers are from the other rows: loss, mean loops, the loss of fixed depths at the same mean loops (between two depths,
+by interpolation: some tokens run one, the rest the other), and the time per token at batch 1, measured in turn.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.timing import spread
+from benchmarks.timing import median_and_range
+from mythos_jax.data.batch import Batch
 from mythos_jax.data.open import open_data
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.halting import Halting
@@ -30,8 +31,9 @@ from mythos_jax.runs.load import LoadedModel, load_model
 from mythos_jax.sharding import use_mesh
 
 TOLERANCE = 0.004  # of the loss at full depth
-SWEEP = 20  # thresholds a policy
+SWEEP = 20  # thresholds per policy
 RANGES = {"latent": (0.01, 0.6), "cosine": (5e-5, 0.2), "kl": (3e-4, 0.3), "entropy": (3e-3, 1.0)}
+TIMED_ROWS = 8
 
 
 class Point(NamedTuple):
@@ -42,16 +44,24 @@ class Point(NamedTuple):
     nats: float
 
 
+class Report(NamedTuple):
+    """A policy in the table. fixed_nats: the loss of fixed depths at the same mean loops; None for full depth."""
+
+    point: Point
+    fixed_nats: float | None
+    milliseconds: list[float]  # per token, one per repeat
+
+
 @partial(jax.jit, static_argnames=("model", "slots"))
 def decode(
     model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: jax.Array, halting: Halting | None, slots: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Nats of the targets and loops of the tokens [T, B], by decoding with a cache of `slots` loops."""
+    """Nats of the targets and loops of the tokens, [T, B] each, by decoding with a cache of `slots` loops."""
     tokens_BT = batch["tokens"]
 
-    def step(cache, column):
+    def step(cache: Any, column: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         tokens_B, targets_B = column
-        out = model.apply(variables, tokens_B[:, None], loops=loops, halting=halting, cache=cache)
+        out: Any = model.apply(variables, tokens_B[:, None], loops=loops, halting=halting, cache=cache)
         log_p_BV = jax.nn.log_softmax(out.logits[:, 0])
         return out.cache, (-jnp.take_along_axis(log_p_BV, targets_B[:, None], axis=1)[:, 0], out.loops[:, 0])
 
@@ -59,11 +69,11 @@ def decode(
     return jax.lax.scan(step, cache, (tokens_BT.T, batch["targets"].T))[1]
 
 
-def measure(loaded: LoadedModel, rows: list[Any], depth: int, loops: int, halting: Halting | None) -> Point:
-    """Over all rows that are given."""
-    found = [decode(loaded.model, loaded.variables, row, jnp.int32(loops), halting, depth) for row in rows]
-    nats, ran = (np.concatenate([np.asarray(x[i]).reshape(-1) for x in found]) for i in range(2))
-    return Point(0.0 if halting is None else float(halting.threshold), float(ran.mean()), float(nats.mean()))
+def measure(loaded: LoadedModel, batch: Batch, depth: int, loops: int, halting: Halting | None) -> Point:
+    """Means over all tokens of a batch. depth: cache slots; loops: run by every token, or with a policy at most."""
+    nats_TB, loops_TB = decode(loaded.model, loaded.variables, batch, jnp.int32(loops), halting, depth)
+    threshold = 0.0 if halting is None or halting.threshold is None else float(halting.threshold)
+    return Point(threshold, float(np.asarray(loops_TB).mean()), float(np.asarray(nats_TB).mean()))
 
 
 def thresholds(criterion: str, depth: int) -> np.ndarray:
@@ -74,18 +84,50 @@ def thresholds(criterion: str, depth: int) -> np.ndarray:
     return np.geomspace(*RANGES[criterion], SWEEP)
 
 
-def timed(loaded: LoadedModel, rows: list[Any], depth: int, policies: dict[str, Halting | None], repeats: int) -> dict:
-    """Milliseconds a token at batch 1 of each policy: a list over repeats, the policies taking turns."""
+def choose_policies(loaded: LoadedModel, batch: Batch, depth: int) -> dict[str, Halting]:
+    """For each criterion, the threshold with the fewest loops within `TOLERANCE`; none if no threshold is."""
+    bound = measure(loaded, batch, depth, depth, None).nats * (1 + TOLERANCE)
+    criteria = [*RANGES, "argmax", *(["predicted"] if "predictor" in loaded.variables else [])]
+    chosen: dict[str, Halting] = {}
+    for criterion in tqdm(criteria, desc="policies"):
+        policies = [Halting(criterion, jnp.float32(threshold)) for threshold in thresholds(criterion, depth)]
+        points = [measure(loaded, batch, depth, depth, policy) for policy in policies]
+        within_tolerance = [(point.loops, i) for i, point in enumerate(points) if point.nats <= bound]
+        if within_tolerance:
+            chosen[criterion] = policies[min(within_tolerance)[1]]
+    return chosen
+
+
+def time_policies(
+    loaded: LoadedModel, rows: list[Batch], depth: int, policies: dict[str, Halting | None], repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds per token at batch 1, for each policy and repeat; the policies take turns."""
     tokens = sum(row["tokens"].shape[1] for row in rows)
-    took: dict[str, list[float]] = {name: [] for name in policies}
-    for repeat in range(repeats + 1):  # the first compiles
+    times: dict[str, list[float]] = {name: [] for name in policies}
+    for repeat in range(repeats + 1):  # the first one compiles
         for name, halting in policies.items():
             start = time.perf_counter()
             for row in rows:
                 jax.block_until_ready(decode(loaded.model, loaded.variables, row, jnp.int32(depth), halting, depth))
             if repeat:
-                took[name].append(1e3 * (time.perf_counter() - start) / tokens)
-    return took
+                times[name].append(1e3 * (time.perf_counter() - start) / tokens)
+    return times
+
+
+def print_table(reports: dict[str, Report]) -> None:
+    full = reports["full depth"]
+    print(
+        "| policy | threshold | mean loops | saved | nats per token | against full depth | fixed depths at its loops "
+        "| ms per token, batch 1 | saved |\n" + "|---" * 9 + "|"
+    )
+    for name, (point, fixed_nats, times) in reports.items():
+        time_saved = 1 - statistics.median(times) / statistics.median(full.milliseconds)
+        print(
+            f"| {name} | {point.threshold:.4g} | {point.loops:.2f} | {1 - point.loops / full.point.loops:.0%} "
+            f"| {point.nats:.4f} | {point.nats / full.point.nats - 1:+.2%} "
+            f"| {'' if fixed_nats is None else f'{fixed_nats:.4f}'} "
+            f"| {median_and_range(times, digits=3)} | {time_saved:.0%} |"
+        )
 
 
 def main() -> None:
@@ -94,53 +136,33 @@ def main() -> None:
     parser.add_argument("--loops", type=int, help="full depth (default: the config's)")
     parser.add_argument("--rows", type=int, default=256, help="held-out rows: half to choose on, half to report")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     arguments = parser.parse_args()
     loaded = load_model(arguments.run)
     depth = arguments.loops or loaded.config.model.loops
     batch = next(iter(open_data(loaded.config).held_out_batches(arguments.rows, arguments.rows)))
-    choose, report = ([{name: np.asarray(x)[half::2] for name, x in batch.items()}] for half in range(2))
+    choice_rows, report_rows = ({name: np.asarray(x)[half::2] for name, x in batch.items()} for half in range(2))
 
-    criteria = [*RANGES, "argmax", *(["predicted"] if "predictor" in loaded.variables else [])]
     with use_mesh(loaded.mesh):
-        fixed = {
-            half: [measure(loaded, rows, depth, t, None) for t in range(1, depth + 1)]
-            for half, rows in [("choose", choose), ("report", report)]
-        }
-        bound = fixed["choose"][-1].nats * (1 + TOLERANCE)
-        chosen: dict[str, Halting] = {}
-        for criterion in tqdm(criteria, desc="policies"):
-            policies = [Halting(criterion, np.float32(t)) for t in thresholds(criterion, depth)]
-            points = [(measure(loaded, choose, depth, depth, policy), policy) for policy in policies]
-            kept = [(point.loops, i) for i, (point, _) in enumerate(points) if point.nats <= bound]
-            if kept:
-                chosen[criterion] = points[min(kept)[1]][1]
-        singles = [{k: v[i : i + 1] for k, v in report[0].items()} for i in range(8)]
-        took = timed(loaded, singles, depth, {"full depth": None, **chosen}, arguments.repeats)
+        policies: dict[str, Halting | None] = {"full depth": None, **choose_policies(loaded, choice_rows, depth)}
+        single_rows = [{name: x[i : i + 1] for name, x in report_rows.items()} for i in range(TIMED_ROWS)]
+        times = time_policies(loaded, single_rows, depth, policies, arguments.repeats)
+        fixed = [measure(loaded, report_rows, depth, loops, None) for loops in range(1, depth + 1)]
+        reports = {"full depth": Report(fixed[-1], None, times["full depth"])}
+        for name, policy in policies.items():
+            if policy is not None:
+                point = measure(loaded, report_rows, depth, depth, policy)
+                fixed_nats = float(np.interp(point.loops, [p.loops for p in fixed], [p.nats for p in fixed]))
+                reports[name] = Report(point, fixed_nats, times[name])
 
-        line = fixed["report"]
-        rows = {"full depth": (line[-1], None)}
-        for criterion, policy in chosen.items():
-            point = measure(loaded, report, depth, depth, policy)
-            rows[criterion] = (point, float(np.interp(point.loops, [p.loops for p in line], [p.nats for p in line])))
-
-    full, plain = rows["full depth"][0], statistics.median(took["full depth"])
-    print(f"fixed depths 1 to {depth}, nats a token: " + ", ".join(f"{p.nats:.4f}" for p in line))
-    print(
-        "| policy | threshold | mean loops | saved | nats a token | against full depth | fixed depths at its loops "
-        "| ms a token, batch 1 | saved |\n" + "|---" * 9 + "|"
-    )
-    for name, (point, same) in rows.items():
-        times = took[name]
-        print(
-            f"| {name} | {point.threshold:.4g} | {point.loops:.2f} | {1 - point.loops / full.loops:.0%} "
-            f"| {point.nats:.4f} | {point.nats / full.nats - 1:+.2%} | {'' if same is None else f'{same:.4f}'} "
-            f"| {spread(times, digits=3)} | {1 - statistics.median(times) / plain:.0%} |"
-        )
+    print(f"fixed depths 1 to {depth}, nats per token: " + ", ".join(f"{point.nats:.4f}" for point in fixed))
+    print_table(reports)
     if arguments.json:
-        numbers = {name: {**point._asdict(), "fixed": same, "ms": took[name]} for name, (point, same) in rows.items()}
+        numbers = {
+            name: {**r.point._asdict(), "fixed": r.fixed_nats, "ms": r.milliseconds} for name, r in reports.items()
+        }
         with open(arguments.json, "w") as file:
-            json.dump({"run": arguments.run, "depth": depth, "fixed": [p._asdict() for p in line], **numbers}, file)
+            json.dump({"run": arguments.run, "depth": depth, "fixed": [p._asdict() for p in fixed], **numbers}, file)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,32 @@
-"""The PyTorch original, open-mythos 0.5.0, trained and evaluated on our batches (`make` target: see the scripts)."""
+"""The PyTorch original, open-mythos 0.5.0, trained and evaluated on our batches (see depth_extrapolation.py)."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from open_mythos.main import MythosConfig, OpenMythos, RecurrentBlock, loop_index_embedding
 
 from mythos_jax.config import ModelConfig, TrainingConfig
-
-Batch = dict[str, np.ndarray]
+from mythos_jax.data.batch import Batch
 
 
 class WithoutHalting(RecurrentBlock):
-    """The original's loop with its ACT left out: all loops run and the last state is read out.
+    """The original's loop without ACT: all loops run, and the last state is read out.
 
-    The original has no switch for it; users who measured depth took the gate out in this way.
+    The original has no option for it; users who measured depth removed the gate in this way.
     """
 
-    def forward(self, h, e, freqs_cis, mask=None, n_loops=None, kv_cache=None):
+    def forward(
+        self,
+        h: torch.Tensor,
+        e: torch.Tensor,
+        freqs_cis: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        n_loops: int | None = None,
+        kv_cache: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
         for t in range(n_loops or self.cfg.max_loop_iters):
             x = self.norm(loop_index_embedding(h, t, self.loop_dim) + e)
             y = self.block(x, freqs_cis, mask, kv_cache, f"recurrent_loop_{t}")
@@ -28,7 +35,7 @@ class WithoutHalting(RecurrentBlock):
 
 
 def build(model: ModelConfig, seed: int, *, halting: bool) -> OpenMythos:
-    """The original at the sizes of `model` (GQA), with its own initialisation."""
+    """The original with the sizes of `model` (GQA) and its own initialisation."""
     torch.manual_seed(seed)
     original = OpenMythos(
         MythosConfig(
@@ -60,7 +67,10 @@ def train(
     depth: Callable[[int], int],
     report: Callable[[int, float], None],
 ) -> None:
-    """AdamW as our trainer runs it: same schedule, clipping, and weight decay on matrices. `depth(step)`: loops."""
+    """AdamW as in our trainer: same schedule, clipping, and weight decay on matrices only.
+
+    depth: the loops of a step. report: called with each step and its loss.
+    """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -73,7 +83,7 @@ def train(
     for step, batch in zip(range(config.steps), batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        nats, tokens = nats_of(model, batch, depth(step))
+        nats, tokens = summed_loss(model, batch, depth(step))
         loss = nats / tokens
         optimizer.zero_grad()
         loss.backward()
@@ -83,14 +93,14 @@ def train(
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """`training/optimizer.schedule`, cosine, in plain numbers."""
-    peak, warm = config.learning_rate, config.warmup_steps
-    if step < warm:
-        first = peak / (warm + 1)
-        return first + (peak - first) * step / warm
-    share = min((step - warm) / max(config.steps - warm, 1), 1)
+    """The cosine schedule of `training/optimizer.schedule`."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if step < warmup:
+        first = peak / (warmup + 1)
+        return first + (peak - first) * step / warmup
+    progress = min((step - warmup) / max(config.steps - warmup, 1), 1)
     final = config.final_learning_rate_fraction
-    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * share)))
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def evaluate(model: OpenMythos, batches: Sequence[Batch], depths: Iterable[int]) -> dict[int, float]:
@@ -99,13 +109,13 @@ def evaluate(model: OpenMythos, batches: Sequence[Batch], depths: Iterable[int])
     losses = {}
     with torch.no_grad():
         for loops in depths:
-            sums = [nats_of(model, batch, loops) for batch in batches]
-            losses[loops] = sum(n.item() for n, _ in sums) / sum(t for _, t in sums)
+            sums = [summed_loss(model, batch, loops) for batch in batches]
+            losses[loops] = sum(nats.item() for nats, _ in sums) / sum(tokens for _, tokens in sums)
     return losses
 
 
-def nats_of(model: OpenMythos, batch: Batch, loops: int) -> tuple[torch.Tensor, int]:
-    """Summed cross-entropy over the counted tokens, and their number."""
+def summed_loss(model: OpenMythos, batch: Batch, loops: int) -> tuple[torch.Tensor, int]:
+    """The sum of the cross-entropy (nats) over the tokens where the mask is True, and their number."""
     logits = model(torch.from_numpy(batch["tokens"]).long(), n_loops=loops)
     targets = torch.from_numpy(batch["targets"]).long()
     mask = torch.from_numpy(batch["mask"])

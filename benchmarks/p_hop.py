@@ -1,9 +1,9 @@
-"""p-hop induction: one layer in a loop against one pass of the same layer, over seeds.
+"""p-hop induction: one layer in a loop compared with one pass of the same layer, over several seeds.
 
     .venv/bin/python -m benchmarks.p_hop
 
-Trains configs/tasks/p_hop.yaml as it is, and with one loop; prints exact match on the hardest difficulty trained and
-draws accuracy against loops. Runs that are done are not made again; five to ten minutes a run on two cores.
+Trains configs/tasks/p_hop.yaml as it is and with one loop. Prints exact match by difficulty, and draws it against
+loops. Finished runs are not repeated. A run takes five to ten minutes on two cores.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.runs import once
+from benchmarks.runs import stored
 from mythos_jax.config import Config, load_config
 from mythos_jax.evaluation.evaluate import evaluate_model
 from mythos_jax.runs.load import load_model
@@ -25,32 +25,27 @@ Results = list[dict[str, Any]]
 
 
 def run(config: Config, workdir: Path) -> Results:
-    """Exact match, by difficulty and loops."""
+    """Trains, and returns the exact match by difficulty and loops."""
     train(config, workdir)
     results = evaluate_model(load_model(workdir)).results
-    return [{"difficulty": m.group, "loops": m.setting.loops, "exact_match": m.value} for m in results]
+    return [{"difficulty": row.group, "loops": row.setting.loops, "exact_match": row.value} for row in results]
 
 
 def exact_match(runs: list[Results], difficulty: int, loops: int) -> np.ndarray:
     """One number per seed, in percent."""
-    return np.array(
-        [
-            100 * r["exact_match"]
-            for results in runs
-            for r in results
-            if (r["difficulty"], r["loops"]) == (difficulty, loops)
-        ]
-    )
+    results = [result for results in runs for result in results]
+    selected = [r for r in results if (r["difficulty"], r["loops"]) == (difficulty, loops)]
+    return np.array([100 * result["exact_match"] for result in selected])
 
 
 def table(looped: list[Results], single: list[Results], config: Config) -> str:
-    """Markdown: a row per difficulty, mean and range over seeds."""
+    """Markdown: one row per difficulty, with mean and range over seeds."""
 
     def cell(values: np.ndarray) -> str:
         return f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})"
 
     lines = [
-        f"| hops | one layer, {config.model.loops} loops | one pass of the same layer, trained alike |",
+        f"| hops | one layer, {config.model.loops} loops | one pass of the same layer, same training |",
         "|---|---|---|",
     ]
     for difficulty in config.evaluation.difficulties:
@@ -61,6 +56,7 @@ def table(looped: list[Results], single: list[Results], config: Config) -> str:
 
 
 def draw(looped: list[Results], single: list[Results], config: Config, path: Path) -> None:
+    """Saves the curves: mean over seeds, and the range as a band; dotted if the difficulty was not trained on."""
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
     depths = config.evaluation.loops
@@ -82,10 +78,10 @@ def draw(looped: list[Results], single: list[Results], config: Config, path: Pat
     )
     axes.axvline(config.model.loops, color="0.6", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(depths, [str(d) for d in depths])
+    axes.set_xticks(depths, [str(depth) for depth in depths])
     axes.minorticks_off()
     axes.set_ylim(-3, 103)
-    axes.set_xlabel("loops at evaluation (dashed: the depth trained at)")
+    axes.set_xlabel("loops at evaluation (dashed: the depth in training)")
     axes.set_ylabel("exact match, %")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -99,15 +95,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/p_hop"))
     args = parser.parse_args()
-    looped, single = [], []
+    runs: dict[str, list[Results]] = {"looped": [], "single": []}
     for seed in args.seeds:
-        for name, words, runs in [("looped", [], looped), ("single", ["--model.loops", "1"], single)]:
-            config = load_config(CONFIG, [*words, "--training.seed", str(seed)])
-            work = args.out / f"{name}_{seed}"
-            runs.append(once(work.with_suffix(".json"), partial(run, config, work)))
+        for name, overrides in [("looped", []), ("single", ["--model.loops", "1"])]:
+            config = load_config(CONFIG, [*overrides, "--training.seed", str(seed)])
+            workdir = args.out / f"{name}_{seed}"
+            runs[name].append(stored(workdir.with_suffix(".json"), partial(run, config, workdir)))
     config = load_config(CONFIG)
-    print(table(looped, single, config))
-    draw(looped, single, config, args.out / "p_hop.png")
+    print(table(runs["looped"], runs["single"], config))
+    draw(runs["looped"], runs["single"], config, args.out / "p_hop.png")
 
 
 if __name__ == "__main__":

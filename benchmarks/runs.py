@@ -1,13 +1,17 @@
-"""Runs that a benchmark compares: each trained once, its losses kept as one JSON line, and their tables."""
+"""Runs that a benchmark compares: each is trained once, its result is stored as JSON, and a table shows them all."""
 
+import argparse
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mythos_jax.config import Config
+from mythos_jax.config import Config, load_config
+from mythos_jax.data.batch import Batch
 from mythos_jax.data.open import open_data
 from mythos_jax.evaluation.evaluate import evaluate_model
 from mythos_jax.runs.load import load_model
@@ -16,52 +20,83 @@ from mythos_jax.training.train import train
 HOUSE = Path(__file__).parents[1] / "configs" / "house_tiny.yaml"
 DEPTHS = (1, 2, 4, 8, 16, 32)
 
-Losses = dict[int | str, float]  # depth -> held-out nats per token
+Losses = dict[Any, float]  # depth -> held-out nats per token; as JSON, the depths are text
+# Overrides of the config, and a function that trains in a folder and evaluates.
+Variant = tuple[list[str], Callable[[Config, Path], Losses]]
 
 
-def slug(name: str) -> str:
+def file_name(variant: str) -> str:
     """A variant's name as a file name."""
-    return re.sub(r"\W+", "_", name)
+    return re.sub(r"\W+", "_", variant)
 
 
-def ours(config: Config, workdir: Path) -> Losses:
-    """Trains as `mythos train` does (a run that was interrupted goes on) and evaluates at `evaluation.loops`; also
-    "used", the loops that contributed to a token, on average, of the deepest evaluation."""
+def train_and_evaluate(config: Config, workdir: Path) -> Losses:
+    """Trains as `mythos train` does, resuming an interrupted run, and evaluates at `evaluation.loops`.
+
+    Also returns "used": the mean number of loops that contributed to a token, at the greatest depth.
+    """
     train(config, workdir)
     results = evaluate_model(load_model(workdir)).results
-    return {**{m.setting.loops: m.loss for m in results}, "used": results[-1].mean_loops}
+    return {**{row.setting.loops: row.loss for row in results}, "used": results[-1].mean_loops}
 
 
-def once(path: Path, make: Callable[[], Any]) -> Any:
-    """What `make` returns, kept as JSON at `path` and read from there the next time."""
-    if path.is_file():
-        return json.loads(path.read_text())
-    value = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value) + "\n")
-    part.rename(path)
+def add_arguments(parser: argparse.ArgumentParser, *, seeds: list[int], out: Path) -> None:
+    """The arguments that `run_variants` reads."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--only", default="", help="run only the variants whose name contains this")
+    parser.add_argument("--finished", action="store_true", help="train nothing; show the runs that are finished")
+    parser.add_argument("--out", type=Path, default=out)
+
+
+def run_variants(arguments: argparse.Namespace, variants: Mapping[str, Variant]) -> dict[str, list[Losses]]:
+    """The losses of each variant, one per seed. Finished runs are read from disk, the others are trained."""
+    rows: dict[str, list[Losses]] = {}
+    for name, (overrides, run) in variants.items():
+        if arguments.only not in name:
+            continue
+        for seed in arguments.seeds:
+            fixed = ["--training.seed", str(seed), "--data.path", str(arguments.out / "data")]
+            config = load_config(HOUSE, [*overrides, *fixed])
+            workdir = arguments.out / f"{file_name(name)}_{seed}"
+            result = workdir.with_suffix(".json")
+            if result.is_file() or not arguments.finished:
+                rows.setdefault(name, []).append(stored(result, partial(run, config, workdir)))
+    if not any(arguments.only in name for name in variants):
+        sys.exit(f"--only: got {arguments.only!r}, allowed: part of one of {', '.join(variants)}")
+    if not rows:
+        sys.exit(f"--finished: no finished runs in {arguments.out}")
+    return rows
+
+
+def stored(path: Path, make: Callable[[], Any]) -> Any:
+    """The JSON at `path`; if there is none, what `make` returns, stored there first."""
+    if not path.is_file():
+        value = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        incomplete = path.with_suffix(".part")
+        incomplete.write_text(json.dumps(value) + "\n")
+        incomplete.rename(path)
     return json.loads(path.read_text())
 
 
-def batches_of(config: Config) -> tuple[Any, list[Any]]:
-    """The training batches of a config, in the order that its run sees, and its held-out ones."""
+def batches_of(config: Config) -> tuple[Any, list[Batch]]:
+    """The training batches of a config, in the order of its run, and its held-out batches."""
     data = open_data(config)
     held_out = list(data.held_out_batches(config.evaluation.batch_size, config.evaluation.max_rows))
     return data.train_batches(batch_size=config.training.batch_size, seed=config.training.seed), held_out
 
 
-def table(rows: dict[str, list[dict[str, float]]], depths: Sequence[int]) -> str:
-    """Markdown: a row per variant, mean and sample standard deviation over its seeds per depth, the best depth bold."""
+def table(rows: dict[str, list[Losses]], depths: Sequence[int]) -> str:
+    """Markdown: one row per variant, with mean and sample standard deviation over seeds per depth; best depth bold."""
     lines = ["| variant | seeds | " + " | ".join(map(str, depths)) + " |", "|---" * (len(depths) + 2) + "|"]
     for name, runs in rows.items():
-        means = {d: statistics.mean(run[str(d)] for run in runs) for d in depths}
-        best = min(means, key=lambda d: means[d])
+        means = {depth: statistics.mean(run[str(depth)] for run in runs) for depth in depths}
+        best = min(means, key=lambda depth: means[depth])
         cells = []
-        for d in depths:
-            cell = f"{means[d]:.3f}"
+        for depth in depths:
+            cell = f"{means[depth]:.3f}"
             if len(runs) > 1:
-                cell += f" ± {statistics.stdev(run[str(d)] for run in runs):.3f}"
-            cells.append(f"**{cell}**" if d == best else cell)
+                cell += f" ± {statistics.stdev(run[str(depth)] for run in runs):.3f}"
+            cells.append(f"**{cell}**" if depth == best else cell)
         lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the speed benchmarks compute from times, and that what they compare is the same computation."""
+"""The speed benchmarks: what they compute from times, and that they compare equal computations."""
 
 import dataclasses
 
@@ -9,34 +9,34 @@ import numpy as np
 import pytest
 
 from benchmarks.roofline import exponent, unrolled_features
-from benchmarks.timing import by_turns, ratios, spread
+from benchmarks.timing import median_and_range, ratios, time_in_turns
 from benchmarks.utilisation import DENSE_1B, toy
 from mythos_jax.config import ModelConfig
 from mythos_jax.flops import count_parameters
 from mythos_jax.model.mythos import Mythos
 
 
-def test_the_exponent_of_a_power_law_is_found_whatever_its_factor():
+def test_the_exponent_of_a_power_law_does_not_depend_on_its_factor():
     sizes = [1, 2, 4, 8, 16]
     assert exponent(sizes, [3e-3 * n**1.25 for n in sizes]) == pytest.approx(1.25)
-    # Noise that is even in the logarithm, and does not lean with the size, leaves it.
+    # Noise in the logarithm that is not correlated with the size has no influence.
     assert exponent([1, 2, 4], [2.0, 1.0, 2.0]) == pytest.approx(0)
 
 
-def test_sides_take_turns_and_their_first_calls_stand_apart():
+def test_sides_take_turns_and_first_calls_are_separate():
     calls = []
-    times, first = by_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
+    times, first = time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
     assert "".join(calls) == "ab" + "aabb" * 3
     assert {side: len(turns) for side, turns in times.items()} == {"a": 3, "b": 3}
     assert set(first) == {"a", "b"}
 
 
-def test_ratios_are_turn_by_turn_and_cells_show_the_spread():
+def test_ratios_are_within_each_repeat_and_cells_show_the_range():
     assert ratios([2.0, 8.0], [1.0, 2.0]) == [2.0, 4.0]
-    assert spread([0.003, 0.001, 0.0025], 1e3) == "2.5 (1.0 to 3.0)"
+    assert median_and_range([0.003, 0.001, 0.0025], 1e3) == "2.5 (1.0 to 3.0)"
 
 
-def test_the_loop_written_out_is_the_loop():
+def test_the_unrolled_loop_equals_the_loop():
     config = ModelConfig(
         vocab_size=32, dim=32, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=16, loop_layers=2, loops=3,
         injection="none",
@@ -48,7 +48,7 @@ def test_the_loop_written_out_is_the_loop():
     np.testing.assert_allclose(unrolled, looped, atol=1e-5)
 
 
-def test_the_models_of_a_gpu_are_of_their_size_and_are_shrunk_in_kind():
+def test_the_gpu_models_have_1_b_parameters_and_toys_keep_their_kind():
     assert 0.9e9 < count_parameters(DENSE_1B) < 1.1e9
     small = toy(dataclasses.replace(DENSE_1B, dtype="bfloat16"))
     assert count_parameters(small) < 1e6
