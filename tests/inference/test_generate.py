@@ -35,7 +35,7 @@ def call(config, prompts=PROMPTS, **keywords):
 
 
 def _empty(B):
-    """What a `State` holds beside its cache."""
+    """What a `State` holds besides its cache."""
     grid, row = jnp.zeros((B, N), jnp.int32), jnp.zeros(B, jnp.int32)
     return jnp.zeros(B, bool), jnp.int32(1), GenerateResult(grid, row, grid)
 
@@ -99,7 +99,7 @@ def test_families_that_start_from_noise(start):
 
 def test_stop_tokens_end_a_row_and_all_rows_end_generation():
     free = call(GQA, loops=5)
-    # The first row stops at its third token, the second row goes on.
+    # The first row stops at its third token, the second row continues.
     stop = int(free.tokens[0, 2])
     length = [list(row).index(stop) + 1 if stop in row else N for row in np.asarray(free.tokens)]
     assert 1 < length[0] <= 3 < length[1]
@@ -116,7 +116,7 @@ def test_sampling_is_reproducible_and_independent_of_the_batch():
     first = call(GQA, seed=[7, 8], **keywords)
     np.testing.assert_array_equal(call(GQA, seed=[7, 8], **keywords).tokens, first.tokens)
     assert (call(GQA, seed=[9, 8], **keywords).tokens[0] != first.tokens[0]).any()
-    # The same two requests, each in the other's place and beside a stranger.
+    # The same two requests, each in the other's row and next to a third one.
     other = some_tokens(2, (2, T))
     for row, place, seed in [(0, 1, [3, 7]), (1, 0, [8, 3])]:
         prompts, lengths = other.copy(), np.array([4, 4])
@@ -161,7 +161,7 @@ def test_values_do_not_compile_anew():
     ids=["gqa_act", "mla_latent", "noise"],
 )
 def test_prompts_in_chunks_give_the_same(config, keywords):
-    """In chunks of 2, the rows' last tokens lie in the third and in the second."""
+    """In chunks of 2, the last tokens of the rows are in the third chunk and in the second."""
     whole, before = call(config, loops=5, **keywords), prefill._cache_size()
     result = call(config, loops=5, prefill_chunk=2, **keywords)
     for name in ("tokens", "loops", "lengths"):
@@ -241,7 +241,7 @@ def test_a_stream_ends_with_its_last_row_and_refuses_at_once():
 
 @pytest.mark.parametrize("config", [GQA, MLA], ids=["gqa_act", "mla_kl"])
 def test_nothing_of_the_caches_size_is_copied(config):
-    """Decoding writes in place: beside its arguments it needs far less memory than the cache, three rows at a time."""
+    """Decoding writes in place: besides its arguments it needs far less memory than the cache, three rows at a time."""
     B, S = 3, 3001
     halting = Halting("act", 0.6, 1, 5) if config is GQA else Halting("kl", 0.02, 1, 5)
     cache = jax.eval_shape(lambda: init_cache(config, B, S, 5))

@@ -11,7 +11,7 @@ from mythos_jax.inference.sampling import Sampling, position_noise, sample, trun
 from tests.tiny import HUGINN
 
 N, V = 4000, 6
-LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2, 1e-9]))  # likeliest first: 1 3 4 2 0 5
+LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2, 1e-9]))  # most likely first: 1 3 4 2 0 5
 
 
 @partial(jax.jit, static_argnames="seeds_apart")
@@ -42,7 +42,7 @@ def test_temperature_zero_is_the_argmax_and_near_zero_is_finite():
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(1, [1]), (2, [1, 3]), (4, [1, 2, 3, 4]), (6, [0, 1, 2, 3, 4])])
-def test_top_k_keeps_the_likeliest(top_k, kept):
+def test_top_k_keeps_the_most_likely(top_k, kept):
     np.testing.assert_array_equal(np.unique(draws(1.0, top_k, 1.0)), kept)
 
 
@@ -52,8 +52,8 @@ def test_top_k_keeps_the_likeliest(top_k, kept):
 )
 def test_top_p_keeps_the_fewest_that_hold_the_mass(top_p, kept):
     np.testing.assert_array_equal(np.unique(draws(1.0, 0, top_p)), kept)
-    likeliest = np.sort(np.exp(LOGITS))[::-1]
-    assert likeliest[: len(kept)].sum() >= top_p > likeliest[: len(kept) - 1].sum()
+    descending = np.sort(np.exp(LOGITS))[::-1]
+    assert descending[: len(kept)].sum() >= top_p > descending[: len(kept) - 1].sum()
 
 
 def test_top_p_counts_mass_after_top_k():

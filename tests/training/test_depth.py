@@ -35,7 +35,7 @@ def test_huginn_moments():
 
 
 def test_parcae_moments():
-    """max(1, Poisson(8)), one draw a row."""
+    """max(1, Poisson(8)), one draw per row."""
     depths = many(with_depth(distribution="poisson", max_loops=1000))
     assert depths.mean() == pytest.approx(8 + np.exp(-8), abs=0.05)
     assert depths.var() == pytest.approx(8, abs=0.2)
@@ -136,7 +136,7 @@ def test_truncated_gradient_is_that_of_the_last_loops_from_a_constant_state(conf
 
 
 def raw_state(config, held, loops):
-    """The state after some loops, which is what the coda gets where nothing stands between."""
+    """The state after some loops, which is what the coda gets if nothing comes between."""
     return jax.jit(lambda held: Mythos(config).apply(held, TOKENS, loops=loops).state)(held)
 
 

@@ -76,8 +76,8 @@ def test_depths_do_not_depend_on_the_devices():
 
 
 def test_documents_in_one_row_are_as_if_alone():
-    """Two documents of six tokens a row, at random depth, accumulated and sharded: the loss is that of the documents
-    in rows of their own; positions go on through the row, since RoPE turns by their differences alone."""
+    """Two documents of six tokens per row, at random depth, accumulated and sharded: the loss is that of the documents
+    in rows of their own. Positions continue through the row: RoPE depends on their differences only."""
     dense = dataclasses.replace(RANDOM.model, feed_forward="dense")
     config = dataclasses.replace(
         RANDOM, model=dense, training=dataclasses.replace(RANDOM.training, grad_accumulation_steps=2)
