@@ -7,9 +7,9 @@ processes do once they are connected is in processes.py.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from importlib.util import find_spec
-from typing import Any
 
 import jax
 
@@ -88,10 +88,9 @@ def _slurm(environment: Mapping[str, str], coordinator: str | None) -> Cluster:
     if coordinator is None:
         # Node lists look like node7 · node7,other1 · node[07-09],other1. The port derives from the job id, so that jobs
         # sharing a node do not collide.
-        first = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
-        assert first is not None, "Slurm writes no empty node list"
+        prefix, number = re.findall(r"^([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])[0]
         port = int(environment["SLURM_JOB_ID"]) % 4096 + 61440
-        coordinator = f"{first[1]}{first[2] or ''}:{port}"
+        coordinator = f"{prefix}{number}:{port}"
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     shares_a_node = max(map(int, re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", node_tasks)), default=tasks) > 1
     local = int(environment["SLURM_LOCALID"])
@@ -116,22 +115,22 @@ def connect(cluster: Cluster | None, connect_timeout: int = 300, heartbeat_timeo
     """
     if cluster is None:
         return
-    timeouts: dict[str, Any] = {
-        "initialization_timeout": connect_timeout,
-        "heartbeat_timeout_seconds": heartbeat_timeout,
-        "shutdown_timeout_seconds": heartbeat_timeout,
-    }
+    initialize = partial(
+        jax.distributed.initialize,
+        initialization_timeout=connect_timeout,
+        heartbeat_timeout_seconds=heartbeat_timeout,
+        shutdown_timeout_seconds=heartbeat_timeout,
+    )
     try:
         if cluster.source == "tpu":
-            jax.distributed.initialize(**timeouts)
+            initialize()
         else:
-            jax.distributed.initialize(
+            initialize(
                 cluster.coordinator,
                 cluster.processes,
                 cluster.process_id,
                 local_device_ids=cluster.local_devices,
                 cluster_detection_method="deactivate",
-                **timeouts,
             )
     except (RuntimeError, ValueError, OSError) as error:
         address = cluster.coordinator or "the TPU's own coordinator"
@@ -149,5 +148,5 @@ def cache_compilations(folder: str | None) -> None:
     option = "jax_compilation_cache_dir"
     if folder:
         jax.config.update(option, folder)
-    if is_remote(folder or getattr(jax.config, option) or ""):
+    if is_remote(getattr(jax.config, option) or ""):
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own caches need a disk

@@ -1,33 +1,33 @@
-"""What can go wrong, and the exit code of each: the ground floor, which imports nothing of the package."""
+"""Errors of the package and the exit codes of its commands. Imports nothing of the package."""
 
 import signal
 
-# Exit codes of every command. RESTART: run the same command again.
+# RESTART: run the same command again.
 DONE, FAILED, WRONG_INPUT, RESTART, INTERRUPTED = 0, 1, 2, 42, 130
 
 
 class ConfigError(ValueError):
-    """Something the user can correct; the message is one line, fit to be shown as it is."""
+    """Something the user can correct. The message is one line that can be shown as it is."""
 
 
 class TrainingError(RuntimeError):
-    """Training failed; the last good checkpoint stands."""
+    """Training failed; the last good checkpoint is still there."""
 
 
 class BadStepError(TrainingError):
-    """The loss or the gradient is no longer a number, or the loss has jumped."""
+    """The loss or the gradient is NaN or infinite, or the loss has spiked."""
 
 
 class SaveError(TrainingError):
-    """A checkpoint that could not be written; the ones before it are untouched."""
+    """A checkpoint could not be written; earlier ones are untouched."""
 
 
 class DamagedError(TrainingError):
-    """A checkpoint whose files do not hold what was saved."""
+    """The files of a checkpoint do not hold what was saved."""
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; it saved first. `signal` says which."""
+    """The run stopped on a signal, after saving a checkpoint. signal: its number."""
 
     def __init__(self, number: int, step: int):
         name = signal.Signals(number).name

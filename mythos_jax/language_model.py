@@ -18,6 +18,7 @@ from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel, load_model
 
+Texts = list[str] | tuple[str, ...]  # not Sequence[str], which a str is, too
 Policies = Halting | str | Sequence[Halting | str]
 
 
@@ -92,7 +93,7 @@ class LanguageModel:
 
     @overload
     def generate(
-        self, texts: Sequence[str], *, stream: Literal[False] = False, **options: Unpack[TextOptions]
+        self, texts: Texts, *, stream: Literal[False] = False, **options: Unpack[TextOptions]
     ) -> list[str]: ...
 
     @overload
@@ -102,12 +103,12 @@ class LanguageModel:
 
     @overload
     def generate(
-        self, texts: Sequence[str], *, stream: Literal[True], **options: Unpack[TextOptions]
+        self, texts: Texts, *, stream: Literal[True], **options: Unpack[TextOptions]
     ) -> TextStream[list[str]]: ...
 
     def generate(
         self,
-        texts: str | Sequence[str],
+        texts: str | Texts,
         *,
         loops: int | None = None,
         halting: Halting | str | None = None,

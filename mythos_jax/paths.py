@@ -1,4 +1,4 @@
-"""Paths that may be on a disk or in an object store, as in `gs://bucket/runs/a`."""
+"""Paths on a disk or in an object store, such as `gs://bucket/runs/a`."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def to_path(path: str | os.PathLike) -> Any:
-    """A `pathlib.Path`, or for an object store etils' path, which has the same methods."""
+    """A `pathlib.Path`; for an object store an etils path, which has the same methods."""
     if not is_remote(path):
         return Path(path)
     from etils import epath
@@ -20,7 +20,7 @@ def to_path(path: str | os.PathLike) -> Any:
 
 
 def copy_tree(source: Any, target: Any) -> None:
-    """Copies the files below a folder into another; either may be remote."""
+    """Copies a folder's files and subfolders into another folder; either may be remote."""
     target.mkdir(parents=True, exist_ok=True)
     for item in source.iterdir():
         if item.is_dir():

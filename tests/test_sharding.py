@@ -19,7 +19,7 @@ from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.cross_entropy import cross_entropy
-from mythos_jax.sharding import check_sharded, in_slices, make_mesh, shardings, use_mesh
+from mythos_jax.sharding import check_sharded, make_mesh, shardings, split_into_slices, use_mesh
 from mythos_jax.training.step import abstract_state, init_state, jitted_step
 from tests import parallelism
 from tests.tiny import SHARDED_GQA, SHARDED_MLA
@@ -158,9 +158,9 @@ def test_devices_are_grouped_by_the_slice_they_report():
         process_index: int = 0
 
     chips = [Chip(i, slice_index=i % 2) for i in range(8)]
-    assert [[chip.slice_index for chip in part] for part in in_slices(2, chips)] == [[0] * 4, [1] * 4]
+    assert [[chip.slice_index for chip in part] for part in split_into_slices(2, chips)] == [[0] * 4, [1] * 4]
     with pytest.raises(ConfigError, match=r"mesh\.slices: got 1, allowed: 2, the slices that the devices are on"):
-        in_slices(1, chips)
+        split_into_slices(1, chips)
 
 
 def test_a_mesh_that_would_replicate_weights_is_refused():

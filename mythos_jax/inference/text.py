@@ -19,8 +19,10 @@ from mythos_jax.inference.request import PREFILL_CHUNK, Seed
 from mythos_jax.inference.sampling import position_noise
 from mythos_jax.inference.speculative import SpeculativeResult, stream_drafts
 from mythos_jax.inference.state import GenerateResult
+from mythos_jax.model.apply import apply
 from mythos_jax.model.halting import Halting, check_halting
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.state import Output
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import replicate, use_mesh
 
@@ -273,5 +275,8 @@ def _logits(
         B, T = tokens_BT.shape
         # The noise that generation draws, so that these are the logits that it samples from.
         start = position_noise(model.config, jnp.broadcast_to(seed, B), jnp.broadcast_to(jnp.arange(T), (B, T)))
-    out: Any = model.apply(variables, tokens_BT, loops=loops, halting=halting, initial_state=start)
-    return replicate(out.logits)
+
+    def forward(model: Mythos) -> Output:
+        return model(tokens_BT, loops=loops, halting=halting, initial_state=start)
+
+    return replicate(apply(forward, model, variables).logits)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from mythos_jax.ops import splash_attention
 from mythos_jax.ops.blockwise import blockwise_attention
-from mythos_jax.sharding import axis_size, in_use, placement, platform
+from mythos_jax.sharding import axis_size, in_use, partition_spec, platform
 
 # The name by which rematerialisation policies know the output of attention and its other residuals.
 SAVED = "attention"
@@ -83,7 +83,7 @@ def _select_implementation(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask, scale: float
 ) -> AttentionFunction:
     target, T, S = platform(), q_BTHK.shape[1], k_BSGK.shape[1]
-    n_shards = _shard_count(placement(q_BTHK.shape, _QUERY_AXES)[1]) if in_use() else 1
+    n_shards = _shard_count(partition_spec(q_BTHK.shape, _QUERY_AXES)[1]) if in_use() else 1
     if target == "tpu" and mask.index_BT is None and splash_attention.supports(T, S, n_shards):
         return partial(_splash, scale=scale, n_shards=n_shards)
     if target in ("gpu", "cuda") and n_shards == 1 and _cudnn_supports(q_BTHK, v_BSGV, mask):
@@ -133,7 +133,7 @@ def _per_device(
     segments = None if segments_BT is None else (segments_BT, segments_BT)
     if not in_use():
         return attention(q_BTHK, k_BSGK, v_BSGV, index_BT, segments)
-    rows, length, heads, _ = placement(q_BTHK.shape, _QUERY_AXES)
+    rows, length, heads, _ = partition_spec(q_BTHK.shape, _QUERY_AXES)
     if heads:
         # Each device needs the kv heads of its own query heads. If there are fewer kv heads than shards, repeat them.
         G = k_BSGK.shape[2]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.ops.chunked import map_chunks
-from mythos_jax.sharding import axis_size, in_use, placement
+from mythos_jax.sharding import axis_size, in_use, partition_spec
 
 
 def cross_entropy(
@@ -20,9 +20,9 @@ def cross_entropy(
     """
     if not in_use():
         return _local_cross_entropy(features_BTD, table_VD, targets_BT, chunk_length)
-    tokens_spec = placement(targets_BT.shape, ("batch", "length"))
-    features_spec = placement(features_BTD.shape, ("batch", "length", "act_embed"))
-    table_spec = placement(table_VD.shape, ("vocab", "embed"))
+    tokens_spec = partition_spec(targets_BT.shape, ("batch", "length"))
+    features_spec = partition_spec(features_BTD.shape, ("batch", "length", "act_embed"))
+    table_spec = partition_spec(table_VD.shape, ("vocab", "embed"))
     vocab_axis, width_axes = table_spec
 
     def per_device(features_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:

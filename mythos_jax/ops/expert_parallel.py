@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 from mythos_jax.ops.blocked_experts import blocked_experts
 from mythos_jax.ops.grouped_matmul import ExpertWeights, grouped_matmul
 from mythos_jax.ops.ragged_all_to_all import ragged_all_to_all
-from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, placement, platform
+from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, partition_spec, platform
 
 # The size of a chunk of tokens: an expert gets this many rows on average, which is enough for a chip to be limited by
 # its matrix units and not by reading the weights.
@@ -39,7 +39,7 @@ def choose_experts(scores_BTE: jax.Array, k: int) -> jax.Array:
     """The k experts with the highest scores for each token, int32 [B, T, k]. Each device sorts only its own tokens."""
     if not in_use():
         return jax.lax.top_k(scores_BTE, k)[1]
-    spec = placement(scores_BTE.shape, ("batch", "length", None))
+    spec = partition_spec(scores_BTE.shape, ("batch", "length", None))
     scores_BTE = jax.lax.stop_gradient(scores_BTE)
     return jax.shard_map(lambda scores: jax.lax.top_k(scores, k)[1], in_specs=spec, out_specs=spec)(scores_BTE)
 
@@ -99,8 +99,8 @@ def _weight_axes(width_name: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def _layout(x_BTD: jax.Array, weights: ExpertWeights, width_name: str) -> _Layout:
-    tokens = placement(x_BTD.shape, ("batch", "length", "act_embed"))
-    specs = tuple(placement(w.shape, names) for w, names in zip(weights, _weight_axes(width_name), strict=True))
+    tokens = partition_spec(x_BTD.shape, ("batch", "length", "act_embed"))
+    specs = tuple(partition_spec(w.shape, names) for w, names in zip(weights, _weight_axes(width_name), strict=True))
     token_axes = mesh_axes(tokens)
     expert_shards = axis_size("expert") if specs[0][0] else 1
     return _Layout(

@@ -23,7 +23,7 @@ from mythos_jax.inference.state import GenerateResult, Setup, State
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.preflight.topology import Topology
-from mythos_jax.sharding import RULES, make_mesh, placement, use_mesh
+from mythos_jax.sharding import RULES, make_mesh, partition_spec, use_mesh
 from mythos_jax.training.step import abstract_state, jitted_step
 
 # libtpu expects to run on a TPU VM. Without these it asks the VM's metadata server what it runs on, and logs failures.
@@ -120,7 +120,7 @@ def compile_decode(config: Config, topology: Topology, quick: bool = False) -> P
         """Abstract arrays, placed by the logical names of their first axes."""
 
         def place_array(x: Any) -> jax.ShapeDtypeStruct:
-            spec = placement(x.shape, (*names, *(None,) * (len(x.shape) - len(names))), mesh.shape, RULES)
+            spec = partition_spec(x.shape, (*names, *(None,) * (len(x.shape) - len(names))), mesh.shape, RULES)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
         return jax.tree.map(place_array, tree)

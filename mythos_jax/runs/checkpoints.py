@@ -151,13 +151,14 @@ class Checkpoints:
         return tree
 
     def _set_aside(self, step: int) -> None:
-        self._manager.wait_until_finished()
-        process_zero_first("checkpoint", partial(self._rename, step))
-        self._manager.reload()
+        def rename() -> None:
+            if is_process_zero():
+                (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
 
-    def _rename(self, step: int) -> None:
-        if is_process_zero():
-            (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+        with _quiet_orbax():
+            self._manager.wait_until_finished()
+            process_zero_first("checkpoint", rename)
+            self._manager.reload()
 
     def close(self) -> None:
         with _quiet_orbax():
