@@ -87,9 +87,7 @@ class LanguageModel:
         return self.loaded.mesh
 
     @overload
-    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, and the first signature takes it
-        self, texts: str, *, stream: Literal[False] = False, **options: Unpack[TextOptions]
-    ) -> str: ...
+    def generate(self, texts: str, *, stream: Literal[False] = False, **options: Unpack[TextOptions]) -> str: ...
 
     @overload
     def generate(
@@ -97,9 +95,7 @@ class LanguageModel:
     ) -> list[str]: ...
 
     @overload
-    def generate(  # type: ignore[overload-overlap]
-        self, texts: str, *, stream: Literal[True], **options: Unpack[TextOptions]
-    ) -> TextStream[str]: ...
+    def generate(self, texts: str, *, stream: Literal[True], **options: Unpack[TextOptions]) -> TextStream[str]: ...
 
     @overload
     def generate(
