@@ -159,9 +159,7 @@ def test_devices_are_grouped_by_the_slice_they_report():
 
     chips = [Chip(i, slice_index=i % 2) for i in range(8)]
     assert [[chip.slice_index for chip in part] for part in split_into_slices(2, chips)] == [[0] * 4, [1] * 4]
-    with pytest.raises(
-        ConfigError, match=r"mesh\.slices: got 1, allowed: 2, the number of slices that the devices are on"
-    ):
+    with pytest.raises(ConfigError, match=r"mesh\.slices: got 1, allowed: 2, the number of slices of the devices"):
         split_into_slices(1, chips)
 
 
