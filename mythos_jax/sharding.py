@@ -80,9 +80,7 @@ def split_into_slices(n: int, devices: Sequence[jax.Device]) -> list[list[jax.De
     """The devices of each of n slices. CPUs and GPUs have no slice index; they are divided into n equal parts."""
     indices = sorted({device.slice_index for device in devices if hasattr(device, "slice_index")})
     if indices and len(indices) != n:
-        raise ConfigError(
-            f"mesh.slices: got {n}, allowed: {len(indices)}, the number of slices that the devices are on"
-        )
+        raise ConfigError(f"mesh.slices: got {n}, allowed: {len(indices)}, the number of slices of the devices")
     if indices:
         return [[device for device in devices if device.slice_index == index] for index in indices]
     if len(devices) % n:
