@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_previous_one(config, uninterr
     damage(uninterrupted / "checkpoints" / "8")
     train(config, uninterrupted, progress=False)
     errors = capsys.readouterr().err
-    assert "checkpoints/8: damaged, trying the one before" in errors
+    assert "checkpoints/8: damaged, trying the previous one" in errors
     assert "after step 6" in errors
     assert (uninterrupted / "checkpoints" / "8.damaged").is_dir()
     assert_same(expected, parameters(uninterrupted))
