@@ -5,7 +5,7 @@ import argparse
 from mythos_jax.commands.arguments import add_step
 from mythos_jax.errors import DONE
 
-SUMMARY = "Train the head that predicts how many loops a token needs, on the rows of a run."
+SUMMARY = "Train the head that predicts how many loops each token needs, on the rows of a run."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
