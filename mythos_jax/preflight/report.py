@@ -23,8 +23,8 @@ class PreflightReport:
     step: train or decode. tokens: per step. hbm: bytes per chip by what they hold. needed: their peak, in bytes per
     chip. biggest: the largest buffers, if the compiler refused the program. advice: which setting to change, if it does
     not fit. flops: of one step on the whole mesh, `model` counted from the config and `compiled` from the program.
-    seconds: lower bounds of the time of a step, by resource. If the compiler refused the program, flops, collectives
-    and seconds are empty.
+    uncounted: custom calls of unknown cost, which count as free. seconds: lower bounds of the time of a step, by
+    resource. If the compiler refused the program, flops, collectives, uncounted and seconds are empty.
     """
 
     name: str
@@ -38,6 +38,7 @@ class PreflightReport:
     advice: str
     flops: dict[str, float]
     collectives: tuple[Collective, ...]
+    uncounted: tuple[str, ...]
     seconds: dict[str, float]
     fits: bool
 
@@ -69,6 +70,7 @@ class PreflightReport:
             "advice": self.advice,
             "tokens": self.tokens,
             "flops": self.flops,
+            "uncounted": self.uncounted,
             "collectives": [
                 {"kind": kind, "axes": axes, "count": count, "ici": ici, "dcn": dcn}
                 for (kind, axes), (count, ici, dcn) in _by_kind(self.collectives).items()
@@ -125,6 +127,7 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         advice="",
         flops={},
         collectives=(),
+        uncounted=(),
         seconds={},
         fits=False,
     )
@@ -149,6 +152,7 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         advice="" if fits else advice,
         flops={"model": model_flops, "compiled": float(per_chip.flops * program.mesh.size)},
         collectives=collectives,
+        uncounted=per_chip.uncounted,
         seconds={
             "compute": float(per_chip.flops / chip.flops),
             "HBM": per_chip.hbm_bytes / chip.hbm_bandwidth,
@@ -197,6 +201,7 @@ def _cost_lines(report: PreflightReport) -> list[str]:
     return [
         f"FLOPs per step ({report.tokens:,} tokens): {model:.3e} of the model, {compiled:.3e} compiled "
         f"({compiled / model:.2f} x)",
+        *([f"Not counted: custom calls {', '.join(report.uncounted)}"] if report.uncounted else []),
         "",
         "Collectives per step, with the bytes that each chip sends",
         *(
