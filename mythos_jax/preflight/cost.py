@@ -59,7 +59,7 @@ _KERNEL = "tpu_custom_call"
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one execution, per chip. uncounted: targets of custom calls that were counted as free unseen."""
+    """The cost of one execution, per chip. uncounted: custom calls that count as free but are not known to be."""
 
     flops: float
     hbm_bytes: float
