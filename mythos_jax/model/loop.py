@@ -50,7 +50,7 @@ class LoopContext(struct.PyTreeNode):
     token is to run, where the halting policy predicts them.
     limit, stop: int32 [] or [B, 1]. `limit` is the depth that a row is on its way to; this call ends before loop
     `stop`. start: int32 [] or [B], the first loop of this call. count: how many loops it runs, where that is fixed and
-    no token can halt, else None. uniform: all rows are at the same loop.
+    no token can halt, else None. same_loop: all rows are at the same loop.
     """
 
     inputs: TokenInputs
@@ -63,7 +63,7 @@ class LoopContext(struct.PyTreeNode):
     stop: jax.Array
     count: int | None = struct.field(pytree_node=False)
     freeze: Freeze = struct.field(pytree_node=False)
-    uniform: bool = struct.field(pytree_node=False)
+    same_loop: bool = struct.field(pytree_node=False)
 
 
 def make_context(
@@ -113,7 +113,7 @@ def make_context(
         stop=stop[:, None] if stop.ndim == 1 else stop,
         count=fixed,
         freeze=freeze,
-        uniform=start.ndim == 0,
+        same_loop=start.ndim == 0,
     )
 
 
@@ -200,13 +200,13 @@ def while_loops(
     Returns the carry and, shaped like `start`, the loop that each row ended before. No reverse mode.
     """
     rows, start, halting = carry.tokens.halted_BT.shape[0], context.start, context.halting
-    if context.uniform:  # count with t itself
+    if context.same_loop:  # count with t itself
         first, end = start, context.stop.max()
     else:  # count the loops of this call
         first, end = jnp.int32(0), (context.stop.reshape(-1) - start).max()
 
     def loop_of(t: jax.Array) -> jax.Array:
-        return jnp.full(rows, t, jnp.int32) if context.uniform else start + t
+        return jnp.full(rows, t, jnp.int32) if context.same_loop else start + t
 
     def more(_, state):
         t, carry = state
@@ -217,11 +217,11 @@ def while_loops(
         t, carry = state
         carry, _ = run(cell, carry, loop_of(t), context)
         if probe is not None:
-            carry = _halt_by_logits(probe, carry, t if context.uniform else loop_of(t)[:, None], context, halting)
+            carry = _halt_by_logits(probe, carry, t if context.same_loop else loop_of(t)[:, None], context, halting)
         return t + 1, carry
 
     t, carry = nn.while_loop(more, body, cell, (first, carry), broadcast_variables=SHARED, split_rngs={"params": False})
-    return carry, t if context.uniform else start + t
+    return carry, t if context.same_loop else start + t
 
 
 def _halt_by_logits(

@@ -47,7 +47,7 @@ class Mythos(nn.Module):
         tokens, cache = m.begin(tokens_BT, cache=None)
         for t in range(8):
             tokens, cache, _ = m.loop(tokens, cache, loops=8, start=t, count=1)
-            logits_after_loop_t = m.finish(tokens, cache).logits
+            out = m.finish(tokens, cache)  # out.logits after loop t; out.cache, after the last, for the next tokens
 
     gather_per_loop: on a mesh that shards the loop's weights, gather them in each loop and not once before the first.
     """
@@ -142,8 +142,8 @@ class Mythos(nn.Module):
         Python ints, traced, or int32 [B]: rows can be at different loops. If the count follows from Python ints and
         there is no halting, the loops are scanned and can be differentiated; otherwise a while loop runs.
         halting: tokens may stop before `loops`. Policies that look at the logits are for decoding with a cache, one
-        token at a time; a prompt runs all its loops. Without a cache such a policy is approximate: it sees a token as
-        the coda does while the token's neighbours are still looping, not with their final states.
+        token at a time; a prompt of several runs all its loops. Without a cache such a policy is approximate:
+        it sees a token as the coda does while the token's neighbours are still looping, not with their final states.
         """
         c, inputs, loops = self.config, tokens.inputs, self.config.loops if loops is None else loops
         if halting is not None and cache is not None and inputs.tokens_BT.shape[1] > 1:
@@ -173,7 +173,7 @@ class Mythos(nn.Module):
         tokens = take_remainder(tokens) if c.act_remainder else tokens  # unspent ACT weight goes to the current state
         state_BTD, features_BTD, caches = self._coda(tokens.readout_BTD, tokens.inputs, cache.coda if cache else None)
         if tokens.probe is not None:
-            # The halting criterion (never with ACT) has run the coda on this state; jit drops the run above as unused.
+            # The criterion, never one of ACT, has run the coda on this very state; jit drops the run above as unused.
             features_BTD, caches = tokens.probe.features_BTD, cache.coda if cache else caches
         return Output(
             logits=self.head(features_BTD) if logits else None,

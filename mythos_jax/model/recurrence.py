@@ -1,8 +1,8 @@
 """The recurrent block: the mathematics of one loop, and the bookkeeping that decides which tokens it applies to.
 
 `RecurrentCell` runs one loop: `next_state` is the equation, `__call__` the bookkeeping around it. `RecurrentBlock` runs
-the cell over a range of loops with one of the drivers in model/loop.py: `nn.scan` for a number of loops that is known
-when the program is traced, which can be differentiated, else `nn.while_loop`, which can end early.
+the cell over a range of loops with one of the drivers in model/loop.py: `nn.scan`, which can be differentiated, if the
+number of loops is known when the program is traced and no policy can halt tokens; else `nn.while_loop`.
 Shape letters as in model/mythos.py; B1 is [B, 1] (or a scalar), to broadcast over the tokens of a row.
 """
 
@@ -44,12 +44,12 @@ class Masks(NamedTuple):
 
 def make_masks(halted_BT: jax.Array, loop_B1: jax.Array, context: LoopContext) -> Masks:
     """The masks of loop t = `loop_B1`, given which tokens halted before it. `context.limit` is the target depth of a
-    row, `context.stop` the loop before which this call pauses."""
+    row, `context.stop` the loop before which this call ends; `context.freeze` follows from policy and config."""
     active_BT = context.inputs.active_BT  # not padding
     min_loops = 1 if context.halting is None else context.halting.min_loops
     may_halt_B1, last_B1 = loop_B1 + 1 >= min_loops, loop_B1 + 1 >= context.limit
-    if context.freeze == "none":
-        # Halted tokens keep evolving, as in the original OpenMythos; they only stop adding to the ACT sum.
+    if context.freeze == "none":  # no policy, or a model with freeze_halted false
+        # Tokens whose ACT has halted keep evolving, as in the original OpenMythos; they only stop adding to its sum.
         return Masks(None, ~halted_BT, active_BT, may_halt_B1, last_B1)
     finished_BT = jnp.broadcast_to(loop_B1 >= context.stop, halted_BT.shape)
     if context.freeze == "finished":  # no policy, but rows run different numbers of loops
@@ -71,7 +71,7 @@ class RecurrentCell(nn.Module):
         loop_B: jax.Array,
         attention: AttentionContext,
         caches: tuple[LayerCache, ...],
-        values: tuple[jax.Array | None, ...],
+        value_embeddings: tuple[jax.Array | None, ...],
         counted_BT: jax.Array,
     ) -> tuple[jax.Array, tuple[LayerCache, ...], list[RouterStats | None]]:
         """h_(t+1) = norm(leave(h_t, e, y + LoRA_t(y))), where y = layers_t(enter(h_t, e + wave_t)).
@@ -88,7 +88,7 @@ class RecurrentCell(nn.Module):
         y_BTD = constrain(injection.enter(h_BTD, entering_BTD), "batch", "length", "act_embed")
         first = c.prelude_layers
         layers = [TransformerBlock(c, first + i, in_loop=True, name=f"layer_{i}") for i in range(c.loop_layers)]
-        y_BTD, caches, stats = apply_layers(layers, y_BTD, attention, caches, counted_BT, values)
+        y_BTD, caches, stats = apply_layers(layers, y_BTD, attention, caches, counted_BT, value_embeddings)
         if c.lora_rank:
             y_BTD += LoopLoRA(c, name="lora")(y_BTD, loop_B)
         h_BTD = injection.leave(h_BTD, e_BTD, y_BTD)
@@ -99,13 +99,13 @@ class RecurrentCell(nn.Module):
         """Runs loop t = `loop_B` (int32 [B], each row at its own), and decides who halts after it."""
         old, halting = carry.tokens, context.halting
         masks = make_masks(old.halted_BT, loop_B[:, None], context)
-        attention = context.attention.replace(loop=loop_B[0] if context.uniform else loop_B, frozen_BT=masks.frozen_BT)
-
+        t = loop_B[0] if context.same_loop else loop_B  # one number keeps the cache's slot a slice
+        attention = context.attention.replace(loop=t, frozen_BT=masks.frozen_BT)
         e_BTD, values = context.inputs.injected_BTD, context.values
         state_BTD, caches, stats = self.next_state(
             old.state_BTD, e_BTD, loop_B, attention, carry.caches, values, masks.counted_BT
         )
-        trace = Trace(change_LBT=relative_change(state_BTD, old.state_BTD))  # BT; the scan adds L
+        trace = Trace(change_LBT=relative_change(state_BTD, old.state_BTD))  # also where it is undone below
         if masks.frozen_BT is not None:
             state_BTD = jnp.where(masks.frozen_BT[..., None], old.state_BTD, state_BTD)
         state_BTD = constrain(state_BTD, "batch", "length", "act_embed")
@@ -115,7 +115,7 @@ class RecurrentCell(nn.Module):
             act, halts_BT, trace = self.act_step(act, state_BTD, masks, context, trace)
         elif halting is not None and context.predicted_BT is not None:
             halts_BT = masks.may_halt_B1 & (loop_B[:, None] + 1 >= context.predicted_BT)
-        elif halting is not None:  # criteria that look at logits are checked by the driver, outside the cell
+        elif halting is not None:  # false for criteria that look at logits, which the driver checks
             halts_BT = masks.may_halt_B1 & state_converged(halting, state_BTD, old.state_BTD)
         if masks.frozen_BT is not None:
             # A row at its target depth has halted. A frozen state does not move, which is not convergence.
@@ -133,7 +133,7 @@ class RecurrentCell(nn.Module):
         self, act: ActState, state_BTD: jax.Array, masks: Masks, context: LoopContext, trace: Trace
     ) -> tuple[ActState, jax.Array, Trace]:
         """Adaptive computation time: p = sigmoid(w h_(t+1) + b) is the weight of h_(t+1) in the read-out, until the sum
-        of p reaches the threshold: then the token halts, and h_(t+1) gets what is missing to 1 (`act_weight`)."""
+        of p reaches the threshold: then the token halts, and h_(t+1) gets what is missing to 1 (model/halting.py)."""
         c, halting = self.config, context.halting
         kernel = self.param("halt_kernel", matrix_init(c.std, "embed", None), (c.dim, 1), jnp.float32)
         bias = self.param("halt_bias", nn.initializers.zeros, (1,), jnp.float32)
