@@ -39,7 +39,7 @@ import mythos_jax.training.step
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_checkpoints_leave_loggers_and_hooks_alone(tmp_path):
+def test_checkpoints_are_quiet_and_leave_loggers_and_hooks_alone(tmp_path):
     code = """
 import logging, sys, threading
 import orbax.checkpoint
@@ -53,6 +53,8 @@ import mythos_jax.runs.checkpoints
 assert settings() == before
 from mythos_jax.runs.checkpoints import Checkpoints
 Checkpoints(sys.argv[1]).close()
+Checkpoints(sys.argv[1], read_only=True).close()
 assert settings() == before
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "checkpoints")], check=True)
+    command = [sys.executable, "-c", code, str(tmp_path / "checkpoints")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stderr == ""

@@ -57,14 +57,14 @@ class Checkpoints:
             raise ConfigError(
                 f"{self.directory.parent}: has no checkpoints; allowed: the directory of a run that saved one"
             )
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            read_only=read_only,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
-            enable_async_checkpointing=not read_only,
-        )
         with _quiet_orbax():
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else keep,
+                read_only=read_only,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                enable_async_checkpointing=not read_only,
+            )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def newest(self) -> int | None:
