@@ -188,11 +188,11 @@ def test_halting_by_logits_spares_prompts(chunk):
     result = call(MLA, loops=5, halting=Halting(criterion, threshold), prefill_chunk=chunk)
     for row in range(2):
         slow = Decoder(MLA, exact(variables(MLA)), 5, criterion=criterion, threshold=threshold)
-        logits, ran = slow.feed(PROMPTS[row, : LENGTHS[row]], several=True)
+        logits, ran = slow.feed(PROMPTS[row, : LENGTHS[row]], is_prompt=True)
         for n in range(N):
             token = int(logits[-1].argmax())
             assert (result.tokens[row, n], result.loops[row, n]) == (token, ran[-1])
-            logits, ran = slow.feed(np.array([token]), several=False)
+            logits, ran = slow.feed(np.array([token]), is_prompt=False)
         assert slow.margin > 1e-3
     np.testing.assert_array_equal(result.loops[:, 0], [5, 5])
     assert len(np.unique(result.loops)) >= 3
@@ -202,11 +202,11 @@ def test_bounded_cache_decodes_as_the_slow_decoder():
     result = call(MLA, loops=5, loop_cache_slots=2, halting=Halting("latent", 0.1))
     for row in range(2):
         slow = Decoder(MLA, exact(variables(MLA)), 5, 2, criterion="latent", threshold=0.1)
-        logits, ran = slow.feed(PROMPTS[row, : LENGTHS[row]], several=True)
+        logits, ran = slow.feed(PROMPTS[row, : LENGTHS[row]], is_prompt=True)
         for n in range(N):
             token = int(logits[-1].argmax())
             assert (result.tokens[row, n], result.loops[row, n]) == (token, ran[-1])
-            logits, ran = slow.feed(np.array([token]), several=False)
+            logits, ran = slow.feed(np.array([token]), is_prompt=False)
         assert slow.margin > 1e-3
     # With a slot for each loop there is nothing to approximate.
     wide = call(MLA, loops=5, loop_cache_slots=9, halting=Halting("latent", 0.1))

@@ -10,7 +10,7 @@ from safetensors.numpy import save
 
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.predictor import loops_at, predicted_loops
-from mythos_jax.runs.load import _predictor_of
+from mythos_jax.runs.load import _load_predictor
 from mythos_jax.training.predictor import calibrate, fit
 
 DIM, LOOPS = 8, 6
@@ -60,14 +60,14 @@ def test_loops_at_returns_the_cheapest_depth():
         np.testing.assert_array_equal(loops_at(jnp.asarray(excess), price), np.argmin(total, axis=1) + 1)
 
 
-def test_predictor_of_another_step_is_ignored_and_a_damaged_one_is_refused(tmp_path):
-    assert _predictor_of(tmp_path, 3) == {}
+def test_a_predictor_of_another_step_is_ignored_and_a_damaged_one_is_refused(tmp_path):
+    assert _load_predictor(tmp_path, 3) == {}
     folder = tmp_path / "predictor"
     folder.mkdir()
     (folder / "predictor.json").write_text(json.dumps({"step": 3}))
     (folder / "predictor.safetensors").write_bytes(save({"budget": np.float32([2])}))
-    assert _predictor_of(tmp_path, 4) == {}
-    assert _predictor_of(tmp_path, 3)["predictor"]["budget"] == 2
+    assert _load_predictor(tmp_path, 4) == {}
+    assert _load_predictor(tmp_path, 3)["predictor"]["budget"] == 2
     (folder / "predictor.safetensors").write_bytes(b"cut")
     with pytest.raises(ConfigError, match=r"predictor: damaged .*; `mythos train-predictor` recreates it"):
-        _predictor_of(tmp_path, 3)
+        _load_predictor(tmp_path, 3)
