@@ -6,6 +6,7 @@ never connected. Work that touches shared files runs on process 0 first, then on
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import signal
@@ -39,10 +40,25 @@ def process_prefix() -> str:
     return "" if is_single_process() else f"process {jax.process_index()}: "
 
 
-def log0(text: str) -> None:
-    """Prints one line to standard error, on process 0 only."""
+class _StandardError(logging.Handler):
+    """Writes to whatever `sys.stderr` is when a line is logged, which a test or a progress bar may have replaced."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+_logger = logging.getLogger("mythos_jax")
+if not _logger.handlers:  # a program that configures the logger itself, before or after, has its way
+    _logger.addHandler(_StandardError())
+    _logger.propagate = False
+if _logger.level == logging.NOTSET:
+    _logger.setLevel(logging.INFO)
+
+
+def log0(text: str, level: int = logging.INFO) -> None:
+    """Logs one line, on process 0 only: to standard error, unless the logger "mythos_jax" is configured otherwise."""
     if is_process_zero():
-        print(text, file=sys.stderr)
+        _logger.log(level, text)
 
 
 # All processes call the next two functions in the same order, so that equal call numbers mean the same call.

@@ -1,6 +1,7 @@
 """What `import mythos_jax` gives, and what it does not import or change."""
 
 import ast
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mythos_jax
+from mythos_jax.processes import log0
 
 
 def test_public_names():
@@ -57,4 +59,16 @@ Checkpoints(sys.argv[1], read_only=True).close()
 assert settings() == before
 """
     command = [sys.executable, "-c", code, str(tmp_path / "checkpoints")]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stderr == ""
+    assert "WARNING" not in subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def test_what_is_logged_can_be_silenced(capsys):
+    logger = logging.getLogger("mythos_jax")
+    log0("seen")
+    try:
+        logger.setLevel(logging.WARNING)
+        log0("not seen")
+        log0("a warning", logging.WARNING)
+    finally:
+        logger.setLevel(logging.INFO)
+    assert capsys.readouterr() == ("", "seen\na warning\n")

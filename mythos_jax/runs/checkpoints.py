@@ -111,7 +111,10 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 reason = one_line(error, limit=200)
-                log0(f"warning: {self.directory / str(step)}: damaged, trying the previous one ({reason})")
+                log0(
+                    f"warning: {self.directory / str(step)}: damaged, trying the previous one ({reason})",
+                    logging.WARNING,
+                )
                 self._set_aside(step)
         raise DamagedError(f"{self.directory}: no undamaged checkpoint; they were renamed to STEP.damaged")
 
