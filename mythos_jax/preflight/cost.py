@@ -50,8 +50,8 @@ _ASYNCHRONOUS = re.compile(r"-(start|update|done)$")
 FREE_CUSTOM_CALLS = {
     "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "CreateBuffer", "DeviceId",
     "GatherScatterIndicesBitpacked", "LayoutConstraint", "MoveToDevice", "MoveToHost", "PadToStatic", "PartialReduce",
-    "PinToDevice", "PrepareAsyncCallStart", "Sharding", "SliceId", "SliceToDynamic", "TopK", "TopKBatchMajorSmallK",
-    "TopKWithUnique", "X64Combine", "X64SplitHigh", "X64SplitLow", "ZeroCrop", "annotate_device_placement",
+    "PinToDevice", "PrepareAsyncCallDone", "PrepareAsyncCallStart", "Sharding", "SliceId", "SliceToDynamic", "TopK",
+    "TopKBatchMajorSmallK", "TopKWithUnique", "X64Combine", "X64SplitHigh", "X64SplitLow", "ZeroCrop", "annotate_device_placement",
 }  # fmt: skip
 # The target of Mosaic (Pallas) kernels.
 _KERNEL = "tpu_custom_call"

@@ -37,7 +37,7 @@ class UnknownHloError(RuntimeError):
     def __init__(self, what: str, where: str) -> None:
         super().__init__(
             f"preflight: unknown {what} in compiled HLO, at {where}; preflight/ was written for {WRITTEN_FOR}. "
-            "If your libtpu is another version, install that one; else teach preflight/ about it"
+            "If your libtpu is another version, install that one; otherwise preflight/ has to be extended"
         )
 
 
