@@ -51,7 +51,8 @@ FREE_CUSTOM_CALLS = {
     "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "CreateBuffer", "DeviceId",
     "GatherScatterIndicesBitpacked", "LayoutConstraint", "MoveToDevice", "MoveToHost", "PadToStatic", "PartialReduce",
     "PinToDevice", "PrepareAsyncCallDone", "PrepareAsyncCallStart", "Sharding", "SliceId", "SliceToDynamic", "TopK",
-    "TopKBatchMajorSmallK", "TopKWithUnique", "X64Combine", "X64SplitHigh", "X64SplitLow", "ZeroCrop", "annotate_device_placement",
+    "TopKBatchMajorSmallK", "TopKWithUnique", "X64Combine", "X64SplitHigh", "X64SplitLow", "ZeroCrop",
+    "annotate_device_placement",
 }  # fmt: skip
 # The target of Mosaic (Pallas) kernels.
 _KERNEL = "tpu_custom_call"
