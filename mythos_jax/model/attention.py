@@ -81,6 +81,7 @@ class GroupedQueryAttention(nn.Module):
                 v_BTGK += opening_BTG[..., None] * value_BTGK
         cache, (k_BSGK, v_BSGK) = context.update(cache, KV(k_BTGK, v_BTGK))
         assert v_BSGK is not None
+        # Each key-value head serves its group of query heads: `attend` needs no repeated keys.
         out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, context.mask, K**-0.5)
         return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHK), cache
 

@@ -58,6 +58,7 @@ class TransformerBlock(nn.Module):
         if self.in_loop and c.feed_forward == "moe":
             y, stats = MoE(c, name="moe")(y, counted_BT)
         else:
+            # Prelude and coda are dense, and so is the loop of a dense model, possibly with a width of its own.
             hidden = (self.in_loop and c.loop_hidden_dim) or c.hidden_dim
             y = FeedForward(c, hidden, name="feed_forward")(y)
         x_BTD = x_BTD + y

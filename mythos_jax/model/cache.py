@@ -55,7 +55,7 @@ class Cache(struct.PyTreeNode):
 def empty_kv(config: ModelConfig, *shape: int) -> KV:
     """Zeros for the keys and values of tokens of this shape."""
     dtype = compute_dtype(config)
-    if config.attention == "mla":
+    if config.attention == "mla":  # the latent and the shared key are one array: one write and one read per layer
         return KV(jnp.zeros((*shape, config.kv_lora_rank + config.qk_rope_head_dim), dtype), None)
     return KV(*(jnp.zeros((*shape, config.n_kv_heads, config.gqa_head_dim), dtype) for _ in range(2)))
 
@@ -63,6 +63,7 @@ def empty_kv(config: ModelConfig, *shape: int) -> KV:
 def constrain_cache(kv: KV) -> KV:
     """A cache [slots, B, S, ...], placed on the mesh in use: rows over the batch axes, positions over sequence, heads
     over tensor."""
+    # A latent belongs to all heads, so the tensor axis cannot split it.
     heads = ("latent",) if kv.values is None else ("kv_heads", None)
     return jax.tree.map(lambda x: constrain(x, "slots", "batch", "cache_length", *heads), kv)
 
@@ -106,6 +107,7 @@ def update_cache(
     of loops that they did not run.
     """
     if cache.exit_kv is not None and frozen_BT is not None:
+        # Computed for all tokens and then undone for frozen ones: shapes must not depend on who has halted.
         new = jax.tree.map(lambda a, b: jnp.where(broadcast_mask(frozen_BT, b), a, b), cache.exit_kv, new)
         cache = cache.replace(exit_kv=new)
     if cache.kv is None or index_BT is None:

@@ -31,6 +31,7 @@ def entropy_change(old_BTV: jax.Array, new_BTV: jax.Array, _: jax.Array) -> jax.
 
 def times_equal(old_BTV: jax.Array, new_BTV: jax.Array, before_BT: jax.Array) -> jax.Array:
     """How many times in a row the most likely token has stayed the same, given that count for the loop before."""
+    # A float, like the other measures, so that one carry serves all criteria.
     return jnp.where(old_BTV.argmax(-1) == new_BTV.argmax(-1), before_BT + 1, 0.0)
 
 

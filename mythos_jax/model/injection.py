@@ -141,6 +141,7 @@ def loop_embedding(loop_index_B: jax.Array, dim: int) -> jax.Array:
     """Float32 [B, 1, D]: sines then cosines of the loop index on the first D // 8 channels, zero on the rest."""
     width = dim // 8  # most channels carry no trace of the loop index, as in the original
     frequencies = 1e4 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / max(width, 1))
+    # As for positions, but over loops.
     angles = loop_index_B[:, None].astype(jnp.float32) * frequencies
     # An odd width drops the last cosine, as the original does.
     waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[:, :width]

@@ -55,6 +55,7 @@ def token_loss(
     """
     arguments = batch["tokens"], batch.get("segment_ids"), loops, halting
     out = apply(run, model, variables, *arguments, rngs=rngs)
+    # The loss contains the head: for a large vocabulary, logits exist for a few positions at a time.
     table_VD = nn.unbox(variables["params"]["embedding"])
     loss_BT = cross_entropy(out.features, table_VD, batch["targets"])
     return loss_BT * batch["mask"], out

@@ -171,6 +171,7 @@ RunLoop = Callable[[Cell, Carry, jax.Array, LoopContext], tuple[Carry, Trace]]
 
 def loop_function(call: RunLoop, remat: str, gather_per_loop: bool) -> RunLoop:
     """The cell's call as the drivers run it: with rematerialisation, and with weights gathered in every loop."""
+    # Tied inside the remat, so that the backward pass gathers the weights again instead of keeping them.
     if gather_per_loop:
         call = prevent_hoisting(call)
     if remat != "none":
@@ -199,6 +200,7 @@ def while_loops(
 
     Returns the carry and, shaped like `start`, the loop that each row ended before. No reverse mode.
     """
+    # A counter and a carry; the trace of a loop is dropped, since the number of loops is not known.
     rows, start, halting = carry.tokens.halted_BT.shape[0], context.start, context.halting
     if context.same_loop:  # count with t itself
         first, end = start, context.stop.max()

@@ -41,6 +41,7 @@ def log_excess(head: Mapping[str, jax.Array], injected_BTD: jax.Array) -> jax.Ar
     # Normalised here, since not every model norms its prelude's output.
     x = injected_BTD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+    # One hidden layer: it must cost little next to the loops that it saves.
     hidden = jax.nn.gelu(x @ head["in"] + head["in_bias"])
     return jnp.minimum(hidden @ head["out"] + head["out_bias"], MAX_LOG_KL)
 

@@ -178,6 +178,7 @@ def take_remainder(tokens: TokenState) -> TokenState:
     act = tokens.act
     if act is None:
         return tokens
+    # 0 for tokens that took it in their last loop: their cumulative probability was set to 1 then.
     rest_BT = jnp.maximum(1 - act.probability_BT, 0) * ~tokens.halted_BT
     readout_BTD = act.readout_BTD + rest_BT[..., None] * tokens.state_BTD.astype(jnp.float32)
     return tokens.replace(act=ActState(readout_BTD, jnp.where(tokens.halted_BT, act.probability_BT, 1.0)))
@@ -188,6 +189,7 @@ def make_aux(inputs: TokenInputs, trace: Trace, experts_per_token: int) -> Aux:
     load, mean_z = None, None
     if trace.router is not None:
         load = trace.router.load_E
+        # Every counted token has `experts_per_token` choices, so the load also tells how many tokens were counted.
         mean_z = trace.router.z / jnp.maximum(load.sum(-1) / experts_per_token, 1)
     return Aux(
         injected_BTD=inputs.injected_BTD,
@@ -202,6 +204,7 @@ def make_aux(inputs: TokenInputs, trace: Trace, experts_per_token: int) -> Aux:
 def initial_noise(config: ModelConfig, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Float32 noise to start the state from: normal, cut at 3 sigma, sigma = sqrt(2 / (5 D)) times the embedding scale
     (the "like-init" of Huginn and Parcae)."""
+    # The scale of the embeddings that the prelude starts from, so that the first loop sees a familiar size.
     sigma = (2 / (5 * config.dim)) ** 0.5 * config.embedding_scale
     return sigma * jax.random.truncated_normal(key, -3, 3, shape)
 
