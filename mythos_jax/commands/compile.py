@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--decode", action="store_true", help="compile the decode step instead of the train step")
     parser.add_argument(
-        "--quick", action="store_true", help="a fifth of the compile time, with rougher estimates of speed"
+        "--quick", action="store_true", help="less compile time, with rougher estimates of speed"
     )
     add_json(parser)
     parser.set_defaults(takes_overrides=True)
