@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slices", type=int, default=1, metavar="N", help="slices, connected by the data centre network (default 1)"
     )
     parser.add_argument("--decode", action="store_true", help="compile the decode step instead of the train step")
-    parser.add_argument(
-        "--quick", action="store_true", help="less compile time, with rougher estimates of speed"
-    )
+    parser.add_argument("--quick", action="store_true", help="less compile time, with rougher estimates of speed")
     add_json(parser)
     parser.set_defaults(takes_overrides=True)
 

@@ -65,21 +65,14 @@ class RecurrentCell(nn.Module):
     config: ModelConfig
 
     def next_state(
-        self,
-        h_BTD: jax.Array,
-        e_BTD: jax.Array,
-        loop_B: jax.Array,
-        attention: AttentionContext,
-        caches: tuple[LayerCache, ...],
-        value_embeddings: tuple[jax.Array | None, ...],
-        counted_BT: jax.Array,
+        self, carry: Carry, loop_B: jax.Array, attention: AttentionContext, context: LoopContext, counted_BT: jax.Array
     ) -> tuple[jax.Array, tuple[LayerCache, ...], list[RouterStats | None]]:
         """h_(t+1) = norm(leave(h_t, e, y + LoRA_t(y))), where y = layers_t(enter(h_t, e + wave_t)).
 
         The injection is the pair `enter` and `leave` (model/injection.py). The layers depend on t only through the keys
         and values that they attend to. norm, LoRA_t and the scaled loop embedding wave_t are there if configured.
         """
-        c = self.config
+        c, h_BTD, e_BTD = self.config, carry.tokens.state_BTD, context.inputs.injected_BTD
         injection = INJECTIONS[c.injection](c, name="injection")
         entering_BTD = e_BTD
         if c.loop_embedding:
@@ -88,7 +81,7 @@ class RecurrentCell(nn.Module):
         y_BTD = constrain(injection.enter(h_BTD, entering_BTD), "batch", "length", "act_embed")
         first = c.prelude_layers
         layers = [TransformerBlock(c, first + i, in_loop=True, name=f"layer_{i}") for i in range(c.loop_layers)]
-        y_BTD, caches, stats = apply_layers(layers, y_BTD, attention, caches, counted_BT, value_embeddings)
+        y_BTD, caches, stats = apply_layers(layers, y_BTD, attention, carry.caches, counted_BT, context.values)
         if c.lora_rank:
             y_BTD += LoopLoRA(c, name="lora")(y_BTD, loop_B)
         h_BTD = injection.leave(h_BTD, e_BTD, y_BTD)
@@ -101,10 +94,7 @@ class RecurrentCell(nn.Module):
         masks = make_masks(old.halted_BT, loop_B[:, None], context)
         t = loop_B[0] if context.same_loop else loop_B  # one number keeps the cache's slot a slice
         attention = context.attention.replace(loop=t, frozen_BT=masks.frozen_BT)
-        e_BTD, values = context.inputs.injected_BTD, context.values
-        state_BTD, caches, stats = self.next_state(
-            old.state_BTD, e_BTD, loop_B, attention, carry.caches, values, masks.counted_BT
-        )
+        state_BTD, caches, stats = self.next_state(carry, loop_B, attention, context, masks.counted_BT)
         trace = Trace(change_LBT=relative_change(state_BTD, old.state_BTD))  # also where it is undone below
         if masks.frozen_BT is not None:
             state_BTD = jnp.where(masks.frozen_BT[..., None], old.state_BTD, state_BTD)
