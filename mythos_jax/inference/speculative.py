@@ -124,12 +124,11 @@ def _start(
     options: Options,
 ) -> tuple[Setup, Progress]:
     """Checks the arguments and reads the prompts."""
+    _check_options(options)
     job = prepare(model, variables, tokens_BT, lengths, **options)
     setup, limit = job.setup, model.config.max_seq_len - 1
     check(1 <= draft_loops <= setup.loops, "draft_loops", draft_loops, f"1 to loops, {setup.loops}")
     check(1 <= draft_tokens <= limit, "draft_tokens", draft_tokens, f"1 to {limit}, one below max_seq_len")
-    slots = options.get("loop_cache_slots")
-    check(slots is None, "loop_cache_slots", slots, "None with draft_loops")
     if setup.halting is not None:
         allowed = f"{', '.join(STATE_CRITERIA)} with draft_loops (criteria that look at the state only)"
         check(setup.halting.criterion in STATE_CRITERIA, "halting criterion", repr(setup.halting.criterion), allowed)
@@ -138,6 +137,16 @@ def _start(
     result = SpeculativeResult(plain.tokens, plain.lengths, plain.loops, drafted, accepted, rounds=jnp.int32(0))
     first_B = jnp.copy(plain.tokens[:, 0]) if job.max_new_tokens else jnp.zeros_like(drafted)
     return setup, Progress(state.cache, state.done_B, first_B, result)
+
+
+def _check_options(options: Options) -> None:
+    """Refuses options of `generate` that drafts would have to ignore."""
+    for name, value, allowed in [
+        ("temperature", options.get("temperature"), "0 (greedy)"),
+        ("loop_cache_slots", options.get("loop_cache_slots"), "none (one slot per loop)"),
+    ]:
+        if value:
+            raise ValueError(f"{name}: got {value}, allowed with draft_loops: {allowed}")
 
 
 @partial(jax.jit, static_argnames=("draft_loops", "draft_tokens"), donate_argnames="progress")

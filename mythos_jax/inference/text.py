@@ -146,14 +146,14 @@ def stream_texts(
         "max_new_tokens": max_new_tokens,
         "stop_tokens": (tokenizer.end_of_document,),
         "seed": seed,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
         "initial_state": initial_state,
+        "loop_cache_slots": loop_cache_slots,
         "prefill_chunk": prefill_chunk,
     }
-    if draft_loops is None:
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        options |= {**sampling, "loop_cache_slots": loop_cache_slots}
-    else:
-        _check_drafts(temperature, loop_cache_slots)
+    if draft_loops is not None:
         options |= {"draft_loops": draft_loops, "draft_tokens": draft_tokens}
     tokens_BT, lengths_B = _encode(tokenizer, texts)
     try:
@@ -163,15 +163,6 @@ def stream_texts(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return TextStream(_decode(_on_mesh(loaded, results), tokenizer, len(texts), stats), stats)
-
-
-def _check_drafts(temperature: float, loop_cache_slots: int | None) -> None:
-    for name, value, allowed in [
-        ("temperature", temperature, "0 (greedy)"),
-        ("loop_cache_slots", loop_cache_slots, "none (one slot per loop)"),
-    ]:
-        if value:
-            raise ConfigError(f"{name}: got {value}, allowed with draft_loops: {allowed}")
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -79,6 +79,8 @@ def make_context(
 ) -> LoopContext:
     """Checks the loops that `Mythos.loop` was asked for, and decides who is frozen."""
     check_halting(config, halting, cached=cache is not None)
+    if halting is not None and cache is not None and inputs.tokens_BT.shape[1] > 1:
+        loops, halting = halting.for_prompt(loops)
     _check_loops(loops, start, count, cache)
     # Without halting and with Python numbers the count is known when the program is traced: a scan can run it.
     fixed = None

@@ -15,7 +15,7 @@ from mythos_jax.model.attention import make_attention_context
 from mythos_jax.model.block import TransformerBlock, apply_layers
 from mythos_jax.model.cache import Cache, LayerCache
 from mythos_jax.model.exit_probe import LogitProbe
-from mythos_jax.model.halting import Halting, check_halting
+from mythos_jax.model.halting import Halting
 from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init
 from mythos_jax.model.loop import make_context, prepare_tokens
 from mythos_jax.model.predictor import PREDICTOR
@@ -146,13 +146,10 @@ class Mythos(nn.Module):
         it sees a token as the coda does while the token's neighbours are still looping, not with their final states.
         """
         c, inputs, loops = self.config, tokens.inputs, self.config.loops if loops is None else loops
-        if halting is not None and cache is not None and inputs.tokens_BT.shape[1] > 1:
-            check_halting(c, halting, cached=True)
-            loops, halting = halting.for_prompt(loops)
         first, predictor = c.prelude_layers, self.variables.get(PREDICTOR)
         value_embeddings = tuple(self._value_embeddings(inputs.tokens_BT, first + i) for i in range(c.loop_layers))
         context = make_context(c, inputs, value_embeddings, predictor, cache, loops, halting, start, count)
-        probe = self._probe(inputs, halting)
+        probe = self._probe(inputs, context.halting)
         tokens, loop_caches, coda_caches, trace = self.recurrence(
             prepare_tokens(c, tokens, context, probe),
             cache.loop if cache else (LayerCache(),) * c.loop_layers,
