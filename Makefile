@@ -1,5 +1,6 @@
 # make demo    train the quickstart model on real text, evaluate it, print a sample
 # make test    run the tests (on the CPU, whatever the machine has)
+# make fuzz    the same random inputs as in the tests, but many more of them (an hour)
 # make test-torch   compare with the PyTorch original, run lm-evaluation-harness, in an environment of its own
 # make test-tpu     compile for TPUs, without TPUs, in an environment of its own
 # make lint, make format, make clean
@@ -16,7 +17,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-torch test-tpu lint format clean constraints
+.PHONY: demo test fuzz test-torch test-tpu lint format clean constraints
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed$(addprefix -,$(EXTRA))
@@ -27,6 +28,9 @@ demo: $(VENV)/.installed$(addprefix -,$(EXTRA))
 # Worker processes and the programs that tests start share what XLA has compiled (tests/conftest.py: .cache/jax).
 test: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 $(ARGS)
+
+fuzz: $(VENV)/.installed-dev
+	JAX_PLATFORMS=cpu MYTHOS_FUZZ=full $(BIN)/python -m pytest -n 2 tests/fuzz $(ARGS)
 
 # The original, OpenMythos 0.5.0, pins another torch, so it comes without its dependencies. TORCH is the version that
 # the golden data was made with.
