@@ -32,7 +32,7 @@ FLOORS = (
     ("processes",),
     ("config",),
     ("typed",),
-    ("chips", "errors", "paths", "version"),
+    ("chips", "errors", "json_text", "paths", "version"),
 )
 FLOOR = {room: -i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer
 from mythos_jax.errors import ConfigError
+from mythos_jax.json_text import parse_json
 
 MANIFEST_FILE = "manifest.json"
 VERSION = 1
@@ -95,7 +96,7 @@ def _read(path: Path) -> Manifest:
     """A manifest.json whose content matches its fingerprint."""
     manifest = None
     try:
-        fields = json.loads(path.read_text())
+        fields = parse_json(path.read_bytes())
         version, fingerprint = fields["version"], fields.pop("fingerprint")
         fields |= {name: fields.pop(key) for name, key in _FILE_KEYS.items() if key in fields}
         if version == VERSION:  # the fields of other versions are unknown

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.json_text import parse_json
 from mythos_jax.paths import to_path
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -104,12 +105,12 @@ class HuggingFaceTokenizer:
         try:
             self._json: bytes = file.read_bytes()
             # Hash the parsed content, not the bytes: formatting does not make a different tokenizer.
-            canonical = json.dumps(json.loads(self._json), sort_keys=True)
+            canonical = json.dumps(parse_json(self._json), sort_keys=True)
         except OSError as error:
             raise ConfigError(
                 f"tokenizer {path}: cannot be read ({error.strerror}); allowed: bytes, or a tokenizer.json"
             ) from None
-        except ValueError:  # also UnicodeDecodeError
+        except (ValueError, RecursionError):  # also UnicodeDecodeError
             raise ConfigError(f"tokenizer {path}: not JSON; allowed: bytes, or a Hugging Face tokenizer.json") from None
         try:
             self._backend = Backend.from_str(self._json.decode())

@@ -3,7 +3,6 @@
 Tensors stay in their files until they are asked for, so that memory holds one at a time.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from mythos_jax.config import ModelConfig, load_run_config
 from mythos_jax.config.files import read_yaml
 from mythos_jax.errors import ConfigError
+from mythos_jax.json_text import parse_json
 from mythos_jax.porting import native
 from mythos_jax.porting.families import detect
 from mythos_jax.porting.family import Family
@@ -171,7 +171,7 @@ def _open(path: Path) -> TensorFile:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text())
+        tree = parse_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -1,6 +1,5 @@
 """Loading a trained model: the run directory of `mythos train`, or a pretrained directory, file or hub id."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.numpy import load
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_run_config
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.json_text import parse_json
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import PREDICTOR
@@ -166,8 +166,8 @@ def _load_predictor(directory: Path, step: int) -> dict[str, Any]:
     if not (folder / "predictor.json").is_file():
         return {}
     try:
-        if json.loads((folder / "predictor.json").read_text())["step"] != step:
+        if parse_json((folder / "predictor.json").read_bytes())["step"] != step:
             return {}  # trained for other weights
         return {PREDICTOR: load((folder / "predictor.safetensors").read_bytes())}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: damaged ({one_line(error)}); `mythos train-predictor` recreates it") from None

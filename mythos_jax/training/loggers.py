@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.json_text import parse_json
 from mythos_jax.paths import copy_tree, is_remote
 
 # Seconds between two copies of a growing file to an object store, where nothing can be appended.
@@ -185,6 +186,6 @@ def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
 def _step(line: str) -> float:
     """The step of a line of the log; infinity if the line is damaged, so that it is dropped."""
     try:
-        return json.loads(line)["step"]
+        return parse_json(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
