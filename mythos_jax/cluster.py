@@ -1,19 +1,18 @@
-"""Process discovery: which cluster this process belongs to, and joining it.
+"""Process discovery: which cluster this process belongs to.
 
-`find_cluster` reads flags, environment variables, Slurm and TPU hosts; a single process is left as it is. What the
-processes do once they are connected is in processes.py.
+`find_cluster` reads flags, environment variables, Slurm and TPU hosts; a single process is left as it is. connection.py
+joins the cluster; what the processes do once they are connected is in processes.py.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from glob import glob
 from importlib.util import find_spec
 
 import jax
 
-from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_remote
 
 COORDINATOR, PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -44,7 +43,7 @@ def find_cluster(
 
     Raises ConfigError if flags or variables contradict each other or one is missing.
     """
-    coordinator = coordinator or environment.get(COORDINATOR)
+    coordinator = coordinator or environment.get(COORDINATOR) or None
     processes = _integer("--processes", processes, PROCESSES, environment)
     process_id = _integer("--process-id", process_id, PROCESS_ID, environment)
     if processes is not None:
@@ -52,7 +51,7 @@ def find_cluster(
         return None if processes == 1 else Cluster("flags", coordinator, processes, process_id)
     if process_id is not None:
         raise ConfigError(f"--process-id: got {process_id} without --processes; allowed: both, and --coordinator")
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if environment.get("SLURM_STEP_NUM_TASKS") and _slurm_integer(environment, "SLURM_STEP_NUM_TASKS") > 1:
         return _slurm(environment, coordinator)
     if coordinator is not None:
         raise ConfigError(f"--coordinator: got {coordinator} without --processes; allowed: both, and --process-id")
@@ -75,7 +74,12 @@ def _check(coordinator: str | None, processes: int, process_id: int | None) -> N
         return
     if process_id is None or not 0 <= process_id < processes:
         raise ConfigError(f"--process-id: got {process_id}, allowed: 0 to {processes - 1}, unique to each process")
-    if not re.fullmatch(r".+:\d+", coordinator or ""):
+    _check_address(coordinator)
+
+
+def _check_address(coordinator: str | None) -> None:
+    port = re.fullmatch(r"[^/\s]+:(\d{1,5})", coordinator or "")
+    if port is None or not 1 <= int(port[1]) <= 65535:
         raise ConfigError(f"--coordinator: got {coordinator}, allowed: HOST:PORT of process 0, the same everywhere")
 
 
@@ -84,60 +88,38 @@ def _slurm(environment: Mapping[str, str], coordinator: str | None) -> Cluster:
 
     jax's own Slurm detection assigns one GPU to each process, even to one that has a whole node.
     """
-    tasks, node_tasks = int(environment["SLURM_STEP_NUM_TASKS"]), environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    tasks, rank, local = (
+        _slurm_integer(environment, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    )
+    node_tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     if coordinator is None:
         # Node lists look like node7 · node7,other1 · node[07-09],other1. The port derives from the job id, so that jobs
         # sharing a node do not collide.
-        prefix, number = re.findall(r"^([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])[0]
-        port = int(environment["SLURM_JOB_ID"]) % 4096 + 61440
-        coordinator = f"{prefix}{number}:{port}"
+        nodes = environment.get("SLURM_STEP_NODELIST", "")
+        first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
+        if first is None:
+            raise ConfigError(f"SLURM_STEP_NODELIST: got {nodes!r}, allowed: a list of nodes, as srun sets it")
+        port = _slurm_integer(environment, "SLURM_JOB_ID") % 4096 + 61440
+        coordinator = f"{first[1]}{first[2] or ''}:{port}"
+    _check_address(coordinator)
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     shares_a_node = max(map(int, re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", node_tasks)), default=tasks) > 1
-    local = int(environment["SLURM_LOCALID"])
     # A task that shares its node but sees several GPUs takes the one with its own local index.
     devices = (local,) if shares_a_node and visible.count(",") else None
-    return Cluster("slurm", coordinator, tasks, int(environment["SLURM_PROCID"]), devices)
+    return Cluster("slurm", coordinator, tasks, rank, devices)
+
+
+def _slurm_integer(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
+    if not re.fullmatch(r"\d+", value):
+        raise ConfigError(f"{name}: got {value!r}, allowed: an integer >= 0, as srun sets it")
+    return int(value)
 
 
 def _on_tpu_host(environment: Mapping[str, str]) -> bool:
     platforms = environment.get("JAX_PLATFORMS", "")
     may_use_tpu = not platforms or "tpu" in platforms.split(",")
     return may_use_tpu and find_spec("libtpu") is not None and bool(glob("/dev/accel*") or glob("/dev/vfio/[0-9]*"))
-
-
-def connect(cluster: Cluster | None, connect_timeout: int = 300, heartbeat_timeout: int = 100) -> None:
-    """Joins the other processes; must be called before anything that asks jax for devices. None: does nothing.
-
-    connect_timeout: seconds to wait for all processes to connect.
-    heartbeat_timeout: seconds without a heartbeat after which a process counts as dead and the others exit.
-
-    Raises ConfigError if the processes cannot connect.
-    """
-    if cluster is None:
-        return
-    initialize = partial(
-        jax.distributed.initialize,
-        initialization_timeout=connect_timeout,
-        heartbeat_timeout_seconds=heartbeat_timeout,
-        shutdown_timeout_seconds=heartbeat_timeout,
-    )
-    try:
-        if cluster.source == "tpu":
-            initialize()
-        else:
-            initialize(
-                cluster.coordinator,
-                cluster.processes,
-                cluster.process_id,
-                local_device_ids=cluster.local_devices,
-                cluster_detection_method="deactivate",
-            )
-    except (RuntimeError, ValueError, OSError) as error:
-        address = cluster.coordinator or "the TPU's own coordinator"
-        raise ConfigError(
-            f"process {cluster.process_id} of {cluster.processes} ({cluster.source}) could not join the others at "
-            f"{address} within {connect_timeout} s: {one_line(error, limit=200)}"
-        ) from error
 
 
 def cache_compilations(folder: str | None) -> None:

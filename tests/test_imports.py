@@ -28,6 +28,7 @@ FLOORS = (
     ("model",),
     ("ops", "data"),
     ("sharding",),
+    ("connection",),
     ("cluster",),
     ("processes",),
     ("config",),

@@ -83,8 +83,8 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 
 def connect(arguments: argparse.Namespace) -> None:
     """Sets up the compilation cache and joins the other processes of this command, if there are any."""
-    from mythos_jax import cluster
+    from mythos_jax import cluster, connection
 
     cluster.cache_compilations(arguments.compilation_cache)
     found = cluster.find_cluster(os.environ, arguments.coordinator, arguments.processes, arguments.process_id)
-    cluster.connect(found, arguments.connect_timeout, arguments.heartbeat_timeout)
+    connection.connect(found, arguments.connect_timeout, arguments.heartbeat_timeout)
