@@ -1,8 +1,8 @@
 """`mythos`: finds the command, runs it, and turns errors into one line and an exit code.
 
 Each command is a module of `commands/` with `SUMMARY`, `add_arguments(parser)` and `run(arguments, overrides)`, which
-returns the exit code. Exit codes: 0 done, 1 failed, 2 wrong input, 42 run the same command again (SIGTERM stopped it
-after a checkpoint, or another process of the run was lost), 130 stopped by Ctrl-C.
+returns the exit code. Exit codes: 0 done, 1 failed, 2 wrong input, 42 run the same command again (SIGTERM or SIGHUP
+stopped it after a checkpoint, or another process of the run was lost), 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from mythos_jax.errors import (
     TrainingError,
     one_line,
 )
+from mythos_jax.streams import replace_closed, say
 from mythos_jax.version import __version__
 
 COMMANDS: dict[str, ModuleType] = {
@@ -43,6 +44,7 @@ RENAMED = {"predictor": "train-predictor"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; errors a user can cause become one line on standard error."""
+    replace_closed()
     argv = sys.argv[1:] if argv is None else list(argv)
     if problem := _unknown_command(argv):
         return _wrong_input(problem)
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[arguments.command].run(arguments, overrides)
     except KeyboardInterrupt:
-        print("mythos: interrupted", file=sys.stderr)
+        say("mythos: interrupted")
         return INTERRUPTED
     except Exception as error:
         code = _exit_code(error)
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _end_together(error, code, arguments.debug)
         if arguments.debug or code is None:
             raise
-        print(f"mythos: {error}", file=sys.stderr)
+        say(f"mythos: {error}")
         return code
 
 
@@ -91,7 +93,7 @@ def _unknown_command(argv: list[str]) -> str:
 
 
 def _wrong_input(message: str) -> int:
-    print(f"mythos: {message}", file=sys.stderr)
+    say(f"mythos: {message}")
     return WRONG_INPUT
 
 
@@ -100,7 +102,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, ConfigError):
         return WRONG_INPUT
     if isinstance(error, Interrupted):
-        return RESTART if error.signal == signal.SIGTERM else INTERRUPTED
+        return INTERRUPTED if error.signal == signal.SIGINT else RESTART
     return FAILED if isinstance(error, TrainingError | OSError) else None
 
 
@@ -117,7 +119,7 @@ def _end_together(error: Exception, code: int | None, debug: bool) -> int:
     if debug or code is None:
         traceback.print_exception(error)
     elif is_process_zero() or not stopped:
-        print(f"mythos: {process_prefix()}{error}", file=sys.stderr)
+        say(f"mythos: {process_prefix()}{error}")
     code = FAILED if code is None else code
     if not stopped:
         exit_now(code)

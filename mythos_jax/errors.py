@@ -22,6 +22,10 @@ class SaveError(TrainingError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
+class LockError(TrainingError):
+    """Another process trains in the run directory."""
+
+
 class DamagedError(TrainingError):
     """The files of a checkpoint do not hold what was saved."""
 

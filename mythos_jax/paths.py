@@ -19,6 +19,20 @@ def to_path(path: str | os.PathLike) -> Any:
     return epath.Path(path)
 
 
+def write_whole(path: Any, content: bytes) -> None:
+    """Writes a file so that nobody ever sees half of it, and so that a failure leaves the old one as it was."""
+    if is_remote(path):
+        path.write_bytes(content)  # an object appears when it is complete
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def copy_tree(source: Any, target: Any) -> None:
     """Copies a folder's files and subfolders into another folder; either may be remote."""
     target.mkdir(parents=True, exist_ok=True)

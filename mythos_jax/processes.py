@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.errors import ConfigError, TrainingError, one_line
+from mythos_jax.streams import log
 
 # Seconds that process 0, which hosts the coordinator, outlives a failure, so that the others can report theirs.
 SHUTDOWN_GRACE = 3
@@ -40,25 +41,10 @@ def process_prefix() -> str:
     return "" if is_single_process() else f"process {jax.process_index()}: "
 
 
-class _StandardError(logging.Handler):
-    """Writes to whatever `sys.stderr` is when a line is logged, which a test or a progress bar may have replaced."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
-
-
-_logger = logging.getLogger("mythos_jax")
-if not _logger.handlers:  # a program that configures the logger itself, before or after, has its way
-    _logger.addHandler(_StandardError())
-    _logger.propagate = False
-if _logger.level == logging.NOTSET:
-    _logger.setLevel(logging.INFO)
-
-
 def log0(text: str, level: int = logging.INFO) -> None:
     """Logs one line, on process 0 only: to standard error, unless the logger "mythos_jax" is configured otherwise."""
     if is_process_zero():
-        _logger.log(level, text)
+        log(text, level)
 
 
 # All processes call the next two functions in the same order, so that equal call numbers mean the same call.
@@ -74,7 +60,8 @@ def process_zero_first(
     name: what error messages call the work.
     identity: text that must agree across processes.
 
-    Raises ConfigError on all processes if process 0 raises it, and on a process whose identity differs.
+    Raises ConfigError or TrainingError on all processes if process 0 raises it, and ConfigError on a process whose
+    identity differs.
     """
     if is_single_process():
         return work()
@@ -82,14 +69,16 @@ def process_zero_first(
     if is_process_zero():
         try:
             result = work()
-        except ConfigError as error:
-            _client().key_value_set(key, f"error {error}")
+        except (ConfigError, TrainingError) as error:
+            _client().key_value_set(key, f"{'wrong' if isinstance(error, ConfigError) else 'failed'} {error}")
             raise
         _client().key_value_set(key, f"done {identity(result)}")
         return result
     kind, _, text = _client().blocking_key_value_get(key, _WEEK).partition(" ")
-    if kind == "error":
+    if kind == "wrong":
         raise ConfigError(text)
+    if kind == "failed":
+        raise TrainingError(text)
     result = work()
     if identity(result) != text:
         raise ConfigError(
@@ -117,7 +106,7 @@ def raise_together(work: Callable[[], Result]) -> Result:
     if failure is not None:
         raise failure
     if messages:
-        raise RuntimeError(messages[0])
+        raise TrainingError(messages[0])
     return result
 
 
@@ -130,11 +119,12 @@ def _client() -> Any:
 
 
 class StopSignal:
-    """Whether SIGTERM or Ctrl-C asked the run to stop, and after which step; the answer is the same on all processes.
+    """Whether SIGTERM, SIGHUP (the terminal was closed) or Ctrl-C asked the run to stop, and after which step; the
+    answer is the same on all processes.
 
     A single process reads what its own handler recorded. With several, jax's preemption service forwards a SIGTERM that
     one of them received and picks a step that none has finished yet; asking it only reads a flag. The service installs
-    its own SIGTERM handler, so we do not touch that signal, and turn a Ctrl-C into one. A second Ctrl-C acts at once.
+    its own SIGTERM handler, so we do not touch that signal, and turn the others into one. A second Ctrl-C acts at once.
     """
 
     def __init__(self) -> None:
@@ -153,7 +143,11 @@ class StopSignal:
     @contextlib.contextmanager
     def watching(self) -> Iterator["StopSignal"]:
         """Handles signals inside the context. Outside the main thread signals are left to the caller."""
-        numbers = (signal.SIGINT, signal.SIGTERM) if is_single_process() else (signal.SIGINT,)
+        numbers = [signal.SIGINT]
+        if is_single_process():
+            numbers.append(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+            numbers.append(signal.SIGHUP)
         try:
             previous = {number: signal.signal(number, self._record) for number in numbers}
         except ValueError:

@@ -33,7 +33,8 @@ FLOORS = (
     ("processes",),
     ("config",),
     ("typed",),
-    ("chips", "errors", "json_text", "paths", "version"),
+    ("progress",),
+    ("chips", "errors", "json_text", "paths", "streams", "version"),
 )
 FLOOR = {room: -i for i, rooms in enumerate(FLOORS) for room in rooms}
 

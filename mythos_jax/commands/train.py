@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from mythos_jax.commands.arguments import add_processes, connect
 from mythos_jax.errors import DONE, RESTART
+from mythos_jax.streams import print_result, say
 
 SUMMARY = "Train a model, or resume a run. Any config field can be set: --section.field value."
 
@@ -32,30 +33,42 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not arguments.debug:
         quiet_background_errors()
     config = load_config(arguments.config, overrides)
-    with _restart_on_sigterm():
+    with _restart_on_signals():
         connect(arguments)
         workdir = to_path(arguments.workdir or Path("runs") / config.name)
         last = train(config, workdir, init_from=arguments.init_from)
     if is_process_zero():
-        print(f"trained to step {last['step']}, loss {last['loss']:.4f} nats per token")
-        print(f"checkpoints: {workdir / 'checkpoints'}\nlog: {workdir / 'metrics.jsonl'}")
+        print_result(_summary(last))
+        print_result(f"checkpoints: {workdir / 'checkpoints'}\nlog: {workdir / 'metrics.jsonl'}")
     return DONE
 
 
-@contextlib.contextmanager
-def _restart_on_sigterm() -> Iterator[None]:
-    """Ends with exit code 42 on SIGTERM before and after the training loop, which handles the signal itself."""
+def _summary(last: dict[str, Any]) -> str:
+    """The last metrics in words. A finished run may have lost them, or may have no loss to show."""
+    loss, skipped = last.get("loss"), last.get("skipped", 0)
+    words = f"trained to step {last['step']}" + ("" if loss is None else f", loss {loss:.4f} nats per token")
+    return words + (f"; {skipped} updates were skipped" if skipped else "")
 
-    def end(_: int, frame: FrameType | None) -> None:
-        print("mythos: stopped by SIGTERM outside the training loop; run the same command to resume", file=sys.stderr)
+
+@contextlib.contextmanager
+def _restart_on_signals() -> Iterator[None]:
+    """Ends with exit code 42 on SIGTERM and SIGHUP before and after the training loop, which handles them itself."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        say(f"mythos: stopped by {name} outside the training loop; run the same command to resume")
         raise SystemExit(RESTART)
 
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+        numbers.append(signal.SIGHUP)
     try:
-        previous = signal.signal(signal.SIGTERM, end)
+        previous = {number: signal.signal(number, end) for number in numbers}
     except ValueError:  # outside the main thread signals are left to the caller
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -9,7 +9,7 @@ import yaml
 
 from mythos_jax.config.run import Config
 from mythos_jax.errors import ConfigError, one_line
-from mythos_jax.paths import to_path
+from mythos_jax.paths import to_path, write_whole
 from mythos_jax.typed import from_dict, to_dict, upgrade
 from mythos_jax.version import __version__
 
@@ -43,7 +43,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config as YAML, with the version that wrote it."""
     tree = {_WRITTEN_BY: __version__, **to_dict(config)}
-    to_path(path).write_text(yaml.safe_dump(tree, sort_keys=False))
+    write_whole(to_path(path), yaml.safe_dump(tree, sort_keys=False).encode())
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

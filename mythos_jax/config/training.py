@@ -86,6 +86,7 @@ class TrainingConfig(Section, section="training"):
 
     # Failures, checkpoints and logs.
     bad_steps: BadSteps = "stop"  #: on a NaN, infinity or loss spike: stop the run, or skip the update and count it
+    max_bad_steps: PositiveInt = 10  #: `skip`: the run stops when this many updates in a row were skipped
     #: a loss above this multiple of its running mean is a spike
     spike_factor: Annotated[float, Gt(1), Or(0, "for none")] = 0.0
     checkpoint_every: PositiveInt = 500  #: steps between checkpoints

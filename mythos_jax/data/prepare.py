@@ -22,6 +22,7 @@ from mythos_jax.data.units import UNIT_BYTES, TokenUnit, UnitTokenizer, tokenize
 from mythos_jax.data.work_folder import work_folder
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_remote
+from mythos_jax.progress import Progress
 from mythos_jax.typed import check_field
 
 
@@ -229,14 +230,11 @@ def _with_progress(
     units: Iterable[TokenUnit], inputs: Sequence[InputFile], max_bytes: int, progress: bool
 ) -> Iterator[TokenUnit]:
     """Passes the units on, and shows how much text has been read."""
-    from tqdm import tqdm
-
     file_bytes = sum(file.size for file in inputs)
     expected_bytes = min(file_bytes, max_bytes) if max_bytes else file_bytes
     is_compressed = any(file.path.suffix == ".parquet" for file in inputs)  # then file sizes say little about the text
     total = None if is_compressed else expected_bytes
-    disable = None if progress else True  # None: shown only on a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=disable) as bar:
+    with Progress(total, "tokenizing", "B", show=progress) as bar:
         for unit in units:
             yield unit
             bar.update(int(unit.text_bytes.sum()))

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
@@ -18,6 +17,7 @@ from mythos_jax.evaluation.results import LoopUsage, Measurement, Sample
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.progress import Progress
 from mythos_jax.sharding import replicate, use_mesh
 
 RECORDED_TOKENS = 2**18  # tokens whose loss and loops are recorded individually
@@ -61,7 +61,8 @@ def evaluate_depths(
         recorded[deepest] = []
     totals = {setting: np.zeros(3) for setting in settings}
 
-    with use_mesh(mesh), tqdm(total=len(settings) * len(batches), desc="eval", disable=not progress) as bar:
+    n_calls = len(settings) * len(batches)
+    with use_mesh(mesh), Progress(n_calls, "eval", "measurement", show=progress) as bar:
         for i, batch in enumerate(batches):
             placed = place_batch(mesh, batch)
             for setting in settings:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
@@ -19,6 +18,7 @@ from mythos_jax.model.halting import Halting
 from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.chunked_argmax import chunked_argmax
+from mythos_jax.progress import Progress
 from mythos_jax.sharding import replicate, use_mesh
 
 
@@ -59,7 +59,7 @@ def evaluate_problems(
     measurements: list[Measurement] = []
     recorded: dict[Setting, _Recorder] = {s: _Recorder() for s in settings if s.halting is not None}
     n_calls = len(settings) * sum(map(len, batches.values()))
-    with use_mesh(mesh), tqdm(total=n_calls, desc="eval", disable=not progress) as bar:
+    with use_mesh(mesh), Progress(n_calls, "eval", "measurement", show=progress) as bar:
         for difficulty, batches_of_difficulty in batches.items():
             totals = {setting: np.zeros(5) for setting in settings}
             for batch in batches_of_difficulty:

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from mythos_jax.data.placement import place_batch
 from mythos_jax.errors import ConfigError
@@ -20,6 +19,7 @@ from mythos_jax.model.halting import Halting
 from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.chunked_argmax import chunked_argmax
+from mythos_jax.progress import Progress
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import replicate, use_mesh
 
@@ -68,7 +68,7 @@ def score(
             )
     likelihoods: dict[int, Likelihood] = {}
     lengths = [len(tokens) - 1 for tokens, _ in sequences]
-    with use_mesh(loaded.mesh), tqdm(total=len(sequences), desc="score", disable=not progress) as bar:
+    with use_mesh(loaded.mesh), Progress(len(sequences), "score", "sequence", show=progress) as bar:
         for indices, width in batches_by_length(lengths, batch_size, max_len):
             batch = _pad([sequences[i] for i in indices], batch_size, width)
             placed = place_batch(loaded.mesh, batch)
@@ -151,7 +151,7 @@ def generate_until(
         raise ConfigError(f"generation: got {max_new_tokens} new tokens, allowed: below max_seq_len, {max_len}")
     prompts = [list(prompt)[-max_prompt:] for prompt in prompts]
     continuations: dict[int, Continuation] = {}
-    with use_mesh(loaded.mesh), tqdm(total=len(prompts), desc="generate", disable=not progress) as bar:
+    with use_mesh(loaded.mesh), Progress(len(prompts), "generate", "prompt", show=progress) as bar:
         for indices, width in batches_by_length([len(prompt) for prompt in prompts], batch_size, max_prompt):
             # Missing rows are filled with copies of the last one: they stop when it does, so they add no steps.
             rows = indices + indices[-1:] * (batch_size - len(indices))

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from tqdm import tqdm
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.porting import native
@@ -16,6 +15,7 @@ from mythos_jax.porting.coverage import require_tensors
 from mythos_jax.porting.families import get_family
 from mythos_jax.porting.reading import ConfigLike, FileSource, Source, VariablesSource
 from mythos_jax.porting.writing import SHARD_BYTES, new_directory, refuse_existing, write_model
+from mythos_jax.progress import Progress
 
 
 def load_pretrained(
@@ -37,9 +37,11 @@ def load_variables(source: Source, *, host: bool = False) -> tuple[ModelConfig, 
     """As `load_pretrained`, from a source that is already open."""
     require_tensors(source)
     flat: dict[str, np.ndarray | jax.Array] = {}
-    for path in tqdm(source.table.our_shapes, desc="loading", unit="tensor", disable=None):
-        array = np.ascontiguousarray(source.parameter(path), np.float32)
-        flat[path] = array if host else jnp.asarray(array)
+    with Progress(len(source.table.our_shapes), "loading", "tensor") as bar:
+        for path in source.table.our_shapes:
+            array = np.ascontiguousarray(source.parameter(path), np.float32)
+            flat[path] = array if host else jnp.asarray(array)
+            bar.update()
     return source.config, unflatten_dict(flat, sep=".")
 
 

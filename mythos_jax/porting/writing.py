@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting.layouts import Shape
 from mythos_jax.porting.tables import ReadArray, Row, Table
+from mythos_jax.progress import Progress
 
 SHARD_BYTES = 5 * 10**9
 
@@ -76,7 +76,7 @@ def write_model(
     written: WrittenTensors = {}
     weight_map: dict[str, str] = {}
     total_bytes = 0
-    with tqdm(total=len(table.rows), desc="writing", unit="tensor", disable=None if progress else True) as bar:
+    with Progress(len(table.rows), "writing", "tensor", show=progress) as bar:
         for number, rows in enumerate(shards, 1):
             file_name = "model.safetensors"
             if len(shards) > 1:

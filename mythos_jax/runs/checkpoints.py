@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
@@ -45,10 +46,15 @@ def _quiet_orbax() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def has_checkpoints(directory: Any) -> bool:
+    """Whether a directory holds anything that looks like a checkpoint. Unlike `Checkpoints`, it makes nothing."""
+    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+
+
 class Checkpoints:
     """The checkpoints of one run directory, written in the background; only the newest `keep` are kept.
 
-    read_only: for evaluation. Raises ConfigError if there are none to read.
+    read_only: for evaluation. Raises ConfigError if there are none to read, or if the directory cannot be written.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2, read_only: bool = False):
@@ -57,6 +63,8 @@ class Checkpoints:
             raise ConfigError(
                 f"{self.directory.parent}: has no checkpoints; allowed: the directory of a run that saved one"
             )
+        if not read_only and not is_remote(directory):
+            _check_writable(self.directory)
         with _quiet_orbax():
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep,
@@ -66,6 +74,7 @@ class Checkpoints:
                 enable_async_checkpointing=not read_only,
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._has_failed = False
 
     def newest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
@@ -75,18 +84,25 @@ class Checkpoints:
         """The steps of all complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts writing the state under its step. Raises SaveError if this save or the previous one failed."""
+    def save(self, state: TrainState, meta: dict[str, Any]) -> bool:
+        """Starts writing the state under its step. Writes nothing and returns False if any of it is NaN or infinite.
+
+        Raises SaveError if this save or the previous one failed.
+        """
         step = int(state.step)
         if step in self.steps():
-            return
-        self._check_space(state)
+            return True
+        self.check_space(state)
         trees = _items(state)
+        if not is_finite(trees):
+            return False
         sums = {name: jax.device_get(checksums(tree)) for name, tree in trees.items()}
         meta = {**meta, "checksums": {name: [int(x) for x in values] for name, values in sums.items()}}
         meta["digest"] = _digest(meta)
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))))
+        arguments = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
+        self._guard(lambda: _in_daemon_thread(lambda: self._manager.save(step, args=arguments)))
+        return True
 
     def wait(self) -> None:
         """Blocks until all saves are on disk. Raises SaveError if one failed."""
@@ -164,22 +180,26 @@ class Checkpoints:
             self._manager.reload()
 
     def close(self) -> None:
-        with _quiet_orbax():
-            self._manager.close()
+        """Raises SaveError if a save failed and nothing has said so yet."""
+        if self._has_failed:  # Orbax would raise the error once more
+            with contextlib.suppress(Exception):
+                self._guard(self._manager.close)
+        else:
+            self._guard(self._manager.close)
 
     def _restore(self, step: int, **items: Any) -> Any:
         with _quiet_orbax():
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-    def _check_space(self, state: TrainState) -> None:
+    def check_space(self, state: TrainState) -> None:
         """Refuses a save that does not fit on a local disk before half of it is written."""
         if is_remote(self.directory):
             return
-        needed = sum(x.nbytes for x in jax.tree.leaves(state)) // 2**20
-        free = shutil.disk_usage(self.directory).free // 2**20
+        needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
         if needed >= free:
             raise SaveError(
-                f"{self.directory}: checkpoint could not be written: needs {needed} MiB, {free} MiB are free"
+                f"{self.directory}: checkpoint could not be written: needs {needed / 2**20:.1f} MiB, "
+                f"{free / 2**20:.1f} MiB are free"
             )
 
     def _guard(self, write: Callable[[], object]) -> None:
@@ -188,8 +208,41 @@ class Checkpoints:
                 write()
         except Exception as error:
             # Orbax and TensorStore raise many kinds; the user needs one line with the place and the cause.
+            self._has_failed = True
             cause = one_line(error, limit=300)
             raise SaveError(f"{self.directory}: checkpoint could not be written: {cause}") from error
+
+
+def _check_writable(directory: Path) -> None:
+    """Raises ConfigError if no folder can be made there, which is what a save begins with."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=".probe-", dir=directory)).rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"{directory}: cannot be written ({error.strerror or error}); allowed: a --workdir that can be"
+        ) from None
+
+
+def _in_daemon_thread(work: Callable[[], object]) -> None:
+    """Runs Orbax's `work` in a thread, so that the threads that it starts are daemons, as the children of one are.
+
+    After a failed save, some of them wait for minutes for signals that will not come, and Python would wait for them
+    before it exits. Nothing is lost: the program waits for the saves themselves.
+    """
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -205,6 +258,13 @@ def _digest(meta: dict[str, Any]) -> str:
     """SHA-256 of everything in `meta` but the digest, as JSON."""
     rest = {name: value for name, value in meta.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+@jax.jit
+def is_finite(tree: Any) -> jax.Array:
+    """Whether no float in any array is NaN or infinite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in floats]))
 
 
 @jax.jit

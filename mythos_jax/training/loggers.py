@@ -1,8 +1,11 @@
 """Where a run's metrics go: `metrics.jsonl` always, TensorBoard and Weights & Biases on request."""
 
+import errno
 import importlib
 import json
+import math
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -10,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.errors import ConfigError, TrainingError, one_line
 from mythos_jax.json_text import parse_json
-from mythos_jax.paths import copy_tree, is_remote
+from mythos_jax.paths import copy_tree, is_remote, write_whole
+from mythos_jax.processes import log0
 
 # Seconds between two copies of a growing file to an object store, where nothing can be appended.
 COPY_EVERY = 60
@@ -32,21 +36,31 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """Appends to `metrics.jsonl`, one JSON object per line, each with a `step`."""
+    """Appends to `metrics.jsonl`, one JSON object per line, each with a `step`. NaN and infinity become null, because
+    JSON has no word for them."""
 
-    def __init__(self, path: str | Path, restored_step: int = 0):
-        """Drops lines after `restored_step`, and a last line that is incomplete because the process was killed."""
+    def __init__(self, path: str | Path, restored_step: int = 0, shown_path: Any = None):
+        """Drops lines after `restored_step` and lines that are damaged, and logs how many of these there were.
+
+        shown_path: what log lines call the file, if not `path`.
+        """
         self.path = Path(path)
         if self.path.exists():
-            past = [line for line in self.path.read_text().splitlines() if _step(line) <= restored_step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in past))
-            os.replace(temporary, self.path)
-        self._file = self.path.open("a")
+            records, damaged = read_log(self.path)
+            if damaged:
+                lines = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
+                log0(f"{shown_path or path}: left out what is damaged, {len(damaged)} lines ({lines})")
+            past = [line + b"\n" for record, line in records if record["step"] <= restored_step]
+            write_whole(self.path, b"".join(past))
+        self._file = self.path.open("ab", buffering=0)  # so that no half line is left to be written on closing
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        line = json.dumps(_without_nan({"step": step, **metrics}), allow_nan=False).encode() + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise TrainingError(f"{self.path}: cannot be written ({error.strerror or error})") from error
 
     def flush(self) -> None:
         pass
@@ -63,7 +77,7 @@ class RemoteJsonlLogger:
         local = Path(self._folder.name) / path.name
         if path.exists():
             local.write_bytes(path.read_bytes())
-        self._log, self._copied = JsonlLogger(local, restored_step), time.monotonic()
+        self._log, self._copied = JsonlLogger(local, restored_step, path), time.monotonic()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         self._log.write(step, metrics)
@@ -132,14 +146,11 @@ class WandbLogger:
     def __init__(self, folder: Any, name: str):
         import wandb
 
-        id_file = folder / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(8))
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "mythos_jax"),
                 name=name,
-                id=id_file.read_text(),
+                id=_wandb_id(folder / "wandb_id"),
                 dir=None if is_remote(folder) else str(folder),  # None: under the working directory
                 resume="allow",
             )
@@ -183,9 +194,41 @@ def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
-def _step(line: str) -> float:
-    """The step of a line of the log; infinity if the line is damaged, so that it is dropped."""
-    try:
-        return parse_json(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def read_log(path: Any) -> tuple[list[tuple[dict[str, Any], bytes]], list[int]]:
+    """The records of a `metrics.jsonl`, each with its line, and the numbers of the damaged lines, from 1.
+
+    A last line without an end is neither: its writer was killed.
+    """
+    records, damaged = [], []
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = parse_json(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append((record, line))
+        else:
+            damaged.append(number)
+    return records, damaged
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with null in place of NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: _without_nan(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _wandb_id(file: Any) -> str:
+    """The id stored in the run's directory; a new one if there is none, or if the file is damaged."""
+    if file.exists():
+        stored = file.read_bytes()
+        if re.fullmatch(rb"[0-9a-f]{16}", stored):
+            return str(stored, "ascii")
+        log0(f"{file}: damaged; the run gets a new one at wandb")
+    new = secrets.token_hex(8)
+    write_whole(file, new.encode())
+    return new

@@ -4,16 +4,17 @@ import contextlib
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from mythos_jax.chips import peak_flops
 from mythos_jax.config import Config, mean_loops
 from mythos_jax.flops import training_flops
 from mythos_jax.processes import is_process_zero
+from mythos_jax.progress import Progress
 from mythos_jax.training.loggers import Logger, open_loggers
 
 
@@ -27,8 +28,7 @@ class RunLog:
         self._loggers: list[Logger] = []
         if is_process_zero():
             self._loggers = open_loggers(t.loggers, run_dir, config.name, restored_step=start)
-        title = f"train {config.name}"
-        self._bar = tqdm(total=t.steps, initial=start, desc=title, unit="step", disable=not progress)
+        self._bar = Progress(t.steps, f"train {config.name}", "step", start=start, show=progress)
         self._throughput, self._goodput = Throughput(peak_flops(mesh.devices.flat)), Goodput()
 
     def __enter__(self) -> "RunLog":
@@ -47,12 +47,22 @@ class RunLog:
         loops = mean_loops(self.config) if self.config.model.readout == "act" else values["mean_loops"]
         self._throughput.add(int(values.pop("tokens")), training_flops(self.config, loops))
         self._goodput.step()
-        self._bar.update()
+        note = ""
         if step % t.log_every == 0 or step in (1, t.steps):
             values |= self._throughput.report() | {"goodput": round(self._goodput.fraction(), 4)}
             self.write(step, values)
-            self._bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}")
+            note = f"loss {values['loss']:.3f}, {values['tokens_per_second']:.0f} tokens/s"
+        self._bar.update(note=note)
         self.last = {"step": step, **values}
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around work between two steps, when no step is running; the time that it takes is in no rate of a step."""
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self._throughput.pause(seconds)
+        self._goodput.pause(seconds)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         for logger in self._loggers:
@@ -64,7 +74,7 @@ class RunLog:
 
 
 class Throughput:
-    """Tokens and model FLOPs per second since the last report.
+    """Tokens and model FLOPs per second of training since the last report.
 
     Model FLOPs are those of the forward and backward pass, without recomputation (see `flops.training_flops`); MFU is
     their share of what the devices could compute at their peak in the same time.
@@ -80,8 +90,12 @@ class Throughput:
         self._tokens += tokens
         self._flops += flops
 
+    def pause(self, seconds: float) -> None:
+        """Leaves out time in which no step ran."""
+        self._start += seconds
+
     def report(self) -> dict[str, float]:
-        """Rates since the last call, or since the start; everything that took time in between counts."""
+        """Rates since the last call, or since the start, without pauses."""
         now = time.perf_counter()
         seconds = now - self._start
         rates: dict[str, float] = {
@@ -110,6 +124,10 @@ class Goodput:
         now = time.perf_counter()
         self._durations.append(now - self._last)
         self._last, self._steps = now, self._steps + 1
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out of the next step's duration time in which it did not run. It still counts as wall time."""
+        self._last += seconds
 
     def fraction(self) -> float:
         """Since the start; 0 before the first step has ended."""

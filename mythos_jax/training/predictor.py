@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from mythos_jax.data.open import open_data
 from mythos_jax.data.placement import place_batch
@@ -29,7 +28,8 @@ from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import PREDICTOR, PRICES, init_head, log_excess, loops_at
 from mythos_jax.model.state import Output
-from mythos_jax.paths import to_path
+from mythos_jax.paths import to_path, write_whole
+from mythos_jax.progress import Progress
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import use_mesh
 
@@ -77,11 +77,12 @@ def record_exits(
         batch_size=size, seed=config.training.seed
     )
     recorded = []
-    with use_mesh(loaded.mesh):
-        for batch in tqdm(islice(batches, count), total=count, desc="exits", disable=not progress):
+    with use_mesh(loaded.mesh), Progress(count, "exits", "row", show=progress) as bar:
+        for batch in islice(batches, count):
             placed = place_batch(loaded.mesh, batch)
             arrays = jax.device_get(_exits(loaded.model, loaded.variables, placed, loops))
             recorded.append([array_BT[np.asarray(batch["mask"], bool)] for array_BT in arrays])
+            bar.update()
     features_ND, excess_NL, loss_N = (np.concatenate(parts) for parts in zip(*recorded, strict=True))
     return features_ND, excess_NL, loss_N
 
@@ -165,5 +166,5 @@ def save_predictor(directory: Path, predictor: dict[str, np.ndarray], summary: d
     """Writes `predictor/predictor.safetensors` and `predictor/predictor.json` into a run's directory."""
     folder = to_path(directory) / PREDICTOR
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "predictor.safetensors").write_bytes(save(predictor))
-    (folder / "predictor.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "predictor.safetensors", save(predictor))
+    write_whole(folder / "predictor.json", (json.dumps(summary, indent=1) + "\n").encode())

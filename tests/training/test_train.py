@@ -93,7 +93,7 @@ def test_a_run_of_version_0_1_0_resumes_and_is_evaluated(config, uninterrupted, 
     assert_same(parameters(uninterrupted), parameters(workdir))
     changed = dataclasses.replace(config, training=dataclasses.replace(config.training, grad_accumulation_steps=2))
     as_written_by_0_1_0(workdir)
-    train(changed, workdir, progress=False)
+    train(with_training(changed, steps=9), workdir, progress=False)
     assert "training.grad_accumulation_steps was 1, is now 2" in capsys.readouterr().err
 
 

@@ -1,0 +1,252 @@
+"""One training process per run directory: a lock file that its owner renews and that outlives no dead owner.
+
+The file `lock.json` names its owner: host, process, and a random token. A start that finds the file takes it over if
+its owner is dead. On the same machine the process table says so at once; for an owner elsewhere, a start watches
+whether the file is still renewed. Only plain file operations are used, so that it works on network file systems, and in
+object stores, where a file cannot be created exclusively: there, a start waits and reads back what it wrote.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mythos_jax.errors import ConfigError, LockError
+from mythos_jax.json_text import parse_json
+from mythos_jax.paths import is_remote, write_whole
+from mythos_jax.processes import log0
+
+LOCK_FILE = "lock.json"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds. renew: between two renewals by the owner. patience: without a renewal after which an owner that cannot
+    be seen counts as dead; a multiple of `renew`. settle: until a write to an object store is read back."""
+
+    renew: float = 10.0
+    patience: float = 35.0
+    settle: float = 2.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What the lock file holds. place: the machine, its boot and the container; started: of the process, since boot."""
+
+    token: str
+    host: str
+    place: str
+    pid: int
+    started: str
+    renewals: int = 0
+    renewed: float = 0.0
+
+    @classmethod
+    def this_process(cls) -> "Owner":
+        host = socket.gethostname()
+        place = " ".join([host, _read_text("/proc/sys/kernel/random/boot_id"), _read_link("/proc/self/ns/pid")])
+        started = _process_start(os.getpid()) or ""
+        return cls(secrets.token_hex(8), host, place, os.getpid(), started, renewed=time.time())
+
+    def is_alive(self, place: str) -> bool | None:
+        """Whether the process still runs; None if it is in another place, from where that cannot be seen."""
+        if self.place != place:
+            return None
+        if os.path.exists("/proc/self/stat"):
+            return _process_start(self.pid) == self.started
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            return True  # of another user
+        return True
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, seen {max(0, time.time() - self.renewed):.0f} s ago"
+
+
+@contextlib.contextmanager
+def locked(run_dir: Any, timing: Timing | None = None) -> Iterator["RunLock"]:
+    """Makes the run directory if it is missing and holds its lock. Nothing in the directory is touched before.
+
+    A directory that was made here and in which nothing was written is deleted again.
+    Raises ConfigError if the directory cannot be written, LockError if another process trains in it.
+    """
+    lock = RunLock(run_dir, timing or Timing())
+    try:
+        is_new = not is_remote(run_dir) and not run_dir.exists()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise ConfigError(
+            f"{run_dir}: cannot be written ({error.strerror or error}); allowed: a --workdir that can be"
+        ) from None
+    try:
+        yield lock
+    finally:
+        lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()
+
+
+class RunLock:
+    """The lock of one run directory; see `locked`."""
+
+    def __init__(self, run_dir: Any, timing: Timing) -> None:
+        self._run_dir, self._file, self._timing = run_dir, run_dir / LOCK_FILE, timing
+        self._me = Owner.this_process()
+        self._stop, self._writing = threading.Event(), threading.Lock()
+        self._renewing = threading.Thread(target=self._renew_until_stopped, name="run lock", daemon=True)
+
+    def acquire(self) -> None:
+        """Raises LockError if the lock's owner is alive, OSError if the directory cannot be written."""
+        create = self._create_remote if is_remote(self._file) else self._create
+        while not create():
+            found = self._read()
+            if found is not None:
+                self._wait_for_death(found)
+                self._delete(found)
+        self._renewing.start()
+
+    def check(self) -> None:
+        """Raises LockError if another process has taken the lock over, as it may if this one was suspended."""
+        if taken_by := self._renew():
+            raise LockError(
+                f"{self._run_dir}: {taken_by} has taken this run over, because this process did not answer for a "
+                "while; nothing more is saved here"
+            )
+
+    def release(self) -> None:
+        """Deletes the file if it is this process's."""
+        self._stop.set()
+        if self._renewing.ident is not None:
+            self._renewing.join()
+        with contextlib.suppress(OSError):
+            if self._owner() is None:
+                self._file.unlink()
+
+    def _create(self) -> bool:
+        try:
+            with open(self._file, "xb") as file:
+                file.write(self._content())
+        except FileExistsError:
+            return False
+        return True
+
+    def _create_remote(self) -> bool:
+        if self._read() is None:
+            self._file.write_bytes(self._content())
+            time.sleep(self._timing.settle)
+        return self._read() == self._content()
+
+    def _wait_for_death(self, found: bytes) -> None:
+        """Returns when the owner is dead. Raises LockError if it is alive."""
+        owner = _parse(found)
+        alive = owner and owner.is_alive(self._me.place)
+        if alive is None:
+            log0(
+                f"{self._run_dir}: was in use by {owner or 'an unknown process'}; waiting "
+                f"{self._timing.patience:.0f} s to see whether it still is"
+            )
+            alive = self._changes(found)
+        if alive:
+            raise LockError(
+                f"{self._run_dir}: in use by {owner or 'another process'}; allowed: one training process per run "
+                "directory, so end that one or choose another --workdir"
+            )
+
+    def _changes(self, found: bytes) -> bool:
+        """Whether the file is renewed while we watch; False if it stays as it is, or is deleted."""
+        end = time.monotonic() + self._timing.patience
+        while time.monotonic() < end:
+            time.sleep(self._timing.patience / 35)
+            now = self._read()
+            if now != found:
+                return now is not None
+        return False
+
+    def _delete(self, found: bytes) -> None:
+        """Deletes the file of a dead owner, but not that of another start which was faster."""
+        if is_remote(self._file):
+            if self._read() == found:
+                self._file.unlink()
+            return
+        aside = self._run_dir / f"{LOCK_FILE}.{self._me.token}"
+        with contextlib.suppress(FileNotFoundError):
+            self._file.rename(aside)
+            if aside.read_bytes() != found:
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self._file)
+            aside.unlink()
+
+    def _renew_until_stopped(self) -> None:
+        while not self._stop.wait(self._timing.renew):
+            if self._renew():
+                return
+
+    def _renew(self) -> Owner | None:
+        """Rewrites the file with a new count; returns the owner instead if that is another process by now."""
+        # An OSError is a passing failure of the file system; the next renewal tries again.
+        with self._writing, contextlib.suppress(OSError):
+            if owner := self._owner():
+                return owner
+            self._me = replace(self._me, renewals=self._me.renewals + 1, renewed=time.time())
+            write_whole(self._file, self._content())
+        return None
+
+    def _owner(self) -> Owner | None:
+        """The owner that the file names, if it is another process."""
+        found = self._read()
+        owner = None if found is None else _parse(found)
+        return None if owner is None or owner.token == self._me.token else owner
+
+    def _content(self) -> bytes:
+        return json.dumps(asdict(self._me)).encode()
+
+    def _read(self) -> bytes | None:
+        try:
+            content: bytes = self._file.read_bytes()
+        except FileNotFoundError:
+            return None
+        return content
+
+
+def _parse(content: bytes) -> Owner | None:
+    """None for a file that is damaged or was not written in full."""
+    try:
+        return Owner(**parse_json(content))
+    except (ValueError, TypeError):
+        return None
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot; None if it has ended, "" where this is not known."""
+    try:
+        # The name of the program, in parentheses, may contain spaces.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]  # Z, X: dead, and not yet collected by its parent
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _read_link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

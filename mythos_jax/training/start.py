@@ -1,0 +1,166 @@
+"""How a run starts: what can be refused is refused before the first step, in the order of what it costs to know."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from mythos_jax.config import Config, ModelConfig
+from mythos_jax.data.open import Data, open_data
+from mythos_jax.data.placement import check_batch
+from mythos_jax.errors import ConfigError
+from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.processes import is_process_zero, log0, process_zero_first
+from mythos_jax.runs.checkpoints import Checkpoints, has_checkpoints
+from mythos_jax.runs.load import load_model, place_variables
+from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
+from mythos_jax.runs.state import TrainState
+from mythos_jax.sharding import check_sharded, make_mesh
+from mythos_jax.training.loggers import check_loggers, read_log
+from mythos_jax.training.resume import announce_changes, check_resume, checkpoint_metadata
+from mythos_jax.training.step import abstract_state, init_state
+from mythos_jax.typed import check_field, differences, to_dict
+
+
+def check_config(config: Config) -> Mesh:
+    """The mesh of a run. Raises ConfigError for whatever the config and the devices alone show to be wrong."""
+    t = config.training
+    check_loggers(t.loggers)
+    span = t.profile_steps
+    check_field(
+        not span or span[0] <= t.steps, "training.profile_steps", list(span), f"steps up to training.steps, {t.steps}"
+    )
+    mesh = make_mesh(config.mesh)
+    check_sharded(mesh, abstract_variables(config.model))
+    check_batch(mesh, t.batch_size, "training.batch_size")
+    if t.evaluate_every:
+        check_batch(mesh, config.evaluation.batch_size, "evaluation.batch_size")
+        data = config.data
+        held_out = data.held_out_fraction > 0 or not data.sources or data.task.name != ""
+        check_field(held_out, "training.evaluate_every", t.evaluate_every, "0 with data.held_out_fraction 0")
+    return mesh
+
+
+@contextlib.contextmanager
+def hold_run_dir(run_dir: Any) -> Iterator[RunLock | None]:
+    """Makes the run directory, and keeps it from other runs of `train`. Process 0 does it for all processes of a run
+    and gets the lock; the others get None.
+
+    Raises ConfigError: it cannot be written, or holds something else. LockError: it is in use.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def hold() -> RunLock | None:
+            if is_process_zero():
+                _check_run_dir(run_dir)
+                return stack.enter_context(locked(run_dir))
+            if not run_dir.is_dir():
+                raise ConfigError(
+                    f"{run_dir}: process {jax.process_index()} cannot see the directory that process 0 made; allowed: "
+                    "a --workdir that all processes share"
+                )
+            return None
+
+        yield process_zero_first(str(run_dir), hold)
+
+
+def _check_run_dir(run_dir: Any) -> None:
+    """Raises ConfigError rather than write a run among someone else's files."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: is a file; allowed: a run directory, or a path that does not exist")
+    if not run_dir.is_dir() or (run_dir / "config.yaml").is_file():
+        return
+    if any(not _is_left_over(path) for path in run_dir.iterdir()):
+        raise ConfigError(
+            f"{run_dir}: contains files but no run (no config.yaml); allowed: a run directory, or a path that does not "
+            "exist"
+        )
+
+
+def _is_left_over(path: Any) -> bool:
+    """Whether this is what a run leaves that is killed before it has written its config."""
+    if path.name == "checkpoints" and path.is_dir():
+        return not any(path.iterdir())
+    return path.name == LOCK_FILE or path.name.startswith((f"{LOCK_FILE}.", ".config.yaml.", f".{LOCK_FILE}."))
+
+
+def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | None) -> dict[str, Any] | None:
+    """The weights of `--init-from` on the mesh; None without it, and for a run that has checkpoints of its own.
+
+    The other model must have the same shapes; other fields that differ are announced.
+    """
+    if path is None or has_checkpoints(run_dir / "checkpoints"):
+        return None
+    loaded = load_model(path)
+    changed = differences(to_dict(loaded.config.model), to_dict(config.model), "model")
+    if _shapes(loaded.config.model) != _shapes(config.model):
+        fields = "; ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in changed.items())
+        raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
+    for name, (old, new) in changed.items():
+        log0(f"{name} is {old!r} in {path}, {new!r} in this run")
+    return place_variables(config.model, mesh, loaded.variables)
+
+
+def _shapes(model: ModelConfig) -> dict[str, Any]:
+    return jax.tree.map(lambda x: x.shape, nn.unbox(abstract_variables(model)))
+
+
+def open_run_data(config: Config, progress: bool) -> Data:
+    """The data of all processes, which process 0 prepares if it is missing.
+
+    Raises ConfigError: there is no such data, or nothing is held out for `training.evaluate_every`.
+    """
+
+    def open_here() -> Data:
+        first = is_process_zero()
+        data = open_data(config, progress and first, prepare=first)
+        if every := config.training.evaluate_every:
+            _check_held_out(config, data, every)
+        return data
+
+    return process_zero_first("data", open_here, identity=lambda data: str(data.identity))
+
+
+def _check_held_out(config: Config, data: Data, every: int) -> None:
+    settings = config.evaluation
+    try:
+        batch = next(iter(data.held_out_batches(settings.batch_size, settings.max_rows)), None)
+        problem = "" if batch is not None else "no rows are held out"
+    except ConfigError as error:
+        problem = str(error)
+    if problem:
+        raise ConfigError(f"training.evaluate_every: got {every}, allowed: 0, because of the data ({problem})")
+
+
+def starting_state(
+    config: Config, mesh: Mesh, data: Data, checkpoints: Checkpoints, run_dir: Any, initial: dict[str, Any] | None
+) -> TrainState:
+    """The newest checkpoint, else the weights `initial`, else weights drawn from the seed."""
+    if checkpoints.newest() is None:
+        state = init_state(config, mesh)
+        state = state if initial is None else state.replace(variables=initial)
+        checkpoints.check_space(state)
+        return state
+    current = checkpoint_metadata(config, data)
+    like = abstract_state(config, mesh)  # tells where each restored array belongs on this mesh
+    state, saved = checkpoints.restore_newest(like, lambda saved: check_resume(saved, current, run_dir))
+    if int(state.step) < config.training.steps:
+        announce_changes(saved, current, int(state.step))
+        log0(f"resuming {run_dir} after step {int(state.step)}")
+        checkpoints.check_space(state)
+    return state
+
+
+def finished(config: Config, run_dir: Any, step: int) -> dict[str, Any]:
+    """The last metrics of a run that has no steps left, as far as its log has them; says that nothing is trained."""
+    steps = config.training.steps
+    past = f", which is past training.steps, {steps}" if step > steps else ""
+    log0(f"{run_dir}: is trained to step {step} already{past}; nothing is left to do")
+    log = run_dir / "metrics.jsonl"
+    records = read_log(log)[0] if is_process_zero() and log.exists() else []
+    ends = (record for record, _ in reversed(records) if record["step"] == step and "loss" in record)
+    return next(ends, {"step": step})

@@ -1,0 +1,165 @@
+"""The lock of a run directory: one owner, which another start replaces when it is dead."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from mythos_jax.errors import ConfigError, LockError
+from mythos_jax.paths import to_path
+from mythos_jax.runs.lock import LOCK_FILE, Owner, RunLock, Timing, locked
+
+FAST = Timing(renew=0.02, patience=0.3, settle=0.05)
+
+
+def owner(**fields):
+    return dataclasses.replace(Owner.this_process(), **fields)
+
+
+def write(run_dir, owner):
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / LOCK_FILE).write_text(json.dumps(dataclasses.asdict(owner)))
+
+
+def ended_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture(params=["disk", "object store"])
+def run_dir(request, tmp_path, monkeypatch):
+    if request.param == "disk":
+        return tmp_path / "run"
+    from etils.epath import backend
+
+    store = type("Store", (MemoryFileSystem,), {"store": {}, "pseudo_dirs": [""]})
+    monkeypatch.setattr(
+        store, "_strip_protocol", classmethod(lambda cls, path: path.removeprefix("gs:/")), raising=False
+    )
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: store())
+    return to_path("gs://bucket/run")
+
+
+def test_the_second_is_refused_while_the_first_is_alive(run_dir):
+    with locked(run_dir, FAST) as lock:
+        with pytest.raises(
+            LockError, match=rf"run: in use by process {os.getpid()} on .*; allowed: one training proce"
+        ):
+            locked(run_dir, FAST).__enter__()
+        lock.check()
+    with locked(run_dir, FAST):
+        pass
+    assert not (run_dir / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("dead", [lambda: owner(pid=ended_process()), lambda: owner(started="1")], ids=["pid", "start"])
+def test_a_dead_owner_of_this_machine_is_replaced_at_once(run_dir, dead):
+    """Its process has ended, or its number is now that of a process that started at another time."""
+    write(run_dir, dead())
+    with locked(run_dir, Timing(patience=1e6, settle=0.01)) as lock:
+        lock.check()
+
+
+def test_an_owner_that_was_killed_but_not_collected_by_its_parent_is_dead():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    here = Owner.this_process()
+    try:
+        zombie = owner(pid=process.pid, started="not known")
+        assert zombie.is_alive(here.place) is False
+        process.kill()
+        stat = Path(f"/proc/{process.pid}/stat")
+        while (fields := stat.read_text().rpartition(")")[2].split())[0] != "Z":
+            time.sleep(0.01)
+        assert dataclasses.replace(zombie, started=fields[19]).is_alive(here.place) is False
+    finally:
+        process.communicate()
+
+
+@pytest.mark.parametrize("content", ["foreign", "damaged", "empty"])
+def test_an_owner_elsewhere_that_renews_nothing_is_replaced(run_dir, content, capsys):
+    write(run_dir, owner(host="elsewhere", place="elsewhere", token="theirs", renewed=time.time() - 60))
+    if content != "foreign":
+        (run_dir / LOCK_FILE).write_bytes(b"\xff{" if content == "damaged" else b"")
+    begin = time.monotonic()
+    with locked(run_dir, FAST) as lock:
+        assert time.monotonic() - begin >= FAST.patience
+        lock.check()
+    name = f"process {os.getpid()} on elsewhere, seen 6. s ago" if content == "foreign" else "an unknown process"
+    assert re.search(f"run: was in use by {name}; waiting 0 s", capsys.readouterr().err)
+
+
+def test_an_owner_elsewhere_that_renews_is_left_alone(run_dir):
+    theirs = RunLock(run_dir, FAST)
+    theirs._me = owner(host="elsewhere", place="elsewhere", token="theirs")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    theirs.acquire()
+    try:
+        with pytest.raises(LockError, match=r"in use by process .* on elsewhere"):
+            locked(run_dir, FAST).__enter__()
+        theirs.check()
+    finally:
+        theirs.release()
+
+
+def test_an_owner_that_was_suspended_learns_that_it_was_replaced(run_dir):
+    """The thief's lock is neither overwritten nor released by the former owner."""
+    thief = owner(token="thief", pid=1, host="elsewhere")
+    with locked(run_dir, Timing(settle=0.01)) as lock:
+        write(run_dir, thief)
+        with pytest.raises(LockError, match=r"process 1 on elsewhere, .* has taken this run over"):
+            lock.check()
+    assert json.loads((run_dir / LOCK_FILE).read_text())["token"] == "thief"
+
+
+def test_one_of_many_starts_wins(tmp_path):
+    """All of them find the lock of a dead owner."""
+    write(tmp_path, owner(started="1"))
+    locks, outcomes = [RunLock(tmp_path, FAST) for _ in range(8)], []
+
+    def start(lock):
+        try:
+            lock.acquire()
+            outcomes.append("won")
+        except LockError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=start, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for lock in locks:
+        lock.release()
+    assert sorted(outcomes) == ["refused"] * 7 + ["won"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_somebody_deleted_is_made_again(run_dir):
+    with locked(run_dir, Timing(settle=0.01)) as lock:
+        (run_dir / LOCK_FILE).unlink()
+        lock.check()
+        assert (run_dir / LOCK_FILE).exists()
+
+
+def test_a_new_directory_in_which_nothing_was_written_is_deleted(tmp_path):
+    with locked(tmp_path / "run", FAST):
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()
+    with locked(tmp_path / "run", FAST):
+        (tmp_path / "run" / "config.yaml").write_text("")
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/run: cannot be written .Not a directory.; allowed: a --workdir that"):
+        locked(tmp_path / "file" / "run", FAST).__enter__()
