@@ -2,21 +2,28 @@
 
 Each command is a module of `commands/` with `SUMMARY`, `add_arguments(parser)` and `run(arguments, overrides)`, which
 returns the exit code. Exit codes: 0 done, 1 failed, 2 wrong input, 42 run the same command again (SIGTERM or SIGHUP
-stopped it after a checkpoint, or another process of the run was lost), 130 stopped by Ctrl-C.
+stopped it after a checkpoint, or another process of the run was lost), 130 stopped by Ctrl-C, 141 nobody reads standard
+output any more (`mythos info RUN | head -1`).
 """
 
 import argparse
+import contextlib
 import difflib
 import os
+import select
 import shlex
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Iterator, Sequence
+from types import FrameType, ModuleType
+from typing import Any, NoReturn
 
 from mythos_jax.commands import compile, convert, data, eval, generate, info, train, train_predictor
+from mythos_jax.commands.words import find_parser, split_overrides
 from mythos_jax.errors import (
+    CLOSED_PIPE,
     FAILED,
     INTERRUPTED,
     RESTART,
@@ -26,7 +33,7 @@ from mythos_jax.errors import (
     TrainingError,
     one_line,
 )
-from mythos_jax.streams import replace_closed, say
+from mythos_jax.streams import discard, replace_closed, say
 from mythos_jax.version import __version__
 
 COMMANDS: dict[str, ModuleType] = {
@@ -46,31 +53,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; errors a user can cause become one line on standard error."""
     replace_closed()
     argv = sys.argv[1:] if argv is None else list(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        # Where the locale has no such character: its escape, rather than no output.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run_command(argv)
+        finally:
+            _flush()
+    except _OutputLost as lost:
+        if isinstance(lost.__cause__, BrokenPipeError):
+            return CLOSED_PIPE
+        _say(f"standard output: {lost.__cause__}")
+        return FAILED
+
+
+def _run_command(argv: list[str]) -> int:
     if problem := _unknown_command(argv):
         return _wrong_input(problem)
-    arguments, overrides = build_parser().parse_known_args(argv)
+    parser = build_parser()
+    words, overrides, problem = split_overrides(find_parser(parser, argv), argv)
+    if problem:
+        return _wrong_input(problem)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        return _wrong_input(f"unknown argument {unknown[0]!r} for `mythos {arguments.command}`; see its --help")
     arguments.command_line = shlex.join(["mythos", *argv])
-    if overrides and not arguments.takes_overrides:
-        return _wrong_input(f"unknown argument {overrides[0]!r} for `mythos {arguments.command}`; see its --help")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides what XLA logs when it starts
-    try:
-        return COMMANDS[arguments.command].run(arguments, overrides)
-    except KeyboardInterrupt:
-        say("mythos: interrupted")
-        return INTERRUPTED
-    except Exception as error:
-        code = _exit_code(error)
-        if "jax" in sys.modules:
-            return _end_together(error, code, arguments.debug)
-        if arguments.debug or code is None:
-            raise
-        say(f"mythos: {error}")
-        return code
+    with _noting_interrupts() as interrupts:
+        try:
+            return COMMANDS[arguments.command].run(arguments, overrides)
+        except KeyboardInterrupt:
+            return _interrupted()
+        except Exception as error:
+            code = _exit_code(error)
+            if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
+                raise _OutputLost from error
+            if interrupts and code is None:  # modules in C turn an interrupt of their import into an error of their own
+                return _interrupted()
+            if "jax" in sys.modules:
+                return _end_together(error, code, arguments.debug)
+            if arguments.debug or code is None:
+                raise
+            _say(str(error))
+            return code
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands and their flags."""
-    parser = argparse.ArgumentParser(prog="mythos", description="Recurrent-depth transformers in JAX.")
+    parser = _Parser(prog="mythos", description="Recurrent-depth transformers in JAX.")
     parser.add_argument("--version", action="version", version=f"mythos {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -79,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.add_arguments(sub)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser, and through `add_parser` those of the commands, whose errors are one line as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(_wrong_input(f"{message}; see `{self.prog} --help`"))
 
 
 def _unknown_command(argv: list[str]) -> str:
@@ -93,8 +131,59 @@ def _unknown_command(argv: list[str]) -> str:
 
 
 def _wrong_input(message: str) -> int:
-    say(f"mythos: {message}")
+    _say(message)
     return WRONG_INPUT
+
+
+def _interrupted() -> int:
+    _say("interrupted")
+    return INTERRUPTED
+
+
+def _say(message: str) -> None:
+    """One line on standard error."""
+    say(f"mythos: {' '.join(message.splitlines())}")
+
+
+class _OutputLost(Exception):
+    """Standard output cannot be written, because of the error that is its cause."""
+
+
+def _nobody_reads(stream: Any) -> bool:
+    """Whether this is a pipe whose reader has closed it."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _flush() -> None:
+    """Raises _OutputLost if that fails. What is written later then goes nowhere: Python flushes again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        discard(sys.stdout)
+        raise _OutputLost from error
+
+
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Yields a list that is not empty once Ctrl-C was pressed. It raises KeyboardInterrupt as always."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    # Only Python's own handler is replaced: the signal may be ignored, as after nohup, or belong to a caller.
+    if not (main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -119,12 +208,8 @@ def _end_together(error: Exception, code: int | None, debug: bool) -> int:
     if debug or code is None:
         traceback.print_exception(error)
     elif is_process_zero() or not stopped:
-        say(f"mythos: {process_prefix()}{error}")
+        _say(f"{process_prefix()}{error}")
     code = FAILED if code is None else code
     if not stopped:
         exit_now(code)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

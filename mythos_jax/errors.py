@@ -3,7 +3,7 @@
 import signal
 
 # RESTART: run the same command again.
-DONE, FAILED, WRONG_INPUT, RESTART, INTERRUPTED = 0, 1, 2, 42, 130
+DONE, FAILED, WRONG_INPUT, RESTART, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 42, 130, 141
 
 
 class ConfigError(ValueError):
@@ -39,6 +39,6 @@ class Interrupted(Exception):
         self.signal = number
 
 
-def one_line(error: BaseException, limit: int | None = None) -> str:
-    """The error's message on one line, with all white space folded, cut to `limit` characters."""
+def one_line(error: object, limit: int | None = None) -> str:
+    """A message on one line, with all white space folded, cut to `limit` characters."""
     return " ".join(str(error).split())[:limit]

@@ -1,8 +1,11 @@
 """Paths on a disk or in an object store, such as `gs://bucket/runs/a`."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+from mythos_jax.errors import ConfigError
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -31,6 +34,26 @@ def write_whole(path: Any, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def expand(path: str) -> str:
+    """A path as a user gives it, on the command line or in a config, with `~`, `~NAME`, `$NAME` and `${NAME}` replaced.
+
+    Raises ConfigError if there is no such user or environment variable; an empty variable counts as none.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not os.environ.get(name):
+            raise ConfigError(f"{path}: the environment variable {name} is not set")
+        return os.environ[name]
+
+    home = os.path.expanduser(path)
+    if home.startswith("~"):
+        raise ConfigError(f"{path}: there is no user {home[1:].split('/')[0]!r}, allowed for such a name: ./{home}")
+    # The home directory is a path already, in which a dollar sign is just that.
+    start = len(home) - len(path.partition("/")[2]) if path.startswith("~") else 0
+    return home[:start] + re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, home[start:])
 
 
 def copy_tree(source: Any, target: Any) -> None:

@@ -9,13 +9,14 @@ import dataclasses
 import difflib
 import functools
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union
 
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, one_line
 
 S = TypeVar("S", bound="Section")
 M = TypeVar("M")
@@ -103,10 +104,22 @@ class Formerly:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class IsPath:
+    """The text is a path: `~` and environment variables in it are expanded when a config is read."""
+
+
+@dataclass(frozen=True)
+class Wide:
+    """The integer may be larger than 32 bits hold; without this or a `Between`, it may not."""
+
+
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
+Seed = Annotated[int, Between(0, 2**32 - 1)]  # jax takes the lower 32 bits of a seed
+PathText = Annotated[str, IsPath()]
 
 
 class Section:
@@ -127,11 +140,8 @@ class Section:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
-            value = getattr(self, name)
-            if not _is_a(value, hint):
-                raise ConfigError(f"{self.dotted(name)}: got {value!r}, allowed: {describe(hint)}")
-            _check_bounds(value, annotated_hints(type(self))[name], self.dotted(name))
+        for name, hint in annotated_hints(type(self)).items():
+            check_value(getattr(self, name), hint, self.dotted(name))
 
     @classmethod
     def dotted(cls, name: str) -> str:
@@ -146,7 +156,24 @@ class Section:
 def check_field(ok: bool, name: str, got: Any, allowed: str) -> None:
     """Raises ConfigError unless `ok`."""
     if not ok:
-        raise ConfigError(f"{name}: got {got!r}, allowed: {allowed}")
+        raise ConfigError(f"{name}: got {shown(got)}, allowed: {allowed}")
+
+
+def check_value(value: Any, hint: Any, name: str) -> None:
+    """Raises ConfigError unless a value is of an annotated type and within its bounds."""
+    if not _is_a(value, hint):
+        raise ConfigError(f"{name}: got {shown(value)}, allowed: {describe(hint)}")
+    _check_bounds(value, hint, name)
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: on one line, and shortened if it is large."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 4, 200, 200, 60
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 16
 
 
 def first_few(values: Sequence[int], limit: int = 12) -> str:
@@ -195,16 +222,41 @@ def from_dict(section: type[S], tree: Any) -> S:
             _check_not_renamed(section, key)
             near = nearest_name(str(key), hints, cutoff=0.5)
             hint = f"did you mean {section.dotted(near)}?" if near else f"allowed: {', '.join(hints)}"
-            raise ConfigError(f"{section.dotted(key)}: unknown key; {hint}")
+            raise ConfigError(f"{one_line(section.dotted(key))}: unknown key; {hint}")
         if dataclasses.is_dataclass(hints[key]):
             values[key] = from_dict(hints[key], {} if value is None else value)
-        elif isinstance(value, list):
-            values[key] = tuple(value)
-        elif hints[key] in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
-            values[key] = float(value)
         else:
-            values[key] = value
+            values[key] = convert(value, hints[key])
     return section(**values)
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """A value of YAML, JSON or the command line as a field of this type holds it: a list as a tuple, 1 as 1.0, and 1e3
+    as 1000. A value of another type stays as it is."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return convert(value, arguments[0])
+    if origin in _UNIONS:
+        return value if value is None else convert(value, arguments[0])
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(convert(item, arguments[0]) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {key: convert(item, arguments[1]) for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value) if -_MAX_FLOAT <= value <= _MAX_FLOAT else math.inf
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def text_is_wanted(hint: Any, value: str) -> bool:
+    """Whether a field of this type takes `value`, as it is written, as its text."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return text_is_wanted(arguments[0], value)
+    if origin in _UNIONS:
+        return value != "null" and any(text_is_wanted(argument, value) for argument in arguments)
+    return hint is str or origin is Literal
 
 
 def upgrade(section: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
@@ -290,6 +342,7 @@ def describe(hint: Any, plural: bool = False) -> str:
 
 
 _UNIONS = (types.UnionType, Union)
+_MAX_INT, _MAX_FLOAT = 2**31 - 1, 2**1023
 _WORDS: dict[Any, tuple[str, str]] = {
     int: ("an integer", "integers"),
     float: ("a number", "numbers"),
@@ -308,6 +361,8 @@ def _check_bounds(value: Any, hint: Any, name: str, allowed: str = "") -> None:
         exceptions = [marker.value for marker in arguments[1:] if isinstance(marker, Or)]
         ok = value in exceptions or all(bound.allows(value) for bound in bounds)
         check_field(ok, name, value, allowed or describe(hint))
+        if arguments[0] is int and not any(isinstance(marker, Wide | Between) for marker in arguments[1:]):
+            check_field(value <= _MAX_INT, name, value, f"at most {_MAX_INT}")
     elif origin is tuple:
         for item in value:
             _check_bounds(item, arguments[0], name, describe(arguments[0], plural=True))
@@ -322,6 +377,8 @@ def _check_bounds(value: Any, hint: Any, name: str, allowed: str = "") -> None:
 
 def _is_a(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _is_a(value, arguments[0])
     if origin is Literal:
         return value in arguments
     if origin is tuple:
@@ -333,7 +390,9 @@ def _is_a(value: Any, hint: Any) -> bool:
     if origin in _UNIONS:
         return any(_is_a(value, argument) for argument in arguments)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str) and "\0" not in value  # no path has one
     return isinstance(value, hint)

@@ -61,7 +61,7 @@ def start(config, workdir, within=(), devices=1):
     """Starts `mythos train` in a process of its own, as a user would. within: the words of a command that runs it."""
     file = workdir.parent / f"{workdir.name}.yaml"
     save_config(config, file)
-    command = [*within, sys.executable, "-m", "mythos_jax.cli", "train", str(file), "--workdir", str(workdir)]
+    command = [*within, sys.executable, "-m", "mythos_jax", "train", str(file), "--workdir", str(workdir)]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 

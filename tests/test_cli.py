@@ -141,8 +141,14 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
             ["generate", "{run}", "x", "--max-new-tokens", "4", "--halting", "kl:-1"],
             "threshold: got -1.0, allowed: ",
         ),
-        (["generate", "{run}", "x", "--max-new-tokens", "4", "--loop-cache-slots", "0"], "loop_cache_slots: got 0"),
-        (["generate", "{run}", "x", "--max-new-tokens", "4", "--prefill-chunk", "0"], "prefill_chunk: got 0"),
+        (
+            ["generate", "{run}", "x", "--max-new-tokens", "4", "--loop-cache-slots", "0"],
+            "argument --loop-cache-slots: got 0, allowed: an integer >= 1",
+        ),
+        (
+            ["generate", "{run}", "x", "--max-new-tokens", "4", "--prefill-chunk", "0"],
+            "argument --prefill-chunk: got 0, allowed: ",
+        ),
         (["eval", "{run}", "--data", "{text}"], "has no manifest.json"),
         (["eval", "{run}", "--nonsense"], "unknown argument '--nonsense' for `mythos eval`"),
         (["generate", "{run}", "x" * 40], "max_seq_len"),

@@ -34,7 +34,8 @@ FLOORS = (
     ("config",),
     ("typed",),
     ("progress",),
-    ("chips", "errors", "json_text", "paths", "streams", "version"),
+    ("chips", "json_text", "paths", "streams"),
+    ("errors", "version"),
 )
 FLOOR = {room: -i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -2,31 +2,69 @@
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from mythos_jax.errors import ConfigError
+from mythos_jax.paths import expand
+from mythos_jax.typed import NonNegativeInt, PositiveInt, Seed
 
 if TYPE_CHECKING:
     from mythos_jax.model.halting import Halting
 
 
+_LONGEST_LIST = 1000  # depths; each is a measurement
+
+
+def of_type(hint: Any) -> Callable[[str], Any]:
+    """For argparse: reads a word as a config field of this annotated type is read, and checks its bounds."""
+
+    def parse(text: str) -> Any:
+        from mythos_jax.config.overrides import parse_value
+        from mythos_jax.typed import check_value
+
+        try:
+            value = parse_value(text, hint, "")
+            check_value(value, hint, "")
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
+        return value
+
+    return parse
+
+
+def path(text: str) -> str:
+    """For argparse: a path, with `~` and environment variables expanded."""
+    try:
+        if text:
+            return expand(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    raise argparse.ArgumentTypeError("got '', allowed: a path")
+
+
 def positive_integers(text: str) -> list[int]:
     """1,2,4 or 1-8, or both."""
-    values: list[int] = []
+    ranges: list[range] = []
     try:
         for part in text.split(","):
             first, dash, last = part.partition("-")
-            values += range(int(first), int(last) + 1) if dash else [int(part)]
+            ranges.append(range(int(first), int(last if dash else first) + 1))
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed: integers >= 1, separated by commas") from None
-    if min(values, default=0) < 1:
+    if any(len(part) == 0 or part[0] < 1 or part[-1] >= 2**31 for part in ranges):
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed: integers >= 1")
-    return values
+    if sum(map(len, ranges)) > _LONGEST_LIST:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: at most {_LONGEST_LIST} integers")
+    return [value for part in ranges for value in part]
 
 
 def words(text: str) -> list[str]:
     """a,b"""
-    return [word for word in text.split(",") if word]
+    found = [path(word) for word in text.split(",") if word]
+    if not found:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: names or files, separated by commas")
+    return found
 
 
 def halting_policy(text: str) -> "Halting":
@@ -45,11 +83,19 @@ def halting_policies(text: str) -> "list[Halting]":
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--step", type=int, metavar="N", help="use the checkpoint of this step (default: the newest)")
+    parser.add_argument(
+        "--step", type=of_type(PositiveInt), metavar="N", help="use the checkpoint of this step (default: the newest)"
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser, use: str) -> None:
+    parser.add_argument("--seed", type=of_type(Seed), default=0, metavar="N", help=f"{use} (default 0)")
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", metavar="FILE", help='for a model that has none: a tokenizer.json, or "bytes"')
+    parser.add_argument(
+        "--tokenizer", type=path, metavar="FILE", help='for a model that has none: a tokenizer.json, or "bytes"'
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -62,20 +108,31 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
         "several processes", "detected under Slurm and on TPU hosts; see docs/multihost.md"
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 (or JAX_COORDINATOR_ADDRESS)")
-    group.add_argument("--processes", type=int, metavar="N", help="number of processes (or JAX_NUM_PROCESSES)")
-    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0 (or JAX_PROCESS_ID)")
+    positive = of_type(PositiveInt)
+    group.add_argument("--processes", type=positive, metavar="N", help="number of processes (or JAX_NUM_PROCESSES)")
     group.add_argument(
-        "--connect-timeout", type=int, default=300, metavar="S", help="seconds to wait for all of them (default 300)"
+        "--process-id",
+        type=of_type(NonNegativeInt),
+        metavar="I",
+        help="index of this process, from 0 (or JAX_PROCESS_ID)",
+    )
+    group.add_argument(
+        "--connect-timeout",
+        type=positive,
+        default=300,
+        metavar="S",
+        help="seconds to wait for all of them (default 300)",
     )
     group.add_argument(
         "--heartbeat-timeout",
-        type=int,
+        type=positive,
         default=100,
         metavar="S",
         help="seconds without a heartbeat after which a process counts as dead and the others exit (default 100)",
     )
     parser.add_argument(
         "--compilation-cache",
+        type=path,
         metavar="DIR",
         help="cache compiled programs here, also gs://… (or JAX_COMPILATION_CACHE_DIR; default: no cache)",
     )

@@ -4,17 +4,22 @@ import argparse
 import json
 import os
 
-from mythos_jax.commands.arguments import add_json
+from mythos_jax.commands.arguments import add_json, of_type, path
 from mythos_jax.errors import DONE, FAILED
+from mythos_jax.typed import PositiveInt
 
 SUMMARY = "Compile for TPUs that are not attached: does it fit into memory, and what limits a step?"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("config", type=path, metavar="CONFIG")
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16 or v5p:4x4x8")
     parser.add_argument(
-        "--slices", type=int, default=1, metavar="N", help="slices, connected by the data centre network (default 1)"
+        "--slices",
+        type=of_type(PositiveInt),
+        default=1,
+        metavar="N",
+        help="slices, connected by the data centre network (default 1)",
     )
     parser.add_argument("--decode", action="store_true", help="compile the decode step instead of the train step")
     parser.add_argument("--quick", action="store_true", help="less compile time, with rougher estimates of speed")

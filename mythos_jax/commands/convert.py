@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from mythos_jax.commands.arguments import add_json
+from mythos_jax.commands.arguments import add_json, path
 from mythos_jax.errors import DONE, FAILED, WRONG_INPUT
 
 SUMMARY = "Convert a model to another format, with a report on every tensor."
@@ -11,12 +11,18 @@ SUMMARY = "Convert a model to another format, with a report on every tensor."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SRC", help="a run, a directory, a .safetensors, .pt or .bin file, or a hub id"
+        "source",
+        type=path,
+        metavar="SRC",
+        help="a run, a directory, a .safetensors, .pt or .bin file, or a hub id",
     )
-    parser.add_argument("target", metavar="DST", help="a directory that does not exist yet")
+    parser.add_argument("target", type=path, metavar="DST", help="a directory that does not exist yet")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="openmythos, huginn, parcae or mythos_jax")
     parser.add_argument(
-        "--config", metavar="FILE", help="for a file that holds only tensors: a config.json, or one of our YAML files"
+        "--config",
+        type=path,
+        metavar="FILE",
+        help="for a file that holds only tensors: a config.json, or one of our YAML files",
     )
     parser.add_argument(
         "--check", action="store_true", help="also run the original and this implementation on the same tokens"

@@ -1,8 +1,12 @@
 """`mythos data`: so far `mythos data prepare`."""
 
 import argparse
+from typing import Annotated
 
+from mythos_jax.commands.arguments import of_type, path
+from mythos_jax.config.data import Bytes, HeldOutFraction
 from mythos_jax.errors import DONE
+from mythos_jax.typed import Between, PositiveInt
 
 SUMMARY = "Prepare text for training."
 PREPARE = "Turn files, folders, JSONL and Parquet into token rows."
@@ -15,24 +19,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
-    prepare.add_argument("sources", nargs="+", metavar="SRC", help='a file, a folder, or "stdlib"')
-    prepare.add_argument("--out", required=True, metavar="DIR", help="where the rows are written")
-    prepare.add_argument("--tokenizer", default="bytes", metavar="FILE", help='a tokenizer.json (default: "bytes")')
+    prepare.add_argument("sources", type=path, nargs="+", metavar="SRC", help='a file, a folder, or "stdlib"')
+    prepare.add_argument("--out", type=path, required=True, metavar="DIR", help="where the rows are written")
     prepare.add_argument(
-        "--seq-len", type=int, default=1024, metavar="T", help="tokens predicted per row (default 1024)"
+        "--tokenizer", type=path, default="bytes", metavar="FILE", help='a tokenizer.json (default: "bytes")'
+    )
+    prepare.add_argument(
+        "--seq-len",
+        type=of_type(PositiveInt),
+        default=1024,
+        metavar="T",
+        help="tokens predicted per row (default 1024)",
     )
     prepare.add_argument(
         "--held-out-fraction",
-        type=float,
+        type=of_type(HeldOutFraction),
         default=0.05,
         metavar="F",
         help="fraction of documents held out (default 0.05)",
     )
     prepare.add_argument(
-        "--max-bytes", type=int, default=0, metavar="N", help="stop after N bytes of text (default 0: read all of it)"
+        "--max-bytes",
+        type=of_type(Bytes),
+        default=0,
+        metavar="N",
+        help="stop after N bytes of text (default 0: read all of it)",
     )
     prepare.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="threads that tokenize (default 0: one per core)"
+        "--workers",
+        type=of_type(Annotated[int, Between(0, 1024)]),
+        default=0,
+        metavar="N",
+        help="threads that tokenize (default 0: one per core)",
     )
 
 

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING
 from mythos_jax.commands.arguments import (
     add_json,
     add_processes,
+    add_seed,
     add_step,
     add_tokenizer,
     connect,
     halting_policies,
+    of_type,
+    path,
     positive_integers,
     words,
 )
 from mythos_jax.errors import DONE
+from mythos_jax.typed import PositiveInt
 
 if TYPE_CHECKING:
     from mythos_jax.evaluation.results import Evaluation
@@ -25,8 +29,10 @@ SUMMARY = "Evaluate a run or a pretrained model at several depths and with halti
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="RUN|MODEL")
-    parser.add_argument("--data", metavar="DIR", help="prepared rows to evaluate on (default: the run's own)")
+    parser.add_argument("model", type=path, metavar="RUN|MODEL")
+    parser.add_argument(
+        "--data", type=path, metavar="DIR", help="prepared rows to evaluate on (default: the run's own)"
+    )
     add_step(parser)
     parser.add_argument(
         "--loops", type=positive_integers, metavar="1,2,4", help="depths, also 1-8 (default: the config's)"
@@ -42,10 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", type=words, metavar="A,B", help="lm-evaluation-harness tasks or task files (needs lm_eval)"
     )
-    parser.add_argument("--include-path", metavar="DIR", help="a folder with more task files, for --tasks")
-    parser.add_argument("--limit", type=int, metavar="N", help="documents per task, for --tasks (default: all)")
+    parser.add_argument("--include-path", type=path, metavar="DIR", help="a folder with more task files, for --tasks")
+    parser.add_argument(
+        "--limit", type=of_type(PositiveInt), metavar="N", help="documents per task, for --tasks (default: all)"
+    )
     add_tokenizer(parser)
-    parser.add_argument("--seed", type=int, default=0, help="few-shot examples and sampling, for --tasks (default 0)")
+    add_seed(parser, "few-shot examples and sampling, for --tasks")
     add_json(parser)
     add_processes(parser)
 

@@ -2,43 +2,62 @@
 
 import argparse
 import sys
+from typing import Annotated
 
-from mythos_jax.commands.arguments import add_step, add_tokenizer, halting_policy
+from mythos_jax.commands.arguments import add_seed, add_step, add_tokenizer, halting_policy, of_type, path
 from mythos_jax.errors import DONE
+from mythos_jax.typed import Between, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 SUMMARY = "Continue a prompt."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="RUN|MODEL")
+    positive = of_type(PositiveInt)
+    parser.add_argument("model", type=path, metavar="RUN|MODEL")
     parser.add_argument("prompt")
     add_tokenizer(parser)
     add_step(parser)
-    parser.add_argument("--loops", type=int, help="depth (default: the config's)")
+    parser.add_argument("--loops", type=positive, metavar="N", help="depth (default: the config's)")
     parser.add_argument(
         "--halting", type=halting_policy, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03, kl, …"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0 (the default): all"
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="tokens to generate (default 128)"
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens of total mass P"
+        "--temperature", type=of_type(NonNegativeFloat), default=0.0, metavar="T", help="0 (the default) is greedy"
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument(
+        "--top-k",
+        type=of_type(NonNegativeInt),
+        default=0,
+        metavar="K",
+        help="sample from the K most likely tokens; 0 (the default): all",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=of_type(Annotated[float, Between(0, 1, "(]")]),
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely tokens of total mass P",
+    )
+    add_seed(parser, "random seed")
     parser.add_argument(
         "--draft-loops",
-        type=int,
+        type=positive,
         metavar="D",
         help="draft tokens with D loops and verify them at full depth: the same text, faster",
     )
-    parser.add_argument("--draft-tokens", type=int, default=3, metavar="N", help="tokens per draft (default 3)")
+    parser.add_argument("--draft-tokens", type=positive, default=3, metavar="N", help="tokens per draft (default 3)")
     parser.add_argument(
-        "--loop-cache-slots", type=int, metavar="N", help="bound the cache: loop t uses slot t mod N (approximate)"
+        "--loop-cache-slots", type=positive, metavar="N", help="bound the cache: loop t uses slot t mod N (approximate)"
     )
     parser.add_argument(
-        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens processed at a time (default 512)"
+        "--prefill-chunk",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="prompt tokens processed at a time (default 512)",
     )
 
 

@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mythos_jax.errors import DONE
+from mythos_jax.commands.arguments import of_type, path
+from mythos_jax.errors import DONE, ConfigError
+from mythos_jax.typed import PositiveInt
 
 if TYPE_CHECKING:
     from mythos_jax.config import ModelConfig
@@ -13,9 +15,12 @@ SUMMARY = "Parameters, FLOPs per token by number of loops, and cache bytes per t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml|RUN|MODEL")
+    parser.add_argument("config", type=path, metavar="CONFIG|RUN|MODEL")
     parser.add_argument(
-        "--context", type=int, metavar="N", help="keys each token attends to, for FLOPs (default: max_seq_len / 2)"
+        "--context",
+        type=of_type(PositiveInt),
+        metavar="N",
+        help="keys each token attends to, for FLOPs (default: max_seq_len / 2)",
     )
     parser.set_defaults(takes_overrides=True)
 
@@ -27,16 +32,19 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _name_and_config(source: str, overrides: list[str]) -> "tuple[str, ModelConfig]":
-    from mythos_jax.config import load_config, load_run_config
+    from mythos_jax.config import load_config, load_run_config, named_config
     from mythos_jax.porting.reading import FileSource
 
-    path = Path(source)
-    if path.is_dir() and (path / "config.yaml").is_file():
-        config = load_run_config(path / "config.yaml", overrides)
+    directory = Path(source)
+    if directory.is_dir() and (directory / "config.yaml").is_file():
+        config = load_run_config(directory / "config.yaml", overrides)
         return config.name, config.model
-    if path.suffix in (".yaml", ".yml"):
-        config = load_config(path, overrides)
+    is_word = "/" not in source and not directory.exists()
+    if directory.suffix in (".yaml", ".yml") or named_config(source) or is_word:
+        config = load_config(source, overrides)
         return config.name, config.model
+    if overrides:
+        raise ConfigError(f"{source}: is a pretrained model, got {overrides[0]}; allowed only with a config or a run")
     pretrained = FileSource(source)
     return pretrained.path.stem, pretrained.config
 

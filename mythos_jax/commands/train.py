@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mythos_jax.commands.arguments import add_processes, connect
+from mythos_jax.commands.arguments import add_processes, connect, path
 from mythos_jax.errors import DONE, RESTART
 from mythos_jax.streams import print_result, say
 
@@ -16,9 +16,13 @@ SUMMARY = "Train a model, or resume a run. Any config field can be set: --sectio
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("--workdir", metavar="DIR", help="the run directory (default runs/NAME)")
-    parser.add_argument("--init-from", metavar="MODEL", help="start from the weights of a run or of a pretrained model")
+    parser.add_argument(
+        "config", type=path, metavar="CONFIG", help="a YAML file, or the name of a config of the package: quickstart, …"
+    )
+    parser.add_argument("--workdir", type=path, metavar="DIR", help="the run directory (default runs/NAME)")
+    parser.add_argument(
+        "--init-from", type=path, metavar="MODEL", help="start from the weights of a run or of a pretrained model"
+    )
     add_processes(parser)
     parser.set_defaults(takes_overrides=True)
 

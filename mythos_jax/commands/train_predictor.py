@@ -2,17 +2,24 @@
 
 import argparse
 
-from mythos_jax.commands.arguments import add_step
+from mythos_jax.commands.arguments import add_step, of_type, path
 from mythos_jax.errors import DONE
+from mythos_jax.typed import PositiveInt
 
 SUMMARY = "Train the head that predicts how many loops each token needs, on the rows of a run."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="RUN")
+    parser.add_argument("model", type=path, metavar="RUN")
     add_step(parser)
-    parser.add_argument("--loops", type=int, help="the largest number of loops it can predict (default: the config's)")
-    parser.add_argument("--rows", type=int, default=512, metavar="N", help="rows to record (default 512)")
+    positive = of_type(PositiveInt)
+    parser.add_argument(
+        "--loops",
+        type=positive,
+        metavar="N",
+        help="the largest number of loops it can predict (default: the config's)",
+    )
+    parser.add_argument("--rows", type=positive, default=512, metavar="N", help="rows to record (default 512)")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -3,9 +3,22 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from mythos_jax.typed import Between, Formerly, NonNegativeInt, PositiveFloat, PositiveInt, Section, check_field
+from mythos_jax.typed import (
+    Between,
+    Formerly,
+    Ge,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Wide,
+    check_field,
+)
 
 TASKS = ("p_hop", "addition", "parity", "boolean")
+Bytes = Annotated[int, Ge(0), Wide()]
+HeldOutFraction = Annotated[float, Between(0, 1, "[)", "a fraction")]
 Difficulty = Annotated[int, Between(1, 1000)]
 
 
@@ -33,16 +46,17 @@ class TaskConfig(Section, section="data.task"):
 class DataConfig(Section, section="data"):
     """Where the token rows are and how to prepare them if they are missing; or a task that generates them."""
 
-    path: str = ""  #: folder of prepared rows (default: data/NAME)
-    sources: tuple[str, ...] = ()  #: files and folders to prepare from; `stdlib`: the source code of Python's library
-    tokenizer: str = "bytes"  #: `bytes`, or the path of a Hugging Face tokenizer.json
+    path: PathText = ""  #: folder of prepared rows (default: data/NAME)
+    #: files and folders to prepare from; `stdlib`: the source code of Python's library
+    sources: tuple[PathText, ...] = ()
+    tokenizer: PathText = "bytes"  #: `bytes`, or the path of a Hugging Face tokenizer.json
     seq_len: PositiveInt = 128  #: target tokens per row, at most model.max_seq_len
     #: fraction of the documents kept for evaluation; a hash of a document's name decides
-    held_out_fraction: Annotated[float, Between(0, 1, "[)", "a fraction"), Formerly("held_out")] = 0.05
-    max_bytes: NonNegativeInt = 0  #: stop preparing after this many bytes of text; 0: all of it
+    held_out_fraction: Annotated[HeldOutFraction, Formerly("held_out")] = 0.05
+    max_bytes: Bytes = 0  #: stop preparing after this many bytes of text; 0: all of it
     document_mask: bool = False  #: tokens attend only to their own document, not to the others in their row
     #: several prepared folders with their sampling weights, instead of path and sources
-    mixture: dict[str, PositiveFloat] = field(default_factory=dict, hash=False)  # a dict cannot be hashed
+    mixture: dict[PathText, PositiveFloat] = field(default_factory=dict, hash=False)  # a dict cannot be hashed
     task: TaskConfig = field(default_factory=TaskConfig)
 
     def __post_init__(self) -> None:

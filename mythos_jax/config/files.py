@@ -1,13 +1,15 @@
 """Configs as YAML files: those that people write, and those that runs store."""
 
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
+from mythos_jax.config.named import find_config
+from mythos_jax.config.overrides import apply_overrides, expand_paths, override_names
 from mythos_jax.config.run import Config
+from mythos_jax.config.yaml_tree import read_yaml
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.paths import to_path, write_whole
 from mythos_jax.typed import from_dict, to_dict, upgrade
@@ -17,18 +19,26 @@ _WRITTEN_BY = "mythos_jax_version"
 _FIRST_VERSION = "0.1.0"  # which stored configs without their version
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML config. overrides: command-line words, `--training.steps 100` or `--training.steps=100`.
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML config: a file, or one of the package by its name, such as `quickstart` (see `find_config`).
 
-    A file that `save_config` of an earlier version wrote is upgraded. Raises ConfigError: no such file, not YAML, an
-    unknown key (with the nearest known one), a wrong type or value.
+    overrides: command-line words, `--training.steps 100` or `--training.steps=100`. `~` and environment variables in
+    the paths of either are expanded. A file that `save_config` of an earlier version wrote is upgraded.
+
+    Raises ConfigError: no such file, not YAML, an unknown key (with the nearest known one), a key given twice, a wrong
+    type or value.
     """
-    tree = read_yaml(path)
+    path = find_config(source)
+    tree = expand_paths(read_yaml(path, Config), Config, "")
     tree.setdefault("name", Path(path).stem)
     if _WRITTEN_BY in tree:
         return _from_stored(tree, tree.pop(_WRITTEN_BY), overrides)
+    training = tree.get("training")
+    in_file = list(training) if isinstance(training, dict) else []
     apply_overrides(tree, overrides)
-    return from_dict(Config, tree)
+    config = _checked_name(from_dict(Config, tree))
+    _check_schedule(config, in_file, overrides)
+    return config
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -36,7 +46,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError as `load_config` does, with the version that wrote the file if it is another one.
     """
-    tree = read_yaml(path)
+    tree = read_yaml(path, Config)
     return _from_stored(tree, tree.pop(_WRITTEN_BY, _FIRST_VERSION), overrides)
 
 
@@ -46,63 +56,34 @@ def save_config(config: Config, path: str | Path) -> None:
     write_whole(to_path(path), yaml.safe_dump(tree, sort_keys=False).encode())
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises ConfigError when there is none."""
-    try:
-        tree = yaml.load(to_path(path).read_text(), _Loader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({one_line(error)})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: got {type(tree).__name__}, allowed: a mapping of sections")
-    return tree
-
-
-def apply_overrides(tree: dict[str, Any], words: Sequence[str]) -> None:
-    """Writes command-line words, `--section.field value` or `--section.field=value`, into a tree, in place."""
-    for key, value in _parse(words):
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{key}: got a field inside {section!r}, which is not a section")
-        node[name] = value
-
-
 def _from_stored(tree: dict[str, Any], version: Any, overrides: Sequence[str]) -> Config:
-    tree = upgrade(Config, tree)
-    apply_overrides(tree, overrides)
     try:
-        return from_dict(Config, tree)
+        tree = upgrade(Config, tree)
+        apply_overrides(tree, overrides)
+        return _checked_name(from_dict(Config, tree))
     except ConfigError as error:
         if version == __version__:
             raise
-        raise ConfigError(f"{error} (written by mythos_jax {version}, this is {__version__})") from None
+        raise ConfigError(f"{error} (written by mythos_jax {one_line(version)}, this is {__version__})") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML reads `3e-4` as text."""
+def _checked_name(config: Config) -> Config:
+    """The name is that of the run's directory in runs/, and of a pretrained model's report."""
+    path = PurePath(config.name)
+    inside = bool(path.name) and not path.is_absolute() and ".." not in path.parts
+    config.check(inside, "name", "a name for a directory inside runs/")
+    return config
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+def _check_schedule(config: Config, in_file: list[str], overrides: Sequence[str]) -> None:
+    """Refuses a warm-up that the run is too short for, where it was asked for.
 
-
-def _parse(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"{word}: got a stray word, allowed: --section.field value")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise ConfigError(f"{word}: got no value, allowed: {word} value")
-            text = words.pop(0)
-        try:
-            yield key, yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            raise ConfigError(f"{word}: got {text!r}, allowed: a YAML value") from None
+    A run that is cut short on the command line, to try a config, keeps the config's warm-up, and so can go on to the
+    full length. `train` says so.
+    """
+    problem = config.training.schedule_problem()
+    given = set(override_names(overrides))
+    if "training.steps" not in given:
+        given |= {f"training.{name}" for name in in_file}
+    if problem and given & {"training.warmup_steps", "training.decay_fraction"}:
+        raise ConfigError(problem)

@@ -13,6 +13,7 @@ from mythos_jax.typed import (
     PositiveFloat,
     PositiveInt,
     Section,
+    Seed,
     check_field,
 )
 
@@ -53,7 +54,7 @@ class TrainingConfig(Section, section="training"):
 
     steps: PositiveInt = 1000  #: length of the run
     batch_size: PositiveInt = 16  #: rows of the global batch
-    seed: NonNegativeInt = 0  #: seed of the initial weights, of the order of the data, and of every other random draw
+    seed: Seed = 0  #: seed of the initial weights, of the order of the data, and of every other random draw
     #: parts that the batch is split into, one after the other, to save memory; a divisor of batch_size
     grad_accumulation_steps: Annotated[PositiveInt, Formerly("accumulation")] = 1
     depth: DepthConfig = field(default_factory=DepthConfig)
@@ -104,3 +105,23 @@ class TrainingConfig(Section, section="training"):
         span = self.profile_steps
         ordered = not span or (len(span) == 2 and 1 <= span[0] <= span[1])
         check_field(ordered, "training.profile_steps", list(span), "[first, last], or []")
+
+    @property
+    def decay_steps(self) -> int:
+        """wsd: the number of last steps over which the learning rate decays."""
+        return max(round(self.decay_fraction * self.steps), 1)
+
+    def schedule_problem(self) -> str:
+        """Why the run is too short for its learning rate schedule, as an error says it; empty if it is not."""
+        if self.warmup_steps > self.steps:
+            return (
+                f"training.warmup_steps: got {self.warmup_steps}, allowed: at most training.steps, {self.steps}, or "
+                "the learning rate never reaches its peak"
+            )
+        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
+            return (
+                f"training.warmup_steps: got {self.warmup_steps}, allowed: at most {self.steps - self.decay_steps}, "
+                f"which training.decay_fraction {self.decay_fraction} of {self.steps} steps leaves, or the learning "
+                "rate never comes down to its end"
+            )
+        return ""

@@ -27,7 +27,7 @@ def schedule(config: TrainingConfig, peak: float) -> optax.Schedule:
         after = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), fraction)
     elif config.schedule == "wsd":
         begin = decay_start(config) - warmup
-        after = optax.linear_schedule(peak, peak * fraction, _decay_steps(config), transition_begin=begin)
+        after = optax.linear_schedule(peak, peak * fraction, config.decay_steps, transition_begin=begin)
     else:
         after = optax.constant_schedule(peak)
     if not warmup:
@@ -38,11 +38,7 @@ def schedule(config: TrainingConfig, peak: float) -> optax.Schedule:
 
 def decay_start(config: TrainingConfig) -> int:
     """The step at which `wsd` starts to decay; never before the end of the warm-up."""
-    return max(config.warmup_steps, max(config.steps, config.warmup_steps + 1) - _decay_steps(config))
-
-
-def _decay_steps(config: TrainingConfig) -> int:
-    return max(round(config.decay_fraction * config.steps), 1)
+    return max(config.warmup_steps, max(config.steps, config.warmup_steps + 1) - config.decay_steps)
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:

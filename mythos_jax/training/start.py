@@ -1,6 +1,7 @@
 """How a run starts: what can be refused is refused before the first step, in the order of what it costs to know."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def check_config(config: Config) -> Mesh:
     """The mesh of a run. Raises ConfigError for whatever the config and the devices alone show to be wrong."""
     t = config.training
     check_loggers(t.loggers)
+    if problem := t.schedule_problem():
+        log0(f"warning: {problem}", logging.WARNING)
     span = t.profile_steps
     check_field(
         not span or span[0] <= t.steps, "training.profile_steps", list(span), f"steps up to training.steps, {t.steps}"
