@@ -145,7 +145,9 @@ def main() -> None:
     print_header(title, "original", "ours", "ratio")
     seconds = compare(workloads(original, ours, arguments.rows), arguments.repeats)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"config": arguments.config, "seconds": seconds}, indent=1) + "\n")
+        Path(arguments.json).write_text(
+            json.dumps({"config": arguments.config, "seconds": seconds}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def main() -> None:
         numbers = {
             name: {**r.point._asdict(), "fixed": r.fixed_nats, "ms": r.milliseconds} for name, r in reports.items()
         }
-        with open(arguments.json, "w") as file:
+        with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"run": arguments.run, "depth": depth, "fixed": [p._asdict() for p in fixed], **numbers}, file)
 
 

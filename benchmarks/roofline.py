@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n## {name}\n", flush=True)
         results[name] = SECTIONS[name](arguments)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -74,9 +74,9 @@ def stored(path: Path, make: Callable[[], Any]) -> Any:
         value = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         incomplete = path.with_suffix(".part")
-        incomplete.write_text(json.dumps(value) + "\n")
+        incomplete.write_text(json.dumps(value) + "\n", encoding="utf-8")
         incomplete.rename(path)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def batches_of(config: Config) -> tuple[Any, list[Batch]]:

@@ -176,7 +176,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     for name, text in {"config.md": config_page(), "cli.md": cli_page()}.items():
-        (DOCS / name).write_text(text)
+        (DOCS / name).write_text(text, encoding="utf-8")
         print(f"wrote {DOCS / name}")
 
 

@@ -72,3 +72,30 @@ def test_what_is_logged_can_be_silenced(capsys):
     finally:
         logger.setLevel(logging.INFO)
     assert capsys.readouterr() == ("", "seen\na warning\n")
+
+
+def is_text_without_encoding(call: ast.Call) -> bool:
+    """Whether a call opens, reads or writes text in the encoding of the locale."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if any(keyword.arg == "encoding" for keyword in call.keywords):
+        return False
+    if name == "open":
+        owner = (
+            call.func.value.id if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) else ""
+        )
+        modes = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+        return owner != "os" and not any("b" in mode for mode in modes if isinstance(mode, str))
+    return name in ("read_text", "write_text", "TextIOWrapper")
+
+
+def test_text_files_are_utf_8_whatever_the_locale_says():
+    root = Path(mythos_jax.__file__).parents[1]
+    files = [path for room in ("mythos_jax", "benchmarks", "examples") for path in (root / room).rglob("*.py")]
+    found = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and is_text_without_encoding(node)
+    ]
+    assert len(files) > 100
+    assert not found

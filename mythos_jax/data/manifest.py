@@ -68,7 +68,7 @@ class Manifest:
         """Writes manifest.json into `folder`."""
         fields = {_FILE_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()}
         fields["fingerprint"] = self.fingerprint
-        (Path(folder) / MANIFEST_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        (Path(folder) / MANIFEST_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def load_manifest(folder: str | Path) -> Manifest:

@@ -69,7 +69,7 @@ def write_model(
     parameter: returns our parameter at a path; parameter_dtype: its dtype, without reading it. One shard is in memory
     at a time, which is the whole model if it fits into `shard_bytes`.
     """
-    (directory / "config.json").write_text(json.dumps(config_json, indent=1) + "\n")
+    (directory / "config.json").write_text(json.dumps(config_json, indent=1) + "\n", encoding="utf-8")
     if tokenizer is not None:
         shutil.copyfile(tokenizer, directory / "tokenizer.json")
     shards = _shards(table, parameter_dtype, shard_bytes)
@@ -92,7 +92,7 @@ def write_model(
             del tensors  # before the next shard is built
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return written
 
 

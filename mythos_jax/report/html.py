@@ -42,7 +42,7 @@ def pair(left: str, right: str) -> str:
 
 def document(title: str, facts: Sequence[str], command: str, sections: Sequence[str], footer: str) -> str:
     """The complete HTML document."""
-    style = files("mythos_jax.report").joinpath("style.css").read_text()
+    style = files("mythos_jax.report").joinpath("style.css").read_text(encoding="utf-8")
     items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -17,8 +17,8 @@ def write_report(folder: str | Path, evaluation: Evaluation, command: str) -> tu
     directory = to_path(folder)
     directory.mkdir(parents=True, exist_ok=True)
     numbers, page = directory / "evaluation.json", directory / "index.html"
-    numbers.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n")
-    page.write_text(render_page(evaluation, command))
+    numbers.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
+    page.write_text(render_page(evaluation, command), encoding="utf-8")
     return numbers, page
 
 

@@ -232,7 +232,7 @@ def _process_start(pid: int) -> str | None:
     """When a process started, in clock ticks since boot; None if it has ended, "" where this is not known."""
     try:
         # The name of the program, in parentheses, may contain spaces.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]  # Z, X: dead, and not yet collected by its parent
@@ -240,7 +240,7 @@ def _process_start(pid: int) -> str | None:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

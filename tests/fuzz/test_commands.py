@@ -53,11 +53,53 @@ COMMANDS = {
 # Those that make it wait for other processes, or that change this process for the tests after this one.
 LEFT_OUT = ("--coordinator", "--compilation-cache", "--debug", "--help", "--check")
 PATHS = ["tiny.yaml", "text", "text/1.txt", "model", "run", "empty", "bytes", "nothing", "a/b/c", "", ".", "~", "~/x"]
-PATHS += ["~nobody/x", "$NOTHING", "${HOME}/new", "new", "d\u00e9j\u00e0 #1", "\udcff", "n" * 300, "quickstart", "parity"]
+PATHS += [
+    "~nobody/x",
+    "$NOTHING",
+    "${HOME}/new",
+    "new",
+    "d\u00e9j\u00e0 #1",
+    "\udcff",
+    "n" * 300,
+    "quickstart",
+    "parity",
+]
 NUMBERS = ["0", "1", "2", "3", "-1", "1e0", "1e3", "0.5", "1e400", "nan", "-inf", "x", "", " 1", "0x1", "1_0", "\u0663"]
 NUMBERS += ["2147483648", "4294967296", "9" * 5000, "null", "true", "1,2", "1-3", "1-99999999999", "[1]", "latent:1"]
-SNIPPETS = [":", ": ", "- ", "{", "}", "[", "]", "#", "\n", "\t", "&a ", "*a", "<<: *a\n", "!!int ", "!!bool ", "|", ">"]
-SNIPPETS += ["'", '"', "\0", "\ufeff", "\u2028", "\u00e9", "%", "---\n", "...\n", "? ", "@", "`", "!!python/object:os.system "]
+SNIPPETS = [
+    ":",
+    ": ",
+    "- ",
+    "{",
+    "}",
+    "[",
+    "]",
+    "#",
+    "\n",
+    "\t",
+    "&a ",
+    "*a",
+    "<<: *a\n",
+    "!!int ",
+    "!!bool ",
+    "|",
+    ">",
+]
+SNIPPETS += [
+    "'",
+    '"',
+    "\0",
+    "\ufeff",
+    "\u2028",
+    "\u00e9",
+    "%",
+    "---\n",
+    "...\n",
+    "? ",
+    "@",
+    "`",
+    "!!python/object:os.system ",
+]
 
 
 def fields(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -74,7 +116,9 @@ def literals(hint: Any) -> list[str]:
 
 FIELDS = dict(fields(Config))
 WORDS = sorted({word for hint in FIELDS.values() for word in literals(hint)})
-NAMES = st.sampled_from(sorted(FIELDS)) | st.sampled_from(["nam", "model.dmi", "modle.dim", "training.depth.per", "x.y", ""])
+NAMES = st.sampled_from(sorted(FIELDS)) | st.sampled_from(
+    ["nam", "model.dmi", "modle.dim", "training.depth.per", "x.y", ""]
+)
 SCALARS = (
     st.none()
     | st.booleans()
@@ -89,7 +133,10 @@ VALUES = SCALARS | st.lists(SCALARS, max_size=4) | st.dictionaries(SCALARS, SCAL
 EDITS = st.lists(st.tuples(st.sampled_from(["set", "set", "set", "delete"]), NAMES, VALUES), max_size=4)
 SCRATCHES = st.lists(
     st.tuples(
-        st.sampled_from(["insert", "cut", "repeat", "end"]), st.floats(0, 1), st.sampled_from(SNIPPETS), st.integers(1, 9)
+        st.sampled_from(["insert", "cut", "repeat", "end"]),
+        st.floats(0, 1),
+        st.sampled_from(SNIPPETS),
+        st.integers(1, 9),
     ),
     max_size=3,
 )
