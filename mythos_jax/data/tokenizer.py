@@ -5,9 +5,11 @@ Special tokens are never recognised in text: a document that contains the charac
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,6 +37,9 @@ END_OF_DOCUMENT_NAMES = (
 )
 
 
+FALLBACK_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how byte fallback spells a byte
+
+
 class Tokenizer(Protocol):
     """What the rest of the package needs from a tokenizer."""
 
@@ -42,6 +47,11 @@ class Tokenizer(Protocol):
     vocab_size: int  # greater than every id, including those of added tokens
     end_of_document: int
     fingerprint: str  # identifies the mapping from text to ids; the same on every machine
+
+    @property
+    def fallback_bytes(self) -> frozenset[int]:
+        """Ids that stand for single bytes, of which only a complete run is text (byte fallback); mostly none."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, int32 [n], without special tokens.
@@ -56,6 +66,18 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Special tokens and unknown ids are skipped."""
+        ...
+
+    def visible(self, ids: Iterable[int]) -> list[int]:
+        """The ids that `decode` does not skip."""
+        ...
+
+    def text_bytes(self, ids: Iterable[int], begins: bool = True) -> int:
+        """UTF-8 bytes that ids add to a text, which they begin or continue; a part of a character counts too."""
+        ...
+
+    def special_token(self, text: str) -> int | None:
+        """The id of the special token that is written as `text`; None if there is none."""
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -79,6 +101,7 @@ class ByteTokenizer:
     end_of_document = 256
     padding = 257
     fingerprint = hashlib.sha256(b"mythos_jax: utf-8 bytes, 256 end of document, 257 padding").hexdigest()
+    fallback_bytes: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> np.ndarray:
         # Command-line arguments are decoded with "surrogateescape"; encoding with it restores bytes that are not UTF-8.
@@ -89,7 +112,16 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Invalid UTF-8, such as a generated text that ends inside a character, becomes U+FFFD."""
-        return bytes(int(i) for i in ids if 0 <= int(i) < 256).decode("utf-8", "replace")
+        return bytes(self.visible(ids)).decode("utf-8", "replace")
+
+    def visible(self, ids: Iterable[int]) -> list[int]:
+        return [int(i) for i in ids if 0 <= int(i) < 256]
+
+    def text_bytes(self, ids: Iterable[int], begins: bool = True) -> int:
+        return len(self.visible(ids))
+
+    def special_token(self, text: str) -> int | None:
+        return None  # these have no spelling
 
     def save(self, directory: str | Path) -> None:
         pass
@@ -128,6 +160,7 @@ class HuggingFaceTokenizer:
             )
         self.name: str = file.name
         self.end_of_document = vocabulary[end_of_document]
+        self._end_name = end_of_document
         self.vocab_size = max(vocabulary.values()) + 1  # not len(vocabulary): ids may have gaps
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -144,5 +177,67 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids if 0 <= int(i) < self.vocab_size], skip_special_tokens=True)
 
+    def visible(self, ids: Iterable[int]) -> list[int]:
+        return [int(i) for i in ids if int(i) in self._spelling]
+
+    def text_bytes(self, ids: Iterable[int], begins: bool = True) -> int:
+        shown = self.visible(ids)
+        if "ByteLevel" in self._decoders:
+            return sum(_level_bytes(self._spelling[i]) for i in shown)
+        # Every byte of a fallback counts as one, also where the run is cut off in a character.
+        shown = [self._one_byte if i in self.fallback_bytes else i for i in shown]
+        # Decoders treat the first token of a text differently: its space is dropped.
+        before = [] if begins else [self._ordinary]
+        return len(self.decode([*before, *shown]).encode()) - len(self.decode(before).encode())
+
+    def special_token(self, text: str) -> int | None:
+        if text == self._end_name:
+            return self.end_of_document
+        return next((i for i, token in self._added.items() if token.special and token.content == text), None)
+
+    @cached_property
+    def fallback_bytes(self) -> frozenset[int]:
+        if "ByteFallback" not in self._decoders:
+            return frozenset()
+        return frozenset(i for i, token in self._spelling.items() if FALLBACK_BYTE.fullmatch(token))
+
+    @cached_property
+    def _added(self) -> dict[int, Any]:
+        return self._backend.get_added_tokens_decoder()
+
+    @cached_property
+    def _decoders(self) -> set[str]:
+        """The types of decoders, of which a tokenizer may have several in turn."""
+        decoder = json.loads(self._json).get("decoder") or {}
+        return {part["type"] for part in [decoder, *decoder.get("decoders", [])] if "type" in part}
+
+    @cached_property
+    def _spelling(self) -> dict[int, str]:
+        """Every token that `decode` does not skip."""
+        special = {token.content for token in self._added.values() if token.special}
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return {i: token for token, i in vocabulary.items() if token not in special}
+
+    @cached_property
+    def _one_byte(self) -> int:
+        """A fallback byte that is a letter, or the first of them."""
+        letters = (i for i in self.fallback_bytes if self._spelling[i] == "<0x41>")
+        return next(letters, min(self.fallback_bytes, default=0))
+
+    @cached_property
+    def _ordinary(self) -> int:
+        """A token that is a word or a part of one."""
+        return next((i for i in sorted(self._spelling) if self.decode([i]).isalnum()), 0)
+
     def save(self, directory: str | Path) -> None:
         (Path(directory) / TOKENIZER_FILE).write_bytes(self._json)
+
+
+# GPT-2's spelling of bytes: printable Latin-1 characters as they are, each other byte as a character from U+0100 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+LEVEL_ALPHABET = frozenset(map(chr, [*_PRINTABLE, *range(0x100, 0x100 + 256 - len(_PRINTABLE))]))
+
+
+def _level_bytes(token: str) -> int:
+    """Bytes of a token of byte-level BPE. An added token may be spelled in plain text."""
+    return len(token) if LEVEL_ALPHABET.issuperset(token) else len(token.encode())

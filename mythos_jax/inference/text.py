@@ -14,6 +14,7 @@ from mythos_jax.config import ModelConfig
 from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import cache_bytes
+from mythos_jax.inference.detokenizer import StreamingDetokenizer
 from mythos_jax.inference.generate import stream
 from mythos_jax.inference.request import PREFILL_CHUNK, Seed
 from mythos_jax.inference.sampling import position_noise
@@ -26,31 +27,7 @@ from mythos_jax.model.state import Output
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import replicate, use_mesh
 
-# What tokenizers write for bytes that are not a complete character, and how many of them may still become one: a UTF-8
-# character has up to four bytes.
-REPLACEMENT, UNFINISHED = "\ufffd", 3
-
 Piece = TypeVar("Piece", str, list[str])
-
-
-class StreamingDetokenizer:
-    """Turns tokens into text as they arrive; holds back a character until its last byte has come."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._returned = 0  # characters
-
-    def add(self, tokens: list[int], last: bool = False) -> str:
-        """The text that has become certain with these tokens; with `last`, everything that is left."""
-        self._tokens += tokens
-        # All tokens are decoded each time: the text of a token may depend on those before it.
-        text = self._tokenizer.decode(self._tokens)
-        end = len(text)
-        while not last and text[:end].endswith(REPLACEMENT) and len(text) - end < UNFINISHED:
-            end -= 1
-        new, self._returned = text[self._returned : end], max(self._returned, end)
-        return new
 
 
 @dataclass
@@ -162,7 +139,10 @@ def stream_texts(
             results = decode(loaded.model, loaded.variables, tokens_BT, lengths_B, **options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return TextStream(_decode(_on_mesh(loaded, results), tokenizer, len(texts), stats), stats)
+    detokenizers = [
+        StreamingDetokenizer(tokenizer, tokens[:n]) for tokens, n in zip(tokens_BT, lengths_B, strict=True)
+    ]
+    return TextStream(_decode(_on_mesh(loaded, results), detokenizers, stats), stats)
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -176,10 +156,9 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.
 
 
 def _decode(
-    results: Iterator[GenerateResult], tokenizer: Tokenizer, count: int, stats: GenerationStats
+    results: Iterator[GenerateResult], detokenizers: Sequence[StreamingDetokenizer], stats: GenerationStats
 ) -> Iterator[list[str]]:
     """Text of each piece of tokens, and at last the characters that never became complete."""
-    detokenizers = [StreamingDetokenizer(tokenizer) for _ in range(count)]
     started = time.perf_counter()
     for i, piece in enumerate(results):
         lengths = [int(n) for n in piece.lengths]

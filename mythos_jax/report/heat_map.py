@@ -55,18 +55,21 @@ def widest_per_criterion(usages: Sequence[LoopUsage]) -> list[LoopUsage]:
 def _characters(tokens: list[int], decode: Decode) -> list[tuple[str, list[int]]]:
     """The text of the tokens in pieces, with the indices of the tokens that make up each.
 
-    A piece is a token, or as many byte tokens as it takes to complete a character.
+    A piece is a token, or as many byte tokens as it takes to complete a character. It is decoded after the piece before
+    it, so that the space between the two is there.
     """
     pieces: list[tuple[str, list[int]]] = []
+    before: list[int] = []
     pending: list[int] = []
     for index in range(len(tokens)):
         pending.append(index)
-        text = decode([tokens[i] for i in pending])
-        if "�" in text and len(pending) < MAX_BYTES:
+        ids = [tokens[i] for i in pending]
+        text = decode(before + ids)[len(decode(before)) :]
+        if "�" in text and len(pending) < MAX_BYTES and index + 1 < len(tokens):
             continue  # an incomplete character
         pieces.append((text or END_OF_DOCUMENT, pending))
-        pending = []
-    return pieces + [(decode([tokens[i]]) or END_OF_DOCUMENT, [i]) for i in pending]
+        before, pending = ([] if "�" in text else ids), []
+    return pieces
 
 
 def _span(text: str, heat: float, note: str) -> str:
