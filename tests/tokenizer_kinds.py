@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [
-    "The quick brown fox jumps over the lazy dog. Don't stop; she's there, isn't she? 1, 2, 3!",
+    "The quick brown fox jumps over the lazy dog. Don't stop; she's there, isn't she? 1, 2, 3, 4567890!",
     "    def main(argument):\n        return 'text'  # a comment\n\n\tdone\n",
     "Zażółć gęślą jaźń — naïve café, Straße, ça va; ελληνικά; Съешь же ещё этих мягких булок.",
     "今日は天気が良いです。東京に行きます。漢字とかな混じり文。我们都是学生。",

@@ -51,6 +51,7 @@ def evaluate_depths(
     under each halting policy.
 
     batches: NumPy dicts of tokens and targets, int32 [B, T], mask [B, T] and optionally segment_ids, all of one shape.
+    bytes_per_token: UTF-8 bytes of the text of these targets, per target.
     """
     recorded_batches = max(1, RECORDED_TOKENS // batches[0]["tokens"].size)
     policies = [s for s in settings if s.halting is not None]
@@ -86,10 +87,11 @@ def evaluate_depths(
 
 def _measurement(setting: Setting, nats: float, tokens: float, loops: float, *, bytes_per_token: float) -> Measurement:
     loss = nats / tokens
+    bits = loss / math.log(2)
     return Measurement(
         setting=setting,
         metric="bits_per_byte",
-        value=loss / math.log(2) / bytes_per_token,
+        value=bits / bytes_per_token if bytes_per_token else math.nan,  # targets may have no text
         higher_is_better=False,
         mean_loops=loops / tokens,
         n=int(tokens),

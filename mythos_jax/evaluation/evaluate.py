@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mythos_jax.data.batch import Batch
 from mythos_jax.data.fetch import local_folder
-from mythos_jax.data.manifest import Split, load_manifest
+from mythos_jax.data.manifest import Manifest, load_manifest
 from mythos_jax.data.pipeline import eval_batches
 from mythos_jax.data.placement import check_batch
 from mythos_jax.data.tasks import TaskData
@@ -16,6 +17,7 @@ from mythos_jax.evaluation.exact_match import evaluate_problems
 from mythos_jax.evaluation.loop_trace import trace_loops
 from mythos_jax.evaluation.policies import Setting, default_depths, make_settings
 from mythos_jax.evaluation.results import Evaluation, HarnessTasks, HeldOutText, LoopTrace, ModelInfo, ReasoningTask
+from mythos_jax.evaluation.text_bytes import measured_bytes
 from mythos_jax.flops import count_parameters
 from mythos_jax.model.halting import Halting
 from mythos_jax.runs.load import LoadedModel
@@ -149,33 +151,36 @@ def describe_model(loaded: LoadedModel) -> ModelInfo:
     )
 
 
-def held_out_batches(loaded: LoadedModel, data: str | None) -> tuple[list[dict[str, np.ndarray]], float]:
-    """Batches of the held-out rows in `data` (default: all parts of the run's own), and their bytes per token.
+def held_out_batches(loaded: LoadedModel, data: str | None) -> tuple[list[Batch], float]:
+    """Batches of the held-out rows in `data` (default: all parts of the run's own), and the bytes of text per target.
 
     Raises ConfigError: no held-out rows, or rows that the model cannot read.
     """
     config = loaded.config
     names = [data] if data else list(config.data.mixture) or [config.data_path]
-    folders = [local_folder(name) for name in names]
-    splits = [_held_out_split(loaded, folder) for folder in folders]
-    batches = [
-        batch
-        for folder, split in zip(folders, splits, strict=True)
-        if split.rows or len(folders) == 1  # a part of a mixture may have no held-out rows
-        for batch in eval_batches(
-            folder,
-            batch_size=config.evaluation.batch_size,
-            max_rows=config.evaluation.max_rows,
-            document_mask=config.data.document_mask,
+    manifests = {folder: _readable(loaded, folder) for folder in map(local_folder, names)}
+    batches: list[Batch] = []
+    text_bytes = 0
+    for folder, manifest in manifests.items():
+        if not manifest.splits["held_out"].rows:
+            continue  # a part of a mixture may have none
+        part = list(
+            eval_batches(
+                folder,
+                batch_size=config.evaluation.batch_size,
+                max_rows=config.evaluation.max_rows,
+                document_mask=config.data.document_mask,
+            )
         )
-    ]
+        batches += part
+        text_bytes += measured_bytes(part, folder, manifest, loaded.tokenizer)
     if not batches:
         raise ConfigError(f"{', '.join(names)}: no held-out rows to evaluate on")
-    return batches, sum(split.text_bytes for split in splits) / sum(split.tokens for split in splits)
+    return batches, text_bytes / sum(int(batch["mask"].sum()) for batch in batches)
 
 
-def _held_out_split(loaded: LoadedModel, folder: Path) -> Split:
-    """The held-out split of a prepared folder. Raises ConfigError if this model cannot read its rows."""
+def _readable(loaded: LoadedModel, folder: Path) -> Manifest:
+    """The manifest of a prepared folder. Raises ConfigError if this model cannot read its rows."""
     manifest, model = load_manifest(folder), loaded.config.model
     if loaded.tokenizer and manifest.tokenizer_fingerprint != loaded.tokenizer.fingerprint:
         raise ConfigError(f"{folder}: prepared with a different tokenizer from the model's: {manifest.tokenizer}")
@@ -185,4 +190,4 @@ def _held_out_split(loaded: LoadedModel, folder: Path) -> Split:
     ]:
         if value > limit:
             raise ConfigError(f"{folder}: {name} is {value}, allowed: at most the model's, {limit}")
-    return manifest.splits["held_out"]
+    return manifest

@@ -6,7 +6,6 @@ continuation.
 """
 
 from collections.abc import Iterable
-from os.path import commonprefix
 
 from mythos_jax.data.tokenizer import Tokenizer
 
@@ -41,7 +40,7 @@ class StreamingDetokenizer:
         unfinished = not last and text.endswith(REPLACEMENT)
         end = len(text) - unfinished
         if self._prompt is not None:
-            self._returned = len(commonprefix([self._prompt, text[:end]]))
+            self._returned = _common(self._prompt, text[:end])
         piece = text[self._returned : end]
         if piece:
             self._prompt = None
@@ -70,3 +69,9 @@ class StreamingDetokenizer:
 def continuation_text(tokenizer: Tokenizer, prompt: Iterable[int], tokens: Iterable[int]) -> str:
     """The text that tokens add to that of a prompt."""
     return StreamingDetokenizer(tokenizer, prompt).add(tokens, last=True)
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters at the start of two texts are the same."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

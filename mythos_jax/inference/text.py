@@ -139,9 +139,7 @@ def stream_texts(
             results = decode(loaded.model, loaded.variables, tokens_BT, lengths_B, **options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    detokenizers = [
-        StreamingDetokenizer(tokenizer, tokens[:n]) for tokens, n in zip(tokens_BT, lengths_B, strict=True)
-    ]
+    detokenizers = [StreamingDetokenizer(tokenizer, tokens[:n]) for tokens, n in zip(tokens_BT, lengths_B, strict=True)]
     return TextStream(_decode(_on_mesh(loaded, results), detokenizers, stats), stats)
 
 

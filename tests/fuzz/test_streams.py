@@ -5,7 +5,6 @@ time; with and without a prompt, which may itself end in the middle of a charact
 """
 
 import random
-from os.path import commonprefix
 
 import pytest
 
@@ -52,7 +51,10 @@ def test_a_stream_is_the_text_decoded_at_once(tokenizer):
         tokens = some_tokens(tokenizer, draw)
         # The independent truth: two decodes of the whole, by the library.
         before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + tokens)
-        expected = whole[len(commonprefix([before, whole])) :]
+        same = 0
+        while before[same : same + 1] and before[same : same + 1] == whole[same : same + 1]:
+            same += 1
+        expected = whole[same:]
         with no_hang():
             assert streamed(tokenizer, prompt, tokens, draw) == expected, (seed, prompt, tokens)
         assert continuation_text(tokenizer, prompt, tokens) == expected, (seed, prompt, tokens)

@@ -5,7 +5,6 @@ import pytest
 
 from mythos_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from mythos_jax.inference.detokenizer import StreamingDetokenizer, continuation_text
-
 from tests import tokenizer_kinds
 
 TEXT = "naïve — 漢字 😀\n"
