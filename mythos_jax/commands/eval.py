@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import logging
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +21,7 @@ from mythos_jax.commands.arguments import (
     positive_integers,
     words,
 )
-from mythos_jax.errors import DONE
+from mythos_jax.errors import DONE, FAILED, ConfigError
 from mythos_jax.typed import PositiveInt
 
 if TYPE_CHECKING:
@@ -52,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=of_type(PositiveInt), metavar="N", help="documents per task, for --tasks (default: all)"
     )
+    parser.add_argument(
+        "--out",
+        type=path,
+        metavar="DIR",
+        help="folder of the report (default: report/ in the run; for other models reports/NAME)",
+    )
     add_tokenizer(parser)
     add_seed(parser, "few-shot examples and sampling, for --tasks")
     add_json(parser)
@@ -66,18 +75,48 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     connect(arguments)
     lm = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer)
+    folder = _report_folder(arguments.out, lm)
     evaluation = _evaluate(arguments, lm, progress=not arguments.json and is_process_zero())
+    failed = FAILED if evaluation.failures else DONE
     if not is_process_zero():
-        return DONE
-    # The report of a pretrained model goes elsewhere: the model may be in a read-only cache.
-    folder = Path("reports") / lm.config.name if lm.loaded.step is None else lm.loaded.directory / "report"
-    numbers, page = write_report(folder, evaluation, command=arguments.command_line)
+        return failed
+    # The numbers first: they have taken long, and the report may be impossible to write.
     if arguments.json:
-        print(json.dumps(evaluation.to_json()))
+        print(json.dumps(evaluation.to_json(), allow_nan=False), flush=True)
+    elif evaluation.results:
+        print(format_table(evaluation), flush=True)
+    if evaluation.results:
+        try:
+            numbers, page = write_report(folder, evaluation, command=arguments.command_line)
+        except OSError as error:
+            raise OSError(f"{folder}: the report cannot be written ({error.strerror}); allowed: --out DIR") from None
+        if not arguments.json:
+            print(f"report: {page}, {numbers}")
+    for line in evaluation.failures:
+        print(f"mythos: {line}", file=sys.stderr)
+    return failed
+
+
+def _report_folder(out: str | None, lm: "LanguageModel") -> Path:
+    """Where the report goes. That of a pretrained model goes elsewhere: the model may be in a read-only cache.
+
+    Warns at once if it looks as if it cannot be written.
+    """
+    from mythos_jax.paths import is_remote, to_path
+    from mythos_jax.processes import log0
+
+    if out is not None:
+        folder = to_path(out)
     else:
-        print(format_table(evaluation))
-        print(f"report: {page}, {numbers}")
-    return DONE
+        folder = Path("reports") / lm.config.name if lm.loaded.step is None else lm.loaded.directory / "report"
+    if is_remote(folder):
+        return folder
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        if out is not None:
+            raise ConfigError(f"--out: {out}: cannot be written")
+        log0(f"{folder}: cannot be written: there will be numbers but no report; allowed: --out DIR", logging.WARNING)
+    return folder
 
 
 def _evaluate(arguments: argparse.Namespace, lm: "LanguageModel", progress: bool) -> "Evaluation":

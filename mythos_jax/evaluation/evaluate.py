@@ -111,9 +111,10 @@ def evaluate_on_tasks(
 ) -> Evaluation:
     """Evaluates a model on tasks of lm-evaluation-harness, by default at its own depth.
 
-    The arguments from `include_path` on are those of `lm_eval.run_harness`.
+    The arguments from `include_path` on are those of `lm_eval.run_harness`. A task that fails while it runs is one of
+    the `failures` of the result, next to the numbers of the others.
 
-    Raises ConfigError: the harness is not installed, an unknown task, a model without a tokenizer.
+    Raises ConfigError: the harness is not installed, a task that is unknown or wrong, a model without a tokenizer.
     """
     try:
         from mythos_jax.evaluation.lm_eval import run_harness  # an extra that not every installation has
@@ -123,7 +124,7 @@ def evaluate_on_tasks(
         raise ConfigError("--tasks: needs lm-evaluation-harness; pip install 'mythos-jax[lm-eval]'") from None
     check_batch(loaded.mesh, loaded.config.evaluation.batch_size, "evaluation.batch_size")
     settings = choose_settings(loaded, loops or [loaded.config.model.loops], halting)
-    measurements = run_harness(
+    measurements, failures = run_harness(
         loaded,
         tasks,
         settings,
@@ -132,7 +133,8 @@ def evaluate_on_tasks(
         seed=seed,
         progress=progress,
     )
-    return Evaluation(describe_model(loaded), HarnessTasks(list(tasks), limit, seed), measurements)
+    data = HarnessTasks(list(tasks), limit, seed)
+    return Evaluation(describe_model(loaded), data, measurements, failures=failures)
 
 
 def choose_settings(loaded: LoadedModel, loops: Sequence[int] | None, halting: Sequence[Halting]) -> list[Setting]:

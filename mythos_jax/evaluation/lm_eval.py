@@ -2,25 +2,25 @@
 
 import contextlib
 import logging
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.evaluation.harness_tasks import FoundTask, GenerationOptions, describe, find_tasks
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.results import Measurement
 from mythos_jax.evaluation.scoring import Continuation, generate_until, score
+from mythos_jax.inference.detokenizer import continuation_text
+from mythos_jax.processes import log0, lost_a_process
 from mythos_jax.runs.load import LoadedModel
-
-NEW_TOKENS = 256  # if a task does not say how many; fewer for a model with a short context
 
 
 class Adapter(TemplateLM):
@@ -64,35 +64,54 @@ class Adapter(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self._text_tokenizer.encode(string).tolist()
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = []
+        for context, answer in (request.args for request in requests):
+            # The harness does not take an empty context, nor one that is only white space.
+            encoded = self._encode_pair(context, answer) if context.strip() else ([], self.tok_encode(context + answer))
+            pairs.append(((context, answer), *encoded))
+        return self._loglikelihood_tokens(pairs)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness does, and where one token spans the two, which leaves it none to score, the answer alone."""
+        context_tokens, answer_tokens = super()._encode_pair(context, continuation)
+        if not answer_tokens:
+            answer_tokens = self.tok_encode(context[len(context.rstrip()) :] + continuation)
+        return context_tokens, answer_tokens
+
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        end, sequences = [self.eot_token_id], []
-        for _, context, continuation in requests:
-            if not 1 <= len(continuation) <= self.max_length:
-                allowed = f"1 to {self.max_length}, the model's context"
-                raise ConfigError(f"--tasks: got an answer of {len(continuation)} tokens to score, allowed: {allowed}")
-            tokens = (context if context[:1] == end else end + context) + continuation
-            sequences.append((tokens[-(self.max_length + 1) :], len(continuation)))
-        return self._score(sequences)
+        end = self.eot_token_id
+        parts: list[list[tuple[list[int], int]]] = []
+        for _text, context, answer in requests:
+            tokens = context if context[:1] == [end] else [end, *context]
+            if len(answer) > self.max_length:
+                parts.append(self._windows(answer, before=tokens[-1]))
+            else:  # an empty answer is certain
+                parts.append([((tokens + answer)[-(self.max_length + 1) :], len(answer))] if answer else [])
+        return self._score(parts)
+
+    def _windows(self, tokens: list[int], before: int) -> list[tuple[list[int], int]]:
+        """Each token once, in windows of the model's context."""
+        windows = get_rolling_token_windows(tokens, before, self.max_length, context_len=1)
+        return [(context + predicted, len(predicted)) for context, predicted in map(make_disjoint_window, windows)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Each token is scored once, in windows of the model's context."""
-        sequences, request_of = [], []
-        for i, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(tokens, self.eot_token_id, self.max_length, context_len=1)
-            for context, predicted in map(make_disjoint_window, windows):
-                sequences.append((context + predicted, len(predicted)))
-                request_of.append(i)
-        totals = [0.0] * len(requests)
-        for i, (log_likelihood, _) in zip(request_of, self._score(sequences), strict=True):
-            totals[i] += log_likelihood
-        return totals
+        parts = [self._windows(self.tok_encode(request.args[0]), before=self.eot_token_id) for request in requests]
+        return [log_likelihood for log_likelihood, _ in self._score(parts)]
 
-    def _score(self, sequences: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+    def _score(self, parts: Sequence[Sequence[tuple[list[int], int]]]) -> list[tuple[float, bool]]:
+        """For each request, the sum of its parts (see `scoring.score`), and whether all of them are greedy."""
+        sequences = [sequence for several in parts for sequence in several]
         likelihoods = score(self.loaded, sequences, self.setting, progress=self.progress)
         self._tokens += sum(likelihood.tokens for likelihood in likelihoods)
         self._loops += sum(likelihood.loops for likelihood in likelihoods)
-        return [(likelihood.log_likelihood, likelihood.greedy) for likelihood in likelihoods]
+        in_order = iter(likelihoods)
+        results = []
+        for several in parts:
+            own = [next(in_order) for _ in several]
+            results.append((math.fsum(part.log_likelihood for part in own), all(part.greedy for part in own)))
+        return results
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         # Only requests with equal generation arguments can be one batch.
@@ -100,36 +119,47 @@ class Adapter(TemplateLM):
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(i)
         answers: list[str] = [""] * len(requests)
+        config = self.loaded.model.config
         for indices in groups.values():
-            arguments = dict(requests[indices[0]].args[1])
-            until = arguments.pop("until", None) or []
-            stop_texts = [until] if isinstance(until, str) else list(until)
+            options = GenerationOptions.parse(requests[indices[0]].args[1], self.max_length, config.vocab_size)
             prompts = [[self.eot_token_id, *self.tok_encode(requests[i].args[0])] for i in indices]
-            for i, continuation in zip(indices, self._generate(prompts, arguments, stop_texts), strict=True):
-                text = self._text_tokenizer.decode(continuation.tokens)
-                for stop in stop_texts:
-                    text = text.split(stop)[0] if stop else text
+            for i, text in zip(indices, self._continue(prompts, options), strict=True):
                 answers[i] = text
         return answers
 
+    def _continue(self, prompts: list[list[int]], options: GenerationOptions) -> list[str]:
+        """The text that follows each prompt, up to the first stop text."""
+        special = {self.eot_token_id}
+        early = set()  # a stop text that is a single token ends the row at once; any other is cut off afterwards
+        for stop in options.stop_texts:
+            tokens = self.tok_encode(stop)
+            if (token := self._text_tokenizer.special_token(stop)) is not None:
+                special.add(token)
+            elif len(tokens) == 1 and stop in self._text_tokenizer.decode(tokens):
+                early.add(tokens[0])
+        answers = []
+        for prompt, continuation in zip(prompts, self._generate(prompts, options, special | early), strict=True):
+            tokens = continuation.tokens
+            if continuation.stop in early:  # its text may begin before the stop text, with a space
+                tokens = [*tokens, continuation.stop]
+            text = continuation_text(self._text_tokenizer, prompt, tokens)
+            for stop in options.stop_texts:
+                text = text.split(stop)[0]
+            answers.append(text)
+        return answers
+
     def _generate(
-        self, prompts: list[list[int]], arguments: dict[str, Any], stop_texts: list[str]
+        self, prompts: list[list[int]], options: GenerationOptions, stop_tokens: set[int]
     ) -> list[Continuation]:
-        """arguments: of the harness, which has several names for the number of new tokens."""
-        limits = [arguments[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in arguments]
-        sampled = arguments.get("do_sample", arguments.get("temperature", 0) > 0)
-        # A stop text that is a single token ends the row at once; any other is cut off afterwards.
-        encoded_stops = [self.tok_encode(stop) for stop in stop_texts]
-        stop_tokens = [self.eot_token_id, *(tokens[0] for tokens in encoded_stops if len(tokens) == 1)]
         continuations = generate_until(
             self.loaded,
             prompts,
             self.setting,
-            max_new_tokens=int(limits[0]) if limits and limits[0] else min(NEW_TOKENS, self.max_length // 2),
-            stop_tokens=tuple(dict.fromkeys(stop_tokens)),
-            temperature=float(arguments.get("temperature", 1.0)) if sampled else 0.0,
-            top_k=int(arguments.get("top_k", 0)) if sampled else 0,
-            top_p=float(arguments.get("top_p", 1.0)) if sampled else 1.0,
+            max_new_tokens=options.max_new_tokens,
+            stop_tokens=tuple(sorted(stop_tokens)),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
             seed=self.seed,
             progress=self.progress,
         )
@@ -147,68 +177,50 @@ def run_harness(
     limit: int | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> list[Measurement]:
-    """Runs every task under every setting; one measurement per metric that the task reports.
+) -> tuple[list[Measurement], list[str]]:
+    """Runs every task under every setting; one measurement per metric that the task reports, and a line for each task
+    that failed, which does not end the others.
 
     tasks: names known to the harness, or paths of task files. include_path: a folder with more task files.
-    limit: documents per task (default: all). Raises ConfigError for an unknown task.
+    limit: documents per task (default: all). Raises ConfigError for a task that is unknown or wrong.
     """
-    with _stdout_to_stderr():
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        # Standard errors are bootstrapped, in other processes unless this is set; forking one that runs jax may hang.
-        os.environ.setdefault("DISABLE_MULTIPROC", "1")
-        manager, specs = _find_tasks(tasks, include_path)
-        measurements = []
+    measurements: list[Measurement] = []
+    failures: list[str] = []
+    with _quiet():
+        config = loaded.model.config
+        loaded.require_tokenizer()
+        manager, found = find_tasks(
+            tasks, include_path, limit=limit, seed=seed, max_length=config.max_seq_len, vocab_size=config.vocab_size
+        )
         for setting in settings:
             model = Adapter(loaded, setting, seed=seed, progress=progress)
-            for spec in specs:
+            for task in found:
                 model.reset_counts()
-                report = simple_evaluate(
-                    model,
-                    tasks=[spec],
-                    task_manager=manager,
-                    limit=limit,
-                    bootstrap_iters=1000,
-                    log_samples=False,
-                    random_seed=seed,
-                    numpy_random_seed=seed,
-                    torch_random_seed=seed,
-                    fewshot_random_seed=seed,
-                )
-                measurements += _measurements(report, setting, model.mean_loops)
-    return measurements
+                try:
+                    report = _evaluate(model, task, manager, limit, seed)
+                    measurements += _measurements(report, setting, model.mean_loops)
+                except Exception as error:
+                    if lost_a_process(error):
+                        raise
+                    failures.append(f"--tasks: {task.name} at {setting.loops} loops: {describe(error)}")
+                    log0(failures[-1], logging.ERROR)
+    return measurements, failures
 
 
-def _find_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[TaskManager, list[str | dict[str, Any]]]:
-    """Each task as the harness takes it: a name it knows, or the content of a task file."""
-    if include_path is not None and not Path(include_path).is_dir():
-        raise ConfigError(f"--include-path: {include_path}: no such folder")
-    names = [task for task in tasks if not _is_file(task)]
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if not all(map(_is_known(manager), names)):  # reading the tasks bundled with the harness takes half a minute
-        manager = TaskManager(include_path=include_path)
-    for name in names:
-        if not _is_known(manager)(name):
-            allowed = "a .yaml file, a task of --include-path, or one listed by `lm_eval ls tasks`"
-            raise ConfigError(f"--tasks: got {name!r}, allowed: {allowed}")
-    return manager, [_read_task(task) if _is_file(task) else task for task in tasks]
-
-
-def _is_file(task: str) -> bool:
-    return task.endswith((".yaml", ".yml"))
-
-
-def _is_known(manager: TaskManager) -> Callable[[str], bool]:
-    return lambda name: bool(manager.match_tasks([name]))
-
-
-def _read_task(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ConfigError(f"--tasks: {path}: no such file")
-    try:
-        return load_yaml(path, resolve_func=True)
-    except Exception as error:  # the loader raises errors of many kinds
-        raise ConfigError(f"--tasks: {path}: not a task file ({one_line(error)})") from None
+def _evaluate(model: Adapter, task: FoundTask, manager: TaskManager, limit: int | None, seed: int) -> dict[str, Any]:
+    report: dict[str, Any] = simple_evaluate(
+        model,
+        tasks=task.specs,
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=1000,
+        log_samples=False,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    return report
 
 
 def _measurements(report: dict[str, Any], setting: Setting, mean_loops: float) -> list[Measurement]:
@@ -238,7 +250,14 @@ def _measurements(report: dict[str, Any], setting: Setting, mean_loops: float) -
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """The harness and its imports print messages; our standard output is for results only."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # Standard errors are bootstrapped, in other processes unless this is set; forking one that runs jax may hang.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    commit, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None  # git complains in any folder
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        evaluator.get_git_commit_hash = commit

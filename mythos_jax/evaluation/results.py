@@ -162,7 +162,7 @@ class Evaluation:
     """The measurements of one model on one kind of data, as `results`.
 
     loop_usage: one per halting policy; empty for the harness. loop_trace: None unless requested.
-    decode: turns tokens into text, for display.
+    decode: turns tokens into text, for display. failures: a line for each task of the harness that could not be run.
     """
 
     model: ModelInfo
@@ -171,6 +171,7 @@ class Evaluation:
     loop_usage: Sequence[LoopUsage] = ()
     loop_trace: LoopTrace | None = None
     decode: Callable[[Sequence[int]], str] = str
+    failures: Sequence[str] = ()
 
     @cached_property
     def rank_correlations(self) -> dict[Setting, float | None]:
@@ -178,7 +179,7 @@ class Evaluation:
         return {usage.setting: usage.rank_correlation for usage in self.loop_usage}
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints and evaluation.json holds."""
+        """What `--json` prints and evaluation.json holds. JSON has no NaN and no infinity: these are None."""
         is_text = isinstance(self.data, HeldOutText)
         out: dict[str, Any] = {**asdict(self.model), **self.data.to_json(), "results": []}
         for row in self.results:
@@ -187,6 +188,8 @@ class Evaluation:
             if is_text:
                 fields["rank_correlation"] = self.rank_correlations.get(row.setting)
             out["results"].append(fields)
+        if self.failures:
+            out["failures"] = list(self.failures)
         if self.loop_usage and not is_text:
             out["difficulty_and_loops"] = [
                 _policy_to_json(setting) | {"rank_correlation": correlation}
@@ -199,7 +202,17 @@ class Evaluation:
                 "change_quantiles": self.loop_trace.change_L3.tolist(),
                 "expert_share": None if shares_LGE is None else shares_LGE.tolist(),
             }
-        return out
+        finite: dict[str, Any] = _finite(out)
+        return finite
+
+
+def _finite(tree: Any) -> Any:
+    """The same dicts and lists with None for every NaN and infinity."""
+    if isinstance(tree, dict):
+        return {name: _finite(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _policy_to_json(setting: Setting) -> dict[str, Any]:

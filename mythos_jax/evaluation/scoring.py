@@ -119,12 +119,13 @@ def _pad(sequences: Sequence[tuple[Sequence[int], int]], batch_size: int, width:
 class Continuation:
     """New tokens without the stop token that may have ended them.
 
-    generated: how many were sampled, with the stop token. loops: spent on those, summed.
+    generated: how many were sampled, with the stop token. loops: spent on those, summed. stop: that token.
     """
 
     tokens: list[int]
     generated: int
     loops: int
+    stop: int | None = None
 
 
 def generate_until(
@@ -173,10 +174,12 @@ def generate_until(
             result = jax.device_get(jax.jit(replicate)(result))
             for row, i in enumerate(indices):
                 generated = result.tokens[row, : result.lengths[row]].tolist()
+                stopped = bool(generated) and generated[-1] in stop_tokens
                 continuations[i] = Continuation(
-                    generated[:-1] if generated and generated[-1] in stop_tokens else generated,
+                    generated[:-1] if stopped else generated,
                     len(generated),
                     int(result.loops[row].sum()),
+                    generated[-1] if stopped else None,
                 )
             bar.update(len(indices))
     return [continuations[i] for i in range(len(prompts))]

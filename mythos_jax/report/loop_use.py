@@ -107,6 +107,7 @@ def convergence_section(trace: LoopTrace) -> str:
 
 def experts_section(shares_LGE: np.ndarray) -> str:
     """Tables of shares, coloured so that each is its own chart; one per layer of the loop."""
+    shares_LGE = np.nan_to_num(shares_LGE)  # NaN in a loop that sent no token anywhere
     highest = max(float(shares_LGE.max()), 1e-9)
     _, n_layers, n_experts = shares_LGE.shape
     tables = []

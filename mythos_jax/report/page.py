@@ -1,12 +1,14 @@
 """The report of an evaluation: evaluation.json with the numbers, and index.html with charts of them."""
 
 import json
+import math
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 
 from mythos_jax.evaluation.results import Evaluation, HarnessTasks, HeldOutText, ReasoningTask
-from mythos_jax.paths import to_path
-from mythos_jax.report.html import document
+from mythos_jax.paths import to_path, write_whole
+from mythos_jax.report.html import document, section
 from mythos_jax.report.loop_use import convergence_section, experts_section, hardness_section, heat_map_section
 from mythos_jax.report.pareto import make_panels
 from mythos_jax.report.quality import depth_section, halting_section
@@ -17,15 +19,15 @@ def write_report(folder: str | Path, evaluation: Evaluation, command: str) -> tu
     directory = to_path(folder)
     directory.mkdir(parents=True, exist_ok=True)
     numbers, page = directory / "evaluation.json", directory / "index.html"
-    numbers.write_text(json.dumps(evaluation.to_json(), indent=2) + "\n", encoding="utf-8")
-    page.write_text(render_page(evaluation, command), encoding="utf-8")
+    write_whole(numbers, (json.dumps(evaluation.to_json(), indent=2, allow_nan=False) + "\n").encode())
+    write_whole(page, render_page(evaluation, command).encode())
     return numbers, page
 
 
 def render_page(evaluation: Evaluation, command: str) -> str:
     """The HTML document. Sections that the evaluation has nothing for are left out."""
     panels = make_panels(evaluation)
-    sections = [depth_section(evaluation, panels)]
+    sections = [*_warnings(evaluation), depth_section(evaluation, panels)]
     if any(m.setting.halting is not None for m in evaluation.results):
         sections.append(halting_section(evaluation, panels))
     if evaluation.loop_usage:
@@ -41,6 +43,24 @@ def render_page(evaluation: Evaluation, command: str) -> str:
         sections,
         f"Made by mythos_jax on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; the same numbers are in evaluation.json.",
     )
+
+
+def _warnings(evaluation: Evaluation) -> list[str]:
+    """Sections about what went wrong; mostly none."""
+    sections = []
+    # The harness has no loss: there NaN is what is expected.
+    values = [[m.value] if isinstance(evaluation.data, HarnessTasks) else [m.value, m.loss] for m in evaluation.results]
+    count = sum(not all(map(math.isfinite, of_one)) for of_one in values)
+    if count:
+        words = (
+            f"{count} of {len(values)} measurements are NaN or infinite: with these settings the model gives no usable "
+            "probabilities. Tables show them as they are, charts leave them out, and in evaluation.json they are null."
+        )
+        sections.append(section("Not a number", words))
+    if evaluation.failures:
+        items = "".join(f"<li>{escape(line)}</li>" for line in evaluation.failures)
+        sections.append(section("Tasks that failed", "Their numbers are missing.", f"<ul>{items}</ul>"))
+    return sections
 
 
 def _facts(evaluation: Evaluation) -> list[str]:

@@ -68,7 +68,8 @@ class Saving:
 
 
 def make_panels(evaluation: Evaluation) -> list[Panel]:
-    """One per metric and group, in the order of the measurements."""
+    """One per metric and group, in the order of the measurements; none where no fixed depth was measured, which happens
+    when a task of the harness fails at some settings only."""
     points: dict[tuple[str, int | str | None], list[Measurement]] = {}
     for m in evaluation.results:
         scaled = replace(m, value=SCALES.get(m.metric, 1.0) * m.value)
@@ -85,6 +86,7 @@ def make_panels(evaluation: Evaluation) -> list[Panel]:
             trained_on=not is_task or group in trained_on,
         )
         for (metric, group), same in points.items()
+        if any(m.setting.halting is None for m in same)
     ]
 
 

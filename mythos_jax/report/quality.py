@@ -1,5 +1,6 @@
 """Sections of the report about quality: against loops at fixed depths, and against mean loops with halting."""
 
+import math
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -20,6 +21,8 @@ ESTIMATE = (
 
 def depth_section(evaluation: Evaluation, panels: Sequence[Panel]) -> str:
     """Quality at each fixed depth: one chart per metric, and the numbers."""
+    if not panels:
+        return section("Quality against loops", "No fixed depth was measured.")
     by_metric: dict[str, list[Panel]] = {}
     for panel in panels:
         by_metric.setdefault(panel.metric, []).append(panel)
@@ -63,9 +66,14 @@ def _depth_table(evaluation: Evaluation, panels: Sequence[Panel]) -> str:
         f"{panel.group}: {panel.metric}" if several_metrics else panel.group.replace("difficulty", "diff.")
         for panel in panels
     ]
-    depths = [p.setting.loops for p in panels[0].fixed]
-    rows = [[str(depth), *(f"{panel.fixed[i].value:.4g}" for panel in panels)] for i, depth in enumerate(depths)]
+    depths = sorted({p.setting.loops for panel in panels for p in panel.fixed})
+    rows = [[str(depth), *(_cell(panel, depth) for panel in panels)] for depth in depths]
     return table(["loops", *headings], rows, f"{panels[0].metric} at each depth")
+
+
+def _cell(panel: Panel, depth: int) -> str:
+    """A panel's value at a fixed depth; empty where it was not measured."""
+    return next((f"{p.value:.4g}" for p in panel.fixed if p.setting.loops == depth), "")
 
 
 def halting_section(evaluation: Evaluation, panels: Sequence[Panel]) -> str:
@@ -176,7 +184,9 @@ def _over_fixed_chart(panel: Panel) -> str:
     if not series:
         return ""
     best_of = max if panel.higher_is_better else min
-    best, best_name = best_of((y, s.name) for s in series for _, y in s.points)
+    best, best_name = best_of(
+        ((y, s.name) for s in series for _, y in s.points if math.isfinite(y)), default=(math.nan, "none")
+    )
     chart = line_chart(
         series,
         MEAN_LOOPS_AXIS,

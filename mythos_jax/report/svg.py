@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal
 
@@ -10,6 +10,7 @@ from typing import Literal
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 74, 12, 22, 46  # margins around the plot
 MIN_TICK_GAP = 26  # between the labels of the x axis
+LARGEST = 1e100  # absolute value that is drawn
 N_COLOURS = 6  # classes c0 to c5 of the style sheet
 
 # Markers differ in shape as well as in colour. Corners relative to the point; the circle has none.
@@ -51,6 +52,10 @@ class Axis:
     text: Callable[[float], str] = "{:g}".format
     limits: tuple[float, float] | None = None
 
+    def shows(self, value: float) -> bool:
+        """Whether a value has a place on the axis. NaN has none, nor what is too large or, on a log axis, too small."""
+        return abs(value) <= LARGEST and not (self.log and value < 1 / LARGEST)
+
 
 def line_chart(
     series: Sequence[Series],
@@ -60,10 +65,16 @@ def line_chart(
     marker: tuple[float, str] | None = None,
     level: float | None = None,
 ) -> str:
-    """An SVG chart with its legend.
+    """An SVG chart with its legend. Points without a place in it, such as NaN, are left out; if none is left, there is
+    no chart.
 
     alt: what it shows, for screen readers. marker: a vertical line at x, and its name. level: a horizontal line at y.
     """
+    series = [_drawable(s, x, y) for s in series]
+    if not any(s.points for s in series):
+        return f'<p class="quiet">No chart of {escape(y.label)}: none of its values is a finite number.</p>'
+    if level is not None and not y.shows(level):
+        level = None
     xs = [px for s in series for px, _ in s.points]
     ys = [py for s in series for _, py in s.points] + [edge for s in series for _, *edges in s.band for edge in edges]
     if marker is not None:
@@ -88,6 +99,17 @@ def line_chart(
         parts.append(_text(position, TOP - 7, "end" if position > WIDTH - 60 else "middle", marker[1]))
     parts += [_draw(s, x_scale, y_scale) for s in series]
     return "".join(parts) + "</svg>" + _legend(series)
+
+
+def _drawable(series: Series, x: Axis, y: Axis) -> Series:
+    """Without the points that have no place in a chart."""
+    shown = [i for i, point in enumerate(series.points) if x.shows(point[0]) and y.shows(point[1])]
+    return replace(
+        series,
+        points=[series.points[i] for i in shown],
+        notes=[series.notes[i] for i in shown] if series.notes else (),
+        band=[edge for edge in series.band if x.shows(edge[0]) and y.shows(edge[1]) and y.shows(edge[2])],
+    )
 
 
 def _horizontal_line(y: float, css_class: str, label: str = "") -> str:
@@ -157,7 +179,7 @@ def _shape(series: Series) -> str:
 def _scale(axis: Axis, values: Sequence[float], start: float, end: float) -> tuple[Scale, list[float]]:
     """Maps the range of the values to the coordinates from `start` to `end`; also the ticks in that range."""
     low, high = axis.limits or (min(values), max(values))
-    if low == high:  # a single value: leave room around it
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), 1 / LARGEST):  # a single value: leave room around it
         margin = abs(low) / 10 or 1.0
         low, high = (low / 2, high * 2) if axis.log else (low - margin, high + margin)
     if axis.ticks:
