@@ -49,10 +49,13 @@ class DataConfig(Section, section="data"):
     path: PathText = ""  #: folder of prepared rows (default: data/NAME)
     #: files and folders to prepare from; `stdlib`: the source code of Python's library
     sources: tuple[PathText, ...] = ()
-    tokenizer: PathText = "bytes"  #: `bytes`, or the path of a Hugging Face tokenizer.json
+    tokenizer: PathText = "bytes"  #: `bytes`, or the path of a Hugging Face tokenizer.json or of the folder it is in
+    #: name of the tokenizer's end-of-document token; null: the first of the usual names that it has, such as `</s>`
+    end_of_document: str | None = None
     seq_len: PositiveInt = 128  #: target tokens per row, at most model.max_seq_len
-    #: fraction of the documents kept for evaluation; a hash of a document's name decides
+    #: fraction of the documents kept for evaluation; a hash of a document's name decides (of a single one, its end)
     held_out_fraction: Annotated[HeldOutFraction, Formerly("held_out")] = 0.05
+    text_column: str = "text"  #: the field or column of JSON, CSV and Parquet records that holds their text
     max_bytes: Bytes = 0  #: stop preparing after this many bytes of text; 0: all of it
     document_mask: bool = False  #: tokens attend only to their own document, not to the others in their row
     #: several prepared folders with their sampling weights, instead of path and sources

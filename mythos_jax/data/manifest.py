@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,10 @@ VERSION = 1
 SPLITS = ("train", "held_out")
 
 # Fields that record how the folder was requested, not what it contains.
-_REQUEST_FIELDS = {"sources", "held_out_fraction", "max_bytes", "skipped", "inputs", "tokenizer"}
+_REQUEST_FIELDS = {
+    *("sources", "held_out_fraction", "max_bytes", "text_column", "skipped", "inputs", "files", "times"),
+    *("tokenizer", "left_out", "left_out_count"),
+}
 _FILE_KEYS = {"held_out_fraction": "held_out"}  # fields whose key in manifest.json is another word
 
 
@@ -48,7 +53,13 @@ class Manifest:
     held_out_fraction: float  # of the documents
     max_bytes: int
     skipped: int = 0  # standard library files that are not UTF-8
-    inputs: str = ""  # hash of the input files' names, sizes and times; if unchanged, there is nothing to do
+    inputs: str = ""  # hash of the input files' paths, sizes and times; if unchanged, there is nothing to do
+    # The same of their names and sizes, and of their names, sizes and times. 0.1.0 did not store these.
+    files: str = ""
+    times: str = ""
+    text_column: str = "text"  # of records
+    left_out: tuple[str, ...] = ()  # files and records that could not be used: the first thousand, where and why
+    left_out_count: int = 0
     version: int = VERSION
 
     @property
@@ -65,10 +76,13 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Writes manifest.json into `folder`."""
+        """Writes manifest.json into `folder`, in one step."""
         fields = {_FILE_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()}
         fields["fingerprint"] = self.fingerprint
-        (Path(folder) / MANIFEST_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        file = Path(folder) / MANIFEST_FILE
+        partial = file.with_name(f"{MANIFEST_FILE}.{uuid.uuid4().hex[:8]}")
+        partial.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        partial.replace(file)
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -101,7 +115,8 @@ def _read(path: Path) -> Manifest:
         fields |= {name: fields.pop(key) for name, key in _FILE_KEYS.items() if key in fields}
         if version == VERSION:  # the fields of other versions are unknown
             splits = {name: Split(**fields["splits"][name]) for name in SPLITS}
-            manifest = Manifest(**fields | {"splits": splits, "sources": tuple(fields["sources"])})
+            lists = {name: tuple(fields.get(name, ())) for name in ("sources", "left_out")}
+            manifest = Manifest(**fields | {"splits": splits} | lists)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -124,7 +139,11 @@ def verify(folder: str | Path) -> Manifest:
 
 
 def rows_file(folder: str | Path, split: str) -> Path:
-    """The path of the rows of a split."""
+    """The path of the rows of a split. Raises ConfigError for a name that the library for rows cannot open."""
+    try:
+        os.path.abspath(folder).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{str(folder)!a}: the folder's name is not UTF-8; allowed: a name that is") from None
     return Path(folder) / f"{split}.array_record"
 
 

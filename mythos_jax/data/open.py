@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from mythos_jax.config import Config
 from mythos_jax.data.batch import Batch, RowSelection
+from mythos_jax.data.ensure import ensure_prepared
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import Manifest
-from mythos_jax.data.prepare import ensure_prepared
 from mythos_jax.data.tasks import TaskData
 from mythos_jax.errors import ConfigError
 
@@ -71,8 +71,9 @@ class PreparedData:
         )
 
 
-def open_data(config: Config, progress: bool = True, prepare: bool = True) -> Data:
-    """The data of a config. prepare: make prepared text if it is missing, instead of refusing.
+def open_data(config: Config, progress: bool = True, prepare: bool = True, resumes: bool = False) -> Data:
+    """The data of a config. prepare: make prepared text if it is missing, instead of refusing. resumes: for a run that
+    has begun, and goes on with its rows if the text has changed since they were prepared.
 
     Raises ConfigError: the data cannot be used, as described at `ensure_prepared` and `TaskData`.
     """
@@ -80,15 +81,15 @@ def open_data(config: Config, progress: bool = True, prepare: bool = True) -> Da
         return TaskData(config)
     if config.data.mixture:
         return _open_mixture(config)
-    return _open_text(config, progress, prepare)
+    return _open_text(config, progress, prepare, resumes)
 
 
 # The identities below are stored in checkpoints: a change of their form would prevent existing runs from resuming.
 
 
-def _open_text(config: Config, progress: bool, prepare: bool) -> PreparedData:
+def _open_text(config: Config, progress: bool, prepare: bool, resumes: bool) -> PreparedData:
     folder, document_mask = local_folder(config.data_path), config.data.document_mask
-    manifest = ensure_prepared(config, progress=progress, path=folder, prepare_missing=prepare)
+    manifest = ensure_prepared(config, progress=progress, path=folder, prepare_missing=prepare, resumes=resumes)
     rows = manifest.fingerprint
     identity = {"rows": rows, "document_mask": True} if document_mask else rows
     return PreparedData({folder: 1.0}, {folder: manifest}, document_mask, identity)

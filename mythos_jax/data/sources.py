@@ -1,32 +1,34 @@
-"""Where text comes from: files, folders, JSONL, Parquet, and the standard library of the running Python.
+"""Where text comes from: the files behind the sources of a command or a config.
 
 A source is the path of
 
-- a `.jsonl` file: one JSON object per line, with a document in its `text` field;
-- a `.parquet` file: one document per row, in the `text` column;
+- a file of records, with a suffix of `RECORD_SUFFIXES` (readers.py says what each holds);
 - any other file: one document, UTF-8;
-- a folder: every file below it with one of `SUFFIXES`, in sorted order, except hidden files and folders;
+- a folder: every file below it with one of `SUFFIXES`, in sorted order, then those behind links to folders. Hidden
+  files and folders are left out; whatever is left out is counted, and said;
 
-or the word `stdlib`. Documents are streamed, and long ones are split into pieces, so a corpus may exceed memory.
+or the word `stdlib`. Text and records, except Parquet, may be compressed: `.jsonl.gz`, `.txt.zst`.
 """
 
-import json
 import os
+import stat
 import sysconfig
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.errors import ConfigError
+from mythos_jax.paths import is_remote
 
 STDLIB = "stdlib"
-RECORD_SUFFIXES = (".jsonl", ".parquet")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".yaml", ".yml", ".toml"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql"),
 )
 SUFFIXES = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
-PIECE_CHARACTERS = 1 << 20  # a longer text file is read, and tokenized, in pieces of about this size
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 # Folders of the standard library that are not read: tests, installed packages, and two packages that consist mostly of
 # generated tables (code pages, help texts), which would make the loss look better than it is.
@@ -40,75 +42,192 @@ class InputFile:
     path: Path
     name: str
     size: int  # bytes
+    modified: int = 0  # nanoseconds
+    given: bool = False  # whether the file itself is a source, not a folder that it is in
+
+    @property
+    def compression(self) -> str:
+        """The suffix that says how the file is compressed; empty if it is not."""
+        return split_suffix(self.path)[1]
+
+    @property
+    def suffix(self) -> str:
+        """The suffix that says what the file contains."""
+        return split_suffix(self.path)[0]
+
+    def __str__(self) -> str:
+        return f"source {one_line_path(self.path)}"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A document, or one part of a long one."""
+class Found:
+    """What is behind the sources: `files` in reading order. left_out: one line per folder in which something is not
+    read. skipped: standard library files that are not UTF-8."""
 
-    name: str  # of the document
-    text: str
-    begins: bool = True  # whether the document starts here
+    files: list[InputFile]
+    left_out: list[str]
+    skipped: int
 
 
-def find_inputs(sources: Sequence[str]) -> tuple[list[InputFile], int]:
-    """The files behind `sources`, in reading order, and the number of standard library files that are not UTF-8.
+def find_inputs(sources: Sequence[str], skip_errors: bool = False) -> Found:
+    """The files behind `sources`. skip_errors: count what cannot be looked at, instead of refusing it.
 
-    Raises ConfigError: a source that does not exist, or a folder without readable files.
+    Raises ConfigError: a source that does not exist, a folder without readable files, a folder that cannot be read.
     """
-    inputs: list[InputFile] = []
+    files: list[InputFile] = []
+    left_out: list[str] = []
     skipped = 0
     for source in sources:
         path = Path(source)
         if source == STDLIB:
             library, skipped = _standard_library()
-            inputs += library
+            files += library
         elif path.is_dir():
-            files = list(_walk(path, SUFFIXES))
-            if not files:
-                raise ConfigError(f"source {source}: nothing to read in this folder; allowed: {' '.join(SUFFIXES)}")
-            inputs += files
-        elif path.is_file():
-            inputs.append(InputFile(path, path.name, path.stat().st_size))
+            walk = _Walk(path, skip_errors)
+            if not walk.files:
+                raise ConfigError(_nothing_in(source, walk.left_out))
+            files += walk.files
+            if walk.left_out:
+                left_out.append(f"source {one_line_path(source)}: left out {_counts(walk.left_out)}")
         else:
-            raise ConfigError(f"source {source}: no such file; allowed: files, folders, {STDLIB}")
-    return inputs, skipped
+            files.append(_given_file(source))
+    return Found(files, left_out, skipped)
 
 
-def read_pieces(inputs: Sequence[InputFile]) -> Iterator[Piece]:
-    """Streams the documents of `inputs`, without empty ones.
+def split_suffix(path: Path) -> tuple[str, str]:
+    """What a file's name says about its content and its compression: ".jsonl" and ".gz"."""
+    suffix = path.suffix.lower()
+    return (Path(path.stem).suffix.lower(), suffix) if suffix in COMPRESSIONS else (suffix, "")
 
-    Raises ConfigError, naming the file and, for records, the line or row: unreadable, not UTF-8, not JSONL or Parquet,
-    no `text` column.
+
+def one_line_path(path: str | Path) -> str:
+    """The path as it can be shown: a file's name may contain line breaks and bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
+def _is_read(path: Path) -> bool:
+    """Whether a file in a folder is one of those that are read."""
+    suffix, compression = split_suffix(path)
+    return suffix in SUFFIXES and not (compression and suffix == ".parquet")
+
+
+def _given_file(source: str) -> InputFile:
+    path = Path(source)
+    if not path.is_file():
+        problem = "neither a file nor a folder" if path.exists() else "no such file"
+        if is_remote(source):
+            problem = "sources are read from a disk; copy it there"
+        raise ConfigError(f"source {one_line_path(source)}: {problem}; allowed: files, folders, {STDLIB}")
+    suffix, compression = split_suffix(path)
+    if compression and suffix == ".parquet":
+        raise ConfigError(f"source {one_line_path(source)}: compressed Parquet; allowed: the .parquet file itself")
+    info = path.stat()
+    return InputFile(path, path.name, info.st_size, info.st_mtime_ns, given=True)
+
+
+class _Walk:
+    """The files below a folder, and how many of each kind are left out.
+
+    Links to folders are followed after all else, and no folder is read twice, so that links may lead in circles.
     """
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for file in inputs:
-        reader = readers.get(file.path.suffix.lower(), _read_text)
+
+    def __init__(
+        self,
+        folder: Path,
+        skip_errors: bool = False,
+        wanted: Callable[[Path], bool] = _is_read,
+        excluded: Collection[str] = (),
+    ):
+        self.files: list[InputFile] = []
+        self.left_out: Counter[str] = Counter()
+        self._folder, self._skip_errors, self._wanted, self._excluded = folder, skip_errors, wanted, excluded
+        self._visited: set[tuple[int, int]] = set()
+        links = [folder]
+        while links:
+            links = [link for start in links for link in self._below(start)]
+
+    def _below(self, start: Path) -> list[Path]:
+        """Adds the files below a folder; returns the links to folders that it contains."""
+        links: list[Path] = []
+        if self._seen(start):
+            return links
+        for parent, subfolders, names in os.walk(start, onerror=self._unreadable):
+            # Assigned in place: os.walk descends into what is left of this list, in its order.
+            subfolders[:] = sorted(name for name in subfolders if self._is_visible(name))
+            links += [Path(parent, name) for name in subfolders if Path(parent, name).is_symlink()]
+            subfolders[:] = [
+                name for name in subfolders if Path(parent, name) not in links and not self._seen(Path(parent, name))
+            ]
+            for name in sorted(names):
+                self._add(Path(parent, name))
+        return links
+
+    def _is_visible(self, folder_name: str) -> bool:
+        if folder_name in self._excluded:
+            return False
+        if folder_name.startswith((".", "__pycache__")):
+            self.left_out["hidden folder"] += 1
+            return False
+        return True
+
+    def _seen(self, folder: Path) -> bool:
+        """Whether the folder has been read already, by this or another name."""
         try:
-            yield from reader(file)
+            info = folder.stat()
         except OSError as error:
-            raise ConfigError(f"source {file.path}: cannot be read ({error.strerror or error})") from None
+            self._unreadable(error)
+            return True
+        if (info.st_dev, info.st_ino) in self._visited:
+            self.left_out["link to a folder that is read already"] += 1
+            return True
+        self._visited.add((info.st_dev, info.st_ino))
+        return False
+
+    def _add(self, path: Path) -> None:
+        if path.name.startswith("."):
+            self.left_out["hidden file"] += 1
+            return
+        if not self._wanted(path):
+            self.left_out["".join(split_suffix(path)) or "file without a suffix"] += 1
+            return
+        try:
+            info = path.stat()
+        except FileNotFoundError:
+            self.left_out["broken link"] += 1
+        except OSError as error:
+            self._unreadable(error)
+        else:
+            if stat.S_ISREG(info.st_mode):
+                name = path.relative_to(self._folder).as_posix()
+                self.files.append(InputFile(path, name, info.st_size, info.st_mtime_ns))
+            else:
+                self.left_out["special file"] += 1
+
+    def _unreadable(self, error: OSError) -> None:
+        if not self._skip_errors:
+            raise ConfigError(f"source {one_line_path(error.filename)}: cannot be read ({error.strerror})") from None
+        self.left_out["unreadable file or folder"] += 1
 
 
-def truncate_piece(piece: Piece, max_bytes: int) -> Piece:
-    """The first `max_bytes` UTF-8 bytes of a piece, without a character that would be cut in two."""
-    return Piece(piece.name, piece.text.encode()[:max_bytes].decode(errors="ignore"), piece.begins)
+def _counts(left_out: Counter[str], kinds: int = 20) -> str:
+    """Such as: 12 .pdf, 3 .docx, 2 hidden files."""
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{count:,} {_plural(kind, count)}" for kind, count in ordered]
+    more = f", and files of {len(words) - kinds} more kinds" if len(words) > kinds else ""
+    return ", ".join(words[:kinds]) + more
 
 
-def _walk(folder: Path, suffixes: Sequence[str], excluded: Collection[str] = ()) -> Iterator[InputFile]:
-    for parent, subfolders, names in os.walk(folder, onerror=_raise_unreadable):
-        # Assigned in place: os.walk descends into what is left of this list, in its order.
-        subfolders[:] = sorted(
-            name for name in subfolders if not name.startswith((".", "__pycache__")) and name not in excluded
-        )
-        for name in sorted(names):
-            path = Path(parent, name)
-            if path.suffix.lower() in suffixes and not name.startswith(".") and path.is_file():
-                yield InputFile(path, path.relative_to(folder).as_posix(), path.stat().st_size)
+def _plural(noun: str, count: int) -> str:
+    if count == 1 or noun.startswith("."):
+        return one_line_path(noun)  # a suffix
+    first, *rest = noun.split(" ", 1) if noun.startswith(("file ", "link ")) else [noun]
+    return " ".join([f"{first}s", *rest])
 
 
-def _raise_unreadable(error: OSError) -> None:
-    raise ConfigError(f"source {error.filename}: cannot be read ({error.strerror})") from None
+def _nothing_in(source: str, left_out: Counter[str]) -> str:
+    found = f" (it has {_counts(left_out)})" if left_out else ""
+    allowed = f"{' '.join(SUFFIXES)}, also with {' '.join(COMPRESSIONS)}"
+    return f"source {one_line_path(source)}: nothing to read in this folder{found}; allowed: {allowed}"
 
 
 def _standard_library() -> tuple[list[InputFile], int]:
@@ -116,7 +235,7 @@ def _standard_library() -> tuple[list[InputFile], int]:
     folder = Path(sysconfig.get_path("stdlib"))
     readable: list[InputFile] = []
     skipped = 0
-    for file in _walk(folder, (".py",), _STDLIB_EXCLUDED):
+    for file in _Walk(folder, True, lambda path: path.suffix == ".py", _STDLIB_EXCLUDED).files:
         if file.name.startswith("_sysconfigdata"):  # contains paths of the machine that built this Python
             continue
         try:
@@ -127,69 +246,3 @@ def _standard_library() -> tuple[list[InputFile], int]:
     if not readable:
         raise ConfigError(f"source {STDLIB}: this Python has no source files in {folder}; allowed: files, folders")
     return readable, skipped
-
-
-def _read_text(file: InputFile) -> Iterator[Piece]:
-    try:
-        with open(file.path, encoding="utf-8", newline="") as stream:  # newline="": keep line ends as they are
-            begins = True
-            while text := stream.read(PIECE_CHARACTERS):
-                if len(text) == PIECE_CHARACTERS:
-                    text += stream.readline(PIECE_CHARACTERS)  # so that pieces end with a line
-                if "\0" in text:
-                    raise ConfigError(f"source {file.path}: not a text file (it contains zero bytes)")
-                yield Piece(file.name, text, begins)
-                begins = False
-    except UnicodeDecodeError:
-        raise ConfigError(f"source {file.path}: not a text file (it is not UTF-8)") from None
-
-
-def _read_jsonl(file: InputFile) -> Iterator[Piece]:
-    with open(file.path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            location = f"source {file.path}, line {number}"
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                raise ConfigError(f"{location}: not UTF-8") from None
-            except ValueError:
-                raise ConfigError(f"{location}: not JSON") from None
-            if not isinstance(record, dict) or "text" not in record:
-                raise ConfigError(f'{location}: no text column; allowed: {{"text": "…"}}')
-            yield from _document(record["text"], f"{file.name}:{number}", location)
-
-
-def _read_parquet(file: InputFile) -> Iterator[Piece]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
-            columns = table.schema_arrow.names
-            if "text" not in columns:
-                raise ConfigError(f"source {file.path}: no text column; it has {', '.join(columns) or 'none'}")
-            for batch in table.iter_batches(batch_size=256, columns=["text"]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield from _document(value, f"{file.name}:{number}", f"source {file.path}, row {number}")
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"source {file.path}: not a Parquet file ({one_line(error)})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"source {file.path}, near row {number + 1}: not UTF-8") from None
-
-
-def _document(text: object, name: str, location: str) -> Iterator[Piece]:
-    """The document in the `text` of a record; none if it is empty or missing."""
-    if text is None:
-        return
-    if not isinstance(text, str):
-        raise ConfigError(f"{location}: text has type {type(text).__name__}, allowed: a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"{location}: text is not valid Unicode (half of a surrogate pair)") from None
-    if text:
-        yield Piece(name, text)

@@ -16,6 +16,7 @@ import numpy as np
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 from mythos_jax.paths import to_path
+from mythos_jax.typed import check_field
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -85,12 +86,18 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The byte tokenizer if `spec` is "bytes"; otherwise the Hugging Face tokenizer.json at that path.
+def load_tokenizer(spec: str | Path, end_of_document: str | None = None) -> Tokenizer:
+    """The byte tokenizer if `spec` is "bytes"; otherwise the Hugging Face tokenizer.json at that path, or in that
+    folder. end_of_document: the name of that token; by default the first of `END_OF_DOCUMENT_NAMES` that it has.
 
     Raises ConfigError: no such file, not a tokenizer, or a tokenizer without an end-of-document token.
     """
-    return ByteTokenizer() if spec == ByteTokenizer.name else HuggingFaceTokenizer(spec)
+    if spec != ByteTokenizer.name:
+        return HuggingFaceTokenizer(spec, end_of_document)
+    check_field(
+        end_of_document is None, "end_of_document", end_of_document, "none with tokenizer bytes, which has its own"
+    )
+    return ByteTokenizer()
 
 
 class ByteTokenizer:
@@ -130,10 +137,12 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, run by the `tokenizers` library."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, end_of_document: str | None = None):
         from tokenizers import Tokenizer as Backend
 
         file = to_path(path)
+        if file.is_dir():
+            file /= TOKENIZER_FILE
         try:
             self._json: bytes = file.read_bytes()
             # Hash the parsed content, not the bytes: formatting does not make a different tokenizer.
@@ -153,10 +162,18 @@ class HuggingFaceTokenizer:
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        end_of_document = next((name for name in END_OF_DOCUMENT_NAMES if name in vocabulary), None)
+        if end_of_document is None:
+            end_of_document = next((name for name in END_OF_DOCUMENT_NAMES if name in vocabulary), None)
         if end_of_document is None:
             raise ConfigError(
-                f"tokenizer {path}: has no end-of-document token; allowed: one of {', '.join(END_OF_DOCUMENT_NAMES)}"
+                f"tokenizer {path}: has no end-of-document token; allowed: one of {', '.join(END_OF_DOCUMENT_NAMES)}, "
+                "or the name of another of its tokens (--end-of-document, or data.end_of_document)"
+            )
+        if end_of_document not in vocabulary:
+            special = [token.content for token in self._backend.get_added_tokens_decoder().values()]
+            raise ConfigError(
+                f"end_of_document: got {end_of_document!r}, allowed: a token of {path}, such as "
+                f"{', '.join(special[:20]) or 'one that you add to it'}"
             )
         self.name: str = file.name
         self.end_of_document = vocabulary[end_of_document]

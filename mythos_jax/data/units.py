@@ -1,168 +1,247 @@
-"""Tokenizes text in units: in parallel, and kept on disk so that a killed `prepare` resumes where it was.
+"""Tokenizes text in units: in parallel, and kept on disk so that a `prepare` that was stopped resumes where it was.
 
 The documents of all sources form one stream of text. It is cut into units of about `UNIT_BYTES` at positions that
 depend on the stream alone. Threads tokenize units (the tokenizer releases Python's lock), write each to `NNNNNN.npz`
 atomically, and yield them in order. The tokens therefore depend neither on the number of threads nor on interruptions,
 and only a few units are in memory at a time.
+
+A stored unit knows the hash of its text and that of the files up to its end. While these files are as they were, it is
+used without reading them; if they have changed, they are read, and it is used if its text is the same.
 """
 
 import contextlib
 import hashlib
+import json
 import os
+import threading
 import zipfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from concurrent.futures import CancelledError, Future
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from mythos_jax.data.sources import InputFile, Piece, read_pieces, truncate_piece
+from mythos_jax.data.readers import LeftOut, Piece, Reading, read_pieces, truncate_piece
+from mythos_jax.data.sources import InputFile
+from mythos_jax.data.split import Division, draw
 from mythos_jax.data.tokenizer import Tokenizer
+from mythos_jax.data.workers import Workers
 
 UNIT_BYTES = 16 << 20  # UTF-8 text per unit
 ENCODE_BYTES = 1 << 20  # text per call of the tokenizer
+LISTED = 1000  # things left out that a unit lists; of more it keeps the number
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """The text of `inputs`. max_bytes: of it to read; 0: all. division: of its only document, if it has no other."""
+
+    inputs: Sequence[InputFile]
+    reading: Reading = field(default_factory=Reading)
+    max_bytes: int = 0
+    division: Division | None = None
+
+    @cached_property
+    def states(self) -> list[str]:
+        """For each number of files, a hash of the current state of that many, and at the end one of all of them."""
+        options = [self.reading.text_column, self.max_bytes, self.division and asdict(self.division)]
+        states = [_sha256(json.dumps(options).encode())]
+        for file in self.inputs:
+            state = [states[-1], file.name, str(file.path.absolute()), file.size, file.modified, file.given]
+            states.append(_sha256(json.dumps(state).encode()))
+        return [*states, _sha256(f"{states[-1]} end".encode())]
 
 
 @dataclass(frozen=True)
 class TextUnit:
     """Consecutive pieces of text, to be tokenized together.
 
-    next_input: index of the input that follows if the unit ends with a file, else -1.
-    text_end: bytes of text from the start of the stream to the end of the unit.
+    left_out: what is left out between them. next_input: index of the input that follows if the unit ends with a file,
+    else -1. text_end: bytes of text from the start of the stream to the end of the unit. state: of the files up to
+    there (see `TextStream.states`).
     """
 
     number: int
     pieces: tuple[Piece, ...]
+    left_out: tuple[LeftOut, ...]
     next_input: int
     text_end: int
+    state: str
+
+    @property
+    def text(self) -> str:
+        """A hash of everything that the tokens depend on, and of what is left out."""
+        content = hashlib.sha256()
+        for piece in self.pieces:
+            data = piece.text.encode()
+            content.update(json.dumps([piece.name, piece.begins, piece.held_out, len(data)]).encode())
+            content.update(data)
+        content.update(json.dumps([asdict(item) for item in self.left_out]).encode())
+        return content.hexdigest()
 
 
 @dataclass(frozen=True)
 class TokenUnit:
     """A tokenized unit of n pieces. The field names are keys in the .npz file, where `next_input` and `text_end` (see
-    `TextUnit`) are int64 scalars."""
+    `TextUnit`) are int64 scalars, `state` and `text` hashes as ASCII text, and `left_out` JSON."""
 
     tokens: np.ndarray  # of all pieces, in the dtype of the rows
     lengths: np.ndarray  # int64 [n]: tokens per piece
     text_bytes: np.ndarray  # int64 [n]: UTF-8 bytes per piece
     begins: np.ndarray  # bool [n]: whether a document starts with the piece
-    held_out: np.ndarray  # bool [n]
+    draws: np.ndarray  # uint64 [n]: decides whether the document is held out (see `split.draw`)
     next_input: np.ndarray
     text_end: np.ndarray
+    state: np.ndarray
+    text: np.ndarray
+    left_out: np.ndarray
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int, bool, bool]]:
-        """The tokens, text bytes, begins and held_out of each piece."""
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int, bool, int]]:
+        """The tokens, text bytes, begins and draw of each piece."""
         ends = np.cumsum(self.lengths)
         for i, end in enumerate(ends):
             tokens = self.tokens[end - self.lengths[i] : end]
-            yield tokens, int(self.text_bytes[i]), bool(self.begins[i]), bool(self.held_out[i])
+            yield tokens, int(self.text_bytes[i]), bool(self.begins[i]), int(self.draws[i])
+
+    def leaves_out(self) -> list[LeftOut]:
+        return [LeftOut(**item) for item in json.loads(str(self.left_out))]
 
 
 @dataclass(frozen=True)
 class UnitTokenizer:
-    """Tokenizes units into tokens of `dtype`, and stores them in `folder`."""
+    """Tokenizes units into tokens of `dtype`, and stores them in `folder`. stopped: when it is set, no longer."""
 
     tokenizer: Tokenizer
     dtype: str
-    held_out_fraction: float
     folder: Path
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, unit: TextUnit) -> TokenUnit:
         """The unit's tokens, read from `folder` if they are stored there."""
         stored = load_unit(self.folder, unit.number)
-        if stored is not None:
+        position = {
+            "next_input": np.array(unit.next_input, np.int64),
+            "text_end": np.array(unit.text_end, np.int64),
+            "state": np.array(unit.state),
+        }
+        text = unit.text
+        if stored is None or str(stored.text) != text:
+            tokenized = TokenUnit(**self._tokenize(unit), **position, text=np.array(text))
+        elif str(stored.state) == unit.state:
             return stored
-        encoded: list[np.ndarray] = []
-        for batch in _encode_batches(unit.pieces):
-            token_lists = self.tokenizer.encode_batch([piece.text for piece in batch])
-            encoded += [tokens.astype(self.dtype) for tokens in token_lists]
-        tokenized = TokenUnit(
-            tokens=np.concatenate(encoded),
-            lengths=np.array([len(tokens) for tokens in encoded], np.int64),
-            text_bytes=np.array([len(piece.text.encode()) for piece in unit.pieces], np.int64),
-            begins=np.array([piece.begins for piece in unit.pieces]),
-            held_out=np.array([is_held_out(piece.name, self.held_out_fraction) for piece in unit.pieces]),
-            next_input=np.array(unit.next_input, np.int64),
-            text_end=np.array(unit.text_end, np.int64),
-        )
+        else:
+            tokenized = replace(stored, **position)
+        if self.stopped.is_set():
+            raise CancelledError
         _store_unit(self.folder, unit.number, tokenized)
         return tokenized
 
+    def _tokenize(self, unit: TextUnit) -> dict[str, np.ndarray]:
+        encoded: list[np.ndarray] = []
+        for batch in _encode_batches(unit.pieces):
+            if self.stopped.is_set():
+                raise CancelledError
+            token_lists = self.tokenizer.encode_batch([piece.text for piece in batch])
+            encoded += [tokens.astype(self.dtype) for tokens in token_lists]
+        return {
+            "tokens": np.concatenate([np.array([], self.dtype), *encoded]),
+            "lengths": np.array([len(tokens) for tokens in encoded], np.int64),
+            "text_bytes": np.array([len(piece.text.encode()) for piece in unit.pieces], np.int64),
+            "begins": np.array([piece.begins for piece in unit.pieces], bool),
+            "draws": np.array([draw(piece) for piece in unit.pieces], np.uint64),
+            "left_out": np.array(json.dumps([asdict(item) for item in unit.left_out])),
+        }
 
-def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the document of this name is held out: the same answer on every machine and in every corpus."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
+def tokenize_units(stream: TextStream, tokenize: UnitTokenizer, workers: Workers) -> Iterator[TokenUnit]:
+    """The tokenized units of a stream, in order.
 
-def tokenize_units(
-    inputs: Sequence[InputFile], max_bytes: int, tokenize: UnitTokenizer, workers: int
-) -> Iterator[TokenUnit]:
-    """The tokenized units of the text of `inputs`, in order.
-
-    max_bytes: of text to read; 0: all. workers: number of threads.
-    Raises ConfigError: as `sources.read_pieces` does, or for text that the tokenizer cannot encode.
+    Raises ConfigError: as `readers.read_pieces` does, or for text that the tokenizer cannot encode.
     """
     # Units from an interrupted run come first. Reading resumes at the last file boundary among them, so that files
     # which they cover completely are not read again.
     stored_count, resume_at = 0, (0, 0, 0)
-    while (stored := load_unit(tokenize.folder, stored_count)) is not None:
+    states = set(stream.states)
+    while (stored := load_unit(tokenize.folder, stored_count)) is not None and str(stored.state) in states:
+        if not stream.reading.skip_errors and any(item.is_error for item in stored.leaves_out()):
+            break  # made by a run that skipped errors
         yield stored
         stored_count += 1
         if stored.next_input >= 0:
             resume_at = (stored_count, int(stored.next_input), int(stored.text_end))
 
     pending: deque[Future[TokenUnit]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for unit in cut_units(inputs, max_bytes, *resume_at):
-                if unit.number < stored_count:
-                    continue
-                pending.append(pool.submit(tokenize, unit))
-                if len(pending) > workers:  # bounds the units in memory
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    for unit in cut_units(stream, *resume_at):
+        if unit.number < stored_count:
+            continue
+        pending.append(workers.submit(tokenize, unit))
+        if len(pending) > workers.count:  # bounds the units in memory
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
-def cut_units(
-    inputs: Sequence[InputFile], max_bytes: int, number: int = 0, first_input: int = 0, text_end: int = 0
-) -> Iterator[TextUnit]:
-    """Cuts the stream of text into units.
+def cut_units(stream: TextStream, number: int = 0, first_input: int = 0, text_end: int = 0) -> Iterator[TextUnit]:
+    """Cuts a stream of text into units.
 
     To resume: `number` is that of the first unit, which starts with input `first_input`, after `text_end` bytes.
     """
     unit: list[Piece] = []
+    left_out: list[LeftOut] = []
     unit_bytes = 0
-    for index in range(first_input, len(inputs)):
+
+    def finish(next_input: int, state: str) -> TextUnit:
+        nonlocal number, unit, left_out, unit_bytes
+        finished = TextUnit(number, tuple(unit), tuple(left_out), next_input, text_end, state)
+        number, unit, left_out, unit_bytes = number + 1, [], [], 0
+        return finished
+
+    for index in range(first_input, len(stream.inputs)):
         # The last unit of a file of several units ends with the file, so that a resumed run need not read the file
         # again to continue after it.
-        spans_units = False
-        for piece in read_pieces([inputs[index]]):
+        spans_units, state = False, stream.states[index + 1]
+        for piece in _pieces(stream, index, text_end):
+            if isinstance(piece, LeftOut):
+                _list(left_out, piece)
+                continue
             if unit_bytes >= UNIT_BYTES:
-                yield TextUnit(number, tuple(unit), -1, text_end)
-                number, unit, unit_bytes, spans_units = number + 1, [], 0, True
+                yield finish(-1, state)
+                spans_units = True
             piece_bytes = len(piece.text.encode())
-            is_last = bool(max_bytes) and text_end + piece_bytes >= max_bytes
-            if is_last:
-                piece = truncate_piece(piece, max_bytes - text_end)
+            if stream.max_bytes and text_end + piece_bytes >= stream.max_bytes:
+                piece = truncate_piece(piece, stream.max_bytes - text_end)
             if piece.text:
                 unit.append(piece)
             unit_bytes, text_end = unit_bytes + piece_bytes, text_end + piece_bytes
-            if is_last:
+            if stream.max_bytes and text_end >= stream.max_bytes:
                 break
-        if max_bytes and text_end >= max_bytes:
+        if stream.max_bytes and text_end >= stream.max_bytes:
             break
         if unit and (spans_units or unit_bytes >= UNIT_BYTES):
-            yield TextUnit(number, tuple(unit), index + 1, text_end)
-            number, unit, unit_bytes = number + 1, [], 0
-    if unit:
-        yield TextUnit(number, tuple(unit), len(inputs), text_end)
+            yield finish(index + 1, state)
+    if unit or left_out:
+        yield finish(len(stream.inputs), stream.states[-1])
+
+
+def _pieces(stream: TextStream, index: int, offset: int) -> Iterator[Piece | LeftOut]:
+    """What one of the files contains, divided if it is the document to divide. offset: the text before it."""
+    for piece in read_pieces([stream.inputs[index]], stream.reading):
+        if isinstance(piece, LeftOut) or not stream.division:
+            yield piece
+            continue
+        yield from stream.division.divide(piece, offset)
+        offset += len(piece.text.encode())
+
+
+def _list(left_out: list[LeftOut], item: LeftOut) -> None:
+    if len(left_out) <= LISTED:
+        left_out.append(item)
+    else:
+        last = left_out[-1]
+        left_out[-1] = LeftOut("and others", last.is_error or item.is_error, last.count + item.count)
 
 
 def load_unit(folder: Path, number: int) -> TokenUnit | None:
@@ -204,3 +283,7 @@ def _encode_batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 def _unit_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.npz"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock
 
+from mythos_jax.streams import log
+
 _LOCK_FILE = "lock"
 _NEW_FOLDER_SECONDS = 3600  # a folder without a lock file is left alone for this long: it may be about to get one
 
@@ -18,9 +20,9 @@ _NEW_FOLDER_SECONDS = 3600  # a folder without a lock file is left alone for thi
 def work_folder(out: Path, request: str) -> Iterator[Path]:
     """A locked folder next to `out`, which may hold the work of a killed run of the same `request` (a hash).
 
-    It is deleted on success and on errors, and remains only after a kill or Ctrl-C. If another process is working on
-    the same request, or the file system has no locks, this process gets a folder of its own: both do the whole work,
-    and whichever finishes first provides the result.
+    It is deleted on success. After an error it remains if it holds finished units, after a kill or Ctrl-C in any case.
+    If another process is working on the same request, or the file system has no locks, this process gets a folder of
+    its own: both do the whole work, and whichever finishes first provides the result.
     """
     folder = out.with_name(f"{out.name}.partial-{request}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,8 +34,13 @@ def work_folder(out: Path, request: str) -> Iterator[Path]:
     try:
         _delete_abandoned(out, folder)
         yield folder
-    except Exception:  # not KeyboardInterrupt: interrupted work is resumed
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        units = len(list(folder.glob("units/*.npz")))
+        shutil.rmtree(folder / "rows", ignore_errors=True)
+        if units:
+            log(f"{units} tokenized unit{'s' * (units > 1)} kept in {folder}; the same command goes on from there")
+        elif isinstance(error, Exception):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     else:
         shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_run_config
-from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 from mythos_jax.model.abstract import abstract_variables
@@ -46,7 +46,10 @@ class LoadedModel:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """Raises ConfigError if its file cannot be read."""
-        return None if self.tokenizer_spec is None else load_tokenizer(self.tokenizer_spec)
+        if self.tokenizer_spec is None:
+            return None
+        end = None if self.tokenizer_spec == ByteTokenizer.name else self.config.data.end_of_document
+        return load_tokenizer(self.tokenizer_spec, end)
 
     def require_tokenizer(self) -> Tokenizer:
         """Raises ConfigError if there is none."""

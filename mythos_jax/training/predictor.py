@@ -73,7 +73,7 @@ def record_exits(
     """
     config, size = loaded.config, loaded.config.training.batch_size
     count = -(-rows // size)
-    batches: Iterator[Any] = open_data(config, progress=progress).train_batches(
+    batches: Iterator[Any] = open_data(config, progress=progress, resumes=True).train_batches(
         batch_size=size, seed=config.training.seed
     )
     recorded = []

@@ -112,15 +112,17 @@ def _shapes(model: ModelConfig) -> dict[str, Any]:
     return jax.tree.map(lambda x: x.shape, nn.unbox(abstract_variables(model)))
 
 
-def open_run_data(config: Config, progress: bool) -> Data:
+def open_run_data(config: Config, run_dir: Any, progress: bool) -> Data:
     """The data of all processes, which process 0 prepares if it is missing.
 
-    Raises ConfigError: there is no such data, or nothing is held out for `training.evaluate_every`.
+    Raises ConfigError: there is no such data, its text has changed before the run has begun, or nothing is held out for
+    `training.evaluate_every`.
     """
 
     def open_here() -> Data:
         first = is_process_zero()
-        data = open_data(config, progress and first, prepare=first)
+        has_begun = has_checkpoints(run_dir / "checkpoints")
+        data = open_data(config, progress and first, prepare=first, resumes=has_begun)
         if every := config.training.evaluate_every:
             _check_held_out(config, data, every)
         return data

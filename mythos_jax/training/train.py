@@ -48,7 +48,7 @@ def train(
         lock = stack.enter_context(hold_run_dir(run_dir))
         # Everything that can be refused is refused before data is prepared, which can take hours.
         initial = load_initial(config, mesh, run_dir, init_from)
-        data = open_run_data(config, progress)
+        data = open_run_data(config, run_dir, progress)
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(run_dir / "checkpoints", config.training.keep_checkpoints))
         )

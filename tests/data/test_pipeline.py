@@ -10,7 +10,7 @@ import pytest
 from mythos_jax.data.pipeline import eval_batches, open_rows, row_order, train_batches
 from mythos_jax.data.prepare import prepare
 from mythos_jax.data.rows import TokenRows
-from mythos_jax.data.units import is_held_out
+from mythos_jax.data.split import is_held_out
 from mythos_jax.errors import ConfigError
 
 T = 6

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +18,15 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from mythos_jax.config import Config, DataConfig, ModelConfig
 from mythos_jax.data import prepare as prepare_module
+from mythos_jax.data import readers as readers_module
 from mythos_jax.data import sources as sources_module
 from mythos_jax.data import units as units_module
+from mythos_jax.data import write_rows as write_rows_module
+from mythos_jax.data.ensure import ensure_prepared
 from mythos_jax.data.manifest import load_manifest, verify
-from mythos_jax.data.prepare import ensure_prepared, prepare
-from mythos_jax.data.tokenizer import load_tokenizer
-from mythos_jax.data.units import is_held_out
+from mythos_jax.data.prepare import prepare
+from mythos_jax.data.split import is_held_out
+from mythos_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 
 EOD = 256
@@ -131,13 +136,13 @@ def test_each_row_of_a_file_is_a_document(tmp_path):
 
 
 def test_long_documents_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "PIECE_CHARACTERS", 16)
+    monkeypatch.setattr(readers_module, "PIECE_CHARACTERS", 16)
     monkeypatch.setattr(units_module, "ENCODE_BYTES", 40)
     monkeypatch.setattr(units_module, "UNIT_BYTES", 100)
     text = "".join(f"line {i} ä\n" for i in range(30)) + "x" * 100
     (tmp_path / "long.txt").write_text(text)
-    inputs, _ = sources_module.find_inputs([str(tmp_path / "long.txt")])
-    parts = [piece.text for piece in sources_module.read_pieces(inputs)]
+    inputs = sources_module.find_inputs([str(tmp_path / "long.txt")]).files
+    parts = [piece.text for piece in readers_module.read_pieces(inputs, readers_module.Reading())]
     assert len(parts) > 15
     assert max(map(len, parts)) <= 32
     assert all(part.endswith("\n") for part in parts if "x" not in part)
@@ -180,8 +185,29 @@ def test_tokenizer_json(tmp_path, size, dtype):
         load_manifest(tmp_path / "out")
 
 
+def test_an_end_of_document_token_of_another_name(tmp_path):
+    (tmp_path / "a.txt").write_text("a b\nb a b")
+    spec = str(words_tokenizer(tmp_path / "words.json"))
+    options = {"tokenizer": spec, "seq_len": 8, "held_out_fraction": 0.5}
+    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", end_of_document="w5", **options)
+    assert manifest.end_of_document == 5
+    assert read_rows(tmp_path / "out", "train") == [[5, 0, 1, 5]]
+    with pytest.raises(
+        ConfigError,
+        match=r"end_of_document: got token 6 of words.json, allowed: token 5, with",
+    ):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", **options)
+    data = DataConfig(path=str(tmp_path / "out"), tokenizer=spec, seq_len=8, end_of_document="w5")
+    assert ensure_prepared(Config(data=data)) == manifest
+    with pytest.raises(ConfigError, match=r"data\.end_of_document: got token 6"):
+        ensure_prepared(Config(data=dataclasses.replace(data, end_of_document=None)))
+    other = dataclasses.replace(data, path=str(tmp_path / "new"), sources=(str(tmp_path / "a.txt"),))
+    assert ensure_prepared(Config(data=other)).end_of_document == 5
+
+
 def test_standard_library(tmp_path):
-    inputs, skipped = sources_module.find_inputs(["stdlib"])
+    found = sources_module.find_inputs(["stdlib"])
+    inputs, skipped = found.files, found.skipped
     names = [item.name for item in inputs]
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert len(names) == len(set(names)) > 300
@@ -228,7 +254,7 @@ INVALID = {
         lambda d: pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), d / "a.parquet") or [f"{d}/a.parquet"],
         r"a\.parquet, row 1: text has type int",
     ),
-    "one document": (lambda d: write(d / "000.txt", "x"), r"leaves none of 1 documents for the held_out split"),
+    "one character": (lambda d: write(d / "000.txt", "é"), r"the only document has one character"),
 }
 
 
@@ -243,19 +269,13 @@ def test_invalid_sources_give_a_one_line_error_and_leave_no_files(tmp_path, case
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_every_document_held_out(tmp_path):
-    name = next(f"{i}.txt" for i in range(1000) if is_held_out(f"{i}.txt", 0.1))
-    with pytest.raises(ConfigError, match="leaves none of 1 documents for the train split"):
-        prepare(write(tmp_path / name, "x"), tmp_path / "out", seq_len=8, held_out_fraction=0.1)
-
-
 def test_a_tokenizer_that_produces_no_tokens(tmp_path):
     spec = words_tokenizer(tmp_path / "words.json")
     with pytest.raises(ConfigError, match="produces no tokens"):
         prepare(write(tmp_path / "a.txt", "  \n "), tmp_path / "out", tokenizer=spec, seq_len=8, held_out_fraction=0.0)
 
 
-def test_an_existing_folder_is_never_overwritten(corpus, tmp_path):
+def test_an_existing_folder_is_never_overwritten(corpus, tmp_path, monkeypatch):
     def state():
         return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
 
@@ -274,6 +294,7 @@ def test_an_existing_folder_is_never_overwritten(corpus, tmp_path):
         with pytest.raises(ConfigError, match=message):
             prepare_again(**change)
     (corpus / "new.txt").write_text("more")
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", None)  # the names and sizes of the files are enough
     with pytest.raises(ConfigError, match="holds different data"):
         prepare_again()
     assert state() == before
@@ -289,18 +310,30 @@ def test_a_destination_that_cannot_be_written(corpus, tmp_path):
         prepare([str(corpus)], tmp_path / "file" / "out", seq_len=16, held_out_fraction=0.2)
 
 
+def test_a_destination_that_cannot_be_replaced(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", None)  # said before any text is tokenized
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(ConfigError, match=r"disk: cannot be replaced, a disk is mounted there"):
+        prepare([str(corpus)], tmp_path / "disk", seq_len=16, held_out_fraction=0.2)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_a_full_disk(corpus, tmp_path, monkeypatch, split):
-    rows_file = prepare_module.rows_file
-    monkeypatch.setattr(
-        prepare_module,
-        "rows_file",
-        lambda folder, name: Path("/dev/full") if name == split else rows_file(folder, name),
-    )
+    rows_file = write_rows_module.rows_file
+
+    def prepare_out(split):
+        paths = {split: Path("/dev/full")}
+        monkeypatch.setattr(write_rows_module, "rows_file", lambda f, name: paths.get(name, rows_file(f, name)))
+        return prepare([str(corpus)], tmp_path / "out", seq_len=16, held_out_fraction=0.2)
+
     with pytest.raises(ConfigError, match=r"/dev/full: cannot be written \(.*No space left on device"):
-        prepare([str(corpus)], tmp_path / "out", seq_len=16, held_out_fraction=0.2)
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+        prepare_out(split)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", None)  # what was tokenized is kept
+    assert prepare_out("").splits["train"].documents > 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
 
 
 def test_damage_is_named(corpus, tmp_path):
@@ -365,6 +398,58 @@ def test_ensure_prepared(corpus, tmp_path):
             ensure_prepared(wrong)
 
 
+def test_text_that_has_changed_is_refused_by_a_new_run_and_announced_to_one_that_has_begun(corpus, tmp_path, capsys):
+    data = DataConfig(path=str(tmp_path / "out"), sources=(str(corpus),), seq_len=16, held_out_fraction=0.2)
+    config = Config(data=data)
+    manifest = ensure_prepared(config, progress=False)
+    os.utime(corpus / "000.txt", ns=(0, 0))
+    capsys.readouterr()
+    assert ensure_prepared(config) == manifest
+    assert "data.sources: their times differ from when" in capsys.readouterr().err
+    # The same text in another place, and preparing anew, which finds that it is the same.
+    moved = shutil.copytree(corpus, tmp_path / "moved" / "corpus")
+    prepare([str(corpus)], tmp_path / "out", seq_len=16, held_out_fraction=0.2, progress=False)
+    assert ensure_prepared(config) == load_manifest(tmp_path / "out") != manifest
+    sources = [str(corpus)]
+    text = (tmp_path / "out" / "manifest.json").read_text()
+    assert json.loads(text)["sources"] == sources
+    (tmp_path / "out" / "manifest.json").write_text(text.replace(json.dumps(sources[0]), json.dumps(str(moved))))
+    moved_config = Config(data=dataclasses.replace(data, sources=(str(moved),)))
+    ensure_prepared(moved_config)
+    assert capsys.readouterr().err == ""
+
+    (moved / "new.txt").write_text("more")
+    with pytest.raises(
+        ConfigError, match=r"data\.sources: the text has changed since .*out was prepared; allowed: del"
+    ):
+        ensure_prepared(moved_config)
+    ensure_prepared(Config(data=dataclasses.replace(data, sources=())))  # as the message says
+    assert capsys.readouterr().err == ""
+    ensure_prepared(moved_config, resumes=True)
+    assert "has changed since" in capsys.readouterr().err
+    ensure_prepared(moved_config, prepare_missing=False)  # the other processes of a run leave it to the first
+    shutil.rmtree(moved)  # on a machine without the sources there is nothing to compare
+    ensure_prepared(moved_config)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_prepared_by_0_1_0(corpus, tmp_path, capsys):
+    """Its manifest has no hash of names and sizes: a change is announced, and not refused."""
+    data = DataConfig(path=str(tmp_path / "out"), sources=(str(corpus),), seq_len=16, held_out_fraction=0.2)
+    manifest = ensure_prepared(Config(data=data), progress=False)
+    file = tmp_path / "out" / "manifest.json"
+    fields = json.loads(file.read_text())
+    for name in ["files", "times", "text_column", "left_out", "left_out_count"]:
+        del fields[name]
+    file.write_text(json.dumps(fields))
+    assert ensure_prepared(Config(data=data)) == dataclasses.replace(manifest, files="", times="")
+    assert load_manifest(tmp_path / "out").fingerprint == manifest.fingerprint
+    (corpus / "new.txt").write_text("more")
+    capsys.readouterr()
+    ensure_prepared(Config(data=data))
+    assert "the text may be another one" in capsys.readouterr().err
+
+
 def test_two_processes_at_once_make_one_folder(corpus, tmp_path, monkeypatch):
     """Another process finishes first: its folder stays, and is accepted if it holds the same data."""
     publish = prepare_module._publish
@@ -385,7 +470,8 @@ def test_two_processes_at_once_make_one_folder(corpus, tmp_path, monkeypatch):
     publish_second(seq_len=8)
     with pytest.raises(ConfigError, match="holds different data"):
         prepare([str(corpus)], tmp_path / "other", seq_len=16, held_out_fraction=0.2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "other", "same"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name for name in names if "partial" not in name] == ["corpus", "other", "same"]
 
 
 def test_heavy_libraries_are_imported_late():

@@ -108,7 +108,7 @@ def test_save(bpe, tmp_path):
 def test_unusable_tokenizers(tmp_path):
     with pytest.raises(ConfigError, match=r"no-such\.json: cannot be read \(No such file.*allowed: bytes"):
         load_tokenizer(tmp_path / "no-such.json")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"cannot be read \(No such file"):
         load_tokenizer(tmp_path)
     (tmp_path / "text.json").write_text("hello")
     with pytest.raises(ConfigError, match=r"text\.json: not JSON"):
@@ -122,3 +122,20 @@ def test_unusable_tokenizers(tmp_path):
     Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="?")).save(str(tmp_path / "words.json"))
     with pytest.raises(ConfigError, match=r"words\.json: cannot encode the text"):
         load_tokenizer(tmp_path / "words.json").encode("b")
+
+
+def test_an_end_of_document_token_of_another_name(tmp_path):
+    backend = train_bpe(["<pad>", "<doc>", "</s>"])
+    backend.save(str(tmp_path / "t.json"))
+    assert load_tokenizer(tmp_path / "t.json").end_of_document == backend.token_to_id("</s>")
+    named = load_tokenizer(tmp_path / "t.json", "<doc>")
+    assert named.end_of_document == backend.token_to_id("<doc>")
+    assert named.fingerprint == load_tokenizer(tmp_path / "t.json").fingerprint  # the same text gives the same ids
+    with pytest.raises(ConfigError, match=r"^end_of_document: got '<end>', allowed: a token of .*, such as <pad>, <do"):
+        load_tokenizer(tmp_path / "t.json", "<end>")
+    with pytest.raises(ConfigError, match=r"^end_of_document: got '<doc>', allowed: none with tokenizer bytes"):
+        load_tokenizer("bytes", "<doc>")
+
+
+def test_the_folder_of_a_tokenizer(bpe):
+    assert load_tokenizer(bpe[1].parent).fingerprint == load_tokenizer(bpe[1]).fingerprint

@@ -1,9 +1,11 @@
 """Preparing in parallel and after kills, compared with an uninterrupted run of a single thread."""
 
+import dataclasses
 import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from mythos_jax.data.prepare import prepare
 from mythos_jax.data.rows import RowWriter
 from mythos_jax.data.sources import find_inputs
 from mythos_jax.data.tokenizer import ByteTokenizer
-from mythos_jax.data.units import cut_units, load_unit
+from mythos_jax.data.units import TextStream, cut_units, load_unit
 from mythos_jax.errors import ConfigError
 
 ENCODE = ByteTokenizer.encode_batch
@@ -83,21 +85,21 @@ def uninterrupted(corpus, tmp_path):
 
 
 def test_units_contain_the_stream(corpus):
-    inputs, _ = find_inputs([str(corpus)])
-    units = list(cut_units(inputs, 0))
+    stream = TextStream(find_inputs([str(corpus)]).files)
+    units = list(cut_units(stream))
     assert [unit.number for unit in units] == list(range(len(units)))
     assert len(units) > 10
     assert max(sum(len(p.text.encode()) for p in unit.pieces) for unit in units) < 2000 + 10_000  # long.txt is a piece
-    stream = "".join(piece.text for unit in units for piece in unit.pieces).encode()
-    assert len(stream) == units[-1].text_end
+    text = "".join(piece.text for unit in units for piece in unit.pieces).encode()
+    assert len(text) == units[-1].text_end
     # Reading can resume after any unit that ends with a file, and gives the same units.
     resumable = [unit for unit in units if unit.next_input >= 0]
     assert 3 < len(resumable) < len(units)
     for unit in resumable:
-        assert list(cut_units(inputs, 0, unit.number + 1, unit.next_input, unit.text_end)) == units[unit.number + 1 :]
+        assert list(cut_units(stream, unit.number + 1, unit.next_input, unit.text_end)) == units[unit.number + 1 :]
     for limit in [1, 1999, 2000, 2001, 7777]:
-        text = "".join(piece.text for unit in cut_units(inputs, limit) for piece in unit.pieces)
-        assert text == stream[:limit].decode(errors="ignore")
+        limited = cut_units(dataclasses.replace(stream, max_bytes=limit))
+        assert "".join(piece.text for unit in limited for piece in unit.pieces) == text[:limit].decode(errors="ignore")
 
 
 @pytest.mark.parametrize("workers", [2, 7])
@@ -163,10 +165,12 @@ def test_completed_files_are_not_read_again(corpus, tmp_path, monkeypatch):
     kill_after(monkeypatch, None)
     files_read, read_pieces = [], units_module.read_pieces
     monkeypatch.setattr(
-        units_module, "read_pieces", lambda inputs: files_read.append(inputs[0].name) or read_pieces(inputs)
+        units_module,
+        "read_pieces",
+        lambda inputs, reading: files_read.append(inputs[0].name) or read_pieces(inputs, reading),
     )
     prepare([str(corpus)], tmp_path / "out", workers=1, **OPTIONS)
-    names = [file.name for file in find_inputs([str(corpus)])[0]]
+    names = [file.name for file in find_inputs([str(corpus)]).files]
     assert files_read == names[-len(files_read) :]
     assert 0 < len(files_read) < len(names)
 
@@ -185,7 +189,7 @@ def test_damaged_units_are_made_again(corpus, uninterrupted, tmp_path, monkeypat
     assert prepare([str(corpus)], tmp_path / "out", workers=2, **OPTIONS) == uninterrupted[0]
     assert files(tmp_path / "out") == uninterrupted[1]
     tokenized = {text for texts in calls for text in texts}
-    all_units = cut_units(find_inputs([str(corpus)])[0], 0)
+    all_units = cut_units(TextStream(find_inputs([str(corpus)]).files))
     made_again = [tokenized.issuperset(piece.text for piece in unit.pieces) for unit in all_units]
     assert made_again[: len(stored)] == [number in (1, 2, 4) for number in range(len(stored))]
     assert all(made_again[len(stored) :])
@@ -203,18 +207,89 @@ def test_every_bit_of_a_unit_is_checked(corpus, tmp_path, monkeypatch):
         )  # equal where the container does not use the bit
 
 
-def test_changed_sources_start_over_and_abandoned_work_is_deleted(corpus, tmp_path, monkeypatch):
+def test_abandoned_work_of_another_request_is_deleted(corpus, tmp_path, monkeypatch):
     abandoned = killed_run(corpus, tmp_path, monkeypatch, calls=20).parent
     (tmp_path / "other.partial-123456").mkdir()  # of another output folder
-    (corpus / "small00.txt").write_text("changed")
+    monkeypatch.setattr(ByteTokenizer, "fingerprint", "another")
     with pytest.raises(Killed):
         prepare([str(corpus)], tmp_path / "out", workers=1, **OPTIONS)
     assert len(leftovers(tmp_path)) == 2
     assert not abandoned.exists()
-    kill_after(monkeypatch, None)
+
+
+def test_after_a_change_of_the_sources_only_what_has_changed_is_tokenized(corpus, tmp_path, monkeypatch):
+    killed_run(corpus, tmp_path, monkeypatch, calls=60)
+    (corpus / "lines.jsonl").write_text((corpus / "lines.jsonl").read_text() + json.dumps({"text": "one more"}) + "\n")
+    (corpus / "zzz.txt").write_text("another file")
+    calls = kill_after(monkeypatch, None)
     changed = prepare([str(corpus)], tmp_path / "out", workers=1, **OPTIONS)
+    resumed_calls = len(calls)
     assert changed == prepare([str(corpus)], tmp_path / "fresh", workers=1, **OPTIONS)
-    assert leftovers(tmp_path) == ["other.partial-123456"]
+    assert 0 < resumed_calls < (len(calls) - resumed_calls) / 2
+    assert files(tmp_path / "out") == files(tmp_path / "fresh")
+    assert not leftovers(tmp_path)
+
+
+def test_a_broken_line_stops_and_keeps_what_was_done(corpus, tmp_path, monkeypatch):
+    """The corrected file goes on from there; so does a run that skips the line; both as if it had never stopped."""
+    lines = (corpus / "lines.jsonl").read_text().splitlines(keepends=True)
+    good = "".join(lines)
+    (corpus / "lines.jsonl").write_text("".join(lines[:80]) + "{broken\n" + "".join(lines[80:]))
+    calls = kill_after(monkeypatch, None)
+    with pytest.raises(ConfigError, match=r"lines\.jsonl, line 81: not JSON; `mythos data prepare --on-error skip`"):
+        prepare([str(corpus)], tmp_path / "out", workers=2, **OPTIONS)
+    done = len(calls)
+    (work_folder,) = leftovers(tmp_path)
+    kept = [load_unit(tmp_path / work_folder / "units", i) for i in range(done)]
+    assert sum(unit is not None for unit in kept) == 2
+    copy = tmp_path / work_folder.replace("out.", "skip.")
+    shutil.copytree(tmp_path / work_folder, copy)
+    del calls[:]
+    skipped = prepare([str(corpus)], tmp_path / "skip", workers=2, on_error="skip", **OPTIONS)
+    assert skipped.left_out_count == 1
+    assert skipped.left_out[0].endswith("lines.jsonl, line 81: not JSON")
+    resumed = len(calls)
+    assert skipped == prepare([str(corpus)], tmp_path / "skip_fresh", workers=1, on_error="skip", **OPTIONS)
+    assert files(tmp_path / "skip") == files(tmp_path / "skip_fresh")
+    assert resumed + done <= len(calls) - resumed + 5  # at most the unit with the broken line was made in vain
+    with pytest.raises(ConfigError, match="line 81: not JSON"):  # what a skipping run made does not hide the error
+        prepare([str(corpus)], tmp_path / "out", workers=1, **OPTIONS)
+    (corpus / "lines.jsonl").write_text(good)
+    del calls[:]
+    corrected = prepare([str(corpus)], tmp_path / "out", workers=2, **OPTIONS)
+    resumed = len(calls)
+    assert corrected == prepare([str(corpus)], tmp_path / "fresh", workers=1, **OPTIONS)
+    assert files(tmp_path / "out") == files(tmp_path / "fresh")
+    assert resumed + done <= len(calls) - resumed + 5
+    assert not corrected.left_out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_does_not_wait_for_the_tokenizer(tmp_path, number):
+    """The tokenizer is in a call of a minute that does not look at signals; the exit code is as documented."""
+    (tmp_path / "a.txt").write_text("text")
+    code = (
+        "import signal, subprocess, sys\n"
+        "from mythos_jax.cli import main\n"
+        "from mythos_jax.data.tokenizer import ByteTokenizer\n"
+        "def encode(self, texts):\n"
+        "    print('tokenizing', flush=True)\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])\n"
+        "    subprocess.run(['sleep', '60'])\n"
+        "ByteTokenizer.encode_batch = encode\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))  # as `mythos train` does\n"
+        "sys.exit(main(['data', 'prepare', sys.argv[1], '--out', sys.argv[2]]))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.txt"), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    assert process.stdout.readline() == "tokenizing\n"
+    start = time.monotonic()
+    process.send_signal(number)
+    try:
+        assert process.wait(timeout=10) == {signal.SIGINT: 130, signal.SIGTERM: 42}[number]
+        assert time.monotonic() - start < 3
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # `sleep`
 
 
 def test_work_in_progress_is_left_alone(corpus, uninterrupted, tmp_path, monkeypatch):

@@ -1,0 +1,35 @@
+"""Reads files that may be compressed, as bytes or as text."""
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from typing import BinaryIO, cast
+
+from mythos_jax.data.sources import InputFile
+
+# What decompressors raise for damaged files, besides OSError.
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
+
+
+def open_bytes(file: InputFile) -> BinaryIO:
+    """The content of a file, decompressed as it is read. Raises OSError; reading also raises `DAMAGED`."""
+    match file.compression:
+        case ".gz":
+            return cast(BinaryIO, gzip.open(file.path, "rb"))
+        case ".bz2":
+            return cast(BinaryIO, bz2.open(file.path, "rb"))
+        case ".xz":
+            return cast(BinaryIO, lzma.open(file.path, "rb"))
+        case ".zst":
+            import pyarrow
+
+            return io.BufferedReader(pyarrow.input_stream(str(file.path), compression="zstd"))
+    return open(file.path, "rb")
+
+
+def open_text(file: InputFile) -> io.TextIOWrapper:
+    """The content as text: UTF-8 without a byte order mark, line ends as they are. Raises as `open_bytes` does, and
+    reading also UnicodeDecodeError."""
+    return io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", newline="")

@@ -1,0 +1,282 @@
+"""Reads documents from files: text, JSONL, JSON, CSV and Parquet.
+
+- `.jsonl` and `.ndjson`: one JSON object per line, with a document in its text column (the field `text`, or another);
+- `.json`: an array of such objects or of texts, or one object; or lines of JSON as in `.jsonl`;
+- `.csv` and `.tsv`: one document per row, in the text column; the first row names the columns;
+- `.parquet`: one document per row, in the text column;
+- anything else: one document, UTF-8.
+
+Documents are streamed (a `.json` array is read whole), and long texts are split into pieces, so a corpus may exceed
+memory.
+"""
+
+import csv
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mythos_jax.data.compressed import DAMAGED, open_bytes, open_text
+from mythos_jax.data.sources import SUFFIXES, InputFile
+from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.json_text import parse_json
+
+PIECE_CHARACTERS = 1 << 20  # a longer text file is read, and tokenized, in pieces of about this size
+_SKIP_HINT = "`mythos data prepare --on-error skip` leaves it out"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or one part of a long one."""
+
+    name: str  # of the document
+    text: str
+    begins: bool = True  # whether the document starts here
+    held_out: bool | None = None  # None: its name decides
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or record that is not a document, or `count` of them. is_error: whether that is a mistake in the data."""
+
+    text: str  # where, and why
+    is_error: bool = True
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read. skip_errors: leave out what cannot be read, instead of refusing it."""
+
+    text_column: str = "text"
+    skip_errors: bool = False
+
+
+class _NotReadable(Exception):
+    """A file that cannot be read, from here on. The message says why."""
+
+
+def read_pieces(inputs: Sequence[InputFile], reading: Reading) -> Iterator[Piece | LeftOut]:
+    """Streams the documents of `inputs`, without empty ones, and what is left out between them.
+
+    Raises ConfigError, unless errors are skipped: it names the file and, for records, the line or row.
+    """
+    for file in inputs:
+        documents = 0
+        try:
+            for item in _read(file, reading):
+                if isinstance(item, LeftOut) and item.is_error and not reading.skip_errors:
+                    raise ConfigError(f"{item.text}; {_SKIP_HINT}")
+                documents += isinstance(item, Piece) and item.begins
+                yield item
+        except (OSError, _NotReadable, *DAMAGED) as error:
+            reason = str(error) if isinstance(error, _NotReadable) else _cannot_be_read(file, error)
+            if not reading.skip_errors:
+                raise ConfigError(f"{file}: {reason}; {_SKIP_HINT}") from None
+            kept = f"; its first {documents:,} documents are kept" if documents else ""
+            yield LeftOut(f"{file}: {reason}{kept}")
+
+
+def truncate_piece(piece: Piece, max_bytes: int) -> Piece:
+    """The first `max_bytes` UTF-8 bytes of a piece, without a character that would be cut in two."""
+    text = piece.text.encode()[:max_bytes].decode(errors="ignore")
+    return Piece(piece.name, text, piece.begins, piece.held_out)
+
+
+def _cannot_be_read(file: InputFile, error: BaseException) -> str:
+    reason = getattr(error, "strerror", None) or one_line(error)
+    if file.compression and getattr(error, "errno", None) is None:
+        return f"damaged, or not a {file.compression} file ({reason})"
+    return f"cannot be read ({reason})"
+
+
+def _read(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
+    match file.suffix:
+        case ".jsonl" | ".ndjson":
+            return _read_jsonl(file, reading)
+        case ".json":
+            return _read_json(file, reading)
+        case ".csv" | ".tsv":
+            return _read_csv(file, reading)
+        case ".parquet":
+            return _read_parquet(file, reading)
+    return _read_text(file, reading)
+
+
+def _read_text(file: InputFile, reading: Reading) -> Iterator[Piece]:
+    if reading.skip_errors:  # a file is left out as a whole, so all of it is read before its first piece is used
+        for _ in _text_pieces(file):
+            pass
+    yield from _text_pieces(file)
+
+
+def _text_pieces(file: InputFile) -> Iterator[Piece]:
+    begins = True
+    try:
+        with open_text(file) as stream:
+            while text := stream.read(PIECE_CHARACTERS):
+                if len(text) == PIECE_CHARACTERS:
+                    text += stream.readline(PIECE_CHARACTERS)  # so that pieces end with a line
+                if "\0" in text:
+                    raise _NotReadable("not a text file (it contains zero bytes)")
+                if begins and file.suffix not in SUFFIXES and _JSON_START.match(text):
+                    raise _NotReadable("looks like JSON; allowed: the name .json or .jsonl, or .txt to read it as text")
+                yield Piece(file.name, text, begins)
+                begins = False
+    except UnicodeDecodeError:
+        raise _NotReadable("not a text file (it is not UTF-8)") from None
+
+
+# The start of a JSON object, or of an array of objects or texts.
+_STRING = r'"(?:[^"\\\n]|\\.)*"'
+_JSON_START = re.compile(rf"\s*(?:\[\s*)?\{{\s*{_STRING}\s*:|\s*\[\s*{_STRING}\s*[,\]]")
+
+
+def _read_jsonl(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
+    with open_bytes(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            location = f"{file}, line {number}"
+            try:
+                record = parse_json(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                yield LeftOut(f"{location}: not UTF-8")
+            except ValueError as error:
+                yield LeftOut(f"{location}: {_not_json(error)}")
+            else:
+                yield from _document(record, f"{file.name}:{number}", location, reading)
+
+
+def _read_json(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
+    if _has_json_lines(file):
+        yield from _read_jsonl(file, reading)
+        return
+    with open_bytes(file) as stream:
+        content = stream.read()
+    if not content.strip():
+        return
+    try:
+        tree = parse_json(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise _NotReadable("not UTF-8") from None
+    except ValueError as error:
+        raise _NotReadable(_not_json(error)) from None
+    records = tree if isinstance(tree, list) else [tree]
+    if records and not file.given and not isinstance(records[0], str) and _missing(records[0], reading):
+        yield LeftOut(f"{file}: {_missing(records[0], reading)}", is_error=False)  # such as package.json
+        return
+    for number, record in enumerate(records, start=1):
+        value = {reading.text_column: record} if isinstance(record, str) else record
+        yield from _document(value, f"{file.name}:{number}", f"{file}, record {number}", reading)
+
+
+def _has_json_lines(file: InputFile) -> bool:
+    """Whether the first line with something on it is complete JSON, and is not the only one."""
+    with open_bytes(file) as stream:
+        first = next((line for line in stream if line.strip()), b"")
+        if not any(line.strip() for line in stream):
+            return False
+    try:
+        parse_json(first.decode("utf-8-sig"))
+    except ValueError:
+        return False
+    return True
+
+
+def _not_json(error: ValueError) -> str:
+    return "not JSON" + (" that can be read (nested too deeply)" if "nested" in str(error) else "")
+
+
+def _read_csv(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
+    csv.field_size_limit(sys.maxsize)  # of the whole process: a document may be long
+    delimiter = "\t" if file.suffix == ".tsv" else ","
+    number = 0
+    try:
+        with open_text(file) as stream:
+            # Strict: text with a stray quotation mark is refused, not merged with the rows that follow.
+            rows = csv.reader(stream, delimiter=delimiter, strict=True)
+            columns = next((row for row in rows if row), [])
+            if reading.text_column not in columns:
+                if columns:
+                    problem = _no_column(columns, reading)
+                    yield LeftOut(f"{file}: {problem}", is_error=file.given)
+                return
+            for row in rows:
+                if not row:
+                    continue
+                number, location = number + 1, f"{file}, line {rows.line_num}"
+                if len(row) != len(columns):
+                    yield LeftOut(f"{location}: has {len(row)} columns, the first row has {len(columns)}")
+                    continue
+                text = row[columns.index(reading.text_column)]
+                if "\0" in text:
+                    yield LeftOut(f"{location}: contains zero bytes")
+                    continue
+                yield from _document({reading.text_column: text}, f"{file.name}:{number}", location, reading)
+    except UnicodeDecodeError:
+        raise _NotReadable("not UTF-8") from None
+    except csv.Error as error:
+        raise _NotReadable(f"not CSV after row {number} ({one_line(error)})") from None
+
+
+def _read_parquet(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number, column = 0, reading.text_column
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            columns = table.schema_arrow.names
+            if column not in columns:
+                raise _NotReadable(_no_column(columns, reading))
+            for batch in table.iter_batches(batch_size=256, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield from _document({column: value}, f"{file.name}:{number}", f"{file}, row {number}", reading)
+    except pyarrow.ArrowException as error:
+        raise _NotReadable(f"not a Parquet file ({one_line(error, limit=200)})") from None
+    except UnicodeDecodeError:
+        raise _NotReadable(f"not UTF-8 near row {number + 1}") from None
+
+
+def _document(record: Any, name: str, location: str, reading: Reading) -> Iterator[Piece | LeftOut]:
+    """The document in the text column of a record; nothing if it is empty or null."""
+    if problem := _missing(record, reading):
+        yield LeftOut(f"{location}: {problem}")
+        return
+    text = record[reading.text_column]
+    if text is None:
+        return
+    if not isinstance(text, str):
+        allowed = "allowed: a string"
+        yield LeftOut(f"{location}: {one_line_name(reading.text_column)} has type {type(text).__name__}, {allowed}")
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        yield LeftOut(f"{location}: text is not valid Unicode (half of a surrogate pair)")
+        return
+    if text:
+        yield Piece(name, text)
+
+
+def one_line_name(name: str, limit: int = 60) -> str:
+    """The name of a column as it can be shown."""
+    return ascii(name)[1:-1][:limit] if not name.isprintable() else name[:limit]
+
+
+def _missing(record: Any, reading: Reading) -> str:
+    """Why a record has no text column; empty if it has one."""
+    if not isinstance(record, dict):
+        return (
+            f'no {one_line_name(reading.text_column)} column; allowed: {{"{one_line_name(reading.text_column)}": "…"}}'
+        )
+    return "" if reading.text_column in record else _no_column(list(record), reading)
+
+
+def _no_column(columns: Sequence[str], reading: Reading) -> str:
+    shown = ", ".join(map(one_line_name, columns[:10])) + (", …" if len(columns) > 10 else "")
+    has = f"it has {shown or 'none'}" + (" (--text-column or data.text_column names one)" if columns else "")
+    return f"no {one_line_name(reading.text_column)} column; {has}"

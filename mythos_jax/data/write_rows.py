@@ -1,0 +1,83 @@
+"""Writes the rows of both splits from tokenized units."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mythos_jax.data.manifest import SPLITS, Manifest, Split, rows_file
+from mythos_jax.data.readers import LeftOut
+from mythos_jax.data.rows import RowWriter
+from mythos_jax.data.sources import one_line_path
+from mythos_jax.data.split import DRAWS
+from mythos_jax.data.units import LISTED, TokenUnit
+from mythos_jax.errors import ConfigError
+
+
+@dataclass
+class Written:
+    """What one pass over the units has written and seen. nearest: for each split, the distance and the number of the
+    document of the other split whose draw is nearest to it."""
+
+    splits: dict[str, Split] = field(default_factory=dict)
+    nearest: dict[str, tuple[int, int]] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
+    left_out_count: int = 0
+
+    @property
+    def documents(self) -> int:
+        return sum(split.documents for split in self.splits.values())
+
+    def empty_split(self) -> str:
+        """The split that has no document; empty if both have some."""
+        return next((name for name, split in self.splits.items() if not split.documents), "")
+
+    def note(self, items: Iterable[LeftOut]) -> None:
+        """Records what a unit leaves out."""
+        for item in items:
+            self.left_out_count += item.count
+            if len(self.left_out) < LISTED:
+                self.left_out.append(item)
+
+
+def write_rows(units: Iterable[TokenUnit], folder: Path, request: Manifest, moved: int = -1) -> Written:
+    """Writes the rows of `units` into `folder`, made anew. moved: the number of a document that changes its split.
+
+    Raises ConfigError: the files cannot be written.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    written, number, held_out_below = Written(), -1, request.held_out_fraction * DRAWS
+    writers: dict[str, RowWriter] = {}
+    try:
+        for split in SPLITS:
+            file = rows_file(folder, split)
+            writers[split] = RowWriter(file, request.seq_len, request.dtype, request.end_of_document)
+        for unit in units:
+            written.note(unit.leaves_out())
+            for tokens, text_bytes, begins, draw in unit:
+                number += begins
+                held_out = (draw < held_out_below) != (number == moved)
+                writers["held_out" if held_out else "train"].add(tokens, text_bytes, begins)
+                other, distance = ("train", -draw) if held_out else ("held_out", draw)
+                if begins and (other not in written.nearest or distance < written.nearest[other][0]):
+                    written.nearest[other] = (distance, number)
+        written.splits = {split: writer.close() for split, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    return written
+
+
+def check_not_empty(written: Written, request: Manifest) -> None:
+    """Raises ConfigError if there is nothing to train on."""
+    sources = ", ".join(map(one_line_path, request.sources))
+    left_out = (
+        f" ({written.left_out_count:,} left out, the first: {written.left_out[0].text})" if written.left_out else ""
+    )
+    if not written.documents:
+        allowed = "at least one document that is not empty"
+        raise ConfigError(f"sources: no text in {sources}{left_out}; allowed: {allowed}")
+    if sum(split.tokens for split in written.splits.values()) == written.documents:  # only the ends of documents
+        raise ConfigError(f"sources: the tokenizer produces no tokens from the text in {sources}")
