@@ -58,8 +58,8 @@ class Manifest:
     files: str = ""
     times: str = ""
     text_column: str = "text"  # of records
-    left_out: tuple[str, ...] = ()  # files and records that could not be used: the first thousand, where and why
-    left_out_count: int = 0
+    left_out: tuple[str, ...] = ()  # what folders have that is not read; of what could not be read the first thousand
+    left_out_count: int = 0  # of files and records that could not be read
     version: int = VERSION
 
     @property

@@ -121,7 +121,7 @@ def _complete(request: Manifest, written: Written) -> Manifest:
     return replace(
         request,
         splits=written.splits,
-        left_out=tuple(item.text for item in written.left_out),
+        left_out=(*request.left_out, *(item.text for item in written.left_out)),
         left_out_count=written.left_out_count,
     )
 
@@ -208,6 +208,7 @@ def with_inputs(manifest: Manifest, found: Found) -> Manifest:
     return replace(
         manifest,
         skipped=found.skipped,
+        left_out=tuple(found.left_out),
         inputs=digest([[file.name, str(file.path.absolute()), file.size, file.modified] for file in files]),
         files=digest([[file.name, file.size] for file in files]),
         times=digest([[file.name, file.size, file.modified] for file in files]),

@@ -262,9 +262,13 @@ def _store_unit(folder: Path, number: int, unit: TokenUnit) -> None:
     """Writes under a temporary name first: a unit that exists under its own name is complete."""
     file = _unit_file(folder, number)
     partial = file.with_suffix(".part")
-    with open(partial, "wb") as stream:
-        np.savez(stream, **{field.name: getattr(unit, field.name) for field in fields(TokenUnit)})
-    os.replace(partial, file)
+    try:
+        with open(partial, "wb") as stream:
+            np.savez(stream, **{field.name: getattr(unit, field.name) for field in fields(TokenUnit)})
+        os.replace(partial, file)
+    except OSError:  # such as a full disk
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _encode_batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
