@@ -16,6 +16,7 @@ from mythos_jax.errors import BadStepError, ConfigError
 from mythos_jax.runs.checkpoints import Checkpoints, checksums
 from mythos_jax.runs.load import load_model
 from mythos_jax.sharding import make_mesh
+from mythos_jax.training.start import open_run_data
 from mythos_jax.training.train import train
 from tests.survival import assert_same, lines, parameters, start, stop, timeless, wait_for_step, with_training
 from tests.training.conftest import use_devices
@@ -237,6 +238,19 @@ def test_resume_refuses_another_model_batch_seed_or_data(config, uninterrupted, 
         train(dataclasses.replace(config, data=data), uninterrupted, progress=False)
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["6", "8"]  # nothing was set aside
     assert_same(before, parameters(uninterrupted))
+
+
+def test_text_that_has_changed_is_refused_before_a_run_begins(config, tmp_path, text_file, capsys):
+    text, run_dir = shutil.copytree(text_file, tmp_path / "text"), tmp_path / "run"
+    data = dataclasses.replace(config.data, path=str(tmp_path / "rows"), sources=(str(text),))
+    config = dataclasses.replace(config, data=data)
+    identity = open_run_data(config, run_dir, progress=False).identity
+    (text / "new.txt").write_text("more")
+    with pytest.raises(ConfigError, match=r"data\.sources: the text has changed since .*rows was prepared"):
+        open_run_data(config, run_dir, progress=False)
+    (run_dir / "checkpoints" / "3").mkdir(parents=True)
+    assert open_run_data(config, run_dir, progress=False).identity == identity
+    assert "the run goes on with the rows that it was started with" in capsys.readouterr().err
 
 
 def test_training_for_more_steps_is_announced(config, uninterrupted, capsys):
