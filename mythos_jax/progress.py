@@ -22,6 +22,7 @@ class Progress:
         done before. show: False shows nothing."""
         self._total, self._title, self._unit, self._done = total, title, unit, start
         self._show, self._shown_at = show, time.monotonic()
+        self._note = ""
         self._bar: tqdm | None = None
         if show and _is_terminal():
             self._bar = tqdm(total=total, initial=start, desc=title, unit=unit, unit_scale=unit == "B")
@@ -38,15 +39,14 @@ class Progress:
 
     def update(self, count: int = 1, note: str = "") -> None:
         """Counts parts that are done. note: more to show, until the next note."""
-        self._done += count
+        self._done, self._note = self._done + count, note or self._note
         if self._bar is not None:
             bar = self._bar
-            if note:
-                self._on_terminal(lambda: bar.set_postfix_str(note, refresh=False))
+            bar.set_postfix_str(self._note, refresh=False)
             self._on_terminal(lambda: bar.update(count))
         elif self._show and time.monotonic() - self._shown_at >= LINE_EVERY:
             self._shown_at = time.monotonic()
-            log(f"{self._title}: {self._progress()}{note and ', '}{note}")
+            log(f"{self._title}: {self._progress()}" + (f", {self._note}" if self._note else ""))
 
     def _progress(self) -> str:
         if self._unit == "B":

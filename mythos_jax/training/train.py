@@ -85,6 +85,7 @@ class _Loop:
         t, start = self.config.training, int(state.step)
         train_step = make_train_step(self.config, self.mesh)
         pending: tuple[int, dict[str, jax.Array]] | None = None
+        due = False  # whether a checkpoint is to be saved
         with (
             RunLog(self.config, self.mesh, self.run_dir, start, self.progress) as log,
             StopSignal().watching() as stop,
@@ -104,16 +105,20 @@ class _Loop:
                     pending = None
                 # All processes are told to stop after the same step, whichever of them received the signal.
                 stopped = stop.reached(step)
-                saves = step % t.checkpoint_every == 0 or step == t.steps or stopped
+                due = due or step % t.checkpoint_every == 0
+                must_save = step == t.steps or stopped is not None
                 evaluates = t.evaluate_every and step % t.evaluate_every == 0
-                if pending and (saves or evaluates):
+                if pending and (due or must_save or evaluates):
                     # First, because it raises at a bad step: its state must not be evaluated or saved.
                     self._read(log, *pending)
                     pending = None
                 with log.pause():
                     if evaluates:
                         log.write(step, {"held_out_loss": self._evaluate(state)})
-                    if saves:
+                    # After bad steps, weights may be at fault that are finite: the good checkpoints are kept until a
+                    # good step.
+                    if must_save or (due and not self.bad_in_a_row):
+                        due = False
                         # Before the checkpoint exists: a run that resumes from it does not log these steps again.
                         log.flush()
                         self._save(state, step)

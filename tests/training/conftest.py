@@ -1,9 +1,13 @@
 """The config of a run that trains in seconds."""
 
+import shutil
+from pathlib import Path
+
 import jax
 import pytest
 
 from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, TrainingConfig
+from mythos_jax.training.train import train
 from tests.tiny import TRAINED
 
 
@@ -37,3 +41,16 @@ def config(text_file):
         evaluation=EvaluationConfig(batch_size=8),
         mesh=MeshConfig(),
     )
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def uninterrupted(config, tmp_path, trained_once):
+    """The directory of a run that nothing interrupted: each test's own copy."""
+    if not trained_once.exists():
+        train(config, trained_once, progress=False)
+    return Path(shutil.copytree(trained_once, tmp_path / "uninterrupted"))

@@ -37,6 +37,20 @@ def test_mfu_is_left_out_where_the_peak_is_unknown(clock):
     assert throughput.report() == {"tokens_per_second": 0.0, "flops_per_second": 0}
 
 
+def test_pauses_are_in_no_rate(config, clock, tmp_path):
+    """Steps of 1 s each; after the second, 60 s of saving."""
+    with RunLog(config, make_mesh(config.mesh), tmp_path, start=0, progress=False) as log:
+        for step in range(1, 5):
+            clock.now += 1
+            log.step(step, {"loss": 1.0, "tokens": 128.0, "mean_loops": 2.0})
+            if step == 2:
+                with log.pause():
+                    clock.now += 60
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens_per_second"] for row in rows] == [128.0] * 4
+    assert rows[-1]["goodput"] == pytest.approx(4 / 64, abs=1e-4)
+
+
 def test_goodput_is_the_fraction_of_time_in_steps(clock):
     goodput = Goodput()
     assert goodput.fraction() == 0

@@ -1,38 +1,34 @@
 """The training loop against uninterrupted runs: resume, kills, refusals, failures."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import signal
-from pathlib import Path
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mythos_jax.cli import _exit_code
 from mythos_jax.config import MeshConfig, load_config
-from mythos_jax.errors import BadStepError, ConfigError
+from mythos_jax.errors import BadStepError, ConfigError, Interrupted, LockError, SaveError
+from mythos_jax.processes import StopSignal
 from mythos_jax.runs.checkpoints import Checkpoints, checksums
 from mythos_jax.runs.load import load_model
+from mythos_jax.runs.lock import LOCK_FILE, Owner
 from mythos_jax.sharding import make_mesh
+from mythos_jax.training import train as training
+from mythos_jax.training.loggers import JsonlLogger
 from mythos_jax.training.start import open_run_data
+from mythos_jax.training.step import init_state
 from mythos_jax.training.train import train
 from tests.survival import assert_same, lines, parameters, start, stop, timeless, wait_for_step, with_training
 from tests.training.conftest import use_devices
-
-
-@pytest.fixture(scope="module")
-def trained_once(tmp_path_factory):
-    return tmp_path_factory.mktemp("trained") / "run"
-
-
-@pytest.fixture
-def uninterrupted(config, tmp_path, trained_once):
-    """The directory of a run that nothing interrupted: each test's own copy."""
-    if not trained_once.exists():
-        train(config, trained_once, progress=False)
-    return Path(shutil.copytree(trained_once, tmp_path / "uninterrupted"))
 
 
 def test_a_run_writes_its_files_and_learns(config, uninterrupted):
@@ -48,13 +44,15 @@ def test_a_run_writes_its_files_and_learns(config, uninterrupted):
     assert np.abs(bias).max() > 0
 
 
-def test_resume_equals_an_uninterrupted_run(config, uninterrupted, tmp_path):
+def test_resume_equals_an_uninterrupted_run(config, uninterrupted, tmp_path, capsys):
     workdir = tmp_path / "resumed"
     train(config, workdir, progress=False)
     # As if the run had been killed during its last save: the newest checkpoint is of step 6, the log goes to step 8.
     shutil.rmtree(workdir / "checkpoints" / "8")
-    (workdir / "metrics.jsonl").open("a").write('{"step": 8, "los')
+    log = workdir / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b"\n", b"\n\xff\n", 1) + b'{"step": 8, "los')
     train(config, workdir, progress=False)
+    assert f"{log}: left out what is damaged, 1 lines (2)" in capsys.readouterr().err
     assert_same(parameters(uninterrupted), parameters(workdir))
     assert timeless(lines(workdir)) == timeless(lines(uninterrupted))
 
@@ -105,6 +103,8 @@ def test_a_run_that_was_stopped_resumes_as_if_nothing_had_happened(config, tmp_p
     workdir = tmp_path / "stopped"
     process = start(config, workdir)
     wait_for_step(workdir, 25, process)
+    with pytest.raises(LockError, match=rf"stopped: in use by process {process.pid} on "):
+        train(with_training(config, learning_rate=0.5), workdir, progress=False)  # the first goes on, undisturbed
     errors = stop(process, number)
     saved = Checkpoints(workdir / "checkpoints", read_only=True).newest()
     if number == signal.SIGKILL:
@@ -267,6 +267,102 @@ def test_a_nan_or_infinite_loss_stops_the_run(config, tmp_path):
     ):
         train(config, tmp_path / "nan", progress=False)
     assert load_model(tmp_path / "nan").step >= 1
+
+
+@pytest.fixture
+def skipping(config):
+    """The first update leaves weights that are finite and wrong; every later one is skipped."""
+    return with_training(config, bad_steps="skip", learning_rate=1e20, gradient_clip=0.0, warmup_steps=0)
+
+
+def test_skipping_gives_up_and_saves_nothing_more(skipping, tmp_path):
+    config = with_training(skipping, max_bad_steps=4, checkpoint_every=1)
+    saved = "4 updates in a row were skipped, the newest checkpoint is of step 1"
+    with pytest.raises(BadStepError, match=rf"step 5: (loss|gradient_norm) is (nan|inf); {saved}"):
+        train(config, tmp_path / "run", progress=False)
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [1]
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(row, parse_constant=pytest.fail) for row in rows]  # bare NaN and Infinity are not JSON
+    assert [row["skipped"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["loss"] is None or row["gradient_norm"] is None for row in rows] == [False] + [True] * 4
+
+
+def test_a_skipped_step_delays_a_checkpoint_until_the_next_good_one(skipping, tmp_path, monkeypatch):
+    bad, read = iter([0, 0, 1, 1, 0, 0, 1, 1]), training._Loop._read
+    monkeypatch.setattr(
+        training._Loop, "_read", lambda self, log, step, values: read(self, log, step, {**values, "bad": next(bad)})
+    )
+    train(with_training(skipping, keep_checkpoints=9), tmp_path / "run", progress=False)
+    # They were due after steps 3 and 6; the last step is always saved.
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [5, 6, 8]
+
+
+def test_weights_that_became_nan_are_not_saved(config, tmp_path, monkeypatch):
+    """The loss of a step can be finite where the weights after its update are not."""
+    state = init_state(config, make_mesh(config.mesh))
+    broken = state.replace(variables=jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.nan), state.variables))
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        assert not checkpoints.save(broken, {})
+        assert checkpoints.steps() == []
+    monkeypatch.setattr(Checkpoints, "save", lambda *_: False)
+    with pytest.raises(
+        BadStepError, match=r"step 3: the updated weights are NaN or infinite; .*no checkpoint was"
+    ):
+        train(config, tmp_path / "run", progress=False)
+
+
+def at_step(monkeypatch, number, action):
+    """Runs `action` when a step is logged."""
+    write = JsonlLogger.write
+
+    def acting(self, step, metrics):
+        write(self, step, metrics)
+        if step == number:
+            action()
+
+    monkeypatch.setattr(JsonlLogger, "write", acting)
+
+
+def test_a_run_that_another_process_has_taken_over_saves_nothing(config, tmp_path, monkeypatch):
+    thief = json.dumps(dataclasses.asdict(dataclasses.replace(Owner.this_process(), host="other", token="thief")))
+    at_step(monkeypatch, 2, lambda: (tmp_path / "run" / LOCK_FILE).write_text(thief))
+    with pytest.raises(LockError, match=r"process \d+ on other, .* has taken this run over"):
+        train(config, tmp_path / "run", progress=False)
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == []
+    assert (tmp_path / "run" / LOCK_FILE).read_text() == thief
+
+
+# Orbax leaves a failed save to an event loop that is closed by then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nothing_waits_for_a_save_that_failed(config, tmp_path, monkeypatch):
+    """Python would wait at exit for every thread that is no daemon; Orbax's wait for five minutes."""
+    checkpoints, before = tmp_path / "run" / "checkpoints", set(threading.enumerate())
+    at_step(monkeypatch, 2, lambda: (checkpoints.rmdir(), checkpoints.write_text("")))
+    with pytest.raises(SaveError, match="checkpoints: checkpoint could not be written"):
+        train(config, tmp_path / "run", progress=False)
+    ends = time.monotonic() + 5
+    while waiting := [t for t in set(threading.enumerate()) - before if not t.daemon]:
+        assert time.monotonic() < ends, waiting
+        time.sleep(0.05)
+
+
+def test_a_terminal_that_is_closed_is_a_reason_to_save(config, tmp_path, monkeypatch):
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    with pytest.raises(Interrupted, match=r"stopped by SIGHUP after step [23]; checkpoint saved") as stopped:
+        train(config, tmp_path / "run", progress=False)
+    assert _exit_code(stopped.value) == 42
+    assert str(Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).newest()) in str(stopped.value)
+
+
+def test_a_closed_terminal_is_ignored_under_nohup():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal().watching() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.reached(1) is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: (p.mkdir(), (p / "x").write_text("x"))])
