@@ -28,11 +28,13 @@ LOCK_FILE = "lock.json"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds. renew: between two renewals by the owner. patience: without a renewal after which an owner that cannot
-    be seen counts as dead; a multiple of `renew`. settle: until a write to an object store is read back."""
+    """Seconds. renew: between two renewals by the owner. patience: without a renewal after which an owner elsewhere
+    counts as dead; a multiple of `renew`. ending: that such an owner may go on renewing, because it may be about to
+    end; more than the launchers' grace period. settle: until a write to an object store is read back."""
 
     renew: float = 10.0
     patience: float = 35.0
+    ending: float = 200.0
     settle: float = 2.0
 
 
@@ -113,8 +115,7 @@ class RunLock:
         while not create():
             found = self._read()
             if found is not None:
-                self._wait_for_death(found)
-                self._delete(found)
+                self._delete(self._wait_for_death(found))
         self._renewing.start()
 
     def check(self) -> None:
@@ -148,31 +149,36 @@ class RunLock:
             time.sleep(self._timing.settle)
         return self._read() == self._content()
 
-    def _wait_for_death(self, found: bytes) -> None:
-        """Returns when the owner is dead. Raises LockError if it is alive."""
+    def _wait_for_death(self, found: bytes) -> bytes:
+        """Returns what the file held last when the owner is dead. Raises LockError if it is alive."""
         owner = _parse(found)
         alive = owner and owner.is_alive(self._me.place)
         if alive is None:
             log0(
-                f"{self._run_dir}: was in use by {owner or 'an unknown process'}; waiting "
-                f"{self._timing.patience:.0f} s to see whether it still is"
+                f"{self._run_dir}: in use by {owner or 'an unknown process'}; waiting until that ends, or does not "
+                f"answer for {self._timing.patience:.0f} s"
             )
-            alive = self._changes(found)
+            found, alive = self._watch(found)
         if alive:
             raise LockError(
-                f"{self._run_dir}: in use by {owner or 'another process'}; allowed: one training process per run "
-                "directory, so end that one or choose another --workdir"
+                f"{self._run_dir}: in use by {_parse(found) or 'another process'}; allowed: one training process per "
+                "run directory, so end that one or choose another --workdir"
             )
+        return found
 
-    def _changes(self, found: bytes) -> bool:
-        """Whether the file is renewed while we watch; False if it stays as it is, or is deleted."""
-        end = time.monotonic() + self._timing.patience
-        while time.monotonic() < end:
+    def _watch(self, found: bytes) -> tuple[bytes, bool]:
+        """Watches the file of an owner elsewhere. Returns what it held last, and whether the owner is alive."""
+        begin = renewed = time.monotonic()
+        while (now := time.monotonic()) < renewed + self._timing.patience:
+            if now > begin + self._timing.ending:
+                return found, True
             time.sleep(self._timing.patience / 35)
-            now = self._read()
-            if now != found:
-                return now is not None
-        return False
+            content = self._read()
+            if content is None:
+                break
+            if content != found:
+                found, renewed = content, time.monotonic()
+        return found, False
 
     def _delete(self, found: bytes) -> None:
         """Deletes the file of a dead owner, but not that of another start which was faster."""

@@ -17,7 +17,7 @@ from mythos_jax.errors import ConfigError, LockError
 from mythos_jax.paths import to_path
 from mythos_jax.runs.lock import LOCK_FILE, Owner, RunLock, Timing, locked
 
-FAST = Timing(renew=0.02, patience=0.3, settle=0.05)
+FAST = Timing(renew=0.02, patience=0.3, ending=0.6, settle=0.05)
 
 
 def owner(**fields):
@@ -94,7 +94,7 @@ def test_an_owner_elsewhere_that_renews_nothing_is_replaced(run_dir, content, ca
         assert time.monotonic() - begin >= FAST.patience
         lock.check()
     name = f"process {os.getpid()} on elsewhere, seen 6. s ago" if content == "foreign" else "an unknown process"
-    assert re.search(f"run: was in use by {name}; waiting 0 s", capsys.readouterr().err)
+    assert re.search(f"run: in use by {name}; waiting until that ends, or does not answer", capsys.readouterr().err)
 
 
 def test_an_owner_elsewhere_that_renews_is_left_alone(run_dir):
@@ -108,6 +108,17 @@ def test_an_owner_elsewhere_that_renews_is_left_alone(run_dir):
         theirs.check()
     finally:
         theirs.release()
+
+
+def test_an_owner_elsewhere_that_ends_meanwhile_is_replaced(run_dir):
+    """As when a job starts again while its old processes still save."""
+    theirs = RunLock(run_dir, FAST)
+    theirs._me = owner(host="elsewhere", place="elsewhere", token="theirs")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    theirs.acquire()
+    threading.Timer(0.1, theirs.release).start()
+    with locked(run_dir, dataclasses.replace(FAST, patience=3, ending=1e3)) as lock:
+        lock.check()
 
 
 def test_an_owner_that_was_suspended_learns_that_it_was_replaced(run_dir):
