@@ -305,9 +305,7 @@ def test_weights_that_became_nan_are_not_saved(config, tmp_path, monkeypatch):
         assert not checkpoints.save(broken, {})
         assert checkpoints.steps() == []
     monkeypatch.setattr(Checkpoints, "save", lambda *_: False)
-    with pytest.raises(
-        BadStepError, match=r"step 3: the updated weights are NaN or infinite; .*no checkpoint was"
-    ):
+    with pytest.raises(BadStepError, match=r"step 3: the updated weights are NaN or infinite; .*no checkpoint was"):
         train(config, tmp_path / "run", progress=False)
 
 
