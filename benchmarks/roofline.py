@@ -121,7 +121,7 @@ def unrolled_features(config: ModelConfig, params: Any, tokens_BT: jax.Array) ->
     """Features [B, T, D] of a model without injection, with its loops unrolled: layers and nothing else."""
     c = config
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-    context = AttentionContext(rope_tables(positions_BT, c.rope_dim, c.rope_theta), Mask())
+    context = AttentionContext(rope_tables(positions_BT, c), Mask())
     active_BT = jnp.ones_like(tokens_BT, bool)
 
     def layer(x_BTD: jax.Array, index: int, weights: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from mythos_jax.model.layers import compute_dtype
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """The number of parameters; the embedding, which is also the output head, counts once."""
+    """The number of parameters; a tied embedding, which is also the output head, counts once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_variables(config)["params"]))
 
 

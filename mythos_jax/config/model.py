@@ -21,7 +21,9 @@ from mythos_jax.typed import (
 Attention = Literal["gqa", "mla"]
 FeedForward = Literal["dense", "moe"]
 Activation = Literal["swiglu", "relu2"]
-NormPlacement = Literal["pre", "sandwich"]
+NormPlacement = Literal["pre", "sandwich", "pre_post", "post"]
+RopeScaling = Literal["none", "llama3"]
+QKGainNorm = Literal["none", "head", "width"]
 INJECTION_NAMES = ["openmythos", "parcae", "concat", "none"]  # and those of `register_injection`
 Injection = Annotated[str, OneOf(INJECTION_NAMES)]
 InitialState = Literal["injected", "noise", "zeros"]
@@ -68,8 +70,17 @@ class ModelConfig(Section, section="model"):
     n_kv_heads: int = 4  #: gqa: key-value heads, a divisor of n_heads
     head_dim: PositiveInt | None = None  #: gqa: channels per head (default: dim / n_heads)
     rope_theta: PositiveFloat = 10_000.0  #: base of the rotary position embedding
+    rope_scaling: RopeScaling = "none"  #: `llama3`: low frequencies are divided by a factor (Llama 3.1 and later)
+    rope_scaling_factor: PositiveFloat = 8.0  #: llama3: the factor
+    rope_low_freq_factor: PositiveFloat = 1.0  #: llama3: frequencies with fewer periods in the original context are low
+    rope_high_freq_factor: PositiveFloat = 4.0  #: llama3: those with more are kept; in between, both are mixed
+    rope_original_max_seq_len: PositiveInt = 8192  #: llama3: the context that the model was first trained with
     qk_norm: bool = False  #: gqa: RMS norm without a gain on queries and keys, after RoPE
+    #: gqa: RMS norm with a gain on queries and keys, before RoPE: over each `head` (Qwen3), or over the `width` of all
+    #: heads together (OLMo-2)
+    qk_gain_norm: QKGainNorm = "none"
     qk_bias: bool = False  #: gqa: bias on queries and keys, before RoPE
+    value_bias: bool = False  #: gqa: bias on values
     q_lora_rank: NonNegativeInt = 0  #: mla: width of the query latent
     kv_lora_rank: NonNegativeInt = 0  #: mla: width of the cached key-value latent (R)
     qk_nope_head_dim: NonNegativeInt = 0  #: mla: channels per head without position
@@ -88,17 +99,23 @@ class ModelConfig(Section, section="model"):
     shared_expert_dim: PositiveInt | None = None  #: moe: hidden width of a shared expert (default: expert_dim)
 
     # Norms and scales.
-    norm: NormPlacement = "pre"  #: RMS norm before each sublayer (`pre`), or before and after it (`sandwich`)
+    #: where the RMS norms of a sublayer f are: x + f(n(x)) (`pre`), n'(x + f(n(x))) (`sandwich`), x + n'(f(n(x)))
+    #: (`pre_post`), or x + n(f(x)) (`post`)
+    norm: NormPlacement = "pre"
     norm_eps: PositiveFloat = 1e-6  #: added to the mean square in every RMS norm
     embedding_scale: PositiveFloat = 1.0  #: factor on the embedded tokens, and on the noise of `initial_state: noise`
     prelude_norm: bool = False  #: RMS norm on the prelude's output, before it is injected
     state_norm: bool = False  #: RMS norm on the state after every loop
+    final_norm: bool = True  #: RMS norm before the head
     readout_norm: bool = False  #: the final norm, with the same weights, also before the coda (Huginn)
     readout_projection: bool = False  #: linear map before the coda (Parcae's C)
+    tied_embedding: bool = True  #: the head is the embedding, transposed; false: it has a matrix of its own
 
     # The loop.
     injection: Injection = "openmythos"  #: how the prelude's output enters each loop (docs/model.md)
     initial_state: InitialState = "injected"  #: state before the first loop: the prelude's output, noise, or zeros
+    #: standard deviation of that noise, before `embedding_scale` (default: sqrt(2 / (5 dim)))
+    initial_noise_std: PositiveFloat | None = None
     loop_embedding: bool = False  #: add a sinusoid of the loop index to the first dim // 8 channels of what is injected
     loop_embedding_scale: NonNegativeFloat = 1.0  #: factor on the loop embedding
     lora_rank: NonNegativeInt = 0  #: rank of the per-loop low-rank adapter on the loop's output; 0: no adapter
@@ -110,6 +127,7 @@ class ModelConfig(Section, section="model"):
     act_threshold: Annotated[float, Between(0, 1, "(]")] = 0.99  #: act: cumulative probability at which a token halts
     act_remainder: bool = True  #: act: the last loop gets the remaining weight; false: it is lost, as in OpenMythos
     freeze_halted: bool = True  #: act: a halted token is carried unchanged; false: its state evolves, as in OpenMythos
+    exit_gate: bool = False  #: a gate on the state gives each loop's probability to be the last one (Ouro)
 
     # Value embeddings (Parcae), in layers that have a gate and a table.
     value_gate_layers: tuple[int, ...] = ()  #: gqa: layers with a gate; counted over prelude, loop and coda
@@ -137,6 +155,10 @@ class ModelConfig(Section, section="model"):
             self._check_gqa()
         if self.feed_forward == "moe":
             self._check_experts()
+        self.check(not (self.exit_gate and self.readout == "act"), "exit_gate", "false with readout act")
+        self.check(self.final_norm or not self.readout_norm, "readout_norm", "false without a final_norm")
+        ordered = self.rope_low_freq_factor < self.rope_high_freq_factor
+        self.check(ordered, "rope_low_freq_factor", f"less than rope_high_freq_factor, {self.rope_high_freq_factor}")
         layers = self.prelude_layers + self.loop_layers + self.coda_layers
         for name in ["value_gate_layers", "value_table_layers"]:
             for index in getattr(self, name):
@@ -154,8 +176,9 @@ class ModelConfig(Section, section="model"):
     def _check_mla(self) -> None:
         for name in ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]:
             self.check(getattr(self, name) >= 1, name, "an integer >= 1 with mla")
-        for name in ["qk_norm", "qk_bias"]:
+        for name in ["qk_norm", "qk_bias", "value_bias"]:
             self.check(not getattr(self, name), name, "false with attention mla")
+        self.check(self.qk_gain_norm == "none", "qk_gain_norm", "none with attention mla")
         self.check(self.rope_dim % 2 == 0, "qk_rope_head_dim", "an even width (RoPE rotates pairs of channels)")
         allowed = "[] with attention mla (value embeddings need attention gqa)"
         self.check(not self.value_gate_layers, "value_gate_layers", allowed)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,7 @@ from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.results import LoopUsage, Measurement, Sample
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.likelihood import token_loss
-from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.mythos import Mythos, output_table
 from mythos_jax.ops.chunked_argmax import chunked_argmax
 from mythos_jax.progress import Progress
 from mythos_jax.sharding import replicate, use_mesh
@@ -30,7 +29,7 @@ def _evaluate_batch(
     its answer tokens, float32 [B]; and per token its loops, int32 [B, T]."""
     rngs = {"state": jax.random.key(0)}  # models that start from noise: the same noise at every depth
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
-    best_BT = chunked_argmax(out.features, nn.unbox(variables["params"]["embedding"]))
+    best_BT = chunked_argmax(out.features, output_table(variables))
     # A problem counts as solved if each of its answer tokens is the most likely one: greedy decoding would be right.
     correct_BT = (best_BT == batch["targets"]) | ~batch["mask"]
     is_problem_B = batch["mask"].any(-1)  # the last batch is padded with rows without an answer

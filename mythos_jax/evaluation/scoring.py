@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from mythos_jax.evaluation.policies import Setting
 from mythos_jax.inference.generate import generate
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.likelihood import token_loss
-from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.mythos import Mythos, output_table
 from mythos_jax.ops.chunked_argmax import chunked_argmax
 from mythos_jax.progress import Progress
 from mythos_jax.runs.load import LoadedModel
@@ -47,7 +46,7 @@ def _score_batch(
     """The fields of `Likelihood`, each [B]."""
     rngs = {"state": jax.random.key(0)}
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs)
-    table_VD = nn.unbox(variables["params"]["embedding"])
+    table_VD = output_table(variables)
     correct_BT = (chunked_argmax(out.features, table_VD) == batch["targets"]) | ~batch["mask"]
     fields = -nats_BT.sum(-1), correct_BT.all(-1), batch["mask"].sum(-1), (out.loops * batch["mask"]).sum(-1)
     return replicate(fields)

@@ -47,11 +47,12 @@ def make_attention_context(config: ModelConfig, inputs: TokenInputs) -> Attentio
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None] if index_BT is None else index_BT
     # In a cache a query sees everything up to its own place; segments exist without one only.
     mask = Mask(segments_BT=inputs.segments_BT) if index_BT is None else Mask(index_BT=index_BT)
-    return AttentionContext(rope_tables(positions_BT, config.rope_dim, config.rope_theta), mask)
+    return AttentionContext(rope_tables(positions_BT, config), mask)
 
 
 class GroupedQueryAttention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with RoPE; optional QK bias, QK norm and gated value embeddings."""
+    """Grouped-query attention (arXiv 2305.13245) with RoPE; optional biases, norms on queries and keys, and gated value
+    embeddings."""
 
     config: ModelConfig
     value_gate: bool = False  # this layer has a gate for value embeddings
@@ -70,6 +71,12 @@ class GroupedQueryAttention(nn.Module):
         if c.qk_bias:
             q_BTHK += self._bias("q_bias", "heads", H).astype(x_BTD.dtype)
             k_BTGK += self._bias("k_bias", "kv_heads", G).astype(x_BTD.dtype)
+        if c.value_bias:
+            v_BTGK += self._bias("v_bias", "kv_heads", G).astype(x_BTD.dtype)
+        if c.qk_gain_norm != "none":
+            axes = 1 if c.qk_gain_norm == "head" else 2
+            q_BTHK = RMSNorm(c.norm_eps, axes, name="q_norm")(q_BTHK)
+            k_BTGK = RMSNorm(c.norm_eps, axes, name="k_norm")(k_BTGK)
         # Rotated before they are cached, so that decoding rotates only the new key.
         q_BTHK, k_BTGK = apply_rope(q_BTHK, context.rope), apply_rope(k_BTGK, context.rope)
         if c.qk_norm:  # after RoPE, as in Parcae; a rotation does not change the norm

@@ -16,7 +16,9 @@ from mythos_jax.sharding import constrain
 class TransformerBlock(nn.Module):
     """Attention and feed-forward with residuals.
 
-    pre: x + f(norm(x)). sandwich: norm(x + f(norm(x))), the outer norm on the sum (Huginn, arXiv 2502.05171).
+    Each is a sublayer f with one of these norms: pre: x + f(n(x)). sandwich: n'(x + f(n(x))), the outer norm on the sum
+    (Huginn, arXiv 2502.05171). pre_post: x + n'(f(n(x))) (Ouro, arXiv 2510.25741). post: x + n'(f(x)) (OLMo-2, arXiv
+    2501.00656).
     """
 
     config: ModelConfig
@@ -38,32 +40,34 @@ class TransformerBlock(nn.Module):
         c = self.config
         stats = None
 
-        def norm(x, name):
-            return RMSNorm(c.norm_eps, name=name)(x)
+        def enter(x_BTD: jax.Array, name: str) -> jax.Array:
+            return x_BTD if c.norm == "post" else RMSNorm(c.norm_eps, name=f"{name}_norm")(x_BTD)
+
+        def leave(x_BTD: jax.Array, y_BTD: jax.Array, name: str) -> jax.Array:
+            if c.norm == "pre":
+                return x_BTD + y_BTD
+            outer = RMSNorm(c.norm_eps, name=f"{name}_out_norm")
+            return outer(x_BTD + y_BTD) if c.norm == "sandwich" else x_BTD + outer(y_BTD)
 
         # Attention.
-        y = norm(x_BTD, "attention_norm")
+        y = enter(x_BTD, "attention")
         if c.attention == "mla":
             y, cache = MultiHeadLatentAttention(c, name="attention")(y, context, cache)
         else:
             # A list in the config says which layers have one, so that no file's parity rules enter the model.
             gate = self.layer in c.value_gate_layers
             y, cache = GroupedQueryAttention(c, gate, name="attention")(y, context, cache, value_BTGK)
-        x_BTD = x_BTD + y
-        if c.norm == "sandwich":
-            x_BTD = norm(x_BTD, "attention_out_norm")
+        x_BTD = leave(x_BTD, y, "attention")
 
         # Feed-forward: experts only in the loop, where their parameters are used many times.
-        y = norm(x_BTD, "feed_forward_norm")
+        y = enter(x_BTD, "feed_forward")
         if self.in_loop and c.feed_forward == "moe":
             y, stats = MoE(c, name="moe")(y, counted_BT)
         else:
             # Prelude and coda are dense, and so is the loop of a dense model, possibly with a width of its own.
             hidden = (self.in_loop and c.loop_hidden_dim) or c.hidden_dim
             y = FeedForward(c, hidden, name="feed_forward")(y)
-        x_BTD = x_BTD + y
-        if c.norm == "sandwich":
-            x_BTD = norm(x_BTD, "feed_forward_out_norm")
+        x_BTD = leave(x_BTD, y, "feed_forward")
         return constrain(x_BTD, "batch", "length", "act_embed"), cache, stats
 
 

@@ -21,9 +21,10 @@ DEFAULT_THRESHOLDS = {
     "entropy": 1e-3,
     "argmax": 5,
     "predicted": None,
+    "gate": 0.9,
 }
 CRITERIA = tuple(DEFAULT_THRESHOLDS)
-STATE_CRITERIA = ("act", "latent", "cosine", "predicted")  # the others look at the logits
+STATE_CRITERIA = ("act", "latent", "cosine", "predicted", "gate")  # the others look at the logits
 
 
 class Halting(struct.PyTreeNode):
@@ -41,6 +42,8 @@ class Halting(struct.PyTreeNode):
       argmax   the most likely next token has stayed the same `threshold` times in a row
       predicted  the token has run the number of loops that a trained predictor asks for (`mythos train-predictor`); the
                threshold is a budget, the mean number of loops per token to stay within (default: the predictor's own)
+      gate     the probability of the model's exit gate that the token has exited by now reaches the threshold; only for
+               models with a gate (Ouro, arXiv 2510.25741); at 1 the token runs all its loops
     kl, entropy and argmax run the coda and the head after each loop and are meant for decoding; they compare from the
     second loop on. A token runs at least `min_loops` and at most `max_loops` loops (None: what the call allows).
     """
@@ -103,6 +106,8 @@ def check_halting(config: ModelConfig, halting: Halting | None, cached: bool) ->
         raise ConfigError(
             f"halting criterion: got {halting.criterion!r}, allowed with readout {config.readout}: {allowed}"
         )
+    if halting.criterion == "gate" and not config.exit_gate:
+        raise ConfigError("halting criterion: got 'gate', allowed only for a model with exit_gate true")
     if config.freeze_halted:
         return
     # What follows needs the state that a token halted with, which such a model does not keep.

@@ -43,35 +43,53 @@ class Linear(nn.Module):
 recomputed = partial(jax.checkpoint, prevent_cse=False)
 
 
-def rms_norm(x: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) over the last axis, in float32."""
+def rms_norm(x: jax.Array, eps: float, axes: int = 1) -> jax.Array:
+    """x / rms(x) over the last axes, in float32."""
     x = x.astype(jnp.float32)  # a mean of squares loses too much in bfloat16
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=range(-axes, 0), keepdims=True) + eps)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a gain (arXiv 1910.07467); statistics in float32, result in x's dtype."""
+    """Root-mean-square norm over the last axes, with a gain of their shape (arXiv 1910.07467); statistics in float32,
+    result in x's dtype."""
 
     eps: float
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
-        return _scaled_norm(x, scale, self.eps)
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",) * self.axes)
+        scale = self.param("scale", init, x.shape[-self.axes :], jnp.float32)
+        return _scaled_norm(x, scale, self.eps, self.axes)
 
 
-@partial(recomputed, static_argnums=2)
-def _scaled_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    return (rms_norm(x, eps) * scale).astype(x.dtype)
+@partial(recomputed, static_argnums=(2, 3))
+def _scaled_norm(x: jax.Array, scale: jax.Array, eps: float, axes: int) -> jax.Array:
+    return (rms_norm(x, eps, axes) * scale).astype(x.dtype)
 
 
-def rope_tables(positions_BT: jax.Array, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [B, T, dim / 2], of position / theta^(2 i / dim) (arXiv 2104.09864)."""
+def rope_tables(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [B, T, rope_dim / 2], of position times frequency."""
     # Float32 throughout: in bfloat16, positions beyond 256 would collide.
-    frequencies = 1 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    angles = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+    """Radians per position, float32 [rope_dim / 2]: 1 / theta^(2 i / rope_dim) (arXiv 2104.09864).
+
+    llama3 (Llama 3.1, arXiv 2407.21783, section 3.4.1; formula from its published code): a frequency with at least
+    `rope_high_freq_factor` periods in the original context is kept, one with at most `rope_low_freq_factor` is divided
+    by `rope_scaling_factor`, and in between the two are mixed linearly in the number of periods. At every position.
+    """
+    c = config
+    frequencies = 1 / c.rope_theta ** (jnp.arange(0, c.rope_dim, 2, dtype=jnp.float32) / c.rope_dim)
+    if c.rope_scaling == "none":
+        return frequencies
+    periods = c.rope_original_max_seq_len * frequencies / (2 * jnp.pi)
+    low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
+    kept = jnp.clip((periods - low) / (high - low), 0, 1)
+    return (1 - kept) * frequencies / c.rope_scaling_factor + kept * frequencies
 
 
 def apply_rope(x_BTHK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:

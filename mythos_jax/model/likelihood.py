@@ -2,12 +2,11 @@
 
 from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 
 from mythos_jax.model.apply import apply
 from mythos_jax.model.halting import Halting
-from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.mythos import Mythos, output_table
 from mythos_jax.model.state import Output
 from mythos_jax.ops.cross_entropy import cross_entropy
 
@@ -56,6 +55,6 @@ def token_loss(
     arguments = batch["tokens"], batch.get("segment_ids"), loops, halting
     out = apply(run, model, variables, *arguments, rngs=rngs)
     # The loss contains the head: for a large vocabulary, logits exist for a few positions at a time.
-    table_VD = nn.unbox(variables["params"]["embedding"])
+    table_VD = output_table(variables)
     loss_BT = cross_entropy(out.features, table_VD, batch["targets"])
     return loss_BT * batch["mask"], out

@@ -36,6 +36,12 @@ Loops = int | jax.Array
 Caches = tuple[LayerCache, ...]
 
 
+def output_table(variables: Any) -> jax.Array:
+    """The matrix [V, D] of the head, for losses that apply it to a few positions at a time."""
+    params = variables["params"]
+    return nn.unbox(params["unembedding"] if "unembedding" in params else params["embedding"])
+
+
 class Mythos(nn.Module):
     """A recurrent-depth transformer.
 
@@ -68,7 +74,10 @@ class Mythos(nn.Module):
         if c.readout_projection:
             self.readout_projection = Linear((c.dim,), ("embed", "mlp"), c.std)
         self.coda = [TransformerBlock(c, c.prelude_layers + c.loop_layers + i) for i in range(c.coda_layers)]
-        self.final_norm = RMSNorm(c.norm_eps)  # before the head; with readout_norm also before the coda
+        if c.final_norm:
+            self.final_norm = RMSNorm(c.norm_eps)  # before the head; with readout_norm also before the coda
+        if not c.tied_embedding:
+            self.unembedding = self.param("unembedding", init, (c.vocab_size, c.dim), jnp.float32)
 
     def __call__(
         self,
@@ -190,8 +199,9 @@ class Mythos(nn.Module):
         return self.finish(tokens, cache, logits=False).features
 
     def head(self, features_BTD: jax.Array) -> jax.Array:
-        """Float32 logits [B, T, V] through the tied embedding."""
-        table_VD = constrain(self.embedding.astype(features_BTD.dtype), "vocab", "act_embed")
+        """Float32 logits [B, T, V]."""
+        table_VD = self.embedding if self.config.tied_embedding else self.unembedding
+        table_VD = constrain(table_VD.astype(features_BTD.dtype), "vocab", "act_embed")
         logits_BTV = jnp.einsum("BTD,VD->BTV", features_BTD, table_VD, preferred_element_type=jnp.float32)
         return constrain(logits_BTV, "batch", "length", "act_vocab")
 
@@ -213,7 +223,7 @@ class Mythos(nn.Module):
         if c.readout_projection:
             x_BTD = self.readout_projection(x_BTD)
         features_BTD, caches = self._run_layers(self.coda, x_BTD, inputs, caches)
-        return x_BTD, self.final_norm(features_BTD), caches
+        return x_BTD, self.final_norm(features_BTD) if c.final_norm else features_BTD, caches
 
     def _probe(self, inputs: TokenInputs, halting: Halting | None) -> LogitProbe | None:
         """Coda and head as functions of arrays, if the policy looks at logits."""

@@ -17,7 +17,7 @@ from mythos_jax.model.attention import AttentionContext
 from mythos_jax.model.block import TransformerBlock, apply_layers
 from mythos_jax.model.cache import LayerCache, fill_skipped_loops
 from mythos_jax.model.exit_probe import LogitProbe
-from mythos_jax.model.halting import act_weight, relative_change, state_converged
+from mythos_jax.model.halting import Halting, act_weight, relative_change, state_converged
 from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
 from mythos_jax.model.layers import RMSNorm, matrix_init
 from mythos_jax.model.loop import Carry, LoopContext, loop_function, scan_loops, while_loops
@@ -100,13 +100,15 @@ class RecurrentCell(nn.Module):
             state_BTD = jnp.where(masks.frozen_BT[..., None], old.state_BTD, state_BTD)
         state_BTD = constrain(state_BTD, "batch", "length", "act_embed")
 
-        act, halts_BT = old.act, jnp.zeros_like(old.halted_BT)
+        act, survival_BT, halts_BT = old.act, old.survival_BT, jnp.zeros_like(old.halted_BT)
         if act is not None:  # the only criterion for a model with ACT read-out
             act, halts_BT, trace = self.act_step(act, state_BTD, masks, context, trace)
-        elif halting is not None and context.predicted_BT is not None:
-            halts_BT = masks.may_halt_B1 & (loop_B[:, None] + 1 >= context.predicted_BT)
-        elif halting is not None:  # false for criteria that look at logits, which the driver checks
-            halts_BT = masks.may_halt_B1 & state_converged(halting, state_BTD, old.state_BTD)
+        elif survival_BT is not None:
+            p_BT = self.halt_probability(state_BTD)
+            survival_BT = jnp.where(masks.running_BT, survival_BT * (1 - p_BT), survival_BT)
+            trace = trace.replace(halt_probability_LBT=p_BT)
+        if halting is not None and act is None:
+            halts_BT = masks.may_halt_B1 & self.criterion_met(halting, loop_B, state_BTD, old, survival_BT, context)
         if masks.frozen_BT is not None:
             # A row at its target depth has halted. A frozen state does not move, which is not convergence.
             halts_BT = (halts_BT | masks.last_B1) & ~masks.frozen_BT
@@ -116,8 +118,35 @@ class RecurrentCell(nn.Module):
             halted_BT=old.halted_BT | halts_BT,
             loops_BT=old.loops_BT + masks.running_BT,
             act=act,
+            survival_BT=survival_BT,
         )
         return carry.replace(tokens=tokens, caches=caches, router=add_stats(carry.router, stats)), trace
+
+    def criterion_met(
+        self,
+        halting: Halting,
+        loop_B: jax.Array,
+        state_BTD: jax.Array,
+        old: TokenState,
+        survival_BT: jax.Array | None,
+        context: LoopContext,
+    ) -> jax.Array:
+        """Whether loop t brings each token to its policy's end; bool [B, T], false for criteria that look at logits,
+        which the driver checks."""
+        if context.predicted_BT is not None:
+            return loop_B[:, None] + 1 >= context.predicted_BT
+        if halting.criterion == "gate":
+            assert survival_BT is not None, "check_halting asks for a gate"
+            return survival_BT <= 1 - halting.resolved_threshold
+        return state_converged(halting, state_BTD, old.state_BTD)
+
+    def halt_probability(self, state_BTD: jax.Array) -> jax.Array:
+        """p = sigmoid(w h + b), float32 [B, T]."""
+        kernel = self.param(
+            "halt_kernel", matrix_init(self.config.std, "embed", None), (self.config.dim, 1), jnp.float32
+        )
+        bias = self.param("halt_bias", nn.initializers.zeros, (1,), jnp.float32)
+        return nn.sigmoid(state_BTD.astype(jnp.float32) @ kernel + bias)[..., 0]
 
     def act_step(
         self, act: ActState, state_BTD: jax.Array, masks: Masks, context: LoopContext, trace: Trace
@@ -125,9 +154,7 @@ class RecurrentCell(nn.Module):
         """Adaptive computation time: p = sigmoid(w h_(t+1) + b) is the weight of h_(t+1) in the read-out, until the sum
         of p reaches the threshold: then the token halts, and h_(t+1) gets what is missing to 1 (model/halting.py)."""
         c, halting = self.config, context.halting
-        kernel = self.param("halt_kernel", matrix_init(c.std, "embed", None), (c.dim, 1), jnp.float32)
-        bias = self.param("halt_bias", nn.initializers.zeros, (1,), jnp.float32)
-        p_BT = nn.sigmoid(state_BTD.astype(jnp.float32) @ kernel + bias)[..., 0]
+        p_BT = self.halt_probability(state_BTD)
         override = None if halting is None else halting.threshold
         threshold = c.act_threshold if override is None else override
         last_B1 = masks.last_B1 if c.act_remainder else None  # OpenMythos loses the remaining weight

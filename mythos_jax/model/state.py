@@ -62,7 +62,8 @@ class TokenState(struct.PyTreeNode):
     """Tokens between two loops.
 
     inputs: fixed by `begin`. state_BTD: the recurrent state h. halted_BT: bool, the token's loops have ended.
-    loops_BT: int32, loops that contributed to the token. act: sums of models with ACT read-out. exit_kv: for each
+    loops_BT: int32, loops that contributed to the token. act: sums of models with ACT read-out. survival: float32, of
+    models with an exit gate, the probability that the token has not exited in the loops so far. exit_kv: for each
     layer of the loop, keys and values of the token's last loop, where a halted token is frozen. probe: where the
     halting criterion looks at logits. Fields that a model or a call does not need are None.
     """
@@ -72,6 +73,7 @@ class TokenState(struct.PyTreeNode):
     halted_BT: jax.Array
     loops_BT: jax.Array
     act: ActState | None = None
+    survival_BT: jax.Array | None = None
     exit_kv: tuple[KV, ...] | None = None
     probe: ProbeState | None = None
 
@@ -99,7 +101,8 @@ class Trace(struct.PyTreeNode):
 
     router: sums over the loops for each layer of the loop, [loop_layers, ...] (None where the model is dense). The
     others exist for a fixed number of loops, float32 [L, B, T], else None. change: |h_t - h_(t-1)| / |h_t|.
-    halt_probability, act_weight: ACT's p and the weight of each loop's state.
+    halt_probability, act_weight: ACT's p and the weight of each loop's state. halt_probability also: of an exit gate,
+    the probability that a token which has come so far exits here.
     """
 
     router: RouterStats | None = None
@@ -169,7 +172,8 @@ def start_tokens(
     shape, state_BTD = inputs.tokens_BT.shape, initial_state(config, inputs.injected_BTD, given, key)
     # Sums of ACT are float32: with many loops, weights are small and bfloat16 would drop them.
     act = ActState(jnp.zeros(state_BTD.shape), jnp.zeros(shape)) if config.readout == "act" else None
-    return TokenState(inputs, state_BTD, jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), act)
+    survival_BT = jnp.ones(shape) if config.exit_gate else None
+    return TokenState(inputs, state_BTD, jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), act, survival_BT)
 
 
 def take_remainder(tokens: TokenState) -> TokenState:
@@ -203,9 +207,9 @@ def make_aux(inputs: TokenInputs, trace: Trace, experts_per_token: int) -> Aux:
 
 def initial_noise(config: ModelConfig, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Float32 noise to start the state from: normal, cut at 3 sigma, sigma = sqrt(2 / (5 D)) times the embedding scale
-    (the "like-init" of Huginn and Parcae)."""
+    (the "like-init" of Huginn and Parcae), unless the config gives another than the square root."""
     # The scale of the embeddings that the prelude starts from, so that the first loop sees a familiar size.
-    sigma = (2 / (5 * config.dim)) ** 0.5 * config.embedding_scale
+    sigma = (config.initial_noise_std or (2 / (5 * config.dim)) ** 0.5) * config.embedding_scale
     return sigma * jax.random.truncated_normal(key, -3, 3, shape)
 
 

@@ -85,7 +85,7 @@ def load_original(source: Source) -> Logits:
     model = OpenMythos(MythosConfig(**fields))
     state = {name: torch.from_numpy(np.array(source.read(name), np.float32)) for name in source.table.their_shapes}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = {*missing} - {*source.family.buffers, *source.family.tied}
+    missing = {*missing} - {*source.family.buffers, *source.family.ties(source.config)}
     if missing or unexpected:
         raise ConfigError(
             f"{source.path}: the original does not accept it: missing {sorted(missing)}, unexpected {unexpected}"

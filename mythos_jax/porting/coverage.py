@@ -62,7 +62,7 @@ def require_tensors(source: Source) -> Coverage:
 
 def _check_expected(source: Source, coverage: Coverage) -> set[str]:
     """Checks every tensor that the table asks for. Returns the stored names of those that are there."""
-    alias_of = {tied_to: alias for alias, tied_to in source.family.tied.items()}
+    alias_of = {tied_to: alias for alias, tied_to in source.family.ties(source.config).items()}
     present = set()
     for name, shape in source.table.their_shapes.items():
         stored_name = name if name in source.tensors else alias_of.get(name, name)
@@ -88,7 +88,7 @@ def _check_others(source: Source, present: set[str], coverage: Coverage) -> None
     for name in source.tensors:
         if name in present:
             continue
-        tied_to = source.family.tied.get(name)
+        tied_to = source.family.ties(source.config).get(name)
         if tied_to in present:
             if _same_bits(source, name, tied_to):
                 coverage.tied.append(name)

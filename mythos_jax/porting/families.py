@@ -4,12 +4,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mythos_jax.errors import ConfigError
-from mythos_jax.porting import huginn, native, openmythos, parcae
+from mythos_jax.porting import huginn, llama, native, openmythos, ouro, parcae, raven
 from mythos_jax.porting.family import Family
 
+# In the order in which they are detected: those with tensors of their own before those whose tensors others have too.
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (native.FAMILY, openmythos.FAMILY, huginn.FAMILY, parcae.FAMILY)
+    family.name: family
+    for family in (
+        *(native.FAMILY, openmythos.FAMILY, huginn.FAMILY, parcae.FAMILY, raven.OLMO_FAMILY, raven.FAMILY),
+        *(ouro.FAMILY, llama.OLMO2, llama.QWEN3, llama.QWEN2, llama.LLAMA, llama.NANBEIGE),
+    )
 }
+ALIASES = {"raven_llama": "raven"}
 
 
 def get_family(name: str) -> Family:
@@ -20,17 +26,21 @@ def get_family(name: str) -> Family:
 
 
 def detect(fields: Mapping[str, Any] | None, tensor_names: Iterable[str], where: str) -> Family:
-    """The family of a model: from the field "family", else from its tensors, else from its config fields.
+    """The family of a model: from the field "family", else from "model_type", its tensors, or its config fields.
 
     fields: of its `config.json`, if it has one. Raises ConfigError, naming `where`, if nothing matches.
     """
     if fields and "family" in fields:
-        if fields["family"] not in FAMILIES:
-            raise ConfigError(f"{where}: family: got {fields['family']!r}, allowed: {', '.join(FAMILIES)}")
-        return FAMILIES[fields["family"]]
+        name = ALIASES.get(fields["family"], fields["family"])
+        if name not in FAMILIES:
+            raise ConfigError(f"{where}: family: got {name!r}, allowed: {', '.join(FAMILIES)}")
+        return FAMILIES[name]
+    for family in FAMILIES.values():
+        if fields and fields.get("model_type") in family.model_types:
+            return family
     tensor_names = set(tensor_names)
     for family in FAMILIES.values():
-        if tensor_names.issuperset(family.signature):
+        if family.signature and tensor_names.issuperset(family.signature):
             return family
     # Tensors may be renamed or missing. If the config still matches a family, its table can say which ones.
     for family in FAMILIES.values():

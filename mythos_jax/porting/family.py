@@ -1,6 +1,7 @@
 """What a weight format consists of: a table of tensors, a `config.json`, and the tensors it is detected by."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +28,9 @@ class Family:
 
     rows: the rows of a model's table. to_model: fields of `ModelConfig` from the format's own; from_model: the
     reverse, correct only for models that the format can express. config_fields: the names of the format's own fields.
-    signature: tensors that together occur in files of this format only. tied: aliases of stored tensors, as alias to
-    stored name. buffers: tensors that are recomputed here and not read.
+    signature: tensors that together occur in files of this format only (with those that are detected before it out of
+    the way). model_types: values of "model_type" that tell it. tied: aliases of stored tensors, as alias to stored
+    name, in models with a tied embedding. buffers: tensors that are recomputed here and not read.
     """
 
     name: str
@@ -37,8 +39,13 @@ class Family:
     from_model: Callable[[ModelConfig], dict[str, Any]]
     config_fields: tuple[str, ...]
     signature: tuple[str, ...]
+    model_types: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+
+    def ties(self, config: ModelConfig) -> Mapping[str, str]:
+        """Aliases in the files of this model."""
+        return self.tied if config.tied_embedding else {}
 
     def table(self, config: ModelConfig) -> Table:
         return Table(self.rows(config), parameter_shapes(config))
@@ -60,7 +67,7 @@ class Family:
         problems = self.inexpressible(config)
         if problems:
             raise ConfigError(f"{self.name} cannot express {'; '.join(problems)}")
-        return {"family": self.name, **self.from_model(config), "tied": dict(self.tied)}
+        return {"family": self.name, **self.from_model(config), "tied": dict(self.ties(config))}
 
     def inexpressible(self, config: ModelConfig) -> list[str]:
         """The fields that the format cannot express: those that do not survive a round trip through its config."""
@@ -86,6 +93,7 @@ def _effective_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     fields["head_dim"] = fields["head_dim"] or fields["dim"] // fields["n_heads"]
     fields["loop_hidden_dim"] = fields["loop_hidden_dim"] or fields["hidden_dim"]
     fields["shared_expert_dim"] = fields["shared_expert_dim"] or fields["expert_dim"]
+    fields["initial_noise_std"] = fields["initial_noise_std"] or math.sqrt(2 / (5 * fields["dim"]))
     fields["lora_loops"] = fields["lora_loops"] or fields["loops"]
     excluded = {*EXECUTION_FIELDS, *INITIALIZATION_FIELDS, *_unused_fields(fields)}
     return {name: value for name, value in fields.items() if name not in excluded}
@@ -97,7 +105,7 @@ def _unused_fields(fields: Mapping[str, Any]) -> list[str]:
     if fields["attention"] == "gqa":
         unused += ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
     else:
-        unused += ["n_kv_heads", "head_dim", "qk_norm", "qk_bias"]
+        unused += ["n_kv_heads", "head_dim", "qk_norm", "qk_gain_norm", "qk_bias", "value_bias"]
     if fields["feed_forward"] == "dense":
         unused += ["n_experts", "experts_per_token", "expert_dim", "n_shared_experts", "shared_expert_dim"]
     else:
@@ -105,6 +113,10 @@ def _unused_fields(fields: Mapping[str, Any]) -> list[str]:
         unused += [] if fields["n_shared_experts"] else ["shared_expert_dim"]
     if not fields["loop_embedding"]:
         unused += ["loop_embedding_scale"]
+    if fields["rope_scaling"] == "none":
+        unused += [name for name in fields if name.startswith("rope_") and name not in ("rope_theta", "rope_scaling")]
+    if fields["initial_state"] != "noise":
+        unused += ["initial_noise_std"]
     if not fields["lora_rank"]:
         unused += ["lora_loops"]
     if fields["readout"] != "act":

@@ -53,6 +53,19 @@ class Fields:
             same_kind = isinstance(value, bool) == isinstance(expected, bool)  # 0 == False, but means another thing
             self._check(name, value, value == expected and same_kind, repr(expected))
 
+    def expect_off(self, names: Iterable[str]) -> None:
+        """Each of these fields must be absent, or null, false, 0 or empty: what it turns on is not supported."""
+        for name in names:
+            self._check(name, self.given.get(name), not self.given.get(name), "null or false")
+
+    def refuse_unknown(self) -> None:
+        """Raises ConfigError for a field that this format does not have, unless it is null, false, 0 or empty."""
+        for name in self._unknown:
+            if self.given[name]:
+                raise ConfigError(
+                    f"{self.where}: {name}: unknown field, got {self.given[name]!r}; it may change the model"
+                )
+
     def _get(self, name: str, default: Any) -> Any:
         value = self.given.get(name, default)
         if value is _REQUIRED:

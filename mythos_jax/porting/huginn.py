@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.porting import raven
+from mythos_jax.porting import recurrent_gpt
 from mythos_jax.porting.family import Family
 from mythos_jax.porting.fields import Fields
 from mythos_jax.porting.layouts import FROM_HEADS, LINEAR, TO_HEADS
@@ -33,7 +33,7 @@ QK_BIAS = [split("attn.qk_bias", ["attention.q_bias", "attention.k_bias"], "1 1 
 def rows(config: ModelConfig) -> list[Row]:
     layer = [*LAYER, *QK_BIAS] if config.qk_bias else LAYER
     table = [*MODEL]
-    for theirs, ours in raven.layer_prefixes(config):
+    for theirs, ours in recurrent_gpt.layer_prefixes(config):
         table += with_prefix(layer, theirs, ours)
     return table
 
@@ -61,7 +61,7 @@ UNUSED = {
     "torch_dtype": "float32",
 }
 CONFIG_FIELDS = (
-    *raven.CONFIG_FIELDS,
+    *recurrent_gpt.CONFIG_FIELDS,
     *SUPPORTED,
     *UNUSED,
     "n_heads",
@@ -77,7 +77,7 @@ CONFIG_FIELDS = (
 def to_model(fields: Fields) -> dict[str, Any]:
     """Fields of `ModelConfig` from those of `RavenConfig`."""
     fields.expect(SUPPORTED)
-    common = raven.to_model(fields)
+    common = recurrent_gpt.to_model(fields)
     heads = fields.integer("n_heads")
     fields.expect({"num_attention_heads": heads, "num_key_value_heads": heads})
     init = Fields(fields.given.get("init_values") or {}, f"{fields.where}: init_values", ["embed_scale"])
@@ -108,7 +108,7 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
     return {
         **UNUSED,
         **SUPPORTED,
-        **raven.from_model(config),
+        **recurrent_gpt.from_model(config),
         "n_heads": config.n_heads,
         "head_dim": config.gqa_head_dim,
         "n_layers": config.prelude_layers + config.loop_layers + config.coda_layers,
@@ -132,7 +132,7 @@ FAMILY = Family(
     to_model=to_model,
     from_model=from_model,
     config_fields=CONFIG_FIELDS,
-    signature=("transformer.adapter.weight", "transformer.core_block.0.attn.Wqkv.weight"),
-    tied=raven.TIED,
-    buffers=raven.BUFFERS,
+    signature=("transformer.adapter.weight", "transformer.core_block.0.norm_3.weight"),
+    tied=recurrent_gpt.TIED,
+    buffers=recurrent_gpt.BUFFERS,
 )

@@ -4,6 +4,7 @@
 only moved, never computed, so a round trip is exact in every dtype.
 """
 
+import re
 from functools import cache
 
 import numpy as np
@@ -16,15 +17,21 @@ SAME = ""
 LINEAR = "d_out d_in -> d_in d_out"
 TO_HEADS = "(h k) d -> d h k"
 FROM_HEADS = "d (h k) -> h k d"
+# Rotary embeddings rotate pairs of channels: (i, i + k/2) in theirs, adjacent ones in ours. Moving the rows of queries
+# and keys moves the pairs; scores stay the same.
+HALVES_TO_HEADS = "(h two half) d -> d h (half two)"
+HALVES_OF_HEADS = "(h two half) -> h (half two)"  # of a bias, or of a norm over all heads
+HALVES = "(two half) -> (half two)"  # of a norm over one head
+BIAS_OF_HEADS = "(h k) -> h k"
 
 
 def to_ours(layout: str, array: np.ndarray, our_shape: Shape) -> np.ndarray:
     """Their array in our layout, where it has the shape `our_shape`."""
     if layout == SAME:
         return array
-    # einops cannot infer both factors of their `(h k)`; our shape has every axis on its own.
+    # einops cannot infer both factors of their `(h k)`; our shape has most axes on their own.
     _, our_axes = layout.split("->")
-    return rearrange(array, layout, **parse_shape(_placeholder(our_shape), our_axes))
+    return rearrange(array, layout, **parse_shape(_placeholder(our_shape), _single(our_axes)), **_fixed(layout))
 
 
 def to_theirs(layout: str, array: np.ndarray) -> np.ndarray:
@@ -32,7 +39,16 @@ def to_theirs(layout: str, array: np.ndarray) -> np.ndarray:
     if layout == SAME:
         return array
     their_axes, our_axes = layout.split("->")
-    return rearrange(array, f"{our_axes} -> {their_axes}")
+    return rearrange(array, f"{our_axes} -> {their_axes}", **_fixed(layout))
+
+
+def _single(axes: str) -> str:
+    """The axes with those that are made of several left out of account."""
+    return re.sub(r"\([^)]*\)", "_", axes)
+
+
+def _fixed(layout: str) -> dict[str, int]:
+    return {"two": 2} if "two" in layout else {}
 
 
 @cache

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.porting import raven
+from mythos_jax.porting import recurrent_gpt
 from mythos_jax.porting.family import Family
 from mythos_jax.porting.fields import Fields
 from mythos_jax.porting.layouts import FROM_HEADS, LINEAR, TO_HEADS
@@ -42,7 +42,7 @@ VALUE_GATE = [rename("attn.ve_gate.weight", "attention.value_gate", LINEAR)]
 def rows(config: ModelConfig) -> list[Row]:
     table = [*MODEL, *PRELUDE_NORM] if config.prelude_norm else [*MODEL]
     table += [rename(f"value_embeds.{i}.weight", f"params.value_table_{i}") for i in config.value_table_layers]
-    for number, (theirs, ours) in enumerate(raven.layer_prefixes(config)):
+    for number, (theirs, ours) in enumerate(recurrent_gpt.layer_prefixes(config)):
         layer = [*LAYER, *VALUE_GATE] if number in config.value_gate_layers else LAYER
         table += with_prefix(layer, theirs, ours)
     return table
@@ -102,7 +102,7 @@ UNUSED = {
 }
 ROPE = {"use_rope": True, "rope_condense_ratio": 1}
 CONFIG_FIELDS = (
-    *raven.CONFIG_FIELDS,
+    *recurrent_gpt.CONFIG_FIELDS,
     *SUPPORTED,
     *UNUSED,
     "rope_settings",
@@ -117,7 +117,7 @@ CONFIG_FIELDS = (
 def to_model(fields: Fields) -> dict[str, Any]:
     """Fields of `ModelConfig` from those of `ParcaeConfig`; defaults are the original's."""
     fields.expect(SUPPORTED)
-    common = raven.to_model(fields)
+    common = recurrent_gpt.to_model(fields)
     dim, loops = common["dim"], common["loops"]
     heads = fields.integer("num_attention_heads")
     for name in ("num_key_value_heads", "recurrent_num_attention_heads"):
@@ -155,7 +155,7 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
     return {
         **UNUSED,
         **SUPPORTED,
-        **raven.from_model(config),
+        **recurrent_gpt.from_model(config),
         "padding_multiple": 64,
         "rope_settings": {**ROPE, "rope_base": config.rope_theta},
         "qk_norm": config.qk_norm,
@@ -184,6 +184,6 @@ FAMILY = Family(
     from_model=from_model,
     config_fields=CONFIG_FIELDS,
     signature=("transformer.adapter.A_log",),
-    tied=raven.TIED,
-    buffers=raven.BUFFERS,
+    tied=recurrent_gpt.TIED,
+    buffers=recurrent_gpt.BUFFERS,
 )

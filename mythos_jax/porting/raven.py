@@ -1,76 +1,130 @@
-"""What the formats of Huginn (`RavenForCausalLM`) and Parcae have in common: names of layers and of config fields."""
+"""Retrofitted models (arXiv 2511.07384): Huginn's shape, cut out of a dense Llama or OLMo-2.
 
-from collections.abc import Iterator
+The model type is Huginn's, and so is most of the config, but the layers are those of the dense model: two norms, not
+four. Three fields are leftovers of Huginn and mean nothing here: `rope_base`, `block_class_name`, and the token ids.
+"""
+
+import math
 from typing import Any
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.porting import hugging_face, huginn, recurrent_gpt
+from mythos_jax.porting.family import Family
 from mythos_jax.porting.fields import Fields
+from mythos_jax.porting.layouts import FROM_HEADS, HALVES_OF_HEADS, HALVES_TO_HEADS, LINEAR, TO_HEADS
+from mythos_jax.porting.tables import Row, rename, split, with_prefix
 
-TIED = {"lm_head.weight": "transformer.wte.weight"}
-BUFFERS = ("freqs_cis",)
+SUPPORTED = {**huginn.SUPPORTED, "tie_embeddings": False, "tie_word_embeddings": False, "qk_bias": False}
+STATES = {"random": "noise", "embed-init": "injected"}  # theirs: ours
+LEFT_OVER = ("rope_base", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+QKV = ("attention.q.kernel", "attention.k.kernel", "attention.v.kernel")
+# Told from Llama's blocks by the tensors, not by the config.
+OLMO = {"norm": "post", "qk_gain_norm": "width"}
 
-INITIAL_STATES = {"like-init": "noise", "zero": "zeros"}  # theirs: ours
-CONFIG_FIELDS = (
-    "block_size",
-    "n_embd",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "padded_vocab_size",
-    "padding_multiple",
-    "norm_eps",
-    "state_init",
-    "n_layers_in_prelude",
-    "n_layers_in_recurrent_block",
-    "n_layers_in_coda",
-    "mean_recurrence",
-    "mean_backprop_depth",
-)
+
+def rows(config: ModelConfig) -> list[Row]:
+    post = config.norm == "post"
+    layer = [
+        rename("norm_1.weight", "attention_out_norm.scale" if post else "attention_norm.scale"),
+        rename("norm_2.weight", "feed_forward_out_norm.scale" if post else "feed_forward_norm.scale"),
+        split("attn.Wqkv.weight", QKV, (HALVES_TO_HEADS, HALVES_TO_HEADS, TO_HEADS)),
+        rename("attn.proj.weight", "attention.out.kernel", FROM_HEADS),
+        split("mlp.fc.weight", ["feed_forward.gate.kernel", "feed_forward.up.kernel"], LINEAR),
+        rename("mlp.proj.weight", "feed_forward.down.kernel", LINEAR),
+    ]
+    if config.qk_gain_norm == "width":
+        layer += [rename(f"attn.{x}_norm.weight", f"attention.{x}_norm.scale", HALVES_OF_HEADS) for x in "qk"]
+    table = [*huginn.MODEL, rename("lm_head.weight", "params.unembedding")]
+    for theirs, ours in recurrent_gpt.layer_prefixes(config):
+        table += with_prefix(layer, theirs, ours)
+    return table
 
 
 def to_model(fields: Fields) -> dict[str, Any]:
-    """The fields of `ModelConfig` that both formats determine alike."""
-    initial_state = fields.choice("state_init", INITIAL_STATES, "like-init")
+    """Fields of `ModelConfig`, for blocks of Llama."""
+    fields.refuse_unknown()
+    fields.expect(SUPPORTED)
+    init = Fields(fields.given.get("init_values") or {}, f"{fields.where}: init_values", ["embed_scale", "std"])
+    common = recurrent_gpt.to_model(fields)
+    if common["initial_state"] == "noise":
+        common["initial_state"] = STATES[fields.choice("initial_state_mode", STATES, "random")]
+    if common["initial_state"] == "noise":
+        common["initial_noise_std"] = init.number("std")
+    dim, heads = common["dim"], fields.integer("n_heads")
     return {
-        "dim": fields.integer("n_embd"),
-        "max_seq_len": fields.integer("block_size"),
-        "prelude_layers": fields.integer("n_layers_in_prelude"),
-        "loop_layers": fields.integer("n_layers_in_recurrent_block"),
-        "coda_layers": fields.integer("n_layers_in_coda"),
-        "loops": fields.integer("mean_recurrence"),
-        "initial_state": INITIAL_STATES[initial_state],
-        "attention": "gqa",
-        "feed_forward": "dense",
-        "readout": "last",
+        **common,
+        "max_seq_len": fields.integer("max_position_embeddings", common["max_seq_len"]),
+        "vocab_size": fields.integer("padded_vocab_size", fields.integer("vocab_size")),
+        "n_heads": heads,
+        "n_kv_heads": fields.integer("num_key_value_heads", heads),
+        "head_dim": fields.integer("head_dim", dim // heads),
+        **hugging_face.rope(fields),
+        "activation": "swiglu",
+        "hidden_dim": fields.integer("intermediate_size"),
+        "norm_eps": fields.number("norm_eps"),
+        "embedding_scale": init.number("embed_scale", 1.0),
+        "injection": "concat",
+        "tied_embedding": False,
     }
+
+
+def olmo_to_model(fields: Fields) -> dict[str, Any]:
+    return {**to_model(fields), **OLMO}
 
 
 def from_model(config: ModelConfig) -> dict[str, Any]:
-    """The fields of both formats that are written alike."""
-    their_state = {ours: theirs for theirs, ours in INITIAL_STATES.items()}
+    depth = config.prelude_layers + config.loop_layers * config.loops + config.coda_layers
+    std = config.initial_noise_std or math.sqrt(2 / (5 * config.dim))
+    rope = {name: value for name, value in hugging_face.from_model(config).items() if name.startswith("rope_")}
+    state = {ours: theirs for theirs, ours in STATES.items()}.get(config.initial_state)
     return {
-        "n_embd": config.dim,
-        "block_size": config.max_seq_len,
-        "intermediate_size": config.hidden_dim,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_heads,
-        "vocab_size": config.vocab_size,
-        "padded_vocab_size": config.vocab_size,
-        "norm_eps": config.norm_eps,
-        "state_init": their_state.get(config.initial_state, "like-init"),
-        "n_layers_in_prelude": config.prelude_layers,
-        "n_layers_in_recurrent_block": config.loop_layers,
-        "n_layers_in_coda": config.coda_layers,
-        "mean_recurrence": config.loops,
+        **huginn.UNUSED,
+        **SUPPORTED,
+        **recurrent_gpt.from_model(config),
+        **rope,
+        **({"initial_state_mode": state} if state else {}),
+        "n_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.gqa_head_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "n_layers": config.prelude_layers + config.loop_layers + config.coda_layers,
+        "padding_multiple": math.gcd(config.vocab_size, 4096),
+        "mean_backprop_depth": min(8, config.loops),
+        "effective_expected_depth": depth,
+        "init_values": {"std": std, "out_proj": std / math.sqrt(2 * depth), "embedding": std}
+        | {"embed_scale": config.embedding_scale},
     }
 
 
-def layer_prefixes(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """The prefix of each layer's names, theirs and ours, from the first prelude layer to the last coda layer."""
-    for i in range(config.prelude_layers):
-        yield f"transformer.prelude.{i}.", f"params.prelude_{i}."
-    for i in range(config.loop_layers):
-        yield f"transformer.core_block.{i}.", f"params.recurrence.cell.layer_{i}."
-    for i in range(config.coda_layers):
-        yield f"transformer.coda.{i}.", f"params.coda_{i}."
+CONFIG_FIELDS = (
+    *huginn.CONFIG_FIELDS,
+    *SUPPORTED,
+    *LEFT_OVER,
+    "initial_state_mode",
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "auto_map",
+    "use_cache",
+    "dtype",
+)
+CORE = "transformer.core_block.0."
+SIGNATURE = ("transformer.adapter.weight", f"{CORE}attn.Wqkv.weight", "lm_head.weight")
+
+FAMILY = Family(
+    name="raven",
+    rows=rows,
+    to_model=to_model,
+    from_model=from_model,
+    config_fields=CONFIG_FIELDS,
+    signature=SIGNATURE,
+)
+OLMO_FAMILY = Family(
+    name="raven_olmo",
+    rows=rows,
+    to_model=olmo_to_model,
+    from_model=from_model,
+    config_fields=CONFIG_FIELDS,
+    signature=(*SIGNATURE, f"{CORE}attn.q_norm.weight"),
+)

@@ -75,7 +75,7 @@ class Source(ABC):
     def _stored_name(self, name: str) -> str:
         if name in self.tensors:
             return name
-        return next(alias for alias, tied_to in self.family.tied.items() if tied_to == name)
+        return next(alias for alias, tied_to in self.family.ties(self.config).items() if tied_to == name)
 
 
 class FileSource(Source):

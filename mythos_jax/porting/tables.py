@@ -58,6 +58,7 @@ class _Rename(Row):
 @dataclass(frozen=True)
 class _Split(Row):
     axis: int  # of their tensor
+    layouts: tuple[str, ...]  # of each piece; they agree on their axes
 
     def their_shapes(self, our_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         shape = list(their_shape(self.layout, our_shapes[self.ours[0]]))
@@ -65,18 +66,20 @@ class _Split(Row):
         return {self.theirs[0]: tuple(shape)}
 
     def read(self, path: str, our_shapes: Mapping[str, Shape], read_theirs: ReadArray) -> np.ndarray:
-        fused = read_theirs(self.theirs[0])
+        fused, number = read_theirs(self.theirs[0]), self.ours.index(path)
         ends = list(accumulate(self._sizes(our_shapes)))
-        piece = np.split(fused, ends[:-1], self.axis)[self.ours.index(path)]
-        return to_ours(self.layout, piece, our_shapes[path])
+        piece = np.split(fused, ends[:-1], self.axis)[number]
+        return to_ours(self.layouts[number], piece, our_shapes[path])
 
     def write(self, read_ours: ReadArray) -> Iterator[tuple[str, np.ndarray]]:
-        pieces = [to_theirs(self.layout, read_ours(path)) for path in self.ours]
+        layouts = zip(self.layouts, self.ours, strict=True)
+        pieces = [to_theirs(layout, read_ours(path)) for layout, path in layouts]
         yield self.theirs[0], np.concatenate(pieces, self.axis)
 
     def _sizes(self, our_shapes: Mapping[str, Shape]) -> list[int]:
         """The size of each parameter along the axis of their tensor."""
-        return [their_shape(self.layout, our_shapes[path])[self.axis] for path in self.ours]
+        layouts = zip(self.layouts, self.ours, strict=True)
+        return [their_shape(layout, our_shapes[path])[self.axis] for layout, path in layouts]
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,11 @@ def rename(theirs: str, ours: str, layout: str = SAME) -> Row:
     return _Rename((theirs,), (ours,), layout)
 
 
-def split(theirs: str, ours: Sequence[str], layout: str, axis: int = 0) -> Row:
-    """One tensor holds several parameters, one after the other along `axis` of the tensor."""
-    return _Split((theirs,), tuple(ours), layout, axis)
+def split(theirs: str, ours: Sequence[str], layout: str | Sequence[str], axis: int = 0) -> Row:
+    """One tensor holds several parameters, one after the other along `axis` of the tensor. layout: one for all of them,
+    or one for each."""
+    layouts = (layout,) * len(ours) if isinstance(layout, str) else tuple(layout)
+    return _Split((theirs,), tuple(ours), layouts[0], axis, layouts)
 
 
 def concat(theirs: Sequence[str], ours: str, layout: str, axis: int, widths: Sequence[int]) -> Row:

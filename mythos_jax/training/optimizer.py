@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from mythos_jax.config import TrainingConfig
 
 # Parameters that are not matrices of the network: norm gains and LoRA scales, biases, the injection's dynamics.
-NO_DECAY = frozenset({"scale", "q_bias", "k_bias", "halt_bias", "log_a", "log_dt", "dt_bias", "b"})
+NO_DECAY = frozenset({"scale", "q_bias", "k_bias", "v_bias", "halt_bias", "log_a", "log_dt", "dt_bias", "b"})
 
 # Muon updates the matrices between hidden activations; for each layout of axes, those it treats as input and output.
 # All other weights (embeddings, heads with one output, gates with few channels) go to AdamW. Experts have a leading

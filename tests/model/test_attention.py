@@ -61,7 +61,7 @@ def test_absorbed_mla_equals_expanded():
     """With a cache that holds more tokens than there are queries, as in decoding."""
     random, queries = np.random.default_rng(0), 3
     index = jnp.broadcast_to(T - queries + jnp.arange(queries), (B, queries))
-    context = AttentionContext(rope=rope_tables(index, MLA.rope_dim, MLA.rope_theta), mask=Mask(index_BT=index))
+    context = AttentionContext(rope=rope_tables(index, MLA), mask=Mask(index_BT=index))
     stored = jax.tree.map(lambda x: random.standard_normal(x.shape).astype(np.float32), empty_kv(MLA, 1, B, T))
     x = random.standard_normal((B, queries, MLA.dim)).astype(np.float32)
     params = variables(MLA)["params"]["coda_0"]["attention"]

@@ -1,0 +1,76 @@
+"""What the formats of Huginn (`RavenForCausalLM`) and Parcae have in common: names of layers and of config fields."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mythos_jax.config import ModelConfig
+from mythos_jax.porting.fields import Fields
+
+TIED = {"lm_head.weight": "transformer.wte.weight"}
+BUFFERS = ("freqs_cis",)
+
+INITIAL_STATES = {"like-init": "noise", "zero": "zeros"}  # theirs: ours
+CONFIG_FIELDS = (
+    "block_size",
+    "n_embd",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "padded_vocab_size",
+    "padding_multiple",
+    "norm_eps",
+    "state_init",
+    "n_layers_in_prelude",
+    "n_layers_in_recurrent_block",
+    "n_layers_in_coda",
+    "mean_recurrence",
+    "mean_backprop_depth",
+)
+
+
+def to_model(fields: Fields) -> dict[str, Any]:
+    """The fields of `ModelConfig` that both formats determine alike."""
+    initial_state = fields.choice("state_init", INITIAL_STATES, "like-init")
+    return {
+        "dim": fields.integer("n_embd"),
+        "max_seq_len": fields.integer("block_size"),
+        "prelude_layers": fields.integer("n_layers_in_prelude"),
+        "loop_layers": fields.integer("n_layers_in_recurrent_block"),
+        "coda_layers": fields.integer("n_layers_in_coda"),
+        "loops": fields.integer("mean_recurrence"),
+        "initial_state": INITIAL_STATES[initial_state],
+        "attention": "gqa",
+        "feed_forward": "dense",
+        "readout": "last",
+    }
+
+
+def from_model(config: ModelConfig) -> dict[str, Any]:
+    """The fields of both formats that are written alike."""
+    their_state = {ours: theirs for theirs, ours in INITIAL_STATES.items()}
+    return {
+        "n_embd": config.dim,
+        "block_size": config.max_seq_len,
+        "intermediate_size": config.hidden_dim,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_heads,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": config.vocab_size,
+        "norm_eps": config.norm_eps,
+        "state_init": their_state.get(config.initial_state, "like-init"),
+        "n_layers_in_prelude": config.prelude_layers,
+        "n_layers_in_recurrent_block": config.loop_layers,
+        "n_layers_in_coda": config.coda_layers,
+        "mean_recurrence": config.loops,
+    }
+
+
+def layer_prefixes(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """The prefix of each layer's names, theirs and ours, from the first prelude layer to the last coda layer."""
+    for i in range(config.prelude_layers):
+        yield f"transformer.prelude.{i}.", f"params.prelude_{i}."
+    for i in range(config.loop_layers):
+        yield f"transformer.core_block.{i}.", f"params.recurrence.cell.layer_{i}."
+    for i in range(config.coda_layers):
+        yield f"transformer.coda.{i}.", f"params.coda_{i}."
