@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mythos_jax.config import ModelConfig
-from tests.reference import enter, layer, leave, lora, norm
+from tests.reference import enter, head, layer, leave, lora, norm, sigmoid
 
 BY_LOGITS = ("kl", "entropy", "argmax")
 
@@ -40,7 +40,7 @@ class Decoder:
         # Of the current call, per token: keys and values of its last loop, and, for argmax, for how many loops the most
         # likely next token has been the same.
         self._exit_kv: list[list[Any]] = []
-        self._unchanged = np.zeros(0)
+        self._unchanged = self._survival = np.zeros(0)
 
     def feed(self, tokens: np.ndarray, is_prompt: bool) -> tuple[np.ndarray, np.ndarray]:
         """Processes the next tokens of the row; returns their logits [T, V] and loops [T].
@@ -61,7 +61,7 @@ class Decoder:
 
         exits = np.full(T, self.loops)  # the loops that each token runs, known once it halts
         self._exit_kv = [[None] * T for _ in range(c.loop_layers)]
-        self._unchanged = np.zeros(T)
+        self._unchanged, self._survival = np.zeros(T), np.ones(T)
         logits = None
         for t in range(self.loops):
             frozen = exits <= t
@@ -103,6 +103,11 @@ class Decoder:
             self.margin = min(self.margin, best - second)
             self._unchanged[j] = self._unchanged[j] + 1 if old_logits[j].argmax() == logits[j].argmax() else 0
             return t + 1 >= self.min_loops and self._unchanged[j] >= self.threshold
+        if self.criterion == "gate":
+            p = sigmoid(h[j] @ self.cell["halt_kernel"] + self.cell["halt_bias"])[0]
+            self._survival[j] *= 1 - p
+            self.margin = min(self.margin, abs(self._survival[j] - (1 - self.threshold)))
+            return t + 1 >= self.min_loops and 1 - self._survival[j] >= self.threshold
         measure = self._measure(j, t, h, old, logits, old_logits)
         if measure is None:
             return False
@@ -133,7 +138,7 @@ class Decoder:
         c, params = self.config, self.params
         for i in range(c.coda_layers):
             x = self._outer_layer(f"coda_{i}", c.prelude_layers + c.loop_layers + i, x, keep)
-        return norm(x, params["final_norm"]["scale"], c.norm_eps) @ params["embedding"].T
+        return head(c, params, x)
 
     def _outer_layer(self, name: str, number: int, x: np.ndarray, keep: bool = True) -> np.ndarray:
         """A layer outside the loop."""

@@ -109,7 +109,7 @@ class _Model:
         for i in range(c.coda_layers):
             value = self._value_embedding(c.prelude_layers + c.loop_layers + i)
             x, _, _ = layer(c, params[f"coda_{i}"], x, value)
-        return state, norm(x, params["final_norm"]["scale"], c.norm_eps) @ params["embedding"].T
+        return state, head(c, params, x)
 
     def _value_embedding(self, number: int) -> np.ndarray | None:
         """The value embedding of a layer, [T, G, K]; None unless the layer has both a gate and a table."""
@@ -144,6 +144,8 @@ class _Exits:
         p, weight, halts = np.zeros(T), np.zeros(T), np.zeros(T, bool)
         if self.model.config.readout == "act":
             p, weight, halts = self._act(t, h)
+        elif self.model.config.exit_gate:
+            p, halts = self._gate(t, h)
         elif self.criterion:
             measure = self._measure(h, old, change)
             if measure is not None:
@@ -165,6 +167,14 @@ class _Exits:
             weight[i] = remainder if takes_remainder else min(p[i], remainder)
             self.cumulative[i] += p[i]
         return p, weight, halts
+
+    def _gate(self, t: int, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities to exit here, and which tokens have exited with a probability of at least the threshold."""
+        p = sigmoid(h @ self.model.cell["halt_kernel"] + self.model.cell["halt_bias"])[:, 0]
+        self.cumulative = np.where(self.halted, self.cumulative, self.cumulative + (1 - self.cumulative) * p)
+        if self.criterion is None:
+            return p, np.zeros(len(h), bool)
+        return p, (self.cumulative >= self.threshold) & (t + 1 >= self.min_loops)
 
     def _measure(self, h: np.ndarray, old: np.ndarray, change: np.ndarray) -> np.ndarray | None:
         """What the criterion compares with the threshold, [T]; None if there is no earlier loop to compare with."""
@@ -224,28 +234,59 @@ def layer(c, p, x, value, old=None, bias=None, first=0):
 
     first: the position of x[0] in the text. old: see `merge_kv`.
     """
-    attention = mla if c.attention == "mla" else gqa
-    y, kv = attention(c, p["attention"], norm(x, p["attention_norm"]["scale"], c.norm_eps), value, old, first)
-    x = x + y
+    attention, results = mla if c.attention == "mla" else gqa, {}
+
+    def attend_(y):
+        y, results["kv"] = attention(c, p["attention"], y, value, old, first)
+        return y
+
+    def forward_(y):
+        if "moe" not in p:
+            return feed_forward(c, p["feed_forward"], y)
+        y, results["experts"] = moe(c, p["moe"], y, bias)
+        return y
+
+    x = sublayer(c, p, "attention", attend_, x)
+    x = sublayer(c, p, "feed_forward", forward_, x)
+    return x, results["kv"], results.get("experts", [[]] * len(x))
+
+
+def sublayer(c, p, name, f, x):
+    """x and f, with norms where the config places them."""
+
+    def n(x, which):
+        return norm(x, p[name + which]["scale"], c.norm_eps)
+
+    if c.norm == "pre":
+        return x + f(n(x, "_norm"))
     if c.norm == "sandwich":
-        x = norm(x, p["attention_out_norm"]["scale"], c.norm_eps)
-    y = norm(x, p["feed_forward_norm"]["scale"], c.norm_eps)
-    experts = [[]] * len(x)
-    if "moe" in p:
-        y, experts = moe(c, p["moe"], y, bias)
-    else:
-        y = feed_forward(c, p["feed_forward"], y)
-    x = x + y
-    if c.norm == "sandwich":
-        x = norm(x, p["feed_forward_out_norm"]["scale"], c.norm_eps)
-    return x, kv, experts
+        return n(x + f(n(x, "_norm")), "_out_norm")
+    if c.norm == "pre_post":
+        return x + n(f(n(x, "_norm")), "_out_norm")
+    return x + n(f(x), "_out_norm")
+
+
+def head(c, params, x):
+    """Logits of the coda's output."""
+    if c.final_norm:
+        x = norm(x, params["final_norm"]["scale"], c.norm_eps)
+    return x @ params["embedding" if c.tied_embedding else "unembedding"].T
 
 
 def gqa(c, p, x, value, old, first):
     q, k, v = (np.einsum("td,dhk->thk", x, p[name]["kernel"]) for name in "qkv")
     if c.qk_bias:
         q, k = q + p["q_bias"], k + p["k_bias"]
-    q, k = rope(q, c.rope_theta, first), rope(k, c.rope_theta, first)
+    if c.value_bias:
+        v = v + p["v_bias"]
+    if c.qk_gain_norm == "head":
+        q, k = norm(q, p["q_norm"]["scale"], c.norm_eps), norm(k, p["k_norm"]["scale"], c.norm_eps)
+    if c.qk_gain_norm == "width":
+        q, k = (
+            norm(x.reshape(len(x), -1), p[name]["scale"].reshape(-1), c.norm_eps).reshape(x.shape)
+            for x, name in ((q, "q_norm"), (k, "k_norm"))
+        )
+    q, k = rope(c, q, first), rope(c, k, first)
     if c.qk_norm:
         eps = np.finfo(np.float32).eps
         q, k = norm(q, 1, eps), norm(k, 1, eps)
@@ -261,10 +302,10 @@ def mla(c, p, x, value, old, first):
     R, nope = c.kv_lora_rank, c.qk_nope_head_dim
     q = norm(x @ p["q_down"]["kernel"], p["q_norm"]["scale"], c.norm_eps)
     q = np.einsum("tr,rhk->thk", q, p["q_up"]["kernel"])
-    q = np.concatenate([q[..., :nope], rope(q[..., nope:], c.rope_theta, first)], axis=-1)
+    q = np.concatenate([q[..., :nope], rope(c, q[..., nope:], first)], axis=-1)
     down = x @ p["kv_down"]["kernel"]
     latent = norm(down[:, :R], p["kv_norm"]["scale"], c.norm_eps)
-    latent, shared = merge_kv((latent, rope(down[:, None, R:], c.rope_theta, first)[:, 0]), old)
+    latent, shared = merge_kv((latent, rope(c, down[:, None, R:], first)[:, 0]), old)
     up = np.einsum("tr,rhk->thk", latent, p["kv_up"])
     heads = [
         attend(q[:, j], np.concatenate([up[:, j, :nope], shared], axis=-1), up[:, j, nope:]) for j in range(c.n_heads)
@@ -294,12 +335,25 @@ def attend(q, k, v):
     return np.stack(out)
 
 
-def rope(x, theta, first=0):
-    """x [T, H, K]: rotates pair (2i, 2i + 1) of the token at t by t / theta^(2i / K), as complex numbers."""
+def rope(c, x, first=0):
+    """x [T, H, K]: rotates pair (2i, 2i + 1) of the token at t by t times its frequency, as complex numbers."""
     T, _, K = x.shape
-    rotation = np.exp(1j * (first + np.arange(T))[:, None] / theta ** (np.arange(0, K, 2) / K))
+    rotation = np.exp(1j * (first + np.arange(T))[:, None] * np.array([frequency(c, i, K) for i in range(K // 2)]))
     rotated = (x[..., 0::2] + 1j * x[..., 1::2]) * rotation[:, None]
     return np.stack([rotated.real, rotated.imag], axis=-1).reshape(x.shape)
+
+
+def frequency(c, i, K):
+    """Of pair i: 1 / theta^(2i / K), and what Llama 3.1's code makes of it, by its wavelength."""
+    f = c.rope_theta ** (-2 * i / K)
+    wavelength, old = 2 * np.pi / f, c.rope_original_max_seq_len
+    low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
+    if c.rope_scaling == "none" or wavelength < old / high:
+        return f
+    if wavelength > old / low:
+        return f / c.rope_scaling_factor
+    smooth = (old / wavelength - low) / (high - low)
+    return (1 - smooth) * f / c.rope_scaling_factor + smooth * f
 
 
 def moe(c, p, x, bias):

@@ -91,6 +91,45 @@ PARCAE = ModelConfig(
     value_table_layers=(1, 2),
 )
 
+OURO = ModelConfig(
+    vocab_size=V,
+    dim=32,
+    max_seq_len=16,
+    prelude_layers=0,
+    loop_layers=2,
+    coda_layers=0,
+    loops=3,
+    n_heads=4,
+    n_kv_heads=2,
+    hidden_dim=40,
+    norm="pre_post",
+    qk_bias=True,  # as are the next three, of Qwen2, Qwen3 and Llama 3
+    value_bias=True,
+    qk_gain_norm="head",
+    rope_scaling="llama3",
+    rope_original_max_seq_len=16,
+    injection="none",
+    state_norm=True,
+    final_norm=False,
+    tied_embedding=False,
+    exit_gate=True,
+)
+RAVEN = ModelConfig(  # cut from OLMo-2
+    vocab_size=V,
+    dim=32,
+    max_seq_len=16,
+    loops=3,
+    n_heads=4,
+    n_kv_heads=4,
+    hidden_dim=40,
+    norm="post",
+    qk_gain_norm="width",
+    injection="concat",
+    initial_state="noise",
+    initial_noise_std=0.02,
+    tied_embedding=False,
+)
+
 
 # Dense, as the fields of a YAML file. For tests that train a model or evaluate one.
 DENSE_FIELDS: dict[str, Any] = {
@@ -129,15 +168,15 @@ def variables(config: ModelConfig, seed: int = 0) -> Any:
     def weight(path, leaf):
         name, shape = path[-1].key, leaf.shape
         noise = random.standard_normal(shape)
-        if name == "scale" and len(shape) == 1:
+        if name == "scale" and (len(shape) == 1 or path[-2].key in ("q_norm", "k_norm")):
             value = 1 + 0.2 * noise
-        elif name in ("log_a", "log_dt", "dt_bias", "q_bias", "k_bias", "bias"):
+        elif name in ("log_a", "log_dt", "dt_bias", "q_bias", "k_bias", "v_bias", "bias"):
             value = 0.5 * noise
         elif name == "halt_bias":
             value = np.full(shape, -1.0)
         elif name == "halt_kernel":
-            value = 0.1 * noise
-        elif name == "embedding":
+            value = (0.4 if config.exit_gate else 0.1) * noise
+        elif name in ("embedding", "unembedding"):
             value = 0.5 * noise
         elif name == "scale" or name.startswith("value_table"):
             value = noise

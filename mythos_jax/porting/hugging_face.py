@@ -137,16 +137,16 @@ def rope(fields: Fields) -> dict[str, Any]:
 
     A reader that knows one spelling only would take the default base for files in the other, without an error.
     """
-    old = _rope(fields, fields.given.get("rope_scaling"), fields.given.get("rope_theta"), "rope_scaling")
-    new = fields.given.get("rope_parameters")
+    theta, new = fields.given.get("rope_theta"), fields.given.get("rope_parameters")
+    old = None if theta is None else _rope(fields, fields.given.get("rope_scaling"), theta, "rope_scaling")
     if new is None:
-        if "rope_theta" not in fields.given:
+        if old is None:
             raise ConfigError(f"{fields.where}: rope_theta: missing, and so is rope_parameters")
         return old
     if not isinstance(new, Mapping) or "rope_theta" not in new:
         raise ConfigError(f"{fields.where}: rope_parameters: got {new!r}, allowed: an object with rope_theta")
     found = _rope(fields, new, new["rope_theta"], "rope_parameters")
-    if "rope_theta" in fields.given and found != old:
+    if old is not None and found != old:
         raise ConfigError(
             f"{fields.where}: rope_parameters: differs from rope_theta and rope_scaling, allowed: the same"
         )
@@ -163,7 +163,7 @@ def _rope(fields: Fields, scaling: Any, theta: Any, name: str) -> dict[str, Any]
     known = ("rope_type", "type", "rope_theta", *LLAMA3)
     inner = Fields({"rope_theta": theta, **scaling}, f"{fields.where}: {name}", known)
     inner.refuse_unknown()
-    numbers = {} if theta is None else {"rope_theta": inner.number("rope_theta")}
+    numbers: dict[str, Any] = {"rope_theta": inner.number("rope_theta")}
     if kind == "default":
         return {**numbers, "rope_scaling": "none"}
     for theirs, ours in LLAMA3.items():

@@ -15,6 +15,7 @@ from tests.tiny import (
     GQA_LAST,
     MLA,
     MLA_ACT,
+    OURO,
     B,
     T,
     exact,
@@ -99,6 +100,7 @@ POLICIES = {
     "mla_act": (MLA_ACT, "act", 0.9),
     "mla_latent": (MLA, "latent", 0.1),
     "gqa_cosine": (GQA_LAST, "cosine", 0.02),
+    "ouro_gate": (OURO, "gate", 0.5),
 }
 
 

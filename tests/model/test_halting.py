@@ -31,6 +31,8 @@ def margin(truth, criterion, threshold):
         return distance[~truth.halted[-len(distance) :]].min()
     if criterion == "latent":
         distance = np.abs(truth.changes / threshold - 1)
+    elif criterion == "gate":
+        distance = np.abs(np.cumprod(1 - truth.probabilities, axis=0) - (1 - threshold))
     else:
         distance = np.abs(np.cumsum(truth.probabilities * ~truth.halted, axis=0) - threshold)
     return distance[~truth.halted].min()

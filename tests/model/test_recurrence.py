@@ -16,7 +16,9 @@ from tests.tiny import (
     HUGINN,
     MLA,
     MLA_ACT,
+    OURO,
     PARCAE,
+    RAVEN,
     B,
     T,
     V,
@@ -36,6 +38,8 @@ FAMILIES = {
     "mla_last": MLA,
     "huginn": HUGINN,
     "parcae": PARCAE,
+    "ouro": OURO,
+    "raven": RAVEN,
 }
 LOOPS = 5  # more than the trained depth, 3
 
@@ -58,8 +62,9 @@ def test_scan_equals_reference(family):
         np.testing.assert_allclose(out.state[b], row.state, rtol=0, atol=1e-4)
         np.testing.assert_array_equal(out.loops[b], row.loops)
         np.testing.assert_allclose(out.aux.change_LBT[:, b], row.changes, rtol=1e-3, atol=1e-5)
-        if config.readout == "act":
+        if config.readout == "act" or config.exit_gate:
             np.testing.assert_allclose(out.aux.halt_probability_LBT[:, b], row.probabilities, rtol=0, atol=1e-5)
+        if config.readout == "act":
             np.testing.assert_allclose(out.aux.act_weight_LBT[:, b], row.weights, rtol=0, atol=1e-5)
             total_T = np.sum(out.aux.act_weight_LBT[:, b], axis=0)
             reached_T = (row.probabilities * ~row.halted).sum(0) >= config.act_threshold
