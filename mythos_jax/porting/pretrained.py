@@ -24,7 +24,7 @@ def load_pretrained(
     """Returns a model's config and its variables, `{"params": …, "balance": …}` of float32 arrays, unboxed.
 
     path: a directory, a `.safetensors`, `.pt` or `.bin` file, or a Hugging Face id `owner/name`. The format
-    (mythos_jax, openmythos, huginn or parcae) is detected.
+    (see docs/weights.md) is detected.
     config: a ModelConfig, a reference's fields, or the path of a `config.json` or of one of our YAML files. Required
     for a file that holds only tensors; elsewhere it replaces the config that comes with them.
     host: return NumPy arrays, for the caller to place, instead of jax arrays on the default device.
@@ -56,7 +56,7 @@ def save_pretrained(
 ) -> None:
     """Writes a model as a new directory: `config.json`, `model.safetensors`, and a copy of `tokenizer` if given.
 
-    format: "mythos_jax", "openmythos", "huginn" or "parcae". Weights of more than `shard_bytes` are written as several
+    format: "mythos_jax", or the name of a family (docs/weights.md). Weights of more than `shard_bytes` are written as several
     files with an index. Raises ConfigError: the directory exists; the format cannot express the model (every reason is
     listed); the variables do not fit the config.
     """
