@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run, a directory, a .safetensors, .pt or .bin file, or a hub id",
     )
     parser.add_argument("target", type=path, metavar="DST", help="a directory that does not exist yet")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="mythos_jax, openmythos, huginn, parcae, raven, raven_olmo, ouro, nanbeige, llama, qwen2, qwen3 or olmo2")
+    parser.add_argument(
+        "--to", required=True, metavar="FORMAT", help="a format of docs/weights.md, such as mythos_jax or llama"
+    )
     parser.add_argument(
         "--config",
         type=path,

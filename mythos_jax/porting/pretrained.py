@@ -56,9 +56,9 @@ def save_pretrained(
 ) -> None:
     """Writes a model as a new directory: `config.json`, `model.safetensors`, and a copy of `tokenizer` if given.
 
-    format: "mythos_jax", or the name of a family (docs/weights.md). Weights of more than `shard_bytes` are written as several
-    files with an index. Raises ConfigError: the directory exists; the format cannot express the model (every reason is
-    listed); the variables do not fit the config.
+    format: "mythos_jax", or the name of a family (docs/weights.md). Weights of more than `shard_bytes` are written as
+    several files with an index. Raises ConfigError: the directory exists; the format cannot express the model (every
+    reason is listed); the variables do not fit the config.
     """
     family = get_family(format)
     refuse_existing(path)
