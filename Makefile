@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed$(addprefix -,$(EXTRA))
-	$(BIN)/mythos train configs/quickstart.yaml
+	$(BIN)/mythos train quickstart
 	$(BIN)/mythos eval runs/quickstart
 	$(BIN)/mythos generate runs/quickstart "def main" --temperature 0.7 --seed 1
 

@@ -3,7 +3,7 @@
     python examples/train_on_your_text.py README.md docs --workdir runs/my_text --steps 200
 
 Run it again with more steps and it resumes where it stopped, with the same result as one long run. From the shell,
-`mythos train configs/quickstart.yaml --data.sources "[README.md, docs]"` does the same.
+`mythos train quickstart --data.sources "[README.md, docs]"` does the same.
 """
 
 import argparse

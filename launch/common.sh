@@ -21,15 +21,15 @@ fail() {
     exit 2
 }
 
-# Reads [--dry-run] CONFIG.yaml [--section.field value …] into DRY_RUN, CONFIG, OVERRIDES and NAME.
+# Reads [--dry-run] CONFIG [--section.field value …] into DRY_RUN, CONFIG, OVERRIDES and NAME.
 read_arguments() {
     if [ "${1:-}" = --dry-run ]; then
         DRY_RUN=1
         shift
     fi
     case ${1:-} in
-    *.yaml | *.yml) CONFIG=$1 ;;
-    *) fail "got '${1:-}', allowed: [--dry-run] CONFIG.yaml [--section.field value …]; settings are described at the top of the script" ;;
+    "" | -*) fail "got '${1:-}', allowed: [--dry-run] CONFIG [--section.field value …]; settings are described at the top of the script" ;;
+    *) CONFIG=$1 ;;
     esac
     shift
     OVERRIDES=("$@")

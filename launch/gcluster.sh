@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Cluster Toolkit, the successor of xpk: it writes and applies a JobSet much like jobset.yaml itself.
 #
-#     CLUSTER=c LOCATION=us-east5 TOPOLOGY=v6e:4x4 BUCKET=gs://b IMAGE=… launch/gcluster.sh [--dry-run] CONFIG.yaml …
+#     CLUSTER=c LOCATION=us-east5 TOPOLOGY=v6e:4x4 BUCKET=gs://b IMAGE=… launch/gcluster.sh [--dry-run] CONFIG …
 #
 # The other settings are in common.sh; PROJECT and PRIORITY (low, medium, high) are passed on if set. It restarts
 # after every failure, so wrong input is retried RESTARTS times. Flags: docs.cloud.google.com/cluster-toolkit

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GKE: jobset.yaml through Kueue.
 #
-#     TOPOLOGY=v6e:4x4 BUCKET=gs://b IMAGE=… launch/gke.sh [--dry-run] configs/mythos_1b.yaml --data.path gs://b/data/web
+#     TOPOLOGY=v6e:4x4 BUCKET=gs://b IMAGE=… launch/gke.sh [--dry-run] mythos_1b --data.path gs://b/data/web
 #
 # QUEUE: Kueue's LocalQueue (default multislice-queue). The other settings are in common.sh. --dry-run prints the
 # JobSet without applying it. The config is read inside the image, at the same path.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on this machine: PROCESSES (2) processes with DEVICES (4) CPU devices each, connected over gloo.
 #
-#     launch/local.sh [--dry-run] configs/quickstart.yaml --training.steps 50
+#     launch/local.sh [--dry-run] quickstart --training.steps 50
 #
 # SHARED: where runs/NAME and compiled programs go (default: the current folder). With TOPOLOGY set, `mythos compile`
 # runs first. RESTARTS, GRACE and NAME as in common.sh; PYTHON: the interpreter that has mythos_jax.

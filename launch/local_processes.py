@@ -1,6 +1,6 @@
 """Runs a `mythos` command as several CPU processes on this machine, connected over gloo.
 
-    python launch/local_processes.py --processes 2 --devices 4 train configs/quickstart.yaml --workdir runs/a
+    python launch/local_processes.py --processes 2 --devices 4 train quickstart --workdir runs/a
 
 It treats exit codes as every launcher here does: it restarts after 42 and after a process killed by a signal, a limited
 number of times, and never after 1, 2 or 130.

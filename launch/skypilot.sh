@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SkyPilot: a managed job that moves to other nodes when its own are preempted.
 #
-#     BUCKET=gs://b launch/skypilot.sh [--dry-run] CONFIG.yaml …
+#     BUCKET=gs://b launch/skypilot.sh [--dry-run] CONFIG …
 #
 # NODES and GPUS (H100:8) override those in skypilot.yaml. The preflight is `mythos info` (is the config valid?), or
 # `mythos compile` if TOPOLOGY names a TPU slice to compare with. The other settings are in common.sh. The grace period

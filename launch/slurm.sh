@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Slurm: submits slurm.sbatch.
 #
-#     NODES=4 TASKS=1 GPUS=8 SHARED=/scratch/me launch/slurm.sh [--dry-run] CONFIG.yaml …
+#     NODES=4 TASKS=1 GPUS=8 SHARED=/scratch/me launch/slurm.sh [--dry-run] CONFIG …
 #
 # NODES     default 1. TASKS: processes per node (default 1, which uses all its GPUs). GPUS: per node (default 8; 0: none).
 # SHARED    a folder that all nodes can reach (default: the current one); the run goes to SHARED/runs/NAME, compiled

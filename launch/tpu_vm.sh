@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # TPU VMs without Kubernetes: requests spot slices, runs on all their workers, requests new ones after a preemption.
 #
-#     ZONE=us-east5-b TOPOLOGY=v6e:4x4 BUCKET=gs://b IMAGE=… launch/tpu_vm.sh [--dry-run] CONFIG.yaml …
+#     ZONE=us-east5-b TOPOLOGY=v6e:4x4 BUCKET=gs://b IMAGE=… launch/tpu_vm.sh [--dry-run] CONFIG …
 #
 # The other settings are in common.sh; PROJECT defaults to gcloud's; SPOT=0 requests on-demand capacity; RUNTIME is the
 # VM image (default: the one for the generation). Keep this script running (tmux): it does the restarts. The queued

@@ -292,8 +292,8 @@ def test_execution_fields_are_separate_from_the_definition_of_a_model():
     [
         ({"loops": 0}, "model.loops: got 0, allowed: an integer >= 1"),
         ({"dim": 0}, "model.dim: got 0, allowed: an integer >= 1"),
-        ({"loop_layers": 0}, "model.loop_layers: got 0, allowed: an integer >= 1"),
-        ({"coda_layers": -1}, "model.coda_layers: got -1, allowed: an integer >= 0"),
+        ({"loop_layers": 0}, "model.loop_layers: got 0, allowed: an integer from 1 to 1000"),
+        ({"coda_layers": -1}, "model.coda_layers: got -1, allowed: an integer from 0 to 1000"),
         ({"rope_theta": 0.0}, "model.rope_theta: got 0.0, allowed: a number > 0"),
         ({"init_std": -1.0}, "model.init_std: got -1.0, allowed: a number > 0, or null"),
         ({"head_dim": 0}, "model.head_dim: got 0, allowed: an integer >= 1, or null"),

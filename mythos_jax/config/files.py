@@ -59,6 +59,9 @@ def save_config(config: Config, path: str | Path) -> None:
 def _from_stored(tree: dict[str, Any], version: Any, overrides: Sequence[str]) -> Config:
     try:
         tree = upgrade(Config, tree)
+        training = tree["training"]
+        if version == _FIRST_VERSION and isinstance(training, dict) and isinstance(training.get("seed"), int):
+            training["seed"] %= 2**32  # that version took any, and drew the weights from these bits of it
         apply_overrides(tree, overrides)
         return _checked_name(from_dict(Config, tree))
     except ConfigError as error:

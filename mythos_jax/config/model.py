@@ -59,9 +59,9 @@ class ModelConfig(Section, section="model"):
     vocab_size: PositiveInt = 264  #: number of token ids
     dim: PositiveInt = 128  #: width of the residual stream (D)
     max_seq_len: PositiveInt = 256  #: longest context, prompt and generated tokens together
-    prelude_layers: NonNegativeInt = 1  #: layers before the loop
-    loop_layers: PositiveInt = 1  #: layers of one loop
-    coda_layers: NonNegativeInt = 1  #: layers after the loop
+    prelude_layers: Annotated[int, Between(0, 1000)] = 1  #: layers before the loop
+    loop_layers: Annotated[int, Between(1, 1000)] = 1  #: layers of one loop
+    coda_layers: Annotated[int, Between(0, 1000)] = 1  #: layers after the loop
     loops: PositiveInt = 8  #: default depth, the one trained at; a call may ask for more loops or fewer
 
     # Attention.
@@ -166,7 +166,7 @@ class ModelConfig(Section, section="model"):
 
     def _check_gqa(self) -> None:
         if self.head_dim is None:
-            divisors = [n for n in range(1, self.dim + 1) if self.dim % n == 0 and (self.dim // n) % 2 == 0]
+            divisors = [n for n in _divisors(self.dim) if (self.dim // n) % 2 == 0]
             allowed = f"a divisor of dim {self.dim} that leaves an even head width ({first_few(divisors)})"
             self.check(self.n_heads in divisors, "n_heads", allowed)
         divides = self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads == 0
@@ -223,6 +223,11 @@ class ModelConfig(Section, section="model"):
         if self.dtype != "auto":
             return self.dtype
         return "float32" if platform == "cpu" else "bfloat16"
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 # Fields that say how a model is executed, and those among them that change nothing but speed and memory.

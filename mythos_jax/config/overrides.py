@@ -85,10 +85,11 @@ def _write(node: dict[str, Any], name: str, value: Any, hint: Any) -> None:
     if not (isinstance(hint, type) and issubclass(hint, Section)):
         node[name] = value
         return
-    if not isinstance(value, dict):
-        from_dict(hint, value)  # raises ConfigError
     if node.get(name) is None:
         node[name] = {}
+    for section in (value, node[name]):
+        if not isinstance(section, dict):
+            from_dict(hint, section)  # raises ConfigError
     for key, item in value.items():
         _write(node[name], key, item, field_hint(hint, key))
 

@@ -12,7 +12,7 @@ import flax.linen as nn
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from mythos_jax.config import ModelConfig, load_run_config
+from mythos_jax.config import ModelConfig, load_run_config, named_config
 from mythos_jax.config.files import read_yaml
 from mythos_jax.errors import ConfigError
 from mythos_jax.json_text import parse_json
@@ -171,7 +171,7 @@ def _open(path: Path) -> TensorFile:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = parse_json(path.read_bytes())
+        tree = parse_json(path.read_bytes(), unique_keys=True)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
@@ -185,5 +185,6 @@ def _read_config(path: Path) -> ModelConfig | dict[str, Any]:
     """A reference's fields (JSON, or YAML without sections), or the model of one of our YAML files."""
     if path.suffix == ".json":
         return _read_json(path)
+    path = named_config(path) or path
     tree = read_yaml(path)
     return load_run_config(path).model if isinstance(tree.get("model"), dict) else tree

@@ -1,11 +1,13 @@
 """Which fields may change when a run resumes, and what is printed about them."""
 
+import json
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mythos_jax.config import Config, TaskConfig, TrainingConfig
+from mythos_jax.config import Config, DataConfig, DepthConfig, ModelConfig, TaskConfig, TrainingConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.training.resume import announce_changes, changed_fields, check_resume, checkpoint_metadata
 from mythos_jax.typed import to_dict
@@ -25,6 +27,34 @@ def test_a_field_that_an_older_checkpoint_lacks_has_its_default():
     assert changed_fields(saved, metadata()) == {}
     check_resume(saved, metadata(), RUN)
     assert changed_fields(saved, metadata(ema_decay=0.9)) == {"training.ema_decay": (0.0, 0.9)}
+
+
+def test_a_run_of_version_0_1_0_is_resumed_with_the_settings_that_it_had():
+    """The file is the metadata of a checkpoint that the code at 47a166a wrote, before fields were renamed and added."""
+    saved = json.loads((Path(__file__).parents[1] / "golden" / "checkpoint_0_1_0.json").read_text(encoding="utf-8"))
+    assert "output_init" not in saved["model"]
+    assert saved["training"]["accumulation"] == 2
+    model = ModelConfig(dim=32, max_seq_len=64, loops=2, n_heads=2, n_kv_heads=2, hidden_dim=64)
+    training = TrainingConfig(
+        steps=5,
+        batch_size=4,
+        warmup_steps=2,
+        checkpoint_every=5,
+        log_every=1,
+        grad_accumulation_steps=2,
+        final_learning_rate_fraction=0.2,
+        depth=DepthConfig(sample_per="batch"),
+    )
+
+    def current(**fields):
+        config = Config(model=replace(model, **fields), training=training, data=DataConfig(seq_len=32))
+        return checkpoint_metadata(config, types.SimpleNamespace(identity=saved["data"]))
+
+    assert changed_fields(saved, current()) == {}
+    check_resume(saved, current(), RUN)
+    for field, value in {"output_init": 0.5, "dtype": "bfloat16"}.items():
+        with pytest.raises(ConfigError, match=rf"model\.{field} was .*, is {value!r}"):
+            check_resume(saved, current(**{field: value}), RUN)
 
 
 def test_a_task_field_that_an_older_checkpoint_lacks_has_its_default():
