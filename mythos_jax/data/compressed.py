@@ -25,7 +25,8 @@ def open_bytes(file: InputFile) -> BinaryIO:
         case ".zst":
             import pyarrow
 
-            return io.BufferedReader(pyarrow.input_stream(str(file.path), compression="zstd"))
+            # An open file, because pyarrow takes no path that is not UTF-8.
+            return io.BufferedReader(pyarrow.CompressedInputStream(open(file.path, "rb"), "zstd"))
     return open(file.path, "rb")
 
 

@@ -227,7 +227,8 @@ def _read_parquet(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut
 
     number, column = 0, reading.text_column
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
+        # An open file, because pyarrow takes no path that is not UTF-8.
+        with open_bytes(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
             columns = table.schema_arrow.names
             if column not in columns:
                 raise _NotReadable(_no_column(columns, reading))

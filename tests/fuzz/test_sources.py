@@ -29,7 +29,16 @@ from tests.fuzz.budget import budget, no_hang
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60)
 LONG = st.builds(lambda text, count: text * count, TEXT, st.integers(1, 9))
 NAME = st.text(st.sampled_from("ab é日\n'\"\\*%\udcff"), max_size=5)
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def zstd(content):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
 @dataclass
