@@ -124,8 +124,9 @@ def _text_pieces(file: InputFile) -> Iterator[Piece]:
                     raise _NotReadable("looks like JSON; allowed: the name .json or .jsonl, or .txt to read it as text")
                 yield Piece(file.name, text, begins)
                 begins = False
-    except UnicodeDecodeError:
-        raise _NotReadable("not a text file (it is not UTF-8)") from None
+    except UnicodeDecodeError as error:
+        utf16 = begins and error.object.startswith((b"\xff\xfe", b"\xfe\xff"))
+        raise _NotReadable(f"not a text file (it is {'UTF-16, ' * utf16}not UTF-8)") from None
 
 
 # The start of a JSON object, or of an array of objects or texts.

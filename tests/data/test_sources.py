@@ -206,7 +206,8 @@ BAD = {
     ),
     "b.jsonl": ('{"\\n": 1}', r"b\.jsonl, line 1: no text column; it has \\n"),
     "a.parquet.gz": ("x", r"a\.parquet\.gz: compressed Parquet"),
-    "a\nb.txt": (b"\xff", r"a\\nb\.txt: not a text file"),
+    "a\nb.txt": (b"\xff", r"a\\nb\.txt: not a text file \(it is not UTF-8\)"),
+    "utf16.txt": ("text".encode("utf-16"), r"utf16\.txt: not a text file \(it is UTF-16, not UTF-8\)"),
 }
 
 

@@ -287,7 +287,7 @@ def test_an_interruption_does_not_wait_for_the_tokenizer(tmp_path, number):
     process.send_signal(number)
     try:
         assert process.wait(timeout=10) == {signal.SIGINT: 130, signal.SIGTERM: 42}[number]
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 5  # about 1.2 on an idle machine
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # `sleep`
 
