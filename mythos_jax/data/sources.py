@@ -34,6 +34,8 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # generated tables (code pages, help texts), which would make the loss look better than it is.
 _STDLIB_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
+_PREPARED = {"manifest.json", "train.array_record"}  # files of a folder that `mythos data prepare` has made
+
 
 @dataclass(frozen=True)
 class InputFile:
@@ -152,6 +154,10 @@ class _Walk:
         if self._seen(start):
             return links
         for parent, subfolders, names in os.walk(start, onerror=self._unreadable):
+            if _PREPARED <= set(names):  # made from such text, perhaps of this very folder
+                self.left_out["prepared folder"] += 1
+                subfolders.clear()
+                continue
             # Assigned in place: os.walk descends into what is left of this list, in its order.
             subfolders[:] = sorted(name for name in subfolders if self._is_visible(name))
             links += [Path(parent, name) for name in subfolders if Path(parent, name).is_symlink()]

@@ -151,6 +151,16 @@ def test_a_folder_says_what_it_leaves_out(tmp_path):
         find_inputs([str(tmp_path / "only")])
 
 
+def test_rows_in_the_folder_that_they_are_made_from(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    manifest = prepare([str(tmp_path)], tmp_path / "data" / "out", seq_len=8, held_out_fraction=0.4)
+    assert prepare([str(tmp_path)], tmp_path / "data" / "out", seq_len=8, held_out_fraction=0.4) == manifest
+    found = find_inputs([str(tmp_path)])
+    assert [file.name for file in found.files] == ["a.txt", "b.txt", "c.txt"]
+    assert found.left_out == [f"source {tmp_path}: left out 1 prepared folder"]
+
+
 def test_json_and_csv_in_a_folder_that_hold_no_documents(tmp_path, capsys):
     folder = tmp_path / "code"
     folder.mkdir()
