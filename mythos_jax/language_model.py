@@ -108,7 +108,7 @@ class LanguageModel:
         *,
         loops: int | None = None,
         halting: Halting | str | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -121,6 +121,7 @@ class LanguageModel:
         A list is one batch; each text gets the continuation that it gets alone.
 
         loops: depth (default: the config's); with a policy, the maximum.
+        max_new_tokens: default: as many as fit in the model's context, at most 128.
         halting: a policy that lets tokens stop early, such as "latent:0.03".
         temperature: 0 is greedy. top_k: sample from the k most likely tokens; 0: all. top_p: sample from the most
           likely tokens whose probabilities add up to this.

@@ -13,6 +13,7 @@ from mythos_jax.data.prepare import prepare
 from mythos_jax.data.tokenizer import ByteTokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.evaluate import evaluate_model
+from mythos_jax.inference.generate import decode, generate, prefill
 from mythos_jax.inference.text import TextStream
 from mythos_jax.model.halting import Halting
 from mythos_jax.porting.pretrained import save_pretrained
@@ -114,6 +115,30 @@ def test_no_texts(lm):
     assert lm.generate("a", max_new_tokens=0) == ""
 
 
+def test_texts_of_different_lengths_share_a_program(lm):
+    """As do the numbers of tokens that fit after them; and padding changes nothing."""
+    stream = lm.generate("a" * 20, stream=True)
+    "".join(stream)
+    assert 1 <= len(stream.stats.loops) <= CONFIG.max_seq_len - 21  # as many as fit
+    compiled = prefill._cache_size(), decode._cache_size()
+    tokens = {}
+    for text in ("abcdefg", "b" * 31):
+        pieces = lm.generate(text, stream=True)
+        tokens[text] = "".join(pieces)
+    assert (prefill._cache_size(), decode._cache_size()) == compiled
+    assert lm.generate("c" * 40) != ""  # of the next width
+    plain = generate(lm.model, lm.variables, [[256, *b"abcdefg"]], max_new_tokens=56, stop_tokens=[256])
+    assert tokens["abcdefg"] == lm.tokenizer.decode(plain.tokens[0, : int(plain.lengths[0])].tolist())
+
+
+def test_the_default_is_as_many_tokens_as_fit(lm):
+    with pytest.raises(ConfigError, match="prompt: got 63 tokens and 2 new ones, allowed: at most max_seq_len, 64"):
+        lm.generate("a" * 62, max_new_tokens=2)
+    stream = lm.generate("a" * 62, stream=True)
+    assert "".join(stream) == lm.generate("a" * 62, max_new_tokens=1)
+    assert len(stream.stats.loops) == 1
+
+
 def test_logits_are_those_of_the_model(lm):
     tokens_BT = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 7))
     expected = lm.model.apply(lm.variables, jnp.asarray(tokens_BT), loops=3).logits
@@ -161,7 +186,12 @@ def test_evaluate_is_that_of_its_parts(lm, tmp_path):
         (lambda lm: lm.logits("a", halting="latent:x"), "halting policy: got 'latent:x', allowed: CRITERION:THRESHOLD"),
         (lambda lm: lm.logits("a", halting="act"), "allowed with readout last"),
         (lambda lm: lm.generate("a", max_new_tokens=4, halting="act"), "allowed with readout last"),
-        (lambda lm: lm.generate("a" * 100), "max_seq_len"),
+        (lambda lm: lm.generate("a", halting="predicted"), "got 'predicted' for weights without a predictor; `mythos"),
+        (
+            lambda lm: lm.evaluate("none", halting="predicted"),
+            "got 'predicted' for weights without a predictor; `mythos",
+        ),
+        (lambda lm: lm.generate("a" * 100), "prompt: got 101 tokens and 1 new ones, allowed: at most max_seq_len, 64"),
         (
             lambda lm: lm.generate("a", draft_loops=2, temperature=1.0),
             r"temperature: got 1.0, allowed .*: 0 \(greedy\)",

@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--halting", type=halting_policy, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03, kl, …"
     )
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=128, metavar="N", help="tokens to generate (default 128)"
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens to generate (default: as many as fit in the model's context, at most 128)",
     )
     parser.add_argument(
         "--temperature", type=of_type(NonNegativeFloat), default=0.0, metavar="T", help="0 (the default) is greedy"

@@ -20,6 +20,7 @@ from mythos_jax.evaluation.results import Evaluation, HarnessTasks, HeldOutText,
 from mythos_jax.evaluation.text_bytes import measured_bytes
 from mythos_jax.flops import count_parameters
 from mythos_jax.model.halting import Halting
+from mythos_jax.model.predictor import check_predictor
 from mythos_jax.runs.load import LoadedModel
 
 
@@ -139,6 +140,8 @@ def evaluate_on_tasks(
 
 def choose_settings(loaded: LoadedModel, loops: Sequence[int] | None, halting: Sequence[Halting]) -> list[Setting]:
     """The requested settings. Depths default to `evaluation.loops` of the config, else to `default_depths`."""
+    for policy in halting:
+        check_predictor(policy, loaded.variables)
     depths = loops or loaded.config.evaluation.loops or default_depths(loaded.config.model.loops)
     return make_settings(loaded.config.model, depths, halting)
 

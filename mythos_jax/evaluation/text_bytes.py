@@ -19,13 +19,23 @@ def measured_bytes(batches: Sequence[Batch], folder: Path, manifest: Manifest, t
     split = manifest.splits["held_out"]
     if sum(int(batch["mask"].sum()) for batch in batches) == split.tokens:
         return split.text_bytes
-    if tokenizer is None:
-        tokenizer = load_tokenizer(ByteTokenizer.name if manifest.in_bytes else folder / TOKENIZER_FILE)
+    speller = tokenizer or _tokenizer_of(folder, manifest)
     return sum(
-        row_bytes(tokenizer, int(tokens_T[0]), targets_T[mask_T], manifest.end_of_document)
+        row_bytes(speller, int(tokens_T[0]), targets_T[mask_T], manifest.end_of_document)
         for batch in batches
         for tokens_T, targets_T, mask_T in zip(batch["tokens"], batch["targets"], batch["mask"], strict=True)
     )
+
+
+def _tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer that a folder was prepared with."""
+    if manifest.in_bytes:
+        return ByteTokenizer()
+    from tokenizers import Tokenizer as Backend
+
+    # Its end of document may have a name that has to be given.
+    end = Backend.from_file(str(folder / TOKENIZER_FILE)).id_to_token(manifest.end_of_document)
+    return load_tokenizer(folder, end)
 
 
 def row_bytes(tokenizer: Tokenizer, before: int, targets_N: np.ndarray, end_of_document: int) -> int:

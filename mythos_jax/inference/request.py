@@ -13,6 +13,7 @@ from mythos_jax.inference.state import GenerateResult, Job, Setup, State
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.halting import Halting, check_halting
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.predictor import check_predictor
 
 PREFILL_CHUNK = 512  # tokens of a prompt that are read by one call
 
@@ -22,7 +23,11 @@ Seed = int | Sequence[int] | np.ndarray
 
 
 class Options(TypedDict, total=False):
-    """The keywords that `generate`, `stream` and `speculate` share; `generate` says what they mean."""
+    """The keywords that `generate`, `stream` and `speculate` share; `generate` says what they mean.
+
+    room: of `stream` only, new tokens to make room for (default: max_new_tokens); with the same room, requests for
+    different numbers of tokens share a program.
+    """
 
     max_new_tokens: int
     loops: int | None
@@ -35,6 +40,7 @@ class Options(TypedDict, total=False):
     initial_state: str | None
     loop_cache_slots: int | None
     prefill_chunk: int
+    room: int
 
 
 def prepare(
@@ -54,6 +60,7 @@ def prepare(
     initial_state: str | None = None,
     loop_cache_slots: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    room: int | None = None,
 ) -> Job:
     """Checks a request. Raises ValueError with one line that names the argument, what it got and what is allowed."""
     config = model.config
@@ -67,8 +74,9 @@ def prepare(
     slots = loop_cache_slots
     check(slots is None or slots >= 1, "loop_cache_slots", slots, "an integer >= 1, or None")
     check_halting(config, halting, cached=True)
+    check_predictor(halting, variables)
 
-    B, T = tokens_BT.shape
+    (B, T), N = tokens_BT.shape, max_new_tokens if room is None else max(room, max_new_tokens)
     size = min(T, prefill_chunk)
     # Chunks that no row reaches are not read, and those that are read have one size: lengths compile nothing.
     starts = range(0, int(lengths_B.max()), size)
@@ -76,13 +84,14 @@ def prepare(
     active_BT = np.arange(padded_BT.shape[1]) < lengths_B[:, None]
     state = State(
         # With as many slots as loops, nothing is shared and nothing is approximate.
-        cache=init_cache(config, B, T + max_new_tokens, loops, slots if slots and slots < loops else None),
+        # No row is longer than max_seq_len, whatever the padding of the prompts.
+        cache=init_cache(config, B, min(T + N, config.max_seq_len), loops, slots if slots and slots < loops else None),
         done_B=jnp.zeros(B, bool),
         step=jnp.int32(0),
         result=GenerateResult(
-            tokens=jnp.zeros((B, max_new_tokens), jnp.int32),
+            tokens=jnp.zeros((B, N), jnp.int32),
             lengths=jnp.zeros(B, jnp.int32),
-            loops=jnp.zeros((B, max_new_tokens), jnp.int32),
+            loops=jnp.zeros((B, N), jnp.int32),
         ),
     )
     setup = Setup(model, loops, initial_state, variables, halting, sampling, stops)
@@ -107,12 +116,14 @@ def _check_prompts(
     bad = lengths_B[(lengths_B < 1) | (lengths_B > T)]
     check(not bad.size, "lengths", bad[:1].tolist(), f"from 1 (no prompt is empty) to {T}, the width of tokens")
     check(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "an integer >= 0")
+    longest, limit = int(lengths_B.max()), config.max_seq_len
     check(
-        max(T, lengths_B.max() + max_new_tokens) <= config.max_seq_len,
+        longest + max_new_tokens <= limit,
         "prompt",
-        f"{max(T, lengths_B.max())} tokens and {max_new_tokens} new ones",
-        f"at most max_seq_len, {config.max_seq_len}, together",
+        f"{longest} tokens and {max_new_tokens} new ones",
+        f"at most max_seq_len, {limit}, together",
     )
+    check(T <= limit, "tokens", f"{T} columns", f"at most max_seq_len, {limit}, padding included")
     active_BT = np.arange(T) < lengths_B[:, None]
     return _check_tokens("tokens", np.where(active_BT, tokens_BT, 0), config), lengths_B.astype(np.int32)
 

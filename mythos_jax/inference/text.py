@@ -27,6 +27,9 @@ from mythos_jax.model.state import Output
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import replicate, use_mesh
 
+MOST_TOKENS = 128  # new ones, if a request does not say how many
+MIN_WIDTH = 32  # of prompts, and the smallest step between their widths
+
 Piece = TypeVar("Piece", str, list[str])
 
 
@@ -68,7 +71,7 @@ class TextOptions(TypedDict, total=False):
 
     loops: int | None
     halting: Halting | str | None
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float
     top_k: int
     top_p: float
@@ -86,7 +89,7 @@ def stream_texts(
     *,
     loops: int | None = None,
     halting: Halting | str | None = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -103,6 +106,7 @@ def stream_texts(
     follows an end-of-document token.
 
     halting: a policy, also as text such as "latent:0.03".
+    max_new_tokens: default: as many as fit after the longest text, at most 128.
     seed: one for all texts, or one per text.
     draft_loops: draft tokens with this many loops and verify them at full depth, `draft_tokens` at a time; greedy only,
       and the same text in less time.
@@ -117,6 +121,7 @@ def stream_texts(
     stats = GenerationStats(cache_bytes(loaded.config.model, min(loop_cache_slots or depth, depth)))
     if not texts:
         return TextStream(iter(()), stats)
+    tokens_BT, lengths_B = _encode(tokenizer, texts, loaded.config.model.max_seq_len)
     options: dict[str, Any] = {
         "loops": loops,
         "halting": Halting.parse(halting) if isinstance(halting, str) else halting,
@@ -130,9 +135,13 @@ def stream_texts(
         "loop_cache_slots": loop_cache_slots,
         "prefill_chunk": prefill_chunk,
     }
+    if max_new_tokens is None:
+        max_len = loaded.config.model.max_seq_len
+        options["max_new_tokens"] = max(1, min(MOST_TOKENS, max_len - int(lengths_B.max())))
+        if draft_loops is None:  # texts of different lengths share a program
+            options["room"] = min(MOST_TOKENS, max_len)
     if draft_loops is not None:
         options |= {"draft_loops": draft_loops, "draft_tokens": draft_tokens}
-    tokens_BT, lengths_B = _encode(tokenizer, texts)
     try:
         with use_mesh(loaded.mesh):
             decode = stream if draft_loops is None else stream_drafts
@@ -143,14 +152,24 @@ def stream_texts(
     return TextStream(_decode(_on_mesh(loaded, results), detokenizers, stats), stats)
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The texts' tokens after an end-of-document token, int32 [B, T] with padding on the right, and lengths [B]."""
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], max_width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The texts' tokens after an end-of-document token, int32 [B, T] with padding on the right, and lengths [B].
+
+    T is one of few widths, at most `max_width` (if the texts are not longer), so that few programs are compiled.
+    """
     rows = [[tokenizer.end_of_document, *tokenizer.encode(text)] for text in texts]
     lengths_B = np.array([len(row) for row in rows], np.int32)
-    tokens_BT = np.zeros((len(rows), lengths_B.max()), np.int32)
+    longest = int(lengths_B.max())
+    tokens_BT = np.zeros((len(rows), max(longest, min(padded_width(longest), max_width))), np.int32)
     for row, tokens in zip(tokens_BT, rows, strict=True):
         row[: len(tokens)] = tokens
     return tokens_BT, lengths_B
+
+
+def padded_width(length: int) -> int:
+    """The width for prompts of this length: a multiple of `MIN_WIDTH`, and of an eighth of the next power of two."""
+    step = max(MIN_WIDTH, 1 << max((length - 1).bit_length() - 3, 0))
+    return -(-length // step) * step
 
 
 def _decode(
@@ -201,7 +220,7 @@ def text_logits(
     """
     policy = Halting.parse(halting) if isinstance(halting, str) else halting
     if isinstance(text_or_tokens, str):
-        tokens = _encode(loaded.require_tokenizer(), [text_or_tokens])[0][0]
+        tokens = _encode(loaded.require_tokenizer(), [text_or_tokens], max_width=0)[0][0]
     else:
         tokens = np.asarray(text_or_tokens)
     config = loaded.config.model

@@ -94,10 +94,12 @@ def make_context(
     limit = jnp.asarray(loops if halting is None else halting.limit(loops), jnp.int32)
     if cache is not None and not cache.bounded:
         limit = jnp.minimum(limit, cache.loop_slots)  # a deeper loop would overwrite the first ones
-    start = jnp.asarray(start, jnp.int32)
+    given_start, start = start, jnp.asarray(start, jnp.int32)
     stop = limit if count is None else jnp.minimum(limit, start + count)
-    if start.ndim == 1:  # rows that start at different loops also end in different ones
-        stop = jnp.broadcast_to(stop, start.shape)
+    # A scan of a fixed number of loops may go on after a depth that only the running program knows.
+    passes = fixed is not None and not (isinstance(loops, int) and isinstance(given_start, int))
+    if stop.ndim == 0 and (start.ndim == 1 or passes):  # rows that start at different loops also end in different ones
+        stop = jnp.broadcast_to(stop, inputs.tokens_BT.shape[:1])
     # Rows of different depths freeze those that are done; a policy freezes tokens, if the model wants it.
     freeze: Freeze = "none"
     if halting is not None and config.freeze_halted:

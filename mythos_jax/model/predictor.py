@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mythos_jax.errors import ConfigError
+from mythos_jax.model.halting import Halting
 
 PREDICTOR = "predictor"
+MISSING = "halting criterion: got 'predicted' for weights without a predictor; `mythos train-predictor RUN` trains one"
 MAX_LOG_KL = 10.0  # bound on the logarithm of a predicted KL, so that no exponential overflows
 
 # From a price that buys every loop to one that buys only the first.
@@ -53,6 +55,12 @@ def loops_at(excess: jax.Array, price: jax.Array | float) -> jax.Array:
     return jnp.argmin(total, axis=-1).astype(jnp.int32) + 1
 
 
+def check_predictor(halting: Halting | None, variables: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a policy that needs a predictor, where the model's variables have none."""
+    if halting is not None and halting.criterion == "predicted" and PREDICTOR not in variables:
+        raise ConfigError(MISSING)
+
+
 def predicted_loops(
     predictor: Mapping[str, Any] | None, injected_BTD: jax.Array, budget: float | jax.Array | None
 ) -> jax.Array:
@@ -61,10 +69,7 @@ def predicted_loops(
     Raises ConfigError where the model's variables have no predictor.
     """
     if predictor is None:
-        raise ConfigError(
-            "halting criterion: got 'predicted' for weights without a predictor; "
-            "`mythos train-predictor RUN` trains one"
-        )
+        raise ConfigError(MISSING)
     budget = predictor["budget"] if budget is None else budget
     # The mean falls as the price rises; a budget that no price meets gets the highest.
     first = jnp.argmax(jnp.append(predictor["mean_loops"] <= budget, True))

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from mythos_jax.data.tokenizer import load_tokenizer
 from mythos_jax.errors import ConfigError
+from tests import tokenizer_kinds
 
 TEXTS = ["def main():\n    return 0\n", "naïve café — 日本語 🙂\r\n\ttab", "", "a" * 50]
 
@@ -139,3 +140,21 @@ def test_an_end_of_document_token_of_another_name(tmp_path):
 
 def test_the_folder_of_a_tokenizer(bpe):
     assert load_tokenizer(bpe[1].parent).fingerprint == load_tokenizer(bpe[1]).fingerprint
+
+
+def test_special_tokens_have_a_name(tmp_path):
+    for kind in ("byte_level", "llama", "word_piece"):
+        backend = tokenizer_kinds.backend(kind)
+        tokenizer = load_tokenizer(tokenizer_kinds.save(kind, tmp_path))
+        for name in (tokenizer_kinds.END, tokenizer_kinds.OTHER):
+            assert tokenizer.special_token(name) == backend.token_to_id(name)
+            assert tokenizer.visible([1, backend.token_to_id(name), 10**6]) == [1]
+        assert tokenizer.special_token("the") is None
+    assert load_tokenizer("bytes").special_token(tokenizer_kinds.END) is None
+
+
+def test_a_stop_word_of_the_vocabulary_ends_documents(tmp_path):
+    """An end-of-document token that was never declared special: text when decoded, and still the end."""
+    Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>")).save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(tmp_path / "words.json")
+    assert tokenizer.special_token("</s>") == tokenizer.end_of_document == 1

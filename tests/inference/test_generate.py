@@ -1,6 +1,7 @@
 """Generation against a slow loop of full forward passes of the NumPy reference, one row at a time."""
 
 from dataclasses import replace
+from inspect import Parameter, signature
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 
 from mythos_jax.inference.generate import GenerateResult, Setup, State, decode, generate, prefill, stream
+from mythos_jax.inference.request import prepare
 from mythos_jax.inference.sampling import Sampling, position_noise
+from mythos_jax.inference.text import stream_texts
+from mythos_jax.language_model import LanguageModel
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
@@ -311,3 +315,12 @@ def test_bad_input(keywords, message):
         generate(model(GQA), variables(GQA), **arguments)
     assert "\n" not in str(caught.value).strip() or "halting" in keywords
     assert not isinstance(caught.value, jax.errors.JAXTypeError)
+
+
+@pytest.mark.parametrize(("one", "other"), [(generate, prepare), (stream_texts, LanguageModel.generate)])
+def test_a_keyword_has_one_default(one, other):
+    """Each signature shows its defaults, so they are written more than once."""
+    first, second = signature(one).parameters, signature(other).parameters
+    shared = [name for name, keyword in first.items() if name in second and keyword.kind is Parameter.KEYWORD_ONLY]
+    assert len(shared) > 6
+    assert {name: first[name].default for name in shared} == {name: second[name].default for name in shared}

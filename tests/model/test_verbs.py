@@ -223,6 +223,32 @@ def test_tokens_of_one_row_are_split_and_joined():
 
 
 @pytest.mark.parametrize(
+    ("config", "cached"), [(GQA, True), (MLA, True), (HUGINN, False)], ids=["gqa", "mla", "huginn"]
+)
+def test_a_count_beyond_a_traced_depth_ends_at_the_depth(config, cached):
+    """As many loops as the traced numbers allow, though a scan of `count` runs."""
+    start = some_state(config)
+
+    @jax.jit
+    def go(loops, first):
+        def forward(model):
+            empty = init_cache(config, B, T, LOOPS) if cached else None
+            tokens, cache = model.begin(some_tokens(), initial_state=start, cache=empty)
+            tokens, cache, _ = model.loop(tokens, cache, loops=LOOPS, count=first)
+            tokens, cache, trace = model.loop(tokens, cache, loops=loops, start=first, count=4)
+            return model.finish(tokens, cache, trace)
+
+        return apply(config, forward)
+
+    for loops, first in [(3, 1), (5, 1), (5, 2), (2, 2)]:
+        out = go(jnp.int32(loops), jnp.int32(first))
+        whole = run(config, variables(config), some_tokens(), loops=loops, initial_state=start)
+        np.testing.assert_array_equal(out.loops, whole.loops)
+        np.testing.assert_allclose(out.state, whole.state, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(out.logits, whole.logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
     ("keywords", "message"),
     [
         ({"start": 6}, "start: got 6, allowed: 0 to loops, 5"),
