@@ -12,7 +12,6 @@ memory.
 
 import csv
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,7 +190,7 @@ def _not_json(error: ValueError) -> str:
 
 
 def _read_csv(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
-    csv.field_size_limit(sys.maxsize)  # of the whole process: a document may be long
+    csv.field_size_limit(2**31 - 1)  # of the whole process: a document may be long
     delimiter = "\t" if file.suffix == ".tsv" else ","
     number = 0
     try:

@@ -179,9 +179,9 @@ def tokenize_units(stream: TextStream, tokenize: UnitTokenizer, workers: Workers
             continue
         pending.append(workers.submit(tokenize, unit))
         if len(pending) > workers.count:  # bounds the units in memory
-            yield pending.popleft().result()
+            yield workers.result(pending.popleft())
     while pending:
-        yield pending.popleft().result()
+        yield workers.result(pending.popleft())
 
 
 def cut_units(stream: TextStream, number: int = 0, first_input: int = 0, text_end: int = 0) -> Iterator[TextUnit]:

@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, Self
 
 from mythos_jax.errors import INTERRUPTED
 
+_TURN = 0.2  # seconds of waiting after which a Ctrl-C is seen at the latest
 _PATIENCE = 1.0  # seconds that an interrupted program waits for its threads
 
 
@@ -35,6 +36,13 @@ class Workers:
         self._calls.put((future, function, arguments))
         return future
 
+    def result(self, future: Future) -> Any:
+        """What a submitted call returned or raised. Waits in short turns: a signal that comes just before a thread
+        starts to wait is not handled until it stops."""
+        while not future.done():
+            wait([future], timeout=_TURN)
+        return future.result()
+
     def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
@@ -51,7 +59,7 @@ class Workers:
         try:
             for thread in self._threads:
                 while thread.is_alive():
-                    thread.join(0.2)  # not longer, so that a Ctrl-C is seen
+                    thread.join(_TURN)
         except BaseException as interruption:
             self._abandon(interruption)
             raise
