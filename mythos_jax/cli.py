@@ -7,19 +7,18 @@ output any more (`mythos info RUN | head -1`).
 """
 
 import argparse
-import contextlib
 import difflib
 import os
 import select
 import shlex
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from types import FrameType, ModuleType
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
+from mythos_jax import interrupts
 from mythos_jax.commands import compile, convert, data, eval, generate, info, train, train_predictor
 from mythos_jax.commands.words import find_parser, split_overrides
 from mythos_jax.errors import (
@@ -80,7 +79,7 @@ def _run_command(argv: list[str]) -> int:
         return _wrong_input(f"unknown argument {unknown[0]!r} for `mythos {arguments.command}`; see its --help")
     arguments.command_line = shlex.join(["mythos", *argv])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides what XLA logs when it starts
-    with _noting_interrupts() as interrupts:
+    with interrupts.caught() as pressed:
         try:
             return COMMANDS[arguments.command].run(arguments, overrides)
         except KeyboardInterrupt:
@@ -89,7 +88,7 @@ def _run_command(argv: list[str]) -> int:
             code = _exit_code(error)
             if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
                 raise _OutputLost from error
-            if interrupts and code is None:  # modules in C turn an interrupt of their import into an error of their own
+            if pressed and code is None:  # code in C turns an interrupt into an error of its own
                 return _interrupted()
             if "jax" in sys.modules:
                 return _end_together(error, code, arguments.debug)
@@ -163,27 +162,6 @@ def _flush() -> None:
     except OSError as error:
         discard(sys.stdout)
         raise _OutputLost from error
-
-
-@contextlib.contextmanager
-def _noting_interrupts() -> Iterator[list[int]]:
-    """Yields a list that is not empty once Ctrl-C was pressed. It raises KeyboardInterrupt as always."""
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        raise KeyboardInterrupt
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    # Only Python's own handler is replaced: the signal may be ignored, as after nohup, or belong to a caller.
-    if not (main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
-        yield noted
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -34,7 +34,7 @@ FLOORS = (
     ("config",),
     ("typed",),
     ("progress",),
-    ("chips", "json_text", "paths", "streams"),
+    ("chips", "interrupts", "json_text", "paths", "streams"),
     ("errors", "version"),
 )
 FLOOR = {room: -i for i, rooms in enumerate(FLOORS) for room in rooms}

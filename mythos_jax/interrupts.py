@@ -1,0 +1,69 @@
+"""Ctrl-C where Python alone would show a traceback, crash, or go on: while modules are imported, and in callbacks whose
+exceptions nobody catches."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from mythos_jax.errors import INTERRUPTED, RESTART
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """A signal handler for a program that has not begun its work."""
+    restart = number == signal.SIGTERM
+    os.write(2, b"mythos: stopped by SIGTERM; run the same command again\n" if restart else b"mythos: interrupted\n")
+    os._exit(RESTART if restart else INTERRUPTED)
+
+
+def is_default() -> bool:
+    """Whether Ctrl-C has Python's own handler. It may be ignored, as after nohup, or belong to a caller."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    return main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[list[int]]:
+    """Raises KeyboardInterrupt in the block on Ctrl-C, as always, but ends the process at once if a module is being
+    imported: a module in C may turn the exception into another one, or crash.
+
+    Yields a list that is not empty once Ctrl-C was pressed.
+    """
+    pressed: list[int] = []
+    if not is_default():
+        yield pressed
+        return
+    previous = sys.unraisablehook
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if _importing(frame):
+            end_at_once(number, frame)
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    def again(details: Any) -> None:
+        """Python prints an exception in a callback, for example of the garbage collector, and goes on."""
+        if details.exc_type is not None and issubclass(details.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            previous(details)
+
+    signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = again
+    try:
+        yield pressed
+    finally:
+        sys.unraisablehook = previous
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
