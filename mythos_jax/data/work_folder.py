@@ -27,10 +27,11 @@ def work_folder(out: Path, request: str) -> Iterator[Path]:
     folder = out.with_name(f"{out.name}.partial-{request}")
     folder.mkdir(parents=True, exist_ok=True)
     lock = _try_lock(folder)
-    if lock is None:
-        folder = folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}")
-        folder.mkdir()
-        lock = _try_lock(folder)  # still None if the file system has no locks
+    if lock is None or not (folder / _LOCK_FILE).exists():  # its last owner may have deleted it meanwhile
+        # Under a name that nobody looks for until it is locked: another process might take it for abandoned.
+        folder, hidden = _own_folder(folder)
+        lock = _try_lock(hidden)  # still None if the file system has no locks
+        hidden.rename(folder)
     try:
         _delete_abandoned(out, folder)
         yield folder
@@ -47,6 +48,14 @@ def work_folder(out: Path, request: str) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def _own_folder(folder: Path) -> tuple[Path, Path]:
+    """A name that no other process has, and a new folder under another such name."""
+    name = f"{folder.name}-{uuid.uuid4().hex[:8]}"
+    hidden = folder.with_name(f".{name}")
+    hidden.mkdir()
+    return folder.with_name(name), hidden
 
 
 def _try_lock(folder: Path) -> BaseFileLock | None:

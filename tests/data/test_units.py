@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -305,6 +306,51 @@ def test_work_in_progress_is_left_alone(corpus, uninterrupted, tmp_path, monkeyp
     monkeypatch.setattr(prepare_module, "_publish", run_other)
     assert prepare([str(corpus)], tmp_path / "out", **OPTIONS) == uninterrupted[0]
     assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["before it is locked", "when it is locked"])
+def test_a_folder_that_is_deleted_by_its_last_owner(corpus, uninterrupted, tmp_path, monkeypatch, moment):
+    acquire = work_folder_module.FileLock.acquire
+
+    def delete_first(self, **options):
+        monkeypatch.setattr(work_folder_module.FileLock, "acquire", acquire)
+        folder = Path(self.lock_file).parent
+        if moment == "before it is locked":
+            shutil.rmtree(folder)
+            return acquire(self, **options)
+        acquired = acquire(self, **options)
+        shutil.rmtree(folder)
+        return acquired
+
+    monkeypatch.setattr(work_folder_module.FileLock, "acquire", delete_first)
+    assert prepare([str(corpus)], tmp_path / "out", **OPTIONS) == uninterrupted[0]
+    assert not leftovers(tmp_path)
+
+
+def test_a_new_folder_is_not_taken_for_an_abandoned_one(tmp_path, monkeypatch):
+    """Another process looks for abandoned work at the worst moment: the folder has been made and is not yet locked."""
+    acquire, own_folder = work_folder_module.FileLock.acquire, work_folder_module._own_folder
+
+    def look_first(self, **options):
+        monkeypatch.setattr(work_folder_module.FileLock, "acquire", acquire)
+        (Path(self.lock_file).parent / "lock").touch()
+        work_folder_module._delete_abandoned(tmp_path / "out", tmp_path / "another")
+        return acquire(self, **options)
+
+    def looked_for(folder):
+        names = own_folder(folder)
+        monkeypatch.setattr(work_folder_module.FileLock, "acquire", look_first)
+        return names
+
+    monkeypatch.setattr(work_folder_module, "_own_folder", looked_for)
+    with (
+        work_folder_module.work_folder(tmp_path / "out", "same") as first,
+        work_folder_module.work_folder(tmp_path / "out", "same") as second,
+    ):
+        assert first.is_dir()
+        assert second.is_dir()
+        assert first != second
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSYS, "no flock"), NotImplementedError("no flock")])
