@@ -4,7 +4,7 @@ import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,20 +40,25 @@ class RunLog:
                 stack.callback(logger.close)
             stack.callback(self._bar.close)
 
-    def step(self, step: int, values: dict[str, Any]) -> None:
-        """Counts a finished step; writes its metrics every `log_every` steps."""
-        t, values = self.config.training, dict(values)
-        # With ACT, `mean_loops` counts the loops that contributed to the read-out; training runs all of them.
-        loops = mean_loops(self.config) if self.config.model.readout == "act" else values["mean_loops"]
-        self._throughput.add(int(values.pop("tokens")), training_flops(self.config, loops))
-        self._goodput.step()
-        note = ""
-        if step % t.log_every == 0 or step in (1, t.steps):
-            values |= self._throughput.report() | {"goodput": round(self._goodput.fraction(), 4)}
-            self.write(step, values)
-            note = f"loss {values['loss']:.3f}, {values['tokens_per_second']:.0f} tokens/s"
-        self._bar.update(note=note)
-        self.last = {"step": step, **values}
+    def steps(self, finished: Sequence[tuple[int, dict[str, Any]]]) -> None:
+        """Counts steps that have ended since the last call, and writes every `log_every`-th of them. They share their
+        rates, because nothing is known of when each of them ended."""
+        t = self.config.training
+        logged = [step for step, _ in finished if step % t.log_every == 0 or step in (1, t.steps)]
+        for _, values in finished:
+            # With ACT, `mean_loops` counts the loops that contributed to the read-out; training runs all of them.
+            loops = mean_loops(self.config) if self.config.model.readout == "act" else values["mean_loops"]
+            self._throughput.add(int(values["tokens"]), training_flops(self.config, loops))
+        self._goodput.add(len(finished))
+        rates = self._throughput.report() | {"goodput": round(self._goodput.fraction(), 4)} if logged else {}
+        for step, values in finished:
+            row, note = {name: value for name, value in values.items() if name != "tokens"}, ""
+            if step in logged:
+                row |= rates
+                self.write(step, row)
+                note = f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
+            self._bar.update(note=note)
+            self.last = {"step": step, **row}
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -119,11 +124,11 @@ class Goodput:
         self._steps = 0
         self._durations: deque[float] = deque(maxlen=101)
 
-    def step(self) -> None:
-        """Counts a step that has ended."""
+    def add(self, steps: int) -> None:
+        """Counts steps that have ended since the last call."""
         now = time.perf_counter()
-        self._durations.append(now - self._last)
-        self._last, self._steps = now, self._steps + 1
+        self._durations.extend([(now - self._last) / steps] * steps if steps else [])
+        self._last, self._steps = now if steps else self._last, self._steps + steps
 
     def pause(self, seconds: float) -> None:
         """Leaves out of the next step's duration time in which it did not run. It still counts as wall time."""

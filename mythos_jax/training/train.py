@@ -63,6 +63,10 @@ def train(
         return _Loop(config, mesh, data, checkpoints, run_dir, lock, progress and is_process_zero()).run(state)
 
 
+# Steps that were dispatched, with their metrics.
+Steps = list[tuple[int, dict[str, jax.Array]]]
+
+
 class _Loop:
     """The loop proper. Metrics of step n are read once step n + 1 has been dispatched, so the device never waits."""
 
@@ -84,7 +88,7 @@ class _Loop:
     def run(self, state: TrainState) -> dict[str, Any]:
         t, start = self.config.training, int(state.step)
         train_step = make_train_step(self.config, self.mesh)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
+        waiting: Steps = []
         due = False  # whether a checkpoint is to be saved
         with (
             RunLog(self.config, self.mesh, self.run_dir, start, self.progress) as log,
@@ -95,23 +99,19 @@ class _Loop:
             for step, batch in zip(range(start + 1, t.steps + 1), self._batches(start), strict=False):
                 with profiler.step(step):
                     state, metrics = train_step(state, batch)
-                # Reading this step's metrics would wait for it; those of the previous step are done or nearly so.
-                if pending:
-                    self._read(log, *pending)
-                pending = (step, metrics)
-                # Where steps run while they are dispatched, so that each is timed alone.
-                if cast(Any, metrics["loss"]).is_ready():
-                    self._read(log, *pending)
-                    pending = None
+                waiting.append((step, metrics))
                 # All processes are told to stop after the same step, whichever of them received the signal.
                 stopped = stop.reached(step)
                 due = due or step % t.checkpoint_every == 0
                 must_save = step == t.steps or stopped is not None
                 evaluates = t.evaluate_every and step % t.evaluate_every == 0
-                if pending and (due or must_save or evaluates):
-                    # First, because it raises at a bad step: its state must not be evaluated or saved.
-                    self._read(log, *pending)
-                    pending = None
+                # The metrics of the previous step are there, or nearly so; to read this step's is to wait for it. That
+                # is done before a save or an evaluation, because reading raises at a bad step, whose state must not be
+                # evaluated or saved; and where steps run while they are dispatched, so that there is no wait.
+                reads_all = cast(Any, metrics["loss"]).is_ready() or due or must_save or evaluates
+                end = len(waiting) - (not reads_all)
+                self._read(log, waiting[:end])
+                waiting = waiting[end:]
                 with log.pause():
                     if evaluates:
                         log.write(step, {"held_out_loss": self._evaluate(state)})
@@ -137,16 +137,22 @@ class _Loop:
         for batch in batches:
             yield to_global(sharding, size, rows, batch)
 
-    def _read(self, log: RunLog, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Waits for the step's metrics and logs them. Raises BadStepError if the run is to stop at bad steps."""
-        values = {name: to_json(value) for name, value in jax.device_get(metrics).items()}
-        t = self.config.training
-        self.bad_in_a_row = self.bad_in_a_row + 1 if values.pop("bad") else 0
-        if self.bad_in_a_row and t.bad_steps == "stop":
-            raise self._bad_step(step, _problem(values), "training stopped")
-        log.step(step, values)
-        if self.bad_in_a_row >= t.max_bad_steps:
-            raise self._bad_step(step, _problem(values), f"{self.bad_in_a_row} updates in a row were skipped")
+    def _read(self, log: RunLog, steps: Steps) -> None:
+        """Waits for the metrics of steps and logs them. Raises BadStepError if the run is to stop at one of them."""
+        t, read, error = self.config.training, [], None
+        for step, metrics in jax.device_get(steps):
+            values = {name: to_json(value) for name, value in metrics.items()}
+            self.bad_in_a_row = self.bad_in_a_row + 1 if values.pop("bad") else 0
+            if self.bad_in_a_row and t.bad_steps == "stop":
+                error = self._bad_step(step, _problem(values), "training stopped")
+                break
+            read.append((step, values))
+            if self.bad_in_a_row >= t.max_bad_steps:
+                error = self._bad_step(step, _problem(values), f"{self.bad_in_a_row} updates in a row were skipped")
+                break
+        log.steps(read)
+        if error is not None:
+            raise error
 
     def _bad_step(self, step: int, problem: str, outcome: str) -> BadStepError:
         newest = self.checkpoints.newest()  # bad states are not saved, so a new start resumes before the bad step

@@ -42,7 +42,7 @@ def test_pauses_are_in_no_rate(config, clock, tmp_path):
     with RunLog(config, make_mesh(config.mesh), tmp_path, start=0, progress=False) as log:
         for step in range(1, 5):
             clock.now += 1
-            log.step(step, {"loss": 1.0, "tokens": 128.0, "mean_loops": 2.0})
+            log.steps([(step, {"loss": 1.0, "tokens": 128.0, "mean_loops": 2.0})])
             if step == 2:
                 with log.pause():
                     clock.now += 60
@@ -51,12 +51,24 @@ def test_pauses_are_in_no_rate(config, clock, tmp_path):
     assert rows[-1]["goodput"] == pytest.approx(4 / 64, abs=1e-4)
 
 
+def test_steps_that_are_read_together_share_their_rate(config, clock, tmp_path):
+    """Steps of 1 s each, of which the second and third are read at the same moment."""
+    with RunLog(config, make_mesh(config.mesh), tmp_path, start=0, progress=False) as log:
+        for steps in [(1,), (2, 3), (4,), ()]:
+            clock.now += len(steps)
+            log.steps([(step, {"loss": 1.0, "tokens": 128.0, "mean_loops": 2.0}) for step in steps])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {(row["tokens_per_second"], row["goodput"]) for row in rows} == {(128.0, 1.0)}
+    assert log.last == rows[-1]
+
+
 def test_goodput_is_the_fraction_of_time_in_steps(clock):
     goodput = Goodput()
     assert goodput.fraction() == 0
     for seconds in (7, 1, 1):  # the first step waits for the compiler
         clock.now += seconds
-        goodput.step()
+        goodput.add(1)
     clock.now += 1
     assert goodput.fraction() == pytest.approx(3 / 10)
 
@@ -69,7 +81,7 @@ def test_the_log_reports_flops_at_the_depth_that_was_trained(config, clock, tmp_
         log._throughput = Throughput(peak_flops=1e9)
         for step, loops in [(2, 2.0), (3, 1.5)]:
             clock.now += 1
-            log.step(step, {"loss": 1.0, "tokens": 128.0, "mean_loops": loops})
+            log.steps([(step, {"loss": 1.0, "tokens": 128.0, "mean_loops": loops})])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["flops_per_second"] for row in rows] == [training_flops(config), training_flops(config, 1.5)]
     assert rows[0]["mfu"] == pytest.approx(training_flops(config) / 1e9, abs=1e-4)
