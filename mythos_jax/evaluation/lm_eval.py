@@ -6,8 +6,12 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
+import datasets
+import lm_eval.api.task
+import tqdm
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
@@ -255,9 +259,29 @@ def _quiet() -> Iterator[None]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Standard errors are bootstrapped, in other processes unless this is set; forking one that runs jax may hang.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    commit, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None  # git complains in any folder
+    datasets.disable_progress_bars()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        # git complains in any folder that is not its own.
+        stack.enter_context(_replaced(evaluator, "get_git_commit_hash", lambda: None))
+        # Bars for work that takes no time; `scoring` shows the progress of the rest.
+        for module in (lm_eval.api.task, tqdm):
+            stack.enter_context(_replaced(module, "tqdm", _NoBar))
+        yield
+
+
+class _NoBar(tqdm.tqdm):
+    """A progress bar that is never shown."""
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords | {"disable": True})
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
-        evaluator.get_git_commit_hash = commit
+        setattr(module, name, before)
