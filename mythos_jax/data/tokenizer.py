@@ -162,24 +162,38 @@ class HuggingFaceTokenizer:
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        if end_of_document is None:
-            end_of_document = next((name for name in END_OF_DOCUMENT_NAMES if name in vocabulary), None)
-        if end_of_document is None:
-            raise ConfigError(
-                f"tokenizer {path}: has no end-of-document token; allowed: one of {', '.join(END_OF_DOCUMENT_NAMES)}, "
-                "or the name of another of its tokens (--end-of-document, or data.end_of_document)"
-            )
-        if end_of_document not in vocabulary:
-            special = [token.content for token in self._backend.get_added_tokens_decoder().values()]
-            raise ConfigError(
-                f"end_of_document: got {end_of_document!r}, allowed: a token of {path}, such as "
-                f"{', '.join(special[:20]) or 'one that you add to it'}"
-            )
+        end_of_document = self._find_end(path, vocabulary, end_of_document)
         self.name: str = file.name
         self.end_of_document = vocabulary[end_of_document]
         self._end_name = end_of_document
         self.vocab_size = max(vocabulary.values()) + 1  # not len(vocabulary): ids may have gaps
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _find_end(self, path: str | Path, vocabulary: dict[str, int], name: str | None) -> str:
+        """The end-of-document token: the one of this name, else the first that has a usual name."""
+        found = name or next((usual for usual in END_OF_DOCUMENT_NAMES if usual in vocabulary), None)
+        if found is None:
+            raise ConfigError(
+                f"tokenizer {path}: has no end-of-document token; allowed: one of {', '.join(END_OF_DOCUMENT_NAMES)}, "
+                "or the name of another of its tokens (--end-of-document, or data.end_of_document)"
+            )
+        if found in vocabulary and not (name and self._is_in_text(name, vocabulary[name])):
+            return found
+        special = [token.content for token in self._backend.get_added_tokens_decoder().values()]
+        raise ConfigError(
+            f"end_of_document: got {found!r}, allowed: a token of {path} that no text contains, such as "
+            f"{', '.join(special[:20]) or 'one that you add to it'}"
+        )
+
+    def _is_in_text(self, name: str, number: int) -> bool:
+        """Whether the text that a token stands for is read as this token; that of a special token is not."""
+        for text in [name, self._backend.decode([number], skip_special_tokens=False)]:
+            try:
+                if number in self._backend.encode(text, add_special_tokens=False).ids:
+                    return True
+            except Exception:
+                continue
+        return False
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]

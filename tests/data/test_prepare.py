@@ -160,11 +160,11 @@ def test_max_bytes_truncates_the_text_between_characters(tmp_path):
         assert join(read_rows(tmp_path / f"out{limit}", "train")) == stream_of(texts), limit
 
 
-def words_tokenizer(path, size=6):
+def words_tokenizer(path, size=6, more=()):
     vocabulary = {"a": 0, "b": 1, "[UNK]": 2} | {f"w{i}": i for i in range(3, size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True), *(AddedToken(name, special=True) for name in more)])
     tokenizer.save(str(path))
     return path
 
@@ -187,22 +187,22 @@ def test_tokenizer_json(tmp_path, size, dtype):
 
 def test_an_end_of_document_token_of_another_name(tmp_path):
     (tmp_path / "a.txt").write_text("a b\nb a b")
-    spec = str(words_tokenizer(tmp_path / "words.json"))
+    spec = str(words_tokenizer(tmp_path / "words.json", more=["<doc>"]))
     options = {"tokenizer": spec, "seq_len": 8, "held_out_fraction": 0.5}
-    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", end_of_document="w5", **options)
-    assert manifest.end_of_document == 5
-    assert read_rows(tmp_path / "out", "train") == [[5, 0, 1, 5]]
+    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", end_of_document="<doc>", **options)
+    assert manifest.end_of_document == 7
+    assert read_rows(tmp_path / "out", "train") == [[7, 0, 1, 7]]
     with pytest.raises(
         ConfigError,
-        match=r"end_of_document: got token 6 of words.json, allowed: token 5, with",
+        match=r"end_of_document: got token 6 of words.json, allowed: token 7, with",
     ):
         prepare([str(tmp_path / "a.txt")], tmp_path / "out", **options)
-    data = DataConfig(path=str(tmp_path / "out"), tokenizer=spec, seq_len=8, end_of_document="w5")
+    data = DataConfig(path=str(tmp_path / "out"), tokenizer=spec, seq_len=8, end_of_document="<doc>")
     assert ensure_prepared(Config(data=data)) == manifest
     with pytest.raises(ConfigError, match=r"data\.end_of_document: got token 6"):
         ensure_prepared(Config(data=dataclasses.replace(data, end_of_document=None)))
     other = dataclasses.replace(data, path=str(tmp_path / "new"), sources=(str(tmp_path / "a.txt"),))
-    assert ensure_prepared(Config(data=other)).end_of_document == 5
+    assert ensure_prepared(Config(data=other)).end_of_document == 7
 
 
 def test_standard_library(tmp_path):

@@ -134,6 +134,10 @@ def test_an_end_of_document_token_of_another_name(tmp_path):
     assert named.fingerprint == load_tokenizer(tmp_path / "t.json").fingerprint  # the same text gives the same ids
     with pytest.raises(ConfigError, match=r"^end_of_document: got '<end>', allowed: a token of .*, such as <pad>, <do"):
         load_tokenizer(tmp_path / "t.json", "<end>")
+    for word in ["a", "Ġ"]:  # would end documents wherever it occurs
+        assert backend.token_to_id(word) is not None
+        with pytest.raises(ConfigError, match=rf"^end_of_document: got '{word}', allowed: a token of .* no text con"):
+            load_tokenizer(tmp_path / "t.json", word)
     with pytest.raises(ConfigError, match=r"^end_of_document: got '<doc>', allowed: none with tokenizer bytes"):
         load_tokenizer("bytes", "<doc>")
 
