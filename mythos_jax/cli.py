@@ -94,7 +94,7 @@ def _run_command(argv: list[str]) -> int:
                 return _end_together(error, code, arguments.debug)
             if arguments.debug or code is None:
                 raise
-            _say(str(error))
+            _say(_line(error))
             return code
 
 
@@ -164,6 +164,13 @@ def _flush() -> None:
         raise _OutputLost from error
 
 
+def _line(error: Exception) -> str:
+    """The message of an expected error. Python's own begin with a number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an expected error; None for a bug."""
     if isinstance(error, ConfigError):
@@ -186,7 +193,7 @@ def _end_together(error: Exception, code: int | None, debug: bool) -> int:
     if debug or code is None:
         traceback.print_exception(error)
     elif is_process_zero() or not stopped:
-        _say(f"{process_prefix()}{error}")
+        _say(f"{process_prefix()}{_line(error)}")
     code = FAILED if code is None else code
     if not stopped:
         exit_now(code)

@@ -4,6 +4,7 @@
 joins the cluster; what the processes do once they are connected is in processes.py.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ def cache_compilations(folder: str | None) -> None:
     """
     option = "jax_compilation_cache_dir"
     if folder:
+        if not is_remote(folder) and os.path.exists(folder) and not os.path.isdir(folder):
+            raise ConfigError(f"--compilation-cache: got {folder}, which is a file; allowed: a folder")
         jax.config.update(option, folder)
     if is_remote(getattr(jax.config, option) or ""):
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own caches need a disk

@@ -109,7 +109,14 @@ class FileSource(Source):
         if config is None:
             config = family.model_config(fields or {}, str(config_path))
         tokenizer = path / "tokenizer.json"  # of a directory
-        super().__init__(path, family, config, tensors, tokenizer if tokenizer.is_file() else None)
+        try:
+            super().__init__(path, family, config, tensors, tokenizer if tokenizer.is_file() else None)
+        except AssertionError:  # for a config that came with the tensors, it would be our own mistake
+            if config_path == path:
+                raise
+            raise ConfigError(
+                f"{config_path}: is not the config of {path}, whose tensors are those of a {family.name} model"
+            ) from None
 
     def _read(self, stored_name: str) -> np.ndarray:
         return self._file_of[stored_name].read(stored_name)

@@ -45,12 +45,13 @@ class SafetensorsFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
+            self.path.open("rb").close()  # its error says what is wrong; that of `safe_open` is always "No such file"
             with safe_open(self.path, framework="np") as file:
                 self.tensors = {name: self._info(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, ValueError) as error:
             raise ConfigError(f"{self.path}: damaged or truncated safetensors file ({one_line(error)})") from None
         except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be read ({one_line(error)})") from None
+            raise ConfigError(f"{self.path}: cannot be read ({error.strerror})") from None
 
     def _info(self, name: str, tensor_slice: Any) -> TensorInfo:
         dtype = tensor_slice.get_dtype()

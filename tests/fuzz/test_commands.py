@@ -64,6 +64,17 @@ PATHS += [
     "quickstart",
     "parity",
 ]
+GOOD = {
+    "config": ["tiny.yaml"],
+    "model": ["model", "run"],
+    "source": ["model"],
+    "target": ["new"],
+    "sources": ["text"],
+    "out": ["new"],
+    "tokenizer": ["bytes", "nothing"],
+    "topology": ["v5e:2x2"],
+    "to": ["mythos_jax", "huginn", "openmythos"],
+}
 NUMBERS = ["0", "1", "2", "3", "-1", "1e0", "1e3", "0.5", "1e400", "nan", "-inf", "x", "", " 1", "0x1", "1_0", "\u0663"]
 NUMBERS += ["2147483648", "4294967296", "9" * 5000, "null", "true", "1,2", "1-3", "1-99999999999", "[1]", "latent:1"]
 SNIPPETS = [
@@ -236,8 +247,9 @@ def test_a_damaged_config_is_read_or_refused(place, edits, scratches, encoding):
 
 def values(action: argparse.Action) -> st.SearchStrategy[str]:
     """Words for a flag or a positional: some that it takes, many that it does not."""
+    good = st.sampled_from(GOOD.get(action.dest, ["1", "2"]))
     words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
-    return st.sampled_from(NUMBERS) | st.sampled_from(PATHS) | words
+    return good | good | good | st.sampled_from(NUMBERS) | st.sampled_from(PATHS) | words
 
 
 @st.composite

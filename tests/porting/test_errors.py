@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -259,3 +260,12 @@ def test_tensor_that_extends_beyond_its_storage(tmp_path):
             data = old.read(item)
             new.writestr(item.filename, data[:16] if "/data/" in item.filename else data)
     assert_refused(path, "extends beyond its storage")
+
+
+def test_the_config_of_another_family_is_refused(tmp_path):
+    """The tensors say that they are Huginn's; a config of ours says what these cannot be."""
+    config = tmp_path / "other.yaml"
+    config.write_text("model: {vocab_size: 120, dim: 32, n_heads: 2, n_kv_heads: 2}\n", encoding="utf-8")
+    weights = Path(__file__).parents[1] / "golden" / "huginn" / "model.safetensors"
+    with pytest.raises(ConfigError, match=r"other\.yaml: is not the config of .*, whose tensors are those of a huginn"):
+        load_pretrained(weights, config)
