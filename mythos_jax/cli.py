@@ -85,6 +85,7 @@ def _run_command(argv: list[str]) -> int:
         except KeyboardInterrupt:
             return _interrupted()
         except Exception as error:
+            error = _without_backend(error)
             code = _exit_code(error)
             if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
                 raise _OutputLost from error
@@ -162,6 +163,20 @@ def _flush() -> None:
     except OSError as error:
         discard(sys.stdout)
         raise _OutputLost from error
+
+
+def _without_backend(error: Exception) -> Exception:
+    """The error as one of the user's if jax has not found the platform that JAX_PLATFORMS names; else unchanged."""
+    reason = one_line(error, limit=200)
+    if isinstance(error, AssertionError) and not reason and "jax" in sys.modules:  # jax's answer for cuda
+        try:
+            sys.modules["jax"].devices()
+        except AssertionError:
+            reason = "Unable to initialize backend"
+    if not reason.startswith("Unable to initialize backend"):
+        return error
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return ConfigError(f"JAX_PLATFORMS: got {platforms!r}, allowed: a platform that this machine has ({reason})")
 
 
 def _line(error: Exception) -> str:

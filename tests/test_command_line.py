@@ -163,6 +163,17 @@ def test_characters_that_the_locale_lacks_are_escaped(tiny, monkeypatch):
         assert written.getvalue().startswith(b"d\\xe9j\\xe0 \\u65e5: 1 + 1 x loops + 1 layers")
 
 
+def test_a_platform_that_is_not_there_is_named(tiny):
+    environment = {**os.environ, "JAX_PLATFORMS": "abacus"}
+    command = [sys.executable, "-m", "mythos_jax", "info", tiny]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"mythos: JAX_PLATFORMS: got {platform!r}, allowed: a platform that "
+    )
+    assert "Traceback" not in done.stderr
+
+
 # Ctrl-C.
 
 SCRIPT = """
