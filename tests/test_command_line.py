@@ -168,9 +168,7 @@ def test_a_platform_that_is_not_there_is_named(tiny):
     command = [sys.executable, "-m", "mythos_jax", "info", tiny]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith(
-        f"mythos: JAX_PLATFORMS: got {platform!r}, allowed: a platform that "
-    )
+    assert done.stderr.splitlines()[-1].startswith("mythos: JAX_PLATFORMS: got 'abacus', allowed: a platform that ")
     assert "Traceback" not in done.stderr
 
 
