@@ -51,6 +51,13 @@ def test_a_key_given_twice_is_refused_with_its_lines(write, text, line):
     assert message(read_yaml, path) == f"{path}: {line}"
 
 
+@pytest.mark.parametrize(
+    "text", ["training: &a {steps: *a}", "&a {training: *a}", "data: {sources: &a [*a]}", "data: {mixture: &a {x: *a}}"]
+)
+def test_a_yaml_alias_of_what_is_around_it_is_refused(write, text):
+    assert len(message(load_config, write(text))) < 2000
+
+
 def test_yaml_merge_keys_and_aliases_are_no_duplicates(write):
     text = "training: &t {steps: 60, warmup_steps: 1}\nname: &n x\ndata: {path: *n}\n"
     config = load_config(write(text.replace("&t {", "&t {<<: {steps: 5, batch_size: 4}, ")))
@@ -136,6 +143,22 @@ def test_a_warm_up_longer_than_the_run_is_refused_where_it_was_asked_for(write):
         line.format(6, "5, which training.decay_fraction 0.5 of 10 steps leaves")
     )
     assert not load_config(wsd, ["--training.warmup_steps", "5"]).training.schedule_problem()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "--training.depth.curriculum_steps 2000",
+            "training.depth.curriculum_steps: got 2000, allowed: at most training",
+        ),
+        ("--training.depth.max_loops 3 --model.loops 4", "training.depth.max_loops: got 3, allowed: at least the mean"),
+        ("--training.depth.mean_loops 9 --training.depth.max_loops=8", "training.depth.max_loops: got 8, allowed: at "),
+        ("--data.sources ['',a]", "data.sources: got '', allowed: files and folders"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(write, words, line):
+    assert message(load_config, write("{}"), words.split()).startswith(line)
 
 
 def test_configs_of_the_package_have_names(tmp_path, monkeypatch):

@@ -64,6 +64,7 @@ class DataConfig(Section, section="data"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_field("" not in self.sources, "data.sources", "", "files and folders")
         if self.task.name:
             for name in ["path", "sources", "mixture", "document_mask"]:
                 self.check(not getattr(self, name), name, f"nothing, with data.task.name {self.task.name}")

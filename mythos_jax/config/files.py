@@ -8,8 +8,8 @@ import yaml
 
 from mythos_jax.config.named import find_config
 from mythos_jax.config.overrides import apply_overrides, expand_paths, override_names
-from mythos_jax.config.run import Config
-from mythos_jax.config.yaml_tree import read_yaml
+from mythos_jax.config.run import Config, max_loops, mean_loops
+from mythos_jax.config.yaml_tree import field_hint, read_yaml
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.paths import to_path, write_whole
 from mythos_jax.typed import from_dict, to_dict, upgrade
@@ -33,11 +33,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree.setdefault("name", Path(path).stem)
     if _WRITTEN_BY in tree:
         return _from_stored(tree, tree.pop(_WRITTEN_BY), overrides)
-    training = tree.get("training")
-    in_file = list(training) if isinstance(training, dict) else []
+    in_file = _names(tree)
     apply_overrides(tree, overrides)
     config = _checked_name(from_dict(Config, tree))
-    _check_schedule(config, in_file, overrides)
+    _check_meant(config, in_file, overrides)
     return config
 
 
@@ -78,15 +77,28 @@ def _checked_name(config: Config) -> Config:
     return config
 
 
-def _check_schedule(config: Config, in_file: list[str], overrides: Sequence[str]) -> None:
-    """Refuses a warm-up that the run is too short for, where it was asked for.
+def _check_meant(config: Config, in_file: set[str], overrides: Sequence[str]) -> None:
+    """Refuses settings that are valid but cannot be meant: a mean depth above the largest, and a warm-up that the run
+    is too short for, where it was asked for.
 
     A run that is cut short on the command line, to try a config, keeps the config's warm-up, and so can go on to the
-    full length. `train` says so.
+    full length. `train` says so. Runs that exist are not refused.
     """
-    problem = config.training.schedule_problem()
+    mean = mean_loops(config)
+    config.training.depth.check(max_loops(config) >= mean, "max_loops", f"at least the mean of the depth, {mean}")
     given = set(override_names(overrides))
     if "training.steps" not in given:
-        given |= {f"training.{name}" for name in in_file}
-    if problem and given & {"training.warmup_steps", "training.decay_fraction"}:
+        given |= in_file
+    problem = config.training.schedule_problem()
+    if problem and given & {
+        f"training.{name}" for name in ("warmup_steps", "decay_fraction", "depth.curriculum_steps")
+    }:
         raise ConfigError(problem)
+
+
+def _names(tree: Any, section: Any = Config, prefix: str = "") -> set[str]:
+    """The dotted names of the fields in a tree."""
+    if section is None or not isinstance(tree, dict):
+        return set()
+    below = [_names(value, field_hint(section, name), f"{prefix}{name}.") for name, value in tree.items()]
+    return {f"{prefix}{name}" for name in tree}.union(*below)

@@ -124,4 +124,9 @@ class TrainingConfig(Section, section="training"):
                 f"which training.decay_fraction {self.decay_fraction} of {self.steps} steps leaves, or the learning "
                 "rate never comes down to its end"
             )
+        if self.depth.curriculum_steps > self.steps:
+            return (
+                f"training.depth.curriculum_steps: got {self.depth.curriculum_steps}, allowed: at most training.steps, "
+                f"{self.steps}, or the depth never reaches its mean"
+            )
         return ""
