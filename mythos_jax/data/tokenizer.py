@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mythos_jax.data.gguf import tokenizer_json
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 from mythos_jax.paths import to_path
@@ -87,9 +88,10 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str | Path, end_of_document: str | None = None) -> Tokenizer:
-    """The byte tokenizer if `spec` is "bytes"; otherwise the Hugging Face tokenizer.json at that path, or in that
-    folder. end_of_document: the name of that token; by default the first of `END_OF_DOCUMENT_NAMES` that it has.
+    """The byte tokenizer if `spec` is "bytes"; otherwise the Hugging Face tokenizer.json at that path or in that
+    folder, or the tokenizer of that GGUF file.
 
+    end_of_document: the name of that token; by default the first of `END_OF_DOCUMENT_NAMES` that it has.
     Raises ConfigError: no such file, not a tokenizer, or a tokenizer without an end-of-document token.
     """
     if spec != ByteTokenizer.name:
@@ -144,7 +146,7 @@ class HuggingFaceTokenizer:
         if file.is_dir():
             file /= TOKENIZER_FILE
         try:
-            self._json: bytes = file.read_bytes()
+            self._json: bytes = tokenizer_json(Path(path)) if file.suffix == ".gguf" else file.read_bytes()
             # Hash the parsed content, not the bytes: formatting does not make a different tokenizer.
             canonical = json.dumps(parse_json(self._json), sort_keys=True)
         except OSError as error:

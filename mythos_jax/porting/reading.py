@@ -42,7 +42,8 @@ class Source(ABC):
     """A model to read.
 
     path: names it in reports and errors. tensors: those it has, under its family's names. tokenizer: its
-    `tokenizer.json`, if any. table: the rows that `config` asks for, whether or not the tensors are there.
+    `tokenizer.json` if any, or the GGUF file that it is in. table: the rows that `config` asks for, whether or not the
+    tensors are there.
     """
 
     def __init__(
@@ -109,7 +110,8 @@ class FileSource(Source):
         family = detect(fields if config is None else None, tensors, str(config_path))
         if config is None:
             config = family.model_config(fields or {}, str(config_path))
-        tokenizer = path / "tokenizer.json"  # of a directory
+        # A GGUF file has its tokenizer in itself.
+        tokenizer = path if files[0].path.suffix == ".gguf" else path / "tokenizer.json"
         try:
             super().__init__(path, family, config, tensors, tokenizer if tokenizer.is_file() else None)
         except AssertionError:  # for a config that came with the tensors, it would be our own mistake
@@ -144,11 +146,13 @@ def weight_files(directory: Path) -> list[Path]:
         path = directory / name
         if path.is_file():
             return _shards(path) if name.endswith(".index.json") else [path]
-    candidates = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".pt", ".bin"))
+    candidates = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".pt", ".bin", ".gguf"))
     if len(candidates) == 1:
         return candidates
     got = ", ".join(path.name for path in candidates) or "none"
-    raise ConfigError(f"{directory}: got weight files: {got}, allowed: one .safetensors, .pt or .bin, or an index")
+    raise ConfigError(
+        f"{directory}: got weight files: {got}, allowed: one .safetensors, .pt, .bin or .gguf, or an index"
+    )
 
 
 def _shards(index_path: Path) -> list[Path]:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from mythos_jax.data.gguf import tokenizer_json
+from mythos_jax.data.tokenizer import TOKENIZER_FILE
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting.layouts import Shape
 from mythos_jax.porting.tables import ReadArray, Row, Table
@@ -70,8 +72,10 @@ def write_model(
     at a time, which is the whole model if it fits into `shard_bytes`.
     """
     (directory / "config.json").write_text(json.dumps(config_json, indent=1) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, directory / "tokenizer.json")
+    if tokenizer is not None and tokenizer.suffix == ".gguf":
+        (directory / TOKENIZER_FILE).write_bytes(tokenizer_json(tokenizer))
+    elif tokenizer is not None:
+        shutil.copyfile(tokenizer, directory / TOKENIZER_FILE)
     shards = _shards(table, parameter_dtype, shard_bytes)
     written: WrittenTensors = {}
     weight_map: dict[str, str] = {}

@@ -7,8 +7,11 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from tokenizers import Tokenizer
 
+from mythos_jax.cli import main
 from mythos_jax.data.gguf import tokenizer_json
+from mythos_jax.data.tokenizer import load_tokenizer
 from mythos_jax.errors import ConfigError
+from mythos_jax.porting.convert import convert
 from mythos_jax.porting.gguf_file import GgufFile
 from mythos_jax.porting.hub import resolve
 from mythos_jax.porting.pretrained import load_pretrained
@@ -222,3 +225,17 @@ def test_a_model_that_comes_as_a_package(tmp_path, monkeypatch):
     (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(TINY.read_bytes())
     config, _ = load_pretrained("smollm2")
     assert config.vocab_size == 300
+
+
+def test_to_text_and_to_hugging_face(tmp_path, capsys):
+    """The file alone is a model with a tokenizer; converted, it gives the same tokens."""
+    assert main(["generate", str(TINY), "the rain", "--max-new-tokens", "6"]) == 0
+    text = capsys.readouterr().out
+    report = convert(TINY, tmp_path / "out", "llama", progress=False)
+    assert report.ok
+    assert report.tokenizer
+    assert main(["generate", str(tmp_path / "out"), "the rain", "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out == text
+    tokenizer = load_tokenizer(TINY)
+    assert tokenizer.fingerprint == load_tokenizer(tmp_path / "out").fingerprint
+    assert tokenizer.vocab_size == 300
