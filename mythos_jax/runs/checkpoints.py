@@ -46,9 +46,11 @@ def _quiet_orbax() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def has_checkpoints(directory: Any) -> bool:
-    """Whether a directory holds anything that looks like a checkpoint. Unlike `Checkpoints`, it makes nothing."""
-    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+def newest_folder(directory: Any) -> int | None:
+    """The step of the newest folder that looks like a checkpoint, or None. Unlike `Checkpoints`, it makes nothing and
+    reads no file."""
+    folders = directory.iterdir() if directory.is_dir() else []
+    return max((int(path.name) for path in folders if path.name.isdecimal() and (path / "meta").is_dir()), default=None)
 
 
 class Checkpoints:
@@ -195,7 +197,11 @@ class Checkpoints:
         """Refuses a save that does not fit on a local disk before half of it is written."""
         if is_remote(self.directory):
             return
-        needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            raise SaveError(f"{self.directory}: checkpoint could not be written: {error.strerror}") from error
         if needed >= free:
             raise SaveError(
                 f"{self.directory}: checkpoint could not be written: needs {needed / 2**20:.1f} MiB, "

@@ -11,12 +11,14 @@ import jax
 from jax.sharding import Mesh
 
 from mythos_jax.config import Config, ModelConfig
+from mythos_jax.data.manifest import MANIFEST_FILE
 from mythos_jax.data.open import Data, open_data
 from mythos_jax.data.placement import check_batch
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.paths import to_path
 from mythos_jax.processes import is_process_zero, log0, process_zero_first
-from mythos_jax.runs.checkpoints import Checkpoints, has_checkpoints
+from mythos_jax.runs.checkpoints import Checkpoints, newest_folder
 from mythos_jax.runs.load import load_model, place_variables
 from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
 from mythos_jax.runs.state import TrainState
@@ -96,7 +98,7 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | No
 
     The other model must have the same shapes; other fields that differ are announced.
     """
-    if path is None or has_checkpoints(run_dir / "checkpoints"):
+    if path is None or newest_folder(run_dir / "checkpoints") is not None:
         return None
     loaded = load_model(path)
     changed = differences(to_dict(loaded.config.model), to_dict(config.model), "model")
@@ -112,6 +114,20 @@ def _shapes(model: ModelConfig) -> dict[str, Any]:
     return jax.tree.map(lambda x: x.shape, nn.unbox(abstract_variables(model)))
 
 
+def finished_without_data(config: Config, run_dir: Any) -> int | None:
+    """The last step of a run that is finished and whose prepared data is gone; None for any other. The data is not
+    prepared again for nothing."""
+
+    def find() -> int | None:
+        newest = newest_folder(run_dir / "checkpoints")
+        if newest is None or newest < config.training.steps or config.data.task.name:
+            return None
+        folders = list(config.data.mixture) or [config.data_path]
+        return None if all((to_path(folder) / MANIFEST_FILE).exists() for folder in folders) else newest
+
+    return process_zero_first(f"{run_dir}/checkpoints", find, identity=str)
+
+
 def open_run_data(config: Config, run_dir: Any, progress: bool) -> Data:
     """The data of all processes, which process 0 prepares if it is missing.
 
@@ -121,7 +137,7 @@ def open_run_data(config: Config, run_dir: Any, progress: bool) -> Data:
 
     def open_here() -> Data:
         first = is_process_zero()
-        has_begun = has_checkpoints(run_dir / "checkpoints")
+        has_begun = newest_folder(run_dir / "checkpoints") is not None
         data = open_data(config, progress and first, prepare=first, resumes=has_begun)
         if every := config.training.evaluate_every:
             _check_held_out(config, data, every)

@@ -26,7 +26,15 @@ from mythos_jax.runs.state import TrainState, eval_variables
 from mythos_jax.training.metrics import RunLog, to_json
 from mythos_jax.training.profile import Profiler
 from mythos_jax.training.resume import checkpoint_metadata
-from mythos_jax.training.start import check_config, finished, hold_run_dir, load_initial, open_run_data, starting_state
+from mythos_jax.training.start import (
+    check_config,
+    finished,
+    finished_without_data,
+    hold_run_dir,
+    load_initial,
+    open_run_data,
+    starting_state,
+)
 from mythos_jax.training.step import make_train_step
 
 
@@ -46,6 +54,8 @@ def train(
     mesh = check_config(config)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(hold_run_dir(run_dir))
+        if (step := finished_without_data(config, run_dir)) is not None:
+            return finished(config, run_dir, step)
         # Everything that can be refused is refused before data is prepared, which can take hours.
         initial = load_initial(config, mesh, run_dir, init_from)
         data = open_run_data(config, run_dir, progress)

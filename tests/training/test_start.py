@@ -51,6 +51,16 @@ def test_a_finished_run_that_lost_its_log_is_finished(config, uninterrupted, tmp
     assert capsys.readouterr().out.startswith("trained to step 8\n")
 
 
+def test_nothing_is_prepared_for_a_finished_run(config, uninterrupted, tmp_path, capsys):
+    gone = tmp_path / "gone"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(gone)))
+    assert train(config, uninterrupted, progress=False) == lines(uninterrupted)[-1]
+    assert not gone.exists()
+    more = dataclasses.replace(with_training(config, steps=9), data=dataclasses.replace(config.data, sources=()))
+    with pytest.raises(ConfigError, match="nothing prepared"):
+        train(more, uninterrupted, progress=False)
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 def test_evaluations_without_held_out_rows_are_refused(config, tmp_path, no_step, prepared):
     """By the config alone, or, where the config names no sources, by the data that it finds."""
