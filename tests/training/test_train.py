@@ -248,7 +248,7 @@ def test_text_that_has_changed_is_refused_before_a_run_begins(config, tmp_path, 
     (text / "new.txt").write_text("more")
     with pytest.raises(ConfigError, match=r"data\.sources: the text has changed since .*rows was prepared"):
         open_run_data(config, run_dir, progress=False)
-    (run_dir / "checkpoints" / "3").mkdir(parents=True)
+    (run_dir / "checkpoints" / "3" / "meta").mkdir(parents=True)
     assert open_run_data(config, run_dir, progress=False).identity == identity
     assert "the run goes on with the rows that it was started with" in capsys.readouterr().err
 
