@@ -26,6 +26,10 @@ class LockError(TrainingError):
     """Another process trains in the run directory."""
 
 
+class UnreadableError(TrainingError):
+    """A checkpoint cannot be read now, but may be whole: no permission, no memory, storage that does not answer."""
+
+
 class DamagedError(TrainingError):
     """The files of a checkpoint do not hold what was saved."""
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -25,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mythos_jax.errors import ConfigError, DamagedError, SaveError, one_line
+from mythos_jax.errors import ConfigError, DamagedError, SaveError, UnreadableError, one_line
 from mythos_jax.paths import is_remote, to_path
-from mythos_jax.processes import is_process_zero, log0, process_zero_first, raise_together
+from mythos_jax.processes import is_process_zero, log0, lost_a_process, process_zero_first, raise_together
 from mythos_jax.runs.state import TrainState, eval_variables
 
 
@@ -117,8 +118,9 @@ class Checkpoints:
 
         check: receives the meta before any array is read, and raises ConfigError if the state is not for this run.
 
-        A checkpoint that cannot be read, or whose checksums are not those it was saved with, is renamed to STEP.damaged
-        with a warning, and the previous one is tried. Raises DamagedError if none is left.
+        A checkpoint that is not whole, or whose checksums are not those it was saved with, is renamed to STEP.damaged
+        with a warning, and the previous one is tried. Raises DamagedError if none is left, and UnreadableError, without
+        touching anything, if that is not the checkpoint's fault.
         """
         for step in reversed(self.steps()):
             try:
@@ -128,6 +130,7 @@ class Checkpoints:
             except ConfigError:  # from `check`: the checkpoint itself is fine
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds
+                self._raise_unless_damaged(step, error)
                 reason = one_line(error, limit=200)
                 log0(
                     f"warning: {self.directory / str(step)}: damaged, trying the previous one ({reason})",
@@ -139,7 +142,7 @@ class Checkpoints:
     def restore_variables(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """The variables to evaluate at `step`, sharded like `like`: the moving average of the weights if one was kept.
 
-        Raises DamagedError if the files do not hold what was saved.
+        Raises DamagedError if the files do not hold what was saved, UnreadableError if they cannot be read now.
         """
         try:
             sums = self._meta(step)["checksums"]
@@ -147,9 +150,20 @@ class Checkpoints:
             if "average" in sums:
                 variables = eval_variables(variables, self._restore_tree(step, "average", like["params"], sums))
         except Exception as error:
+            self._raise_unless_damaged(step, error)
             reason = one_line(error, limit=200)
             raise DamagedError(f"{self.directory / str(step)}: damaged, cannot be restored ({reason})") from error
         return variables
+
+    def _raise_unless_damaged(self, step: int, error: Exception) -> None:
+        """Raises if the checkpoint may be whole: the error is not about what its files hold."""
+        if lost_a_process(error):
+            raise error
+        if _NOT_DAMAGE.search(str(error)) or isinstance(error, MemoryError | PermissionError | TimeoutError):
+            reason = one_line(error, limit=200)
+            raise UnreadableError(
+                f"{self.directory / str(step)}: cannot be read, nothing was changed ({reason})"
+            ) from error
 
     def _meta(self, step: int) -> dict[str, Any]:
         """The item `meta`, checked against its digest."""
@@ -249,6 +263,14 @@ def _in_daemon_thread(work: Callable[[], object]) -> None:
     thread.join()
     if failures:
         raise failures[0]
+
+
+# Errors that say nothing about the files: status words of TensorStore, jax and storage, and error numbers for
+# permission, input and output, memory, open files, time and stale file handles.
+_NOT_DAMAGE = re.compile(
+    r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED"
+    r"|\[Errno (1|5|12|13|23|24|110|116)\]"
+)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -172,3 +172,5 @@ def test_damaged(whole, victim, damages, name):
             right, usual = zip(*expected[name], strict=True)
             assert result(outcome, name) in right or remarks(outcome) not in usual, story
         assert saved(copy) >= before, story
+        if all(kind in ("forbid", "read_only") for _, kind, _, _ in damages):
+            assert not list((copy / "run").glob("**/*.damaged")), story  # what cannot be read may be whole
