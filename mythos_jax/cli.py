@@ -85,7 +85,7 @@ def _run_command(argv: list[str]) -> int:
         except KeyboardInterrupt:
             return _interrupted()
         except Exception as error:
-            error = _without_backend(error)
+            error = _as_wrong_input(error)
             code = _exit_code(error)
             if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
                 raise _OutputLost from error
@@ -165,8 +165,12 @@ def _flush() -> None:
         raise _OutputLost from error
 
 
-def _without_backend(error: Exception) -> Exception:
-    """The error as one of the user's if jax has not found the platform that JAX_PLATFORMS names; else unchanged."""
+def _as_wrong_input(error: Exception) -> Exception:
+    """The error as one of the user's, if it is Python's about a name that the locale cannot spell, or jax's about a
+    platform that is not there; else unchanged."""
+    if isinstance(error, UnicodeEncodeError):
+        allowed = f"characters of the locale, whose encoding is {error.encoding}; LC_ALL=C.UTF-8 has all"
+        return ConfigError(f"{error.object!r}: cannot be a name here; allowed: {allowed}")
     reason = one_line(error, limit=200)
     if isinstance(error, AssertionError) and not reason and "jax" in sys.modules:  # jax's answer for cuda
         try:

@@ -172,6 +172,13 @@ def test_a_platform_that_is_not_there_is_named(tiny):
     assert "Traceback" not in done.stderr
 
 
+def test_a_name_that_cannot_be_spelt_is_named(tiny, capsys):
+    with open(tiny, "a", encoding="utf-8") as config:
+        config.write('name: "\\ud800"\n')
+    expected = "mythos: 'runs/\\ud800': cannot be a name here; allowed: characters of the locale"
+    assert fails(capsys, "train", tiny).startswith(expected)
+
+
 # Ctrl-C.
 
 SCRIPT = """
