@@ -29,19 +29,21 @@ def load(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     mesh: MeshConfig | None = None,
+    overrides: Sequence[str] = (),
 ) -> "LanguageModel":
     """A trained model, ready to use.
 
     path: the run directory of `mythos train`, a pretrained directory or file, or a Hugging Face id.
     step: the checkpoint of a run (default: the newest).
     config: for a pretrained file that holds only tensors: a `config.json`, or one of our YAML files.
-    tokenizer: a `tokenizer.json` or "bytes", instead of the model's own.
-    mesh: how the weights are divided over the devices, instead of as in training; a run that was trained on many
-      devices needs it to load on few.
+    tokenizer: a `tokenizer.json` or "bytes", for a model that has none.
+    mesh: how the weights are divided over the devices. Default: as in training if that fits the devices that are here,
+      else the default mesh.
+    overrides: command-line words that set fields of the config, such as `["--evaluation.max_rows", "100"]`.
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
-    return LanguageModel(load_model(path, step, config=config, tokenizer=tokenizer, mesh=mesh))
+    return LanguageModel(load_model(path, step, config=config, tokenizer=tokenizer, mesh=mesh, overrides=overrides))
 
 
 def evaluate(model: "LanguageModel | str | Path", data: str | Path | None = None, **options: Any) -> Evaluation:

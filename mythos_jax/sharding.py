@@ -76,6 +76,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def default_mesh() -> MeshConfig:
+    """The default mesh for the devices that are here, which may be in several TPU slices."""
+    slices = len({device.slice_index for device in jax.devices() if hasattr(device, "slice_index")}) or 1
+    return MeshConfig(data=slices, slices=slices)
+
+
 def split_into_slices(n: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     """The devices of each of n slices. CPUs and GPUs have no slice index; they are divided into n equal parts."""
     indices = sorted({device.slice_index for device in devices if hasattr(device, "slice_index")})

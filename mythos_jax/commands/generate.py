@@ -62,12 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompt tokens processed at a time (default 512)",
     )
+    parser.set_defaults(takes_overrides=True)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.config.files import check_words
     from mythos_jax.language_model import load
 
-    pieces = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer).generate(
+    check_words(overrides, ("mesh",), "generate")
+    pieces = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer, overrides=overrides).generate(
         arguments.prompt,
         stream=True,
         loops=arguments.loops,

@@ -49,6 +49,29 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _from_stored(tree, tree.pop(_WRITTEN_BY, _FIRST_VERSION), overrides)
 
 
+def config_from_words(words: Sequence[str], **fields: Any) -> Config:
+    """A config of defaults, command-line words and `fields`."""
+    tree = dict(fields)
+    apply_overrides(tree, words)
+    return from_dict(Config, tree)
+
+
+def check_words(words: Sequence[str], sections: Sequence[str], command: str) -> None:
+    """Raises ConfigError if command-line words set anything but fields of these sections."""
+    for name in override_names(words):
+        section, dot, _ = name.partition(".")
+        if section in sections:
+            continue
+        if not dot and section not in Config.__dataclass_fields__:
+            raise ConfigError(f"unknown argument '--{name}' for `mythos {command}`; see its --help")
+        raise ConfigError(f"--{name}: fixed by the run; allowed: {' and '.join(f'--{s}.FIELD' for s in sections)}")
+
+
+def sets_mesh(words: Sequence[str]) -> bool:
+    """Whether command-line words say how the devices are divided."""
+    return any(name.split(".")[0] == "mesh" for name in override_names(words))
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config as YAML, with the version that wrote it."""
     tree = {_WRITTEN_BY: __version__, **to_dict(config)}

@@ -1,15 +1,17 @@
 """Opens the data of a config, whatever it consists of: prepared text, a mixture, or a task that generates its own."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from mythos_jax.config import Config
+from mythos_jax.config import Config, DataConfig
 from mythos_jax.data.batch import Batch, RowSelection
 from mythos_jax.data.ensure import ensure_prepared
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import Manifest
 from mythos_jax.data.tasks import TaskData
+from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 
 
@@ -20,6 +22,11 @@ class Data(Protocol):
     """
 
     identity: Any
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What its text was tokenized with; None if its tokens are not text."""
+        ...
 
     def train_batches(
         self, *, batch_size: int, seed: int, start_step: int = 0, rows: RowSelection = None
@@ -36,10 +43,22 @@ class PreparedData:
     """Rows of one prepared folder, or of several in turn according to their weights."""
 
     def __init__(
-        self, weights: dict[Path, float], manifests: dict[Path, Manifest], document_mask: bool, identity: Any
+        self, weights: dict[Path, float], manifests: dict[Path, Manifest], data: DataConfig, identity: Any
     ) -> None:
         self.weights, self.manifests = weights, manifests
-        self.document_mask, self.identity = document_mask, identity
+        self.document_mask, self._end_of_document = data.document_mask, data.end_of_document
+        self.identity = identity
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """That of the first folder, which all share. Raises ConfigError if it is not what its manifest says."""
+        folder, manifest = next(iter(self.manifests.items()))
+        file = folder / TOKENIZER_FILE
+        tokenizer = ByteTokenizer() if manifest.in_bytes else load_tokenizer(file, self._end_of_document)
+        if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+            raise ConfigError(f"{file}: is not what the rows were prepared with; prepare them again")
+        tokenizer.name = manifest.tokenizer
+        return tokenizer
 
     def train_batches(
         self, *, batch_size: int, seed: int, start_step: int = 0, rows: RowSelection = None
@@ -92,7 +111,7 @@ def _open_text(config: Config, progress: bool, prepare: bool, resumes: bool) -> 
     manifest = ensure_prepared(config, progress=progress, path=folder, prepare_missing=prepare, resumes=resumes)
     rows = manifest.fingerprint
     identity = {"rows": rows, "document_mask": True} if document_mask else rows
-    return PreparedData({folder: 1.0}, {folder: manifest}, document_mask, identity)
+    return PreparedData({folder: 1.0}, {folder: manifest}, config.data, identity)
 
 
 def _open_mixture(config: Config) -> PreparedData:
@@ -102,4 +121,4 @@ def _open_mixture(config: Config) -> PreparedData:
     # The order of the folders matters, because it determines the order of the rows; their paths do not.
     parts = [[manifests[folder].fingerprint, weight] for folder, weight in weights.items()]
     identity = {"mixture": parts} | ({"document_mask": True} if document_mask else {})
-    return PreparedData(weights, manifests, document_mask, identity)
+    return PreparedData(weights, manifests, config.data, identity)

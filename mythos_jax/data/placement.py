@@ -19,9 +19,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
     """Raises ConfigError if the batch size does not divide over the mesh; `name` is the field to blame."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = _ways(mesh)
     if batch_size % ways:
         raise ConfigError(f"{name}: got {batch_size}, allowed: a multiple of {ways} (data x fsdp x expert devices)")
+
+
+def fitting_batch(mesh: Mesh, batch_size: int) -> int:
+    """The batch size, rounded up to a multiple that divides over the mesh."""
+    return -(-batch_size // _ways(mesh)) * _ways(mesh)
+
+
+def _ways(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:

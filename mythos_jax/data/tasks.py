@@ -40,6 +40,8 @@ class TaskData:
     Raises ConfigError: rows longer than data.seq_len, more symbols than model.vocab_size, no problems of a difficulty.
     """
 
+    tokenizer = None
+
     def __init__(self, config: Config):
         self.data = config.data
         self.problem = open_problem(config.data)

@@ -16,7 +16,7 @@ import numpy as np
 from mythos_jax.data.gguf import tokenizer_json
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
-from mythos_jax.paths import to_path
+from mythos_jax.paths import to_path, write_whole
 from mythos_jax.typed import check_field
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -263,7 +263,7 @@ class HuggingFaceTokenizer:
         return next((i for i in sorted(self._spelling) if self.decode([i]).isalnum()), 0)
 
     def save(self, directory: str | Path) -> None:
-        (Path(directory) / TOKENIZER_FILE).write_bytes(self._json)
+        write_whole(to_path(directory) / TOKENIZER_FILE, self._json)
 
 
 # GPT-2's spelling of bytes: printable Latin-1 characters as they are, each other byte as a character from U+0100 on.

@@ -9,7 +9,6 @@ from mythos_jax.data.batch import Batch
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import Manifest, load_manifest
 from mythos_jax.data.pipeline import eval_batches
-from mythos_jax.data.placement import check_batch
 from mythos_jax.data.tasks import TaskData
 from mythos_jax.errors import ConfigError
 from mythos_jax.evaluation.depths import evaluate_depths
@@ -21,6 +20,7 @@ from mythos_jax.evaluation.text_bytes import measured_bytes
 from mythos_jax.flops import count_parameters
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.predictor import check_predictor
+from mythos_jax.processes import log0
 from mythos_jax.runs.load import LoadedModel
 
 
@@ -44,7 +44,7 @@ def evaluate_model(
     if data is None and loaded.step is None:
         raise ConfigError(f"{loaded.directory}: a pretrained model has no data of its own; allowed: --data DIR")
     settings = choose_settings(loaded, loops, halting)
-    check_batch(loaded.mesh, loaded.config.evaluation.batch_size, "evaluation.batch_size")
+    _announce_batch(loaded)
     if loaded.config.data.task.name and data is None:
         return _evaluate_on_problems(loaded, settings, with_loop_trace, progress)
     return _evaluate_on_text(loaded, data, settings, with_loop_trace, progress)
@@ -54,7 +54,7 @@ def _evaluate_on_problems(
     loaded: LoadedModel, settings: Sequence[Setting], with_loop_trace: bool, progress: bool
 ) -> Evaluation:
     config, task = loaded.config, TaskData(loaded.config)
-    size, max_rows = config.evaluation.batch_size, config.evaluation.max_rows
+    size, max_rows = loaded.evaluation_batch, config.evaluation.max_rows
     batches = {d: list(task.eval_batches(d, batch_size=size, max_rows=max_rows)) for d in task.difficulties}
     measurements, usage = evaluate_problems(
         loaded.model, loaded.variables, batches, settings, mesh=loaded.mesh, progress=progress
@@ -123,8 +123,8 @@ def evaluate_on_tasks(
         if error.name != "lm_eval":
             raise
         raise ConfigError("--tasks: needs lm-evaluation-harness; pip install 'mythos-jax[lm-eval]'") from None
-    check_batch(loaded.mesh, loaded.config.evaluation.batch_size, "evaluation.batch_size")
     settings = choose_settings(loaded, loops or [loaded.config.model.loops], halting)
+    _announce_batch(loaded)
     measurements, failures = run_harness(
         loaded,
         tasks,
@@ -136,6 +136,12 @@ def evaluate_on_tasks(
     )
     data = HarnessTasks(list(tasks), limit, seed)
     return Evaluation(describe_model(loaded), data, measurements, failures=failures)
+
+
+def _announce_batch(loaded: LoadedModel) -> None:
+    wanted, used = loaded.config.evaluation.batch_size, loaded.evaluation_batch
+    if used != wanted:
+        log0(f"evaluation.batch_size: {wanted} does not divide over the devices, using {used}")
 
 
 def choose_settings(loaded: LoadedModel, loops: Sequence[int] | None, halting: Sequence[Halting]) -> list[Setting]:
@@ -163,7 +169,9 @@ def held_out_batches(loaded: LoadedModel, data: str | None) -> tuple[list[Batch]
     """
     config = loaded.config
     names = [data] if data else list(config.data.mixture) or [config.data_path]
-    manifests = {folder: _readable(loaded, folder) for folder in map(local_folder, names)}
+    seq_len = None if data else config.data.seq_len
+    folders = [local_folder(data)] if data else loaded.own_folders()
+    manifests = {folder: _readable(loaded, folder, seq_len) for folder in folders}
     batches: list[Batch] = []
     text_bytes = 0
     for folder, manifest in manifests.items():
@@ -172,7 +180,7 @@ def held_out_batches(loaded: LoadedModel, data: str | None) -> tuple[list[Batch]
         part = list(
             eval_batches(
                 folder,
-                batch_size=config.evaluation.batch_size,
+                batch_size=loaded.evaluation_batch,
                 max_rows=config.evaluation.max_rows,
                 document_mask=config.data.document_mask,
             )
@@ -184,9 +192,13 @@ def held_out_batches(loaded: LoadedModel, data: str | None) -> tuple[list[Batch]
     return batches, text_bytes / sum(int(batch["mask"].sum()) for batch in batches)
 
 
-def _readable(loaded: LoadedModel, folder: Path) -> Manifest:
-    """The manifest of a prepared folder. Raises ConfigError if this model cannot read its rows."""
+def _readable(loaded: LoadedModel, folder: Path, seq_len: int | None) -> Manifest:
+    """The manifest of a prepared folder. Raises ConfigError if this model cannot read its rows.
+
+    seq_len: as for `TrainedOn.check_rows`.
+    """
     manifest, model = load_manifest(folder), loaded.config.model
+    loaded.trained_on.check_rows(manifest, folder, seq_len)
     if loaded.tokenizer and manifest.tokenizer_fingerprint != loaded.tokenizer.fingerprint:
         raise ConfigError(f"{folder}: prepared with a different tokenizer from the model's: {manifest.tokenizer}")
     for name, value, limit in [

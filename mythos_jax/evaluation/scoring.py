@@ -59,7 +59,7 @@ def score(
 
     sequences: (tokens, n) with 1 <= n < len(tokens) <= max_seq_len + 1. Raises ValueError for others.
     """
-    max_len, batch_size = loaded.model.config.max_seq_len, loaded.config.evaluation.batch_size
+    max_len, batch_size = loaded.model.config.max_seq_len, loaded.evaluation_batch
     for tokens, n in sequences:
         if not 1 <= n < len(tokens) <= max_len + 1:
             raise ValueError(
@@ -145,7 +145,7 @@ def generate_until(
 
     Prompt i has seed `seed` + i, whatever batch it is in. Raises ConfigError if no prompt fits at all.
     """
-    max_len, batch_size = loaded.model.config.max_seq_len, loaded.config.evaluation.batch_size
+    max_len, batch_size = loaded.model.config.max_seq_len, loaded.evaluation_batch
     max_prompt = max_len - max_new_tokens
     if max_prompt < 1:
         raise ConfigError(f"generation: got {max_new_tokens} new tokens, allowed: below max_seq_len, {max_len}")

@@ -16,6 +16,7 @@ from mythos_jax.config import ModelConfig, load_run_config, named_config
 from mythos_jax.config.files import read_yaml
 from mythos_jax.errors import ConfigError
 from mythos_jax.json_text import parse_json
+from mythos_jax.paths import to_path
 from mythos_jax.porting import native
 from mythos_jax.porting.families import detect
 from mythos_jax.porting.family import Family
@@ -134,7 +135,7 @@ class VariablesSource(Source):
         saved = {name: tree for name, tree in variables.items() if name in ("params", "balance")}
         self._arrays = flatten_dict(nn.unbox(saved), sep=".")
         tensors = {name: TensorInfo(tuple(array.shape), np.dtype(array.dtype)) for name, array in self._arrays.items()}
-        super().__init__(Path(label), native.FAMILY, config, tensors, None if tokenizer is None else Path(tokenizer))
+        super().__init__(Path(label), native.FAMILY, config, tensors, None if tokenizer is None else to_path(tokenizer))
 
     def _read(self, stored_name: str) -> np.ndarray:
         return np.asarray(self._arrays[stored_name])

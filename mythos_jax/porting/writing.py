@@ -75,7 +75,7 @@ def write_model(
     if tokenizer is not None and tokenizer.suffix == ".gguf":
         (directory / TOKENIZER_FILE).write_bytes(tokenizer_json(tokenizer))
     elif tokenizer is not None:
-        shutil.copyfile(tokenizer, directory / TOKENIZER_FILE)
+        (directory / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
     shards = _shards(table, parameter_dtype, shard_bytes)
     written: WrittenTensors = {}
     weight_map: dict[str, str] = {}

@@ -139,13 +139,15 @@ class Checkpoints:
                 self._set_aside(step)
         raise DamagedError(f"{self.directory}: no undamaged checkpoint; they were renamed to STEP.damaged")
 
-    def restore_variables(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """The variables to evaluate at `step`, sharded like `like`: the moving average of the weights if one was kept.
+    def restore_variables(self, step: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The variables to evaluate at `step`, sharded like `like`, and the meta of the checkpoint. If a moving average
+        of the weights was kept, it is what is evaluated.
 
         Raises DamagedError if the files do not hold what was saved, UnreadableError if they cannot be read now.
         """
         try:
-            sums = self._meta(step)["checksums"]
+            meta = self._meta(step)
+            sums = meta["checksums"]
             variables = self._restore_tree(step, "model", like, sums)
             if "average" in sums:
                 variables = eval_variables(variables, self._restore_tree(step, "average", like["params"], sums))
@@ -153,7 +155,7 @@ class Checkpoints:
             self._raise_unless_damaged(step, error)
             reason = one_line(error, limit=200)
             raise DamagedError(f"{self.directory / str(step)}: damaged, cannot be restored ({reason})") from error
-        return variables
+        return variables, meta
 
     def _raise_unless_damaged(self, step: int, error: Exception) -> None:
         """Raises if the checkpoint may be whole: the error is not about what its files hold."""

@@ -1,6 +1,7 @@
 """Loading a trained model: the run directory of `mythos train`, or a pretrained directory, file or hub id."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_run_config
+from mythos_jax.config.files import config_from_words, sets_mesh
+from mythos_jax.data.fetch import local_folder
+from mythos_jax.data.manifest import MANIFEST_FILE, load_manifest
+from mythos_jax.data.placement import fitting_batch
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
@@ -21,8 +26,10 @@ from mythos_jax.model.predictor import PREDICTOR
 from mythos_jax.paths import to_path
 from mythos_jax.porting.pretrained import load_variables
 from mythos_jax.porting.reading import FileSource, Source, VariablesSource
+from mythos_jax.processes import log0
 from mythos_jax.runs.checkpoints import Checkpoints
-from mythos_jax.sharding import make_mesh, shardings
+from mythos_jax.runs.trained_on import TrainedOn
+from mythos_jax.sharding import default_mesh, make_mesh, shardings
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,10 @@ class LoadedModel:
     """A trained model: `variables` placed on `mesh`, and what is known about their origin.
 
     directory: the run directory, or the pretrained model's.
-    config: the run's; for a pretrained model only its `model` is meaningful.
+    config: the run's; for a pretrained model only its `model`, `mesh` and `evaluation` are meaningful.
     step: of the checkpoint; None for a pretrained model.
     tokenizer_spec: as for `load_tokenizer`; None if there is no tokenizer.
+    trained_on: what the checkpoint remembers of its data; nothing for a pretrained model.
     """
 
     directory: Path
@@ -42,21 +50,55 @@ class LoadedModel:
     step: int | None
     mesh: Mesh
     tokenizer_spec: str | None
+    trained_on: TrainedOn = field(default_factory=TrainedOn)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Raises ConfigError if its file cannot be read."""
+        """Raises ConfigError if its file cannot be read, or is not what the model was trained with."""
         if self.tokenizer_spec is None:
             return None
         end = None if self.tokenizer_spec == ByteTokenizer.name else self.config.data.end_of_document
-        return load_tokenizer(self.tokenizer_spec, end)
+        tokenizer = load_tokenizer(self.tokenizer_spec, end)
+        self.trained_on.check_tokenizer(tokenizer, f"tokenizer {self.tokenizer_spec}")
+        return tokenizer
 
     def require_tokenizer(self) -> Tokenizer:
         """Raises ConfigError if there is none."""
-        if self.tokenizer is None:
+        if self.tokenizer is not None:
+            return self.tokenizer
+        if self.step is None:
             allowed = "a tokenizer of your own (--tokenizer FILE or bytes)"
             raise ConfigError(f"{self.directory}: has no {TOKENIZER_FILE}; allowed: {allowed}")
-        return self.tokenizer
+        allowed = "the tokenizer that the run was trained with (--tokenizer FILE)"
+        if self.trained_on.tokenizer is not None:
+            raise ConfigError(f"{self.directory / TOKENIZER_FILE}: missing; allowed: {allowed}")
+        raise ConfigError(
+            f"{self.directory}: has no {TOKENIZER_FILE}, because an older version trained it, and its data is not at "
+            f"{self.config.data_path} any more; allowed: {allowed}"
+        )
+
+    @property
+    def data_config(self) -> Config:
+        """The run's config with the run's own tokenizer, wherever the one that its data was prepared with is now."""
+        if self.tokenizer_spec is None or self.config.data.task.name:
+            return self.config
+        return replace(self.config, data=replace(self.config.data, tokenizer=self.tokenizer_spec))
+
+    def own_folders(self) -> list[Path]:
+        """The prepared folders that the run was trained on, on the local disk. Raises ConfigError if one is missing."""
+        names = list(self.config.data.mixture) or [self.config.data_path]
+        for name in names:
+            if not (to_path(name) / MANIFEST_FILE).is_file():
+                raise ConfigError(
+                    f"{self.directory}: its data is not here (there is no prepared folder {name}); allowed: to start "
+                    "from the directory that has it; `mythos eval` takes other data with --data DIR"
+                )
+        return [local_folder(name) for name in names]
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Rows per batch of an evaluation: `evaluation.batch_size`, rounded up to a multiple that the mesh divides."""
+        return fitting_batch(self.mesh, self.config.evaluation.batch_size)
 
 
 def is_run(path: str | Path) -> bool:
@@ -71,27 +113,30 @@ def load_model(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     mesh: MeshConfig | None = None,
+    overrides: Sequence[str] = (),
 ) -> LoadedModel:
     """A run at its newest checkpoint (or that of `step`), or a pretrained model (see `load_pretrained`).
 
     config: for a pretrained file that holds only tensors.
-    tokenizer: a `tokenizer.json` or "bytes", instead of the model's own.
-    mesh: device mesh, instead of the run's own or, for a pretrained model, the default one.
+    tokenizer: a `tokenizer.json` or "bytes", for a model that has none.
+    mesh: device mesh. Default: the run's own if it fits the devices that are here, else the default one.
+    overrides: command-line words that set fields of the config, such as `--mesh.tensor 2`.
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
     if is_run(path):
-        return _load_run(to_path(path), step, tokenizer, mesh)
+        return _load_run(to_path(path), step, tokenizer, mesh, overrides)
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
         raise ConfigError(f"{path}: a pretrained model has no step {step}; allowed only with a run directory")
     source = FileSource(str(path), config)
     model_config, variables = load_variables(source, host=True)
-    device_mesh = make_mesh(mesh or Config().mesh)
+    run_config = config_from_words(overrides, name=source.path.stem)
+    device_mesh = make_mesh(mesh or (run_config.mesh if sets_mesh(overrides) else default_mesh()))
     return LoadedModel(
         directory=source.path if source.path.is_dir() else source.path.parent,
-        config=Config(name=source.path.stem, model=model_config, data=DataConfig(seq_len=1)),
+        config=replace(run_config, model=model_config, data=DataConfig(seq_len=1)),
         model=Mythos(model_config),
         variables=place_variables(model_config, device_mesh, variables),
         step=None,
@@ -114,46 +159,80 @@ def place_variables(model_config: ModelConfig, mesh: Mesh, variables: dict[str, 
     return {"balance": {}, **jax.tree.map(put, needed, targets)}
 
 
-def open_source(path: str | Path, config: str | Path | None = None) -> Source:
-    """A run or a pretrained model as a source of tensors, for `convert`."""
+def open_source(path: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Source:
+    """A run or a pretrained model as a source of tensors, for `convert`. overrides: as in `load_model`."""
     if not is_run(path):
         return FileSource(str(path), config)
-    run = _load_run(to_path(path))
-    spec = run.tokenizer_spec
-    file = Path(spec) if spec and Path(spec).is_file() else None
-    return VariablesSource(run.config.model, run.variables, path, file)
+    run = _load_run(to_path(path), overrides=overrides)
+    tokenizer = run.tokenizer  # which is checked by reading it
+    if tokenizer is None and not run.config.data.task.name:
+        log0(f"{path}: has no {TOKENIZER_FILE}, so the converted model gets none")
+    has_file = tokenizer is not None and tokenizer.fingerprint != ByteTokenizer.fingerprint
+    return VariablesSource(run.config.model, run.variables, path, run.tokenizer_spec if has_file else None)
 
 
 def _load_run(
-    directory: Path, step: int | None = None, tokenizer: str | Path | None = None, mesh: MeshConfig | None = None
+    directory: Path,
+    step: int | None = None,
+    tokenizer: str | Path | None = None,
+    mesh: MeshConfig | None = None,
+    overrides: Sequence[str] = (),
 ) -> LoadedModel:
-    config = load_run_config(directory / "config.yaml")
-    device_mesh = make_mesh(mesh or config.mesh)
+    config = load_run_config(directory / "config.yaml", overrides)
+    device_mesh = make_mesh(mesh or config.mesh) if mesh or sets_mesh(overrides) else _mesh_of(directory, config.mesh)
     checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
     steps = checkpoints.steps()
     if not steps or step not in (None, *steps):
         allowed = ", ".join(map(str, steps)) or "none was saved yet"
-        raise ConfigError(f"{directory}: no checkpoint of step {step or 'any'}; allowed: {allowed}")
-    step = step or steps[-1]
+        raise ConfigError(f"{directory}: no checkpoint of step {'any' if step is None else step}; allowed: {allowed}")
+    step = steps[-1] if step is None else step
     boxed = abstract_variables(config.model)
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         nn.unbox(boxed),
         shardings(device_mesh, boxed),
     )
-    variables = checkpoints.restore_variables(step, {"balance": {}, **like})
+    variables, meta = checkpoints.restore_variables(step, {"balance": {}, **like})
     checkpoints.close()
     variables |= _load_predictor(directory, step)
-    spec = _spec(tokenizer or _tokenizer_of(config))
-    return LoadedModel(directory, config, Mythos(config.model), variables, step, device_mesh, spec)
+    trained_on = TrainedOn.from_metadata(meta)
+    spec = tokenizer or _tokenizer_of(directory, config, trained_on)
+    return LoadedModel(directory, config, Mythos(config.model), variables, step, device_mesh, _spec(spec), trained_on)
 
 
-def _tokenizer_of(config: Config) -> str | Path | None:
-    """The tokenizer that a run's data was prepared with; None for a task, whose tokens are not text."""
+def _mesh_of(directory: Path, config: MeshConfig) -> Mesh:
+    """The mesh that a run was trained on; the default one if that does not fit the devices that are here."""
+    try:
+        return make_mesh(config)
+    except ConfigError:
+        mesh = make_mesh(replace(default_mesh(), gather=config.gather))
+        sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+        log0(f"mesh: that of {directory} does not fit the devices here; using {sizes}")
+        return mesh
+
+
+def _tokenizer_of(directory: Path, config: Config, trained_on: TrainedOn) -> str | Path | None:
+    """The tokenizer of a run: its own copy; for a run of 0.1.0, which has none, that of its data if it is still there.
+
+    None for a task, whose tokens are not text, and if there is no such file.
+    """
     if config.data.task.name:
         return None
-    prepared = to_path(config.data_path) / TOKENIZER_FILE
-    return prepared if prepared.is_file() else config.data.tokenizer
+    # Training refuses data with another tokenizer than the config's, so that the config is right about bytes.
+    if trained_on.in_bytes or (trained_on.tokenizer is None and config.data.tokenizer == ByteTokenizer.name):
+        return ByteTokenizer.name
+    own = directory / TOKENIZER_FILE
+    if own.is_file():
+        return own
+    try:
+        folder = local_folder(config.data_path)
+        manifest = load_manifest(folder)
+    except ConfigError:
+        return None
+    if manifest.fingerprint not in trained_on.rows:
+        return None
+    log0(f"{own}: missing; using {folder / TOKENIZER_FILE}, which the run was trained with")
+    return folder / TOKENIZER_FILE
 
 
 def _spec(tokenizer: str | Path | None) -> str | None:

@@ -21,8 +21,8 @@ import numpy as np
 import optax
 from safetensors.numpy import save
 
-from mythos_jax.data.open import open_data
-from mythos_jax.data.placement import place_batch
+from mythos_jax.data.open import Data, PreparedData, open_data
+from mythos_jax.data.placement import fitting_batch, place_batch
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
@@ -71,20 +71,34 @@ def record_exits(
     Returns, for each of the N tokens that have a target, float32: the prelude's output [N, D], KL(final || after t
     loops) in nats [N, loops - 1], and the loss at `loops` loops in nats [N].
     """
-    config, size = loaded.config, loaded.config.training.batch_size
-    count = -(-rows // size)
-    batches: Iterator[Any] = open_data(config, progress=progress, resumes=True).train_batches(
-        batch_size=size, seed=config.training.seed
-    )
+    config = loaded.config
+    wanted = -(-rows // config.training.batch_size) * config.training.batch_size
+    size = fitting_batch(loaded.mesh, config.training.batch_size)
+    count = -(-wanted // size)
+    data = _open_data(loaded, progress)
+    batches: Iterator[Any] = data.train_batches(batch_size=size, seed=config.training.seed)
     recorded = []
     with use_mesh(loaded.mesh), Progress(count, "exits", "row", show=progress) as bar:
-        for batch in islice(batches, count):
+        for i, batch in enumerate(islice(batches, count)):
             placed = place_batch(loaded.mesh, batch)
             arrays = jax.device_get(_exits(loaded.model, loaded.variables, placed, loops))
-            recorded.append([array_BT[np.asarray(batch["mask"], bool)] for array_BT in arrays])
+            used_BT = np.array(batch["mask"], bool)
+            used_BT[wanted - i * size :] = False
+            recorded.append([array_BT[used_BT] for array_BT in arrays])
             bar.update()
     features_ND, excess_NL, loss_N = (np.concatenate(parts) for parts in zip(*recorded, strict=True))
     return features_ND, excess_NL, loss_N
+
+
+def _open_data(loaded: LoadedModel, progress: bool) -> Data:
+    """The data that the run was trained on. Raises ConfigError if it is missing, or was prepared anew otherwise."""
+    if not loaded.config.data.task.name:
+        loaded.own_folders()
+    data = open_data(loaded.data_config, progress=progress, prepare=False, resumes=True)
+    if isinstance(data, PreparedData):
+        for folder, manifest in data.manifests.items():
+            loaded.trained_on.check_rows(manifest, folder, loaded.config.data.seq_len)
+    return data
 
 
 @partial(jax.jit, static_argnames=("model", "max_loops"))

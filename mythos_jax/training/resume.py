@@ -8,6 +8,7 @@ from mythos_jax.config.model import SPEED_FIELDS
 from mythos_jax.data.open import Data
 from mythos_jax.errors import ConfigError
 from mythos_jax.processes import log0
+from mythos_jax.runs.trained_on import tokenizer_record
 from mythos_jax.training.optimizer import decay_start
 from mythos_jax.typed import differences, from_dict, to_dict, upgrade
 
@@ -25,6 +26,7 @@ def checkpoint_metadata(config: Config, data: Data) -> Metadata:
         "model": to_dict(config.model),
         "training": to_dict(config.training),
         "data": data.identity,
+        "tokenizer": tokenizer_record(data.tokenizer),
     }
 
 
@@ -63,7 +65,8 @@ def changed_fields(saved: Metadata, current: Metadata) -> dict[str, tuple[Any, A
         "training": upgrade(TrainingConfig, saved["training"]),
         "data": data,
     }
-    return differences(upgraded, current)
+    # The identity of the data covers its tokenizer, which checkpoints of 0.1.0 do not have as an entry of its own.
+    return differences(upgraded, {name: current[name] for name in upgraded})
 
 
 def _schedule_note(training: TrainingConfig, step: int) -> str:

@@ -14,12 +14,13 @@ from mythos_jax.config import Config, ModelConfig
 from mythos_jax.data.manifest import MANIFEST_FILE
 from mythos_jax.data.open import Data, open_data
 from mythos_jax.data.placement import check_batch
+from mythos_jax.data.tokenizer import load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.paths import to_path
 from mythos_jax.processes import is_process_zero, log0, process_zero_first
 from mythos_jax.runs.checkpoints import Checkpoints, newest_folder
-from mythos_jax.runs.load import load_model, place_variables
+from mythos_jax.runs.load import LoadedModel, load_model, place_variables
 from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
 from mythos_jax.runs.state import TrainState
 from mythos_jax.sharding import check_sharded, make_mesh
@@ -43,7 +44,6 @@ def check_config(config: Config) -> Mesh:
     check_sharded(mesh, abstract_variables(config.model))
     check_batch(mesh, t.batch_size, "training.batch_size")
     if t.evaluate_every:
-        check_batch(mesh, config.evaluation.batch_size, "evaluation.batch_size")
         data = config.data
         held_out = data.held_out_fraction > 0 or not data.sources or data.task.name != ""
         check_field(held_out, "training.evaluate_every", t.evaluate_every, "0 with data.held_out_fraction 0")
@@ -101,6 +101,7 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | No
     if path is None or newest_folder(run_dir / "checkpoints") is not None:
         return None
     loaded = load_model(path)
+    _check_tokenizers(config, loaded, path)
     changed = differences(to_dict(loaded.config.model), to_dict(config.model), "model")
     if _shapes(loaded.config.model) != _shapes(config.model):
         fields = "; ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in changed.items())
@@ -108,6 +109,18 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | No
     for name, (old, new) in changed.items():
         log0(f"{name} is {old!r} in {path}, {new!r} in this run")
     return place_variables(config.model, mesh, loaded.variables)
+
+
+def _check_tokenizers(config: Config, loaded: LoadedModel, path: str | Path) -> None:
+    """Raises ConfigError if the model to start from reads text with another tokenizer than this config's data."""
+    if config.data.task.name or loaded.tokenizer is None:
+        return
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+    if tokenizer.fingerprint != loaded.tokenizer.fingerprint:
+        raise ConfigError(
+            f"data.tokenizer: got {config.data.tokenizer}, allowed: the tokenizer of {path}, "
+            f"{loaded.tokenizer_spec}, because the run starts from its weights"
+        )
 
 
 def _shapes(model: ModelConfig) -> dict[str, Any]:

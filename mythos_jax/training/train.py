@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mythos_jax.config import Config, save_config
 from mythos_jax.data.batch import Batch
 from mythos_jax.data.open import Data
-from mythos_jax.data.placement import batch_sharding, local_rows, to_global
+from mythos_jax.data.placement import batch_sharding, fitting_batch, local_rows, to_global
 from mythos_jax.errors import BadStepError, Interrupted
 from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.evaluation.policies import fixed
@@ -70,6 +70,8 @@ def train(
         # Only now: a resume that is refused leaves the run's config as it was.
         if is_process_zero():
             save_config(config, run_dir / "config.yaml")
+            if data.tokenizer is not None:
+                data.tokenizer.save(run_dir)
         return _Loop(config, mesh, data, checkpoints, run_dir, lock, progress and is_process_zero()).run(state)
 
 
@@ -179,7 +181,8 @@ class _Loop:
     def held_out(self) -> list[Batch]:
         """Read once, at the first evaluation; `evaluation.max_rows` bounds it."""
         settings = self.config.evaluation
-        return list(self.data.held_out_batches(settings.batch_size, settings.max_rows))
+        size = fitting_batch(self.mesh, settings.batch_size)
+        return list(self.data.held_out_batches(size, settings.max_rows))
 
     def _evaluate(self, state: TrainState) -> float:
         """Held-out loss at the model's depth, in nats per token."""
