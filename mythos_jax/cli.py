@@ -81,6 +81,8 @@ def _run_command(argv: list[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides what XLA logs when it starts
     with interrupts.caught() as pressed:
         try:
+            if overrides and arguments.takes_overrides is not True:
+                _check_sections(overrides, arguments.takes_overrides)
             return COMMANDS[arguments.command].run(arguments, overrides)
         except KeyboardInterrupt:
             return _interrupted()
@@ -110,6 +112,16 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.add_arguments(sub)
     return parser
+
+
+def _check_sections(overrides: list[str], sections: tuple[str, ...]) -> None:
+    """Raises ConfigError if a field is set that is not in one of the sections that the command allows for a run."""
+    from mythos_jax.config.overrides import override_names
+
+    for name in override_names(overrides):
+        if name.partition(".")[0] not in sections:
+            allowed = " and ".join(f"--{section}.FIELD" for section in sections)
+            raise ConfigError(f"--{name}: fixed by the run; allowed: {allowed}")
 
 
 class _Parser(argparse.ArgumentParser):

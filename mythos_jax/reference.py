@@ -56,8 +56,8 @@ def cli_page() -> str:
     blocks = [_GENERATED, "# Command reference", _CLI_INTRODUCTION]
     for parser in _commands(build_parser()):
         blocks += [f"## {parser.prog}", parser.description or "", f"    {_usage(parser)}"]
-        if parser.get_default("takes_overrides"):
-            blocks.append("Any field of the [configuration](config.md) can be set with `--section.field value`.")
+        if sections := parser.get_default("takes_overrides"):
+            blocks.append(_about_overrides(sections))
         for group in parser._action_groups:
             actions = [action for action in group._group_actions if action.help and action.dest not in _EVERYWHERE]
             if actions and group.description:
@@ -132,6 +132,15 @@ def _yaml(value: Any) -> str:
     if isinstance(value, str):
         return value or '""'
     return str(value)
+
+
+def _about_overrides(sections: bool | tuple[str, ...]) -> str:
+    """sections: of a run's config whose fields the command can set; True: of any config, all of them."""
+    if sections is True:
+        return "Any field of the [configuration](config.md) can be set with `--section.field value`."
+    assert isinstance(sections, tuple)
+    names = " and ".join(f"`{section}`" for section in sections)
+    return f"Fields of {names} in the [configuration](config.md) of a run can be set with `--section.field value`."
 
 
 def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

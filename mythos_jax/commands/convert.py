@@ -30,15 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="also run the original and this implementation on the same tokens"
     )
     add_json(parser)
-    parser.set_defaults(takes_overrides=True)
+    parser.set_defaults(takes_overrides=("mesh",))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.config.files import check_words
     from mythos_jax.porting.convert import convert, format_report, report_as_json
     from mythos_jax.runs.load import open_source
 
-    check_words(overrides, ("mesh",), "convert")
     report = convert(
         open_source(arguments.source, arguments.config, overrides),
         arguments.target,

@@ -65,17 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_seed(parser, "few-shot examples and sampling, for --tasks")
     add_json(parser)
     add_processes(parser)
-    parser.set_defaults(takes_overrides=True)
+    parser.set_defaults(takes_overrides=("mesh", "evaluation"))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.config.files import check_words
     from mythos_jax.language_model import load
     from mythos_jax.processes import is_process_zero
     from mythos_jax.report.page import write_report
     from mythos_jax.report.tables import format_table
 
-    check_words(overrides, ("mesh", "evaluation"), "eval")
     connect(arguments)
     lm = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer, overrides=overrides)
     folder = _report_folder(arguments.out, lm)

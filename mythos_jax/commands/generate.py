@@ -62,14 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompt tokens processed at a time (default 512)",
     )
-    parser.set_defaults(takes_overrides=True)
+    parser.set_defaults(takes_overrides=("mesh",))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.config.files import check_words
     from mythos_jax.language_model import load
 
-    check_words(overrides, ("mesh",), "generate")
     pieces = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer, overrides=overrides).generate(
         arguments.prompt,
         stream=True,

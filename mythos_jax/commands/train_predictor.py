@@ -20,15 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the largest number of loops it can predict (default: the config's)",
     )
     parser.add_argument("--rows", type=positive, default=512, metavar="N", help="rows to record (default 512)")
-    parser.set_defaults(takes_overrides=True)
+    parser.set_defaults(takes_overrides=("mesh",))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.config.files import check_words
     from mythos_jax.runs.load import load_model
     from mythos_jax.training.predictor import train_predictor
 
-    check_words(overrides, ("mesh",), "train-predictor")
     loaded = load_model(arguments.model, arguments.step, overrides=overrides)
     summary = train_predictor(loaded, loops=arguments.loops, rows=arguments.rows)
     print(f"{'mean loops':>10} {'KL to the final, nats':>22}")

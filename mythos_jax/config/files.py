@@ -56,17 +56,6 @@ def config_from_words(words: Sequence[str], **fields: Any) -> Config:
     return from_dict(Config, tree)
 
 
-def check_words(words: Sequence[str], sections: Sequence[str], command: str) -> None:
-    """Raises ConfigError if command-line words set anything but fields of these sections."""
-    for name in override_names(words):
-        section, dot, _ = name.partition(".")
-        if section in sections:
-            continue
-        if not dot and section not in Config.__dataclass_fields__:
-            raise ConfigError(f"unknown argument '--{name}' for `mythos {command}`; see its --help")
-        raise ConfigError(f"--{name}: fixed by the run; allowed: {' and '.join(f'--{s}.FIELD' for s in sections)}")
-
-
 def sets_mesh(words: Sequence[str]) -> bool:
     """Whether command-line words say how the devices are divided."""
     return any(name.split(".")[0] == "mesh" for name in override_names(words))
