@@ -64,3 +64,13 @@ def copy_tree(source: Any, target: Any) -> None:
             copy_tree(item, target / item.name)
         else:
             (target / item.name).write_bytes(item.read_bytes())
+
+
+def is_lfs_pointer(path: Any) -> bool:
+    """Whether this is what git leaves instead of a large file that was not downloaded. False if it cannot be read."""
+    start = b"version https://git-lfs.github.com/spec/"
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError:
+        return False

@@ -16,7 +16,7 @@ import numpy as np
 from mythos_jax.data.gguf import tokenizer_json
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
-from mythos_jax.paths import to_path, write_whole
+from mythos_jax.paths import is_lfs_pointer, to_path, write_whole
 from mythos_jax.typed import check_field
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -145,6 +145,8 @@ class HuggingFaceTokenizer:
         file = to_path(path)
         if file.is_dir():
             file /= TOKENIZER_FILE
+        if is_lfs_pointer(file):
+            raise ConfigError(f"tokenizer {path}: is a Git LFS pointer; run `git lfs pull` in its repository")
         try:
             self._json: bytes = tokenizer_json(Path(path)) if file.suffix == ".gguf" else file.read_bytes()
             # Hash the parsed content, not the bytes: formatting does not make a different tokenizer.

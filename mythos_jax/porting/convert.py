@@ -82,6 +82,8 @@ def format_report(report: ConversionReport, tensors: bool = True) -> str:
         f"{report.source} ({report.source_format}) -> {report.target} ({report.target_format})",
         f"source tensors: {coverage.used}, each used once ({dtypes})" if dtypes else "source tensors: none can be used",
     ]
+    if coverage.wrappers:
+        lines.append(f"taken off the tensors' names: {', '.join(coverage.wrappers)}")
     if coverage.tied:
         lines.append(f"tied, equal to a tensor that is used: {', '.join(coverage.tied)}")
     if coverage.buffers:

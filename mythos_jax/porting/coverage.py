@@ -17,8 +17,9 @@ class Coverage:
 
     used: the number of tensors that are used, each exactly once; dtypes: how many of them have each dtype.
     parameters: the number of parameters of the model. tied: aliases of a used tensor, with equal contents.
-    buffers: tensors that are recomputed here. The rest are problems: missing and unexpected tensors by name, and
-    `wrong`, one line for each with the wrong shape, dtype or contents.
+    buffers: tensors that are recomputed here. wrappers: parts that were taken off the tensors' names. The rest are
+    problems: missing and unexpected tensors by name, and `wrong`, one line for each with the wrong shape, dtype or
+    contents.
     """
 
     used: int = 0
@@ -26,6 +27,7 @@ class Coverage:
     dtypes: dict[str, int] = field(default_factory=dict)
     tied: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
+    wrappers: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -41,7 +43,7 @@ class Coverage:
 
 def check_tensors(source: Source) -> Coverage:
     """Compares a source's tensors with its table."""
-    coverage = Coverage()
+    coverage = Coverage(wrappers=list(source.wrappers))
     our_shapes = source.table.our_shapes
     coverage.parameters = sum(math.prod(shape) for path, shape in our_shapes.items() if path.startswith("params."))
     present = _check_expected(source, coverage)

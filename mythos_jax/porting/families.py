@@ -40,7 +40,7 @@ def detect(fields: Mapping[str, Any] | None, tensor_names: Iterable[str], where:
             return family
     tensor_names = set(tensor_names)
     for family in FAMILIES.values():
-        if family.signature and tensor_names.issuperset(family.signature):
+        if _has_tensors_of(family, tensor_names):
             return family
     # Tensors may be renamed or missing. If the config still matches a family, its table can say which ones.
     for family in FAMILIES.values():
@@ -48,3 +48,12 @@ def detect(fields: Mapping[str, Any] | None, tensor_names: Iterable[str], where:
         if fields and known and len(known & set(fields)) > 0.7 * len(known):
             return family
     raise ConfigError(f"{where}: neither its fields nor its tensors are those of {', '.join(FAMILIES)}")
+
+
+def has_signature(tensor_names: set[str]) -> bool:
+    """Whether these are the names of a format's tensors."""
+    return any(_has_tensors_of(family, tensor_names) for family in FAMILIES.values())
+
+
+def _has_tensors_of(family: Family, tensor_names: set[str]) -> bool:
+    return bool(family.signature) and tensor_names.issuperset(family.signature)

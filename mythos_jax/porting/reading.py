@@ -4,7 +4,7 @@ Tensors stay in their files until they are asked for, so that memory holds one a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from mythos_jax.config import ModelConfig, load_run_config, named_config
 from mythos_jax.config.files import read_yaml
 from mythos_jax.errors import ConfigError
 from mythos_jax.json_text import parse_json
-from mythos_jax.paths import to_path
+from mythos_jax.paths import is_lfs_pointer, to_path
 from mythos_jax.porting import native
-from mythos_jax.porting.families import detect
+from mythos_jax.porting.families import detect, has_signature
 from mythos_jax.porting.family import Family
 from mythos_jax.porting.gguf_file import GgufFile
 from mythos_jax.porting.hub import resolve
 from mythos_jax.porting.safetensors_files import SafetensorsFile, TensorInfo
 from mythos_jax.porting.torch_files import TorchFile
+from mythos_jax.porting.wrappers import unwrap
 
 # In order of preference; the first that a directory has is read.
 WEIGHT_FILES = (
@@ -44,8 +45,10 @@ class Source(ABC):
 
     path: names it in reports and errors. tensors: those it has, under its family's names. tokenizer: its
     `tokenizer.json` if any, or the GGUF file that it is in. table: the rows that `config` asks for, whether or not the
-    tensors are there.
+    tensors are there. wrappers: parts of the stored names that were taken off, such as `_orig_mod.`.
     """
+
+    wrappers: Sequence[str] = ()
 
     def __init__(
         self,
@@ -91,12 +94,11 @@ class FileSource(Source):
     def __init__(self, path: str | Path, config: ConfigLike | None = None):
         path = resolve(path)
         files = [_open(file) for file in (weight_files(path) if path.is_dir() else [path])]
-        self._file_of = {name: file for file in files for name in file.tensors}
-        tensors = {
-            name: TensorInfo(tensor.shape, np.dtype(tensor.dtype))
-            for file in files
-            for name, tensor in file.tensors.items()
-        }
+        file_of = {name: file for file in files for name in file.tensors}
+        stored_names, self.wrappers = unwrap(file_of, has_signature, path)
+        self._stored = {name: (file_of[stored], stored) for name, stored in stored_names.items()}
+        infos = {name: file.tensors[stored] for name, (file, stored) in self._stored.items()}
+        tensors = {name: TensorInfo(info.shape, np.dtype(info.dtype)) for name, info in infos.items()}
         fields, config_path = _accompanying_fields(path, files)
         if isinstance(config, str | Path):
             config_path = Path(config)
@@ -123,7 +125,8 @@ class FileSource(Source):
             ) from None
 
     def _read(self, stored_name: str) -> np.ndarray:
-        return self._file_of[stored_name].read(stored_name)
+        file, name = self._stored[stored_name]
+        return file.read(name)
 
 
 class VariablesSource(Source):
@@ -179,11 +182,15 @@ def _accompanying_fields(path: Path, files: list[TensorFile]) -> tuple[Mapping[s
 
 
 def _open(path: Path) -> TensorFile:
+    if is_lfs_pointer(path):
+        raise ConfigError(f"{path}: is a Git LFS pointer, not weights; run `git lfs pull` in its repository")
     kinds: dict[str, Callable[[Path], TensorFile]] = {".safetensors": SafetensorsFile, ".gguf": GgufFile}
     return kinds.get(path.suffix, TorchFile)(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if is_lfs_pointer(path):
+        raise ConfigError(f"{path}: is a Git LFS pointer, not JSON; run `git lfs pull` in its repository")
     try:
         tree = parse_json(path.read_bytes(), unique_keys=True)
     except OSError as error:

@@ -37,7 +37,6 @@ STORAGES = {
 CONFIG_CLASS = ("open_mythos.main", "MythosConfig")
 CONFIG_KEYS = ("cfg", "config")
 STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict")
-WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # put in front of every name by torch.compile and by DDP
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,4 @@ def _find_state_dict(path: Path, checkpoint: Any) -> tuple[dict[str, StoredTenso
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, StoredTensor)}
     if not tensors:
         raise ConfigError(f"{path}: holds no tensors; allowed: a state dict, or a dict with one under 'model'")
-    for prefix in WRAPPER_PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors, fields
