@@ -139,18 +139,23 @@ class Checkpoints:
                 self._set_aside(step)
         raise DamagedError(f"{self.directory}: no undamaged checkpoint; they were renamed to STEP.damaged")
 
-    def restore_variables(self, step: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def restore_variables(
+        self, step: int, like: dict[str, Any], check: Callable[[dict[str, Any]], None]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The variables to evaluate at `step`, sharded like `like`, and the meta of the checkpoint. If a moving average
-        of the weights was kept, it is what is evaluated.
+        of the weights was kept, it is what is evaluated. check: as for `restore_newest`.
 
         Raises DamagedError if the files do not hold what was saved, UnreadableError if they cannot be read now.
         """
         try:
             meta = self._meta(step)
+            check(meta)
             sums = meta["checksums"]
             variables = self._restore_tree(step, "model", like, sums)
             if "average" in sums:
                 variables = eval_variables(variables, self._restore_tree(step, "average", like["params"], sums))
+        except ConfigError:  # from `check`
+            raise
         except Exception as error:
             self._raise_unless_damaged(step, error)
             reason = one_line(error, limit=200)

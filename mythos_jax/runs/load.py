@@ -1,8 +1,8 @@
 """Loading a trained model: the run directory of `mythos train`, or a pretrained directory, file or hub id."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from safetensors.numpy import load
 
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_run_config
 from mythos_jax.config.files import config_from_words, sets_mesh
+from mythos_jax.config.model import SPEED_FIELDS
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import MANIFEST_FILE, load_manifest
 from mythos_jax.data.placement import fitting_batch
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
-from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.model.abstract import abstract_variables, weight_shapes
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import PREDICTOR
 from mythos_jax.paths import to_path
@@ -30,6 +31,7 @@ from mythos_jax.processes import log0
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.trained_on import TrainedOn
 from mythos_jax.sharding import default_mesh, make_mesh, shardings
+from mythos_jax.typed import differences, from_dict, to_dict, upgrade
 
 
 @dataclass(frozen=True)
@@ -192,12 +194,30 @@ def _load_run(
         nn.unbox(boxed),
         shardings(device_mesh, boxed),
     )
-    variables, meta = checkpoints.restore_variables(step, {"balance": {}, **like})
+    variables, meta = checkpoints.restore_variables(
+        step, {"balance": {}, **like}, check=partial(_compare_models, directory / "config.yaml", config.model)
+    )
     checkpoints.close()
     variables |= _load_predictor(directory, step)
     trained_on = TrainedOn.from_metadata(meta)
     spec = tokenizer or _tokenizer_of(directory, config, trained_on)
     return LoadedModel(directory, config, Mythos(config.model), variables, step, device_mesh, _spec(spec), trained_on)
+
+
+def _compare_models(file: Path, model: ModelConfig, meta: Mapping[str, Any]) -> None:
+    """Says which fields of the model are not those that the checkpoint was trained with, by an edit or by damage of the
+    run's config.yaml. Raises ConfigError if its weights have other shapes then."""
+    trained = upgrade(ModelConfig, meta["model"])
+    changed = differences(trained, to_dict(model), "model")
+    fields = [
+        f"{name} was {old!r} when the run was trained, is {new!r}"
+        for name, (old, new) in changed.items()
+        if name.removeprefix("model.") not in SPEED_FIELDS
+    ]
+    if fields and weight_shapes(from_dict(ModelConfig, trained)) != weight_shapes(model):
+        raise ConfigError(f"{file}: is not that of the run's weights ({'; '.join(fields)})")
+    for field_changed in fields:
+        log0(f"{file}: {field_changed}")
 
 
 def _mesh_of(directory: Path, config: MeshConfig) -> Mesh:

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from mythos_jax.config import Config, ModelConfig
+from mythos_jax.config import Config
 from mythos_jax.data.manifest import MANIFEST_FILE
 from mythos_jax.data.open import Data, open_data
 from mythos_jax.data.placement import check_batch
 from mythos_jax.data.tokenizer import load_tokenizer
 from mythos_jax.errors import ConfigError
-from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.model.abstract import abstract_variables, weight_shapes
 from mythos_jax.paths import to_path
 from mythos_jax.processes import is_process_zero, log0, process_zero_first
 from mythos_jax.runs.checkpoints import Checkpoints, newest_folder
@@ -103,7 +102,7 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | No
     loaded = load_model(path)
     _check_tokenizers(config, loaded, path)
     changed = differences(to_dict(loaded.config.model), to_dict(config.model), "model")
-    if _shapes(loaded.config.model) != _shapes(config.model):
+    if weight_shapes(loaded.config.model) != weight_shapes(config.model):
         fields = "; ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in changed.items())
         raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
     for name, (old, new) in changed.items():
@@ -121,10 +120,6 @@ def _check_tokenizers(config: Config, loaded: LoadedModel, path: str | Path) -> 
             f"data.tokenizer: got {config.data.tokenizer}, allowed: the tokenizer of {path}, "
             f"{loaded.tokenizer_spec}, because the run starts from its weights"
         )
-
-
-def _shapes(model: ModelConfig) -> dict[str, Any]:
-    return jax.tree.map(lambda x: x.shape, nn.unbox(abstract_variables(model)))
 
 
 def finished_without_data(config: Config, run_dir: Any) -> int | None:

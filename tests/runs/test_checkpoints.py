@@ -73,7 +73,7 @@ def test_what_may_be_whole_is_left_alone(checkpoints, state, monkeypatch, error)
     failing(checkpoints, monkeypatch, error)
     for read in (
         lambda: checkpoints.restore_newest(state, lambda _: None),
-        lambda: checkpoints.restore_variables(2, state.variables),
+        lambda: checkpoints.restore_variables(2, state.variables, lambda _: None),
     ):
         with pytest.raises(UnreadableError, match=r"checkpoints/2: cannot be read, nothing was changed"):
             read()
