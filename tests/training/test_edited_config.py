@@ -20,7 +20,5 @@ def test_a_model_that_is_not_the_trained_one_is_announced(home, tmp_path, monkey
     said = "run/config.yaml: model.rope_theta was 10000.0 when the run was trained, is 10001.0\n"
     assert said in capsys.readouterr().err
     file.write_text(text.replace("  dim: 16", "  dim: 20"), encoding="utf-8")
-    with pytest.raises(
-        ConfigError, match=r"run/config\.yaml: is not that of the run's weights \(model\.dim was 16"
-    ):
+    with pytest.raises(ConfigError, match=r"run/config\.yaml: is not that of the run's weights \(model\.dim was 16"):
         load("run")

@@ -78,15 +78,6 @@ def test_evaluations_without_held_out_rows_are_refused(config, tmp_path, no_step
     assert prepared or not (tmp_path / "rows").exists()
 
 
-def test_evaluation_batches_that_do_not_divide_are_refused(config, tmp_path, monkeypatch, no_step):
-    from tests.training.conftest import use_devices
-
-    use_devices(monkeypatch, 8)
-    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, batch_size=4))
-    with pytest.raises(ConfigError, match=r"evaluation\.batch_size: got 4, allowed: a multiple of 8"):
-        train(with_training(config, evaluate_every=4), tmp_path / "run", progress=False)
-
-
 def test_a_profile_of_steps_that_never_run_is_refused(config, tmp_path, no_step):
     with pytest.raises(
         ConfigError, match=r"training\.profile_steps: got \[9, 12\], allowed: steps up to training\.steps, 8"
