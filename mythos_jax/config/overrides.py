@@ -6,7 +6,7 @@ value counts.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from mythos_jax.config.run import Config
 from mythos_jax.config.yaml_tree import field_hint, parse_yaml
@@ -61,11 +61,13 @@ def parse_value(text: str, hint: Any, name: str) -> Any:
 def expand_paths(value: Any, hint: Any, name: str) -> Any:
     """The value with `~` and environment variables replaced in its paths."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated and not any(isinstance(argument, IsPath) for argument in arguments):
+        return expand_paths(value, arguments[0], name)
     if isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, dict):
         dots = f"{name}." if name else ""
         hints = annotated_hints(hint)
         return {key: expand_paths(item, hints.get(key), f"{dots}{key}") for key, item in value.items()}
-    if any(isinstance(argument, IsPath) for argument in arguments) and isinstance(value, str):
+    if origin is Annotated and isinstance(value, str):
         try:
             return expand(value)
         except ConfigError as error:

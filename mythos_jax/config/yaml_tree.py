@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 import yaml
 
@@ -73,18 +73,30 @@ def _prepare(node: yaml.Node, hint: Any, name: str, seen: set[tuple[int, int]]) 
             _prepare(value, hint if merged else field_hint(hint, word), name if merged else dotted, seen)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _prepare(item, get_args(hint)[0] if get_origin(hint) is tuple else hint, name, seen)
+            _prepare(item, item_hint(hint), name, seen)
     elif node.style is None and node.tag != f"{_TAG}null" and text_is_wanted(hint, node.value):
         node.tag = f"{_TAG}str"
 
 
 def field_hint(hint: Any, name: str) -> Any:
     """The annotated type of what a section or a dict holds under a name; None if nothing is known about it."""
+    hint = _bare(hint)
     if isinstance(hint, type) and issubclass(hint, Section):
         return annotated_hints(hint).get(name)
     if get_origin(hint) is dict:
         return get_args(hint)[1]
     return None
+
+
+def item_hint(hint: Any) -> Any:
+    """The annotated type of the items of a list; None if nothing is known about them."""
+    hint = _bare(hint)
+    return get_args(hint)[0] if get_origin(hint) is tuple else None
+
+
+def _bare(hint: Any) -> Any:
+    """A type without its markers."""
+    return _bare(get_args(hint)[0]) if get_origin(hint) is Annotated else hint
 
 
 class _Loader(yaml.SafeLoader):
