@@ -227,7 +227,7 @@ def check(place: Path, words: list[str]) -> int:
 
 
 @given(edits=EDITS, scratches=SCRATCHES, encoding=st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-16", "latin-1"]))
-@budget(30, 2000)
+@budget(20, 2000)
 def test_a_damaged_config_is_read_or_refused(place, edits, scratches, encoding):
     text = scratched(yaml.safe_dump(edited(CONFIG, edits), allow_unicode=True, sort_keys=False), scratches)
     (place / "tiny.yaml").write_bytes(text.encode(encoding, "replace"))
@@ -267,6 +267,6 @@ def command_lines(draw) -> list[str]:
 
 
 @given(words=command_lines())
-@budget(30, 2000)
+@budget(40, 2000)
 def test_a_command_line_is_obeyed_or_refused(place, words):
     check(place, [word.replace("\0", "") for word in words])
