@@ -1,8 +1,10 @@
 """`mythos`, and `python -m mythos_jax`: handles signals from the first moment on, then runs `cli.main`."""
 
+import os
 import signal
 import sys
 
+from mythos_jax.errors import FAILED
 from mythos_jax.interrupts import end_at_once, is_default
 
 
@@ -18,10 +20,15 @@ def main() -> int:
     try:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        return run_command()
+        code = run_command()
     except KeyboardInterrupt:
         end_at_once(signal.SIGINT, None)
         raise
+    if code == FAILED and "orbax" in sys.modules:
+        # What is left of a checkpoint's failed read or write goes on in threads of C++, which print tracebacks when
+        # Python ends under them. All of ours is written and flushed.
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

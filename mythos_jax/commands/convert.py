@@ -35,8 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.porting.convert import convert, format_report, report_as_json
+    from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.runs.load import open_source
 
+    if not arguments.debug:
+        quiet_background_errors()
     report = convert(
         open_source(arguments.source, arguments.config, overrides),
         arguments.target,

@@ -73,7 +73,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.processes import is_process_zero
     from mythos_jax.report.page import write_report
     from mythos_jax.report.tables import format_table
+    from mythos_jax.runs.checkpoints import quiet_background_errors
 
+    if not arguments.debug:
+        quiet_background_errors()
     connect(arguments)
     lm = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer, overrides=overrides)
     folder = _report_folder(arguments.out, lm)

@@ -67,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.language_model import load
+    from mythos_jax.runs.checkpoints import quiet_background_errors
 
+    if not arguments.debug:
+        quiet_background_errors()
     pieces = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer, overrides=overrides).generate(
         arguments.prompt,
         stream=True,

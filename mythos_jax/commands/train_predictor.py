@@ -24,10 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.runs.load import load_model
     from mythos_jax.training.predictor import train_predictor
 
-    loaded = load_model(arguments.model, arguments.step, overrides=overrides)
+    if not arguments.debug:
+        quiet_background_errors()
+    loaded = load_model(arguments.model, arguments.step, overrides=overrides, with_predictor=False)
     summary = train_predictor(loaded, loops=arguments.loops, rows=arguments.rows)
     print(f"{'mean loops':>10} {'KL to the final, nats':>22}")
     for loops, excess in zip(summary["mean_loops"], summary["excess_nats"], strict=True):

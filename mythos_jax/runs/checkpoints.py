@@ -322,28 +322,31 @@ def checksums(tree: Any) -> jax.Array:
 
 
 def quiet_background_errors() -> None:
-    """Reduces a failed background write to the one error that `Checkpoints` raises. For programs, not for libraries: it
-    changes logging and exception hooks of the whole process.
+    """Reduces a failed read or background write to the one error that `Checkpoints` raises. For programs, not for
+    libraries: it changes logging and exception hooks of the whole process.
 
-    Orbax raises the error in the thread that saves or waits, but it also logs it and lets it end threads and event
-    loops of its own, each of which prints a traceback. Errors from elsewhere are shown as before.
+    Orbax raises the error in the thread that reads, saves or waits, but it also logs it and lets it end threads and
+    event loops of its own, each of which prints a traceback; so do the reads that have not ended when one fails. Errors
+    from elsewhere are shown as before.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     for owner, name in [(threading, "excepthook"), (sys, "unraisablehook")]:
-        setattr(owner, name, _without_orbax(getattr(owner, name)))
+        if not isinstance(hook := getattr(owner, name), _WithoutOrbax):
+            setattr(owner, name, _WithoutOrbax(hook))
 
 
-def _without_orbax(previous: Callable[..., None]) -> Callable[..., None]:
+class _WithoutOrbax:
     """An exception hook that ignores errors from Orbax and from event loops that it closed."""
 
-    def hook(details: Any) -> None:
+    def __init__(self, previous: Callable[..., None]):
+        self._previous = previous
+
+    def __call__(self, details: Any) -> None:
         from_orbax = any("orbax" in frame.filename for frame in traceback.extract_tb(details.exc_traceback))
         if not (from_orbax or "Event loop is closed" in str(details.exc_value)):
-            previous(details)
-
-    return hook
+            self._previous(details)
 
 
 def _abstract(tree: Any) -> Any:

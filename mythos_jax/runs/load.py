@@ -1,5 +1,6 @@
 """Loading a trained model: the run directory of `mythos train`, or a pretrained directory, file or hub id."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -116,6 +117,7 @@ def load_model(
     tokenizer: str | Path | None = None,
     mesh: MeshConfig | None = None,
     overrides: Sequence[str] = (),
+    with_predictor: bool = True,
 ) -> LoadedModel:
     """A run at its newest checkpoint (or that of `step`), or a pretrained model (see `load_pretrained`).
 
@@ -123,11 +125,12 @@ def load_model(
     tokenizer: a `tokenizer.json` or "bytes", for a model that has none.
     mesh: device mesh. Default: the run's own if it fits the devices that are here, else the default one.
     overrides: command-line words that set fields of the config, such as `--mesh.tensor 2`.
+    with_predictor: also load the run's depth predictor, if it has one.
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
     if is_run(path):
-        return _load_run(to_path(path), step, tokenizer, mesh, overrides)
+        return _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor)
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
@@ -179,6 +182,7 @@ def _load_run(
     tokenizer: str | Path | None = None,
     mesh: MeshConfig | None = None,
     overrides: Sequence[str] = (),
+    with_predictor: bool = True,
 ) -> LoadedModel:
     config = load_run_config(directory / "config.yaml", overrides)
     device_mesh = make_mesh(mesh or config.mesh) if mesh or sets_mesh(overrides) else _mesh_of(directory, config.mesh)
@@ -198,7 +202,8 @@ def _load_run(
         step, {"balance": {}, **like}, check=partial(_compare_models, directory / "config.yaml", config.model)
     )
     checkpoints.close()
-    variables |= _load_predictor(directory, step)
+    if with_predictor:
+        variables |= _load_predictor(directory, step)
     trained_on = TrainedOn.from_metadata(meta)
     spec = tokenizer or _tokenizer_of(directory, config, trained_on)
     return LoadedModel(directory, config, Mythos(config.model), variables, step, device_mesh, _spec(spec), trained_on)
@@ -268,8 +273,13 @@ def _load_predictor(directory: Path, step: int) -> dict[str, Any]:
     if not (folder / "predictor.json").is_file():
         return {}
     try:
-        if parse_json((folder / "predictor.json").read_bytes())["step"] != step:
+        summary = parse_json((folder / "predictor.json").read_bytes())
+        if summary["step"] != step:
             return {}  # trained for other weights
-        return {PREDICTOR: load((folder / "predictor.safetensors").read_bytes())}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        weights = (folder / "predictor.safetensors").read_bytes()
+        # Predictors written by 0.1.0 have no checksum.
+        if hashlib.sha256(weights).hexdigest() != summary.get("sha256", hashlib.sha256(weights).hexdigest()):
+            raise ValueError("the checksum of predictor.safetensors is not that in predictor.json")
+        return {PREDICTOR: load(weights)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: damaged ({one_line(error)}); `mythos train-predictor` recreates it") from None

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from mythos_jax.data.manifest import Manifest
 from mythos_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, DamagedError, one_line
 from mythos_jax.processes import log0
 
 
@@ -37,7 +37,17 @@ class TrainedOn:
 
     @classmethod
     def from_metadata(cls, meta: Mapping[str, Any]) -> Self:
-        """From the metadata of a checkpoint of any version; see `Data.identity` for the forms of its `data`."""
+        """From the metadata of a checkpoint of any version; see `Data.identity` for the forms of its `data`.
+
+        Raises DamagedError: those of 0.1.0 have no digest that would show other damage.
+        """
+        try:
+            return cls._from_metadata(meta)
+        except (TypeError, ValueError, KeyError) as error:
+            raise DamagedError(f"meta is damaged: its data are not those of a run ({one_line(error)})") from None
+
+    @classmethod
+    def _from_metadata(cls, meta: Mapping[str, Any]) -> Self:
         data = meta.get("data")
         if isinstance(data, str):
             rows: tuple[str, ...] = (data,)
@@ -45,7 +55,8 @@ class TrainedOn:
             rows = tuple(fingerprint for fingerprint, _ in data["mixture"])
         else:
             rows = (data["rows"],) if isinstance(data, Mapping) and "rows" in data else ()
-        return cls(rows, meta.get("tokenizer"))
+        tokenizer = meta.get("tokenizer")
+        return cls(rows, tokenizer and {name: tokenizer[name] for name in ("name", "fingerprint", "end_of_document")})
 
     @property
     def in_bytes(self) -> bool:

@@ -8,6 +8,7 @@ every possible exit, so one head serves every budget. It needs no targets: if th
 the expected increase of the token's loss. The measured increase has the same expectation but much higher variance.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -180,5 +181,7 @@ def save_predictor(directory: Path, predictor: dict[str, np.ndarray], summary: d
     """Writes `predictor/predictor.safetensors` and `predictor/predictor.json` into a run's directory."""
     folder = to_path(directory) / PREDICTOR
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "predictor.safetensors", save(predictor))
+    weights = save(predictor)
+    summary = {**summary, "sha256": hashlib.sha256(weights).hexdigest()}
+    write_whole(folder / "predictor.safetensors", weights)
     write_whole(folder / "predictor.json", (json.dumps(summary, indent=1) + "\n").encode())

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.predictor import loops_at, predicted_loops
 from mythos_jax.runs.load import _load_predictor
-from mythos_jax.training.predictor import calibrate, fit
+from mythos_jax.training.predictor import calibrate, fit, save_predictor
 
 DIM, LOOPS = 8, 6
 
@@ -68,6 +68,15 @@ def test_a_predictor_of_another_step_is_ignored_and_a_damaged_one_is_refused(tmp
     (folder / "predictor.safetensors").write_bytes(save({"budget": np.float32([2])}))
     assert _load_predictor(tmp_path, 4) == {}
     assert _load_predictor(tmp_path, 3)["predictor"]["budget"] == 2
+    save_predictor(tmp_path, {"budget": np.float32([2])}, {"step": 3})
+    assert _load_predictor(tmp_path, 3)["predictor"]["budget"] == 2
+    flipped = bytearray((folder / "predictor.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    (folder / "predictor.safetensors").write_bytes(flipped)
+    with pytest.raises(
+        ConfigError, match=r"predictor: damaged \(the checksum of .* recreates it"
+    ):
+        _load_predictor(tmp_path, 3)
     (folder / "predictor.safetensors").write_bytes(b"cut")
     with pytest.raises(ConfigError, match=r"predictor: damaged .*; `mythos train-predictor` recreates it"):
         _load_predictor(tmp_path, 3)

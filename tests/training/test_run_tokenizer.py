@@ -12,7 +12,7 @@ from mythos_jax.config import MeshConfig
 from mythos_jax.data.open import open_data
 from mythos_jax.data.prepare import prepare
 from mythos_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, DamagedError
 from mythos_jax.language_model import load
 from mythos_jax.runs.load import _tokenizer_of, load_model, open_source
 from mythos_jax.runs.trained_on import TrainedOn
@@ -134,3 +134,16 @@ def test_a_run_on_bytes_remembers_them(here):
     assert "is not the tokenizer that the model was trained with, bytes" in refusal(
         remembered.check_tokenizer, load_tokenizer("own.json"), "own.json"
     )
+
+
+def test_a_damaged_predictor_can_be_recreated(here):
+    (here / "run" / "predictor").mkdir()
+    (here / "run" / "predictor" / "predictor.json").write_text("{")
+    assert "predictor: damaged" in refusal(load, "run")
+    assert load_model("run", with_predictor=False).step == 2
+
+
+@pytest.mark.parametrize("meta", [{"data": {"mixture": [1]}}, {"data": "x", "tokenizer": {"name": "bytes"}}])
+def test_metadata_that_are_not_those_of_a_run_are_damaged(meta):
+    with pytest.raises(DamagedError, match="meta is damaged"):
+        TrainedOn.from_metadata(meta)
