@@ -73,9 +73,7 @@ def test_a_predictor_of_another_step_is_ignored_and_a_damaged_one_is_refused(tmp
     flipped = bytearray((folder / "predictor.safetensors").read_bytes())
     flipped[-1] ^= 1
     (folder / "predictor.safetensors").write_bytes(flipped)
-    with pytest.raises(
-        ConfigError, match=r"predictor: damaged \(the checksum of .* recreates it"
-    ):
+    with pytest.raises(ConfigError, match=r"predictor: damaged \(the checksum of .* recreates it"):
         _load_predictor(tmp_path, 3)
     (folder / "predictor.safetensors").write_bytes(b"cut")
     with pytest.raises(ConfigError, match=r"predictor: damaged .*; `mythos train-predictor` recreates it"):

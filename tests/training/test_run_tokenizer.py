@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -147,3 +149,13 @@ def test_a_damaged_predictor_can_be_recreated(here):
 def test_metadata_that_are_not_those_of_a_run_are_damaged(meta):
     with pytest.raises(DamagedError, match="meta is damaged"):
         TrainedOn.from_metadata(meta)
+
+
+def test_files_that_are_missing_in_a_checkpoint_are_one_line(here):
+    """Also when Python ends while the other files are still being read."""
+    shutil.rmtree("run/checkpoints/2/model/d")
+    command = [sys.executable, "-m", "mythos_jax", "generate", "run", "a", "--mesh.data", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"mythos: {here}/run/checkpoints/2: damaged, cannot be restored (")
