@@ -61,15 +61,9 @@ class Owner:
         """Whether the process still runs; None if it is in another place, from where that cannot be seen."""
         if self.place != place:
             return None
-        if os.path.exists("/proc/self/stat"):
-            return _process_start(self.pid) == self.started
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except OSError:
-            return True  # of another user
-        return True
+        started = _process_start(self.pid)
+        # An equal number may belong to a process that started later.
+        return started is not None and (started == self.started or "" in (started, self.started))
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, seen {max(0, time.time() - self.renewed):.0f} s ago"
@@ -235,13 +229,21 @@ def _parse(content: bytes) -> Owner | None:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None if it has ended, "" where this is not known."""
+    """When a process started, in clock ticks since boot; None if it has ended, "" where this cannot be seen."""
     try:
         # The name of the program, in parentheses, may contain spaces.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
+    except OSError:  # no Linux, or the process of another user, which may be hidden
+        return "" if _exists(pid) else None
     return None if fields[0] in "ZX" else fields[19]  # Z, X: dead, and not yet collected by its parent
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # another error: it is of another user
+    return True
 
 
 def _read_text(path: str) -> str:

@@ -84,6 +84,19 @@ def test_an_owner_that_was_killed_but_not_collected_by_its_parent_is_dead():
         process.communicate()
 
 
+def test_where_processes_cannot_be_seen_only_their_numbers_count(monkeypatch):
+    """As on systems without /proc, or where the processes of other users are hidden."""
+    here, ended = Owner.this_process(), ended_process()
+
+    def hidden(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert dataclasses.replace(here, started="1").is_alive(here.place)
+    assert owner(pid=1).is_alive(Owner.this_process().place)
+    assert not owner(pid=ended).is_alive(Owner.this_process().place)
+
+
 @pytest.mark.parametrize("content", ["foreign", "damaged", "empty"])
 def test_an_owner_elsewhere_that_renews_nothing_is_replaced(run_dir, content, capsys):
     write(run_dir, owner(host="elsewhere", place="elsewhere", token="theirs", renewed=time.time() - 60))
