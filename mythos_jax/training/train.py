@@ -120,6 +120,7 @@ class _Loop:
                 # The metrics of the previous step are there, or nearly so; to read this step's is to wait for it. That
                 # is done before a save or an evaluation, because reading raises at a bad step, whose state must not be
                 # evaluated or saved; and where steps run while they are dispatched, so that there is no wait.
+                jax.block_until_ready(waiting[:-1])
                 reads_all = cast(Any, metrics["loss"]).is_ready() or due or must_save or evaluates
                 end = len(waiting) - (not reads_all)
                 self._read(log, waiting[:end])
