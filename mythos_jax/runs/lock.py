@@ -109,7 +109,9 @@ class RunLock:
         while not create():
             found = self._read()
             if found is not None:
-                self._delete(self._wait_for_death(found))
+                dead = self._wait_for_death(found)
+                if dead is not None:
+                    self._delete(dead)
         self._renewing.start()
 
     def check(self) -> None:
@@ -130,6 +132,20 @@ class RunLock:
                 self._file.unlink()
 
     def _create(self) -> bool:
+        """Makes the file with its content in one go, so that nobody sees it empty."""
+        temporary = self._run_dir / f".{LOCK_FILE}.{self._me.token}"
+        temporary.write_bytes(self._content())
+        try:
+            os.link(temporary, self._file)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            return self._create_exclusively()
+        finally:
+            temporary.unlink()
+        return True
+
+    def _create_exclusively(self) -> bool:
         try:
             with open(self._file, "xb") as file:
                 file.write(self._content())
@@ -143,8 +159,11 @@ class RunLock:
             time.sleep(self._timing.settle)
         return self._read() == self._content()
 
-    def _wait_for_death(self, found: bytes) -> bytes:
-        """Returns what the file held last when the owner is dead. Raises LockError if it is alive."""
+    def _wait_for_death(self, found: bytes) -> bytes | None:
+        """Returns what the file held last when the owner is dead; None if it has another owner, or none, by now.
+
+        Raises LockError if the owner is alive.
+        """
         owner = _parse(found)
         alive = owner and owner.is_alive(self._me.place)
         if alive is None:
@@ -152,27 +171,34 @@ class RunLock:
                 f"{self._run_dir}: in use by {owner or 'an unknown process'}; waiting until that ends, or does not "
                 f"answer for {self._timing.patience:.0f} s"
             )
-            found, alive = self._watch(found)
+            return self._watch(found)
         if alive:
-            raise LockError(
-                f"{self._run_dir}: in use by {_parse(found) or 'another process'}; allowed: one training process per "
-                "run directory, so end that one or choose another --workdir"
-            )
+            raise self._in_use(owner)
         return found
 
-    def _watch(self, found: bytes) -> tuple[bytes, bool]:
-        """Watches the file of an owner elsewhere. Returns what it held last, and whether the owner is alive."""
+    def _watch(self, found: bytes) -> bytes | None:
+        """`_wait_for_death` of an owner elsewhere."""
         begin = renewed = time.monotonic()
         while (now := time.monotonic()) < renewed + self._timing.patience:
+            owner = _parse(found)
             if now > begin + self._timing.ending:
-                return found, True
+                raise self._in_use(owner)
             time.sleep(self._timing.patience / 35)
             content = self._read()
             if content is None:
-                break
+                return None
             if content != found:
+                after = _parse(content)
+                if owner is None or after is None or owner.token != after.token:
+                    return None
                 found, renewed = content, time.monotonic()
-        return found, False
+        return found
+
+    def _in_use(self, owner: Owner | None) -> LockError:
+        return LockError(
+            f"{self._run_dir}: in use by {owner or 'another process'}; allowed: one training process per run "
+            "directory, so end that one or choose another --workdir"
+        )
 
     def _delete(self, found: bytes) -> None:
         """Deletes the file of a dead owner, but not that of another start which was faster."""
@@ -180,7 +206,7 @@ class RunLock:
             if self._read() == found:
                 self._file.unlink()
             return
-        aside = self._run_dir / f"{LOCK_FILE}.{self._me.token}"
+        aside = self._run_dir / f".{LOCK_FILE}.{self._me.token}"
         with contextlib.suppress(FileNotFoundError):
             self._file.rename(aside)
             if aside.read_bytes() != found:

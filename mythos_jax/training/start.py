@@ -89,7 +89,7 @@ def _is_left_over(path: Any) -> bool:
     """Whether this is what a run leaves that is killed before it has written its config."""
     if path.name == "checkpoints" and path.is_dir():
         return not any(path.iterdir())
-    return path.name == LOCK_FILE or path.name.startswith((f"{LOCK_FILE}.", ".config.yaml.", f".{LOCK_FILE}."))
+    return path.name == LOCK_FILE or path.name.startswith((".config.yaml.", f".{LOCK_FILE}."))
 
 
 def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | None) -> dict[str, Any] | None:

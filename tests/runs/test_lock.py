@@ -17,7 +17,7 @@ from mythos_jax.errors import ConfigError, LockError
 from mythos_jax.paths import to_path
 from mythos_jax.runs.lock import LOCK_FILE, Owner, RunLock, Timing, locked
 
-FAST = Timing(renew=0.02, patience=0.3, ending=0.6, settle=0.05)
+FAST = Timing(renew=0.02, patience=0.6, ending=1.0, settle=0.05)
 
 
 def owner(**fields):
