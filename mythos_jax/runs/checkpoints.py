@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ class Checkpoints:
                 enable_async_checkpointing=not read_only,
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        self._has_failed = False
+        self._has_failed, self._earlier_threads = False, set(threading.enumerate())
 
     def newest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
@@ -204,11 +205,15 @@ class Checkpoints:
 
     def close(self) -> None:
         """Raises SaveError if a save failed and nothing has said so yet."""
-        if self._has_failed:  # Orbax would raise the error once more
-            with contextlib.suppress(Exception):
-                self._guard(self._manager.close)
-        else:
+        if not self._has_failed:
             self._guard(self._manager.close)
+            return
+        with contextlib.suppress(Exception):  # Orbax raises the error once more
+            self._guard(self._manager.close)
+        # Threads that are not stuck end within a moment; Python must not shut down under them.
+        end = time.monotonic() + _THREADS_END
+        while set(threading.enumerate()) - self._earlier_threads and time.monotonic() < end:
+            time.sleep(0.05)
 
     def _restore(self, step: int, **items: Any) -> Any:
         with _quiet_orbax():
@@ -271,6 +276,8 @@ def _in_daemon_thread(work: Callable[[], object]) -> None:
     if failures:
         raise failures[0]
 
+
+_THREADS_END = 2  # seconds that the threads of a failed save are given to end
 
 # Errors that say nothing about the files: status words of TensorStore, jax and storage, and error numbers for
 # permission, input and output, memory, open files, time and stale file handles.
