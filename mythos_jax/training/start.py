@@ -13,7 +13,7 @@ from mythos_jax.config import Config
 from mythos_jax.data.manifest import MANIFEST_FILE
 from mythos_jax.data.open import Data, open_data
 from mythos_jax.data.placement import check_batch
-from mythos_jax.data.tokenizer import load_tokenizer
+from mythos_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.abstract import abstract_variables, weight_shapes
 from mythos_jax.paths import to_path
@@ -112,13 +112,17 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | No
 
 def _check_tokenizers(config: Config, loaded: LoadedModel, path: str | Path) -> None:
     """Raises ConfigError if the model to start from reads text with another tokenizer than this config's data."""
-    if config.data.task.name or loaded.tokenizer is None:
+    spec, end = loaded.tokenizer_spec, config.data.end_of_document
+    if config.data.task.name or spec is None:
         return
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
-    if tokenizer.fingerprint != loaded.tokenizer.fingerprint:
+    if loaded.trained_on.tokenizer is not None:
+        theirs = loaded.trained_on.tokenizer["fingerprint"]
+    else:
+        theirs = load_tokenizer(spec, None if spec == ByteTokenizer.name else end).fingerprint
+    if load_tokenizer(config.data.tokenizer, end).fingerprint != theirs:
         raise ConfigError(
-            f"data.tokenizer: got {config.data.tokenizer}, allowed: the tokenizer of {path}, "
-            f"{loaded.tokenizer_spec}, because the run starts from its weights"
+            f"data.tokenizer: got {config.data.tokenizer}, allowed: the tokenizer of {path}, {spec}, because the run "
+            "starts from its weights"
         )
 
 
