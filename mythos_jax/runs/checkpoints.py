@@ -339,7 +339,7 @@ def quiet_background_errors() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-    for owner, name in [(threading, "excepthook"), (sys, "unraisablehook")]:
+    for owner, name in [(threading, "excepthook"), (sys, "unraisablehook"), (sys, "excepthook")]:
         if not isinstance(hook := getattr(owner, name), _WithoutOrbax):
             setattr(owner, name, _WithoutOrbax(hook))
 
@@ -350,10 +350,12 @@ class _WithoutOrbax:
     def __init__(self, previous: Callable[..., None]):
         self._previous = previous
 
-    def __call__(self, details: Any) -> None:
-        from_orbax = any("orbax" in frame.filename for frame in traceback.extract_tb(details.exc_traceback))
-        if not (from_orbax or "Event loop is closed" in str(details.exc_value)):
-            self._previous(details)
+    def __call__(self, *details: Any) -> None:
+        """details: one object with what `sys.excepthook` gets as type, value and traceback."""
+        value, trace = details[1:] if len(details) == 3 else (details[0].exc_value, details[0].exc_traceback)
+        from_orbax = len(details) == 1 and any("orbax" in frame.filename for frame in traceback.extract_tb(trace))
+        if not (from_orbax or "Event loop is closed" in str(value)):
+            self._previous(*details)
 
 
 def _abstract(tree: Any) -> Any:

@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 
 from mythos_jax import cli
+from mythos_jax.runs.checkpoints import quiet_background_errors
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # of <linux/prctl.h>, <linux/capability.h>
 
@@ -125,4 +126,5 @@ def _serve(answers: int) -> None:
 if __name__ == "__main__":
     _without_privileges()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    quiet_background_errors()  # what a failed command leaves may speak up during the next one
     _serve(int(sys.argv[1]))
