@@ -108,15 +108,12 @@ def stream_texts(
     halting: a policy, also as text such as "latent:0.03".
     max_new_tokens: default: as many as fit after the longest text, at most 128.
     seed: one for all texts, or one per text.
-    draft_loops: draft tokens with this many loops and verify them at full depth, `draft_tokens` at a time; greedy only,
-      and the same text in less time.
+    draft_loops: draft with so many loops, verify at full depth, `draft_tokens` at a time; greedy only, the same text.
     Other keywords: as in `inference.generate.generate`.
 
     Raises ConfigError, at once, for a text or a number that the model cannot take, or a model without a tokenizer.
     """
-    if task := loaded.config.data.task.name:
-        raise ConfigError(f"{loaded.directory}: was trained on task {task}, not on text; allowed: `mythos eval`")
-    tokenizer = loaded.require_tokenizer()
+    tokenizer = _text_tokenizer(loaded)
     depth = loops or loaded.config.model.loops
     stats = GenerationStats(cache_bytes(loaded.config.model, min(loop_cache_slots or depth, depth)))
     if not texts:
@@ -125,7 +122,7 @@ def stream_texts(
     options: dict[str, Any] = {
         "loops": loops,
         "halting": Halting.parse(halting) if isinstance(halting, str) else halting,
-        "max_new_tokens": max_new_tokens,
+        **_new_tokens(max_new_tokens, loaded.config.model.max_seq_len, int(lengths_B.max()), draft_loops is not None),
         "stop_tokens": (tokenizer.end_of_document,),
         "seed": seed,
         "temperature": temperature,
@@ -134,14 +131,8 @@ def stream_texts(
         "initial_state": initial_state,
         "loop_cache_slots": loop_cache_slots,
         "prefill_chunk": prefill_chunk,
+        **({} if draft_loops is None else {"draft_loops": draft_loops, "draft_tokens": draft_tokens}),
     }
-    if max_new_tokens is None:
-        max_len = loaded.config.model.max_seq_len
-        options["max_new_tokens"] = max(1, min(MOST_TOKENS, max_len - int(lengths_B.max())))
-        if draft_loops is None:  # texts of different lengths share a program
-            options["room"] = min(MOST_TOKENS, max_len)
-    if draft_loops is not None:
-        options |= {"draft_loops": draft_loops, "draft_tokens": draft_tokens}
     try:
         with use_mesh(loaded.mesh):
             decode = stream if draft_loops is None else stream_drafts
@@ -150,6 +141,22 @@ def stream_texts(
         raise ConfigError(str(error)) from error
     detokenizers = [StreamingDetokenizer(tokenizer, tokens[:n]) for tokens, n in zip(tokens_BT, lengths_B, strict=True)]
     return TextStream(_decode(_on_mesh(loaded, results), detokenizers, stats), stats)
+
+
+def _text_tokenizer(loaded: LoadedModel) -> Tokenizer:
+    """Raises ConfigError for a model of a reasoning task, or one without a tokenizer."""
+    if task := loaded.config.data.task.name:
+        raise ConfigError(f"{loaded.directory}: was trained on task {task}, not on text; allowed: `mythos eval`")
+    return loaded.require_tokenizer()
+
+
+def _new_tokens(asked: int | None, max_len: int, longest: int, drafts: bool) -> dict[str, int]:
+    """The number of new tokens, by default as many as fit. Without drafts, texts of all lengths then share a program,
+    which has room for `room` of them."""
+    if asked is not None:
+        return {"max_new_tokens": asked}
+    fitting = {"max_new_tokens": max(1, min(MOST_TOKENS, max_len - longest))}
+    return fitting if drafts else {**fitting, "room": min(MOST_TOKENS, max_len)}
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], max_width: int) -> tuple[np.ndarray, np.ndarray]:
