@@ -14,6 +14,7 @@ from mythos_jax.evaluation.evaluate import held_out_batches
 from mythos_jax.evaluation.text_bytes import row_bytes
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel
+from mythos_jax.runs.trained_on import TrainedOn
 from mythos_jax.sharding import make_mesh
 from tests import tokenizer_kinds
 
@@ -80,7 +81,9 @@ def loaded(tokenizer: str | None, max_rows: int, **data) -> LoadedModel:
         data=DataConfig(seq_len=SEQ_LEN, **data),
         evaluation=EvaluationConfig(batch_size=8, max_rows=max_rows),
     )
-    return LoadedModel(Path("x"), config, Mythos(config.model), {}, None, make_mesh(MeshConfig()), tokenizer)
+    rows = tuple(load_manifest(Path(folder)).fingerprint for folder in config.data.mixture)
+    mesh, trained_on = make_mesh(MeshConfig()), TrainedOn(rows)
+    return LoadedModel(Path("x"), config, Mythos(config.model), {}, None, mesh, tokenizer, trained_on)
 
 
 def targets(texts, tokenizer, rows):

@@ -142,7 +142,7 @@ def test_no_loop_is_run_twice():
         ({"draft_loops": 5}, "draft_loops: got 5, allowed: 1 to loops, 4"),
         (
             {"halting": Halting("kl")},
-            "halting criterion: got 'kl', allowed: act, latent, cosine, predicted with draft_",
+            "halting criterion: got 'kl', allowed: act, latent, cosine, predicted, gate with draft_",
         ),
         ({"temperature": 0.8}, r"temperature: got 0.8, allowed with draft_loops: 0 \(greedy\)"),
         ({"loop_cache_slots": 2}, "loop_cache_slots: got 2, allowed with draft_loops: none"),

@@ -235,7 +235,7 @@ def test_resume_refuses_another_model_batch_seed_or_data(config, uninterrupted, 
         train(with_training(config, seed=1), uninterrupted, progress=False)
     data = dataclasses.replace(config.data, path=str(tmp_path / "other"), held_out_fraction=0.5)
     with pytest.raises(ConfigError, match="data was"):
-        train(dataclasses.replace(config, data=data), uninterrupted, progress=False)
+        train(dataclasses.replace(with_training(config, steps=10), data=data), uninterrupted, progress=False)
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["6", "8"]  # nothing was set aside
     assert_same(before, parameters(uninterrupted))
 
