@@ -87,17 +87,18 @@ def test_cached_decode_and_greedy_tokens(name):
         initial = g["initial_state"][:, first:last]
         return np.zeros_like(initial) if zero else initial
 
-    def empty_cache():
-        return init_cache(config, rows, length + g["greedy_tokens"].shape[1], loops)
+    def prompt_logits(zero=False):
+        """Of the first tokens at once and of the others one by one: the same two programs serve what follows."""
+        cache = init_cache(config, rows, length + g["greedy_tokens"].shape[1], loops)
+        out = decode(config, variables, tokens[:, :start], cache, state(0, start, zero), loops)
+        yield out
+        for i in range(start, length):
+            out = decode(config, variables, tokens[:, i : i + 1], out.cache, state(i, i + 1, zero), loops)
+            yield out
 
-    out = decode(config, variables, tokens[:, :start], empty_cache(), state(0, start), loops)
-    logits = [out.logits[:, -1]]
-    for i in range(start, length):
-        out = decode(config, variables, tokens[:, i : i + 1], out.cache, state(i, i + 1), loops)
-        logits.append(out.logits[:, 0])
-    assert_close(np.stack(logits, 1), g["cached_logits"])
+    assert_close(np.stack([out.logits[:, -1] for out in prompt_logits()], 1), g["cached_logits"])
 
-    out = decode(config, variables, tokens, empty_cache(), state(0, length, zero=True), loops)
+    *_, out = prompt_logits(zero=True)
     logits, greedy_tokens = [], []
     for _ in range(g["greedy_tokens"].shape[1]):
         logits.append(out.logits[:, -1])

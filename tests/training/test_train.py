@@ -96,7 +96,7 @@ def test_a_run_of_version_0_1_0_resumes_and_is_evaluated(config, uninterrupted, 
     assert "training.grad_accumulation_steps was 1, is now 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_resumes_as_if_nothing_had_happened(config, tmp_path, number):
     config = with_training(config, steps=60, checkpoint_every=20)
     train(config, tmp_path / "uninterrupted", progress=False)
@@ -347,9 +347,11 @@ def test_nothing_waits_for_a_save_that_failed(config, tmp_path, monkeypatch):
         time.sleep(0.05)
 
 
-def test_a_terminal_that_is_closed_is_a_reason_to_save(config, tmp_path, monkeypatch):
-    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
-    with pytest.raises(Interrupted, match=r"stopped by SIGHUP after step [2-5]; checkpoint saved") as stopped:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_end_and_a_closed_terminal_are_reasons_to_save(config, tmp_path, monkeypatch, number):
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
+    stopped_by = rf"stopped by {number.name} after step [2-5]; checkpoint saved"
+    with pytest.raises(Interrupted, match=stopped_by) as stopped:
         train(config, tmp_path / "run", progress=False)
     assert _exit_code(stopped.value) == 42
     assert str(Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).newest()) in str(stopped.value)
