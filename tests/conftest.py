@@ -1,6 +1,7 @@
 """Tests run on the CPU, as eight devices, and share what XLA has compiled with each other and with later runs."""
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -17,3 +18,9 @@ for name, value in SETTINGS.items():
     os.environ[name.upper()] = str(value)  # for the programs that tests start; those see one device
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# A suite that is started in the background, or under nohup, inherits signals that are ignored, and so would the
+# programs that tests start and then interrupt.
+for number, handler in [(signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)]:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
