@@ -26,6 +26,7 @@ from mythos_jax.processes import SHUTDOWN_GRACE
 MARGIN = 60
 # Seconds to wait for an answer when we look why the coordinator was not reached.
 PROBE = 2
+TURN = 0.2  # seconds of waiting after which a signal is seen at the latest
 
 
 def connect(cluster: Cluster | None, connect_timeout: int = 300, heartbeat_timeout: int = 100) -> None:
@@ -109,7 +110,10 @@ def _run_in_thread(initialize: Callable[[], None], cluster: Cluster, connect_tim
 
     threading.Thread(target=work, name="connect", daemon=True).start()
     who, address = f"{_who(cluster)} ({cluster.source})", cluster.coordinator
-    if not finished.wait(max(end - time.monotonic(), 0)):
+    # In short turns: a signal that comes just before a wait begins is handled when that wait ends.
+    while not finished.wait(TURN):
+        if time.monotonic() < end:
+            continue
         if cluster.process_id == 0 or address is None:
             reason = "not all processes came"
         else:

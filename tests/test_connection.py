@@ -85,6 +85,7 @@ def test_a_process_that_loses_another_ends_with_42_and_one_line_of_ours():
 
 
 def test_a_signal_ends_the_wait():
+    """Also one that comes while the wait begins."""
     (address,) = free_addresses(1)
     waiting = start(0, address, timeout=300, then="")
     while True:  # until it waits
