@@ -20,13 +20,13 @@ import jax
 
 from mythos_jax.cluster import Cluster
 from mythos_jax.errors import RESTART, ConfigError, one_line
+from mythos_jax.interrupts import TURN
 from mythos_jax.processes import SHUTDOWN_GRACE
 
 # Seconds that jax itself waits longer than we do, so that it never ends the process first.
 MARGIN = 60
 # Seconds to wait for an answer when we look why the coordinator was not reached.
 PROBE = 2
-TURN = 0.2  # seconds of waiting after which a signal is seen at the latest
 
 
 def connect(cluster: Cluster | None, connect_timeout: int = 300, heartbeat_timeout: int = 100) -> None:
@@ -110,7 +110,6 @@ def _run_in_thread(initialize: Callable[[], None], cluster: Cluster, connect_tim
 
     threading.Thread(target=work, name="connect", daemon=True).start()
     who, address = f"{_who(cluster)} ({cluster.source})", cluster.coordinator
-    # In short turns: a signal that comes just before a wait begins is handled when that wait ends.
     while not finished.wait(TURN):
         if time.monotonic() < end:
             continue

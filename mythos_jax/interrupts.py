@@ -12,6 +12,10 @@ from typing import Any
 
 from mythos_jax.errors import INTERRUPTED, RESTART
 
+# Seconds. A signal that comes just before a thread starts to wait is handled when the wait ends: waits are cut into
+# turns of this length.
+TURN = 0.2
+
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """A signal handler for a program that has not begun its work."""

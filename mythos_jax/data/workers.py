@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from mythos_jax.errors import INTERRUPTED
+from mythos_jax.interrupts import TURN
 
-_TURN = 0.2  # seconds of waiting after which a Ctrl-C is seen at the latest
 _PATIENCE = 1.0  # seconds that an interrupted program waits for its threads
 
 
@@ -37,10 +37,9 @@ class Workers:
         return future
 
     def result(self, future: Future) -> Any:
-        """What a submitted call returned or raised. Waits in short turns: a signal that comes just before a thread
-        starts to wait is not handled until it stops."""
+        """What a submitted call returned or raised."""
         while not future.done():
-            wait([future], timeout=_TURN)
+            wait([future], timeout=TURN)
         return future.result()
 
     def __enter__(self) -> Self:
@@ -59,7 +58,7 @@ class Workers:
         try:
             for thread in self._threads:
                 while thread.is_alive():
-                    thread.join(_TURN)
+                    thread.join(TURN)
         except BaseException as interruption:
             self._abandon(interruption)
             raise

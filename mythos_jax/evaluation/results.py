@@ -10,6 +10,7 @@ import numpy as np
 
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.ranks import rank_correlation
+from mythos_jax.json_text import without_nan
 
 
 @dataclass(frozen=True)
@@ -202,17 +203,8 @@ class Evaluation:
                 "change_quantiles": self.loop_trace.change_L3.tolist(),
                 "expert_share": None if shares_LGE is None else shares_LGE.tolist(),
             }
-        finite: dict[str, Any] = _finite(out)
+        finite: dict[str, Any] = without_nan(out)
         return finite
-
-
-def _finite(tree: Any) -> Any:
-    """The same dicts and lists with None for every NaN and infinity."""
-    if isinstance(tree, dict):
-        return {name: _finite(value) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _policy_to_json(setting: Setting) -> dict[str, Any]:

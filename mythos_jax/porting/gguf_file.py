@@ -6,6 +6,7 @@ that the tables of `llama.py` read them. Quantised tensors are dequantised to fl
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 
+from mythos_jax.config import ModelConfig
 from mythos_jax.data.gguf import open_gguf
 from mythos_jax.errors import ConfigError
+from mythos_jax.model.layers import rope_frequencies
+from mythos_jax.porting.hugging_face import rope_from_model
 from mythos_jax.porting.safetensors_files import TensorInfo
 
 GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -52,14 +56,6 @@ FIELDS = {
     "skip_loop_final_norm": "skip_loop_final_norm",
 }
 CHECKED = ("attention.value_length", "rope.dimension_count", "rope.scaling.type")
-# Llama 3.1 to 3.3: the files have the frequencies' divisors and not the numbers that they follow from, of which only
-# the factor differs among the published models.
-LLAMA3 = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 class GgufFile:
@@ -149,10 +145,21 @@ class GgufFile:
         return {"model_type": self.architecture, "tie_word_embeddings": tied, **fields}
 
     def _scaling(self, divisors: np.ndarray) -> dict[str, Any]:
-        """The scaling with these divisors. Raises ConfigError if it is not Llama 3's."""
-        scaling = {**LLAMA3, "factor": float(divisors.max())}
-        if not np.allclose(divisors, _llama3_divisors(scaling, self.fields), rtol=1e-4):
+        """The scaling in whose place the file has what it divides each frequency by.
+
+        Of its numbers, only the factor differs among the published models; the others are our defaults. Raises
+        ConfigError if the divisors are not Llama 3's.
+        """
+        scaled = ModelConfig(
+            head_dim=self.fields["head_dim"],
+            rope_theta=self.fields["rope_theta"],
+            rope_scaling="llama3",
+            rope_scaling_factor=float(divisors.max()),
+        )
+        expected = rope_frequencies(replace(scaled, rope_scaling="none")) / rope_frequencies(scaled)
+        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
             raise ConfigError(f"{self.path}: rope_freqs.weight: not the divisors of Llama 3's scaling of RoPE")
+        scaling: dict[str, Any] = rope_from_model(scaled)["rope_scaling"]
         return scaling
 
 
@@ -167,12 +174,3 @@ def _plain(value: Any) -> Any:
 def _width_of_heads(fields: Mapping[str, Any]) -> Any:
     heads, dim = fields.get("num_attention_heads"), fields.get("hidden_size")
     return dim // heads if isinstance(heads, int) and isinstance(dim, int) and heads else None
-
-
-def _llama3_divisors(scaling: Mapping[str, Any], fields: Mapping[str, Any]) -> np.ndarray:
-    """What llama.cpp's converter divides each frequency by."""
-    width, theta = fields["head_dim"], fields["rope_theta"]
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, width, 2) / width)
-    low, high, old = (scaling[n] for n in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-    smooth = np.clip((old / wavelengths - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / scaling["factor"] + smooth)

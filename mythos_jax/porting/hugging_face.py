@@ -106,10 +106,7 @@ def to_model(fields: Fields) -> dict[str, Any]:
 
 
 def from_model(config: ModelConfig) -> dict[str, Any]:
-    """The fields that all families write alike; transformers 4 reads `rope_theta`, transformers 5 `rope_parameters`."""
-    scaling = None
-    if config.rope_scaling == "llama3":
-        scaling = {theirs: getattr(config, ours) for theirs, ours in LLAMA3.items()} | {"rope_type": "llama3"}
+    """The fields that all families write alike."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -121,13 +118,23 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        **rope_from_model(config),
         "tie_word_embeddings": config.tied_embedding,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "torch_dtype": "float32",
+    }
+
+
+def rope_from_model(config: ModelConfig) -> dict[str, Any]:
+    """The fields of RoPE in both spellings: transformers 4 reads the first two, transformers 5 the last."""
+    scaling = None
+    if config.rope_scaling == "llama3":
+        scaling = {theirs: getattr(config, ours) for theirs, ours in LLAMA3.items()} | {"rope_type": "llama3"}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
     }
 
 
@@ -180,7 +187,7 @@ def _check_window(fields: Fields) -> None:
         raise ConfigError(f"{fields.where}: layer_types: got {sorted(set(kinds))}, allowed: full_attention only")
 
 
-def rows(config: ModelConfig, norms: Mapping[str, str]) -> list[Row]:
+def rows(norms: Mapping[str, str], config: ModelConfig) -> list[Row]:
     """The table of a model all of whose layers are the loop's. norms: for each norm of a layer, theirs and ours."""
     table = [rename("model.embed_tokens.weight", "params.embedding")]
     layer = _layer(config, norms)

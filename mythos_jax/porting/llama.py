@@ -9,14 +9,9 @@ from mythos_jax.config import ModelConfig
 from mythos_jax.porting import hugging_face
 from mythos_jax.porting.family import Family
 from mythos_jax.porting.fields import Fields
-from mythos_jax.porting.tables import Row
 
 PRE_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"}
 POST_NORMS = {"post_attention_layernorm": "attention_out_norm", "post_feedforward_layernorm": "feed_forward_out_norm"}
-
-
-def _rows(norms: Mapping[str, str], config: ModelConfig) -> list[Row]:
-    return hugging_face.rows(config, norms)
 
 
 def _to_model(special: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
@@ -40,7 +35,7 @@ def _dense(
     gives. also: other `model_type`s of the same models."""
     return Family(
         name=name,
-        rows=partial(_rows, norms),
+        rows=partial(hugging_face.rows, norms),
         to_model=partial(to_model, special),
         from_model=partial(_from_model, name, architecture),
         config_fields=hugging_face.CONFIG_FIELDS,
@@ -144,7 +139,7 @@ def _from_nanbeige(config: ModelConfig) -> dict[str, Any]:
 
 NANBEIGE = Family(
     name="nanbeige",
-    rows=partial(_rows, PRE_NORMS),
+    rows=partial(hugging_face.rows, PRE_NORMS),
     to_model=_to_nanbeige,
     from_model=_from_nanbeige,
     config_fields=(*hugging_face.CONFIG_FIELDS, *NANBEIGE_LOOPS, *NANBEIGE_OFF, *NANBEIGE_UNUSED),

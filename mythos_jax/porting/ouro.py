@@ -23,7 +23,7 @@ READ_OUT = ("early_exit_threshold", "early_exit_step", "use_weighted_exit", "chu
 
 def rows(config: ModelConfig) -> list[Row]:
     return [
-        *hugging_face.rows(config, NORMS),
+        *hugging_face.rows(NORMS, config),
         rename("model.early_exit_gate.weight", "params.recurrence.cell.halt_kernel", LINEAR),
         rename("model.early_exit_gate.bias", "params.recurrence.cell.halt_bias"),
     ]

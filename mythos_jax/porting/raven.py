@@ -75,13 +75,12 @@ def olmo_to_model(fields: Fields) -> dict[str, Any]:
 def from_model(config: ModelConfig) -> dict[str, Any]:
     depth = config.prelude_layers + config.loop_layers * config.loops + config.coda_layers
     std = config.initial_noise_std or math.sqrt(2 / (5 * config.dim))
-    rope = {name: value for name, value in hugging_face.from_model(config).items() if name.startswith("rope_")}
     state = {ours: theirs for theirs, ours in STATES.items()}.get(config.initial_state)
     return {
         **huginn.UNUSED,
         **SUPPORTED,
         **recurrent_gpt.from_model(config),
-        **rope,
+        **hugging_face.rope_from_model(config),
         **({"initial_state_mode": state} if state else {}),
         "n_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,

@@ -3,7 +3,6 @@
 import errno
 import importlib
 import json
-import math
 import os
 import re
 import secrets
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mythos_jax.errors import ConfigError, TrainingError, one_line
-from mythos_jax.json_text import parse_json
+from mythos_jax.json_text import parse_json, without_nan
 from mythos_jax.paths import copy_tree, is_remote, write_whole
 from mythos_jax.processes import log0
 
@@ -55,7 +54,7 @@ class JsonlLogger:
         self._file = self.path.open("ab", buffering=0)  # so that no half line is left to be written on closing
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        line = json.dumps(_without_nan({"step": step, **metrics}), allow_nan=False).encode() + b"\n"
+        line = json.dumps(without_nan({"step": step, **metrics}), allow_nan=False).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -211,15 +210,6 @@ def read_log(path: Any) -> tuple[list[tuple[dict[str, Any], bytes]], list[int]]:
         else:
             damaged.append(number)
     return records, damaged
-
-
-def _without_nan(value: Any) -> Any:
-    """The value with null in place of NaN and infinities."""
-    if isinstance(value, dict):
-        return {name: _without_nan(x) for name, x in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _wandb_id(file: Any) -> str:
