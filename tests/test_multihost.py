@@ -1,5 +1,6 @@
 """Two processes of four devices each, as one run: started, stopped, restarted, and its checkpoints read elsewhere."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,28 +16,18 @@ import pytest
 
 from launch.local_processes import combined_exit_code, main
 from mythos_jax.cluster import Cluster, find_cluster
-from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig, TrainingConfig, save_config
+from mythos_jax.config import Config, DataConfig, MeshConfig, TaskConfig, TrainingConfig, save_config
 from mythos_jax.errors import ConfigError
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import init_state
 from mythos_jax.training.train import train
-from tests.training.conftest import use_devices
+from tests.training.conftest import MODEL, use_devices
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "local_processes.py"
 CONFIG = Config(
     name="two",
-    model=ModelConfig(
-        vocab_size=16,
-        dim=16,
-        max_seq_len=32,
-        prelude_layers=0,
-        coda_layers=0,
-        loops=2,
-        n_heads=2,
-        n_kv_heads=2,
-        hidden_dim=16,
-    ),
+    model=dataclasses.replace(MODEL, vocab_size=16),
     training=TrainingConfig(steps=8, batch_size=8, checkpoint_every=100, log_every=1, warmup_steps=2),
     data=DataConfig(task=TaskConfig("parity", (16,)), seq_len=32),
 )

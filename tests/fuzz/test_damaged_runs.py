@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.fuzz.budget import FULL, SECONDS, budget
 from tests.fuzz.victim import Outcome, Victim
+from tests.training.conftest import write_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again, under the old oak. "
 CONFIG = """\
@@ -57,14 +57,7 @@ def whole(victim, tmp_path_factory):
     for i in range(20):
         (folder / "text" / f"{i}.txt").write_text(f"{TEXT * 2} Number {i}.")
     (folder / "run.yaml").write_text(CONFIG)
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=264, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([TEXT], trainer)
-    backend.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder / "tokenizer.json", 264, [TEXT])
     trained = victim.run(["train", "run.yaml"], folder, 120)
     assert trained.code == 0, trained.stderr
     (folder / "runs" / "run").rename(folder / "run")
