@@ -1,6 +1,7 @@
 """Text to token ids and back: raw bytes, or any Hugging Face `tokenizer.json`.
 
-Special tokens are never recognised in text: a document that contains the characters `<|endoftext|>` is not split there.
+Special tokens are recognised in text only on request: a document that contains the characters `<|endoftext|>` is not
+split there.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,8 +57,13 @@ class Tokenizer(Protocol):
         """Ids that stand for single bytes, of which only a complete run is text (byte fallback); mostly none."""
         ...
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32 [n], without special tokens.
+    @property
+    def first_tokens(self) -> tuple[int, ...]:
+        """Ids that its file says to put before a text, such as a beginning of text; `encode` does not."""
+        ...
+
+    def encode(self, text: str, special_tokens: bool = False) -> np.ndarray:
+        """The ids of a text, int32 [n]. special_tokens: whether the spelling of a special token stands for it.
 
         Raises ConfigError if the tokenizer cannot represent the text.
         """
@@ -80,6 +87,14 @@ class Tokenizer(Protocol):
 
     def special_token(self, text: str) -> int | None:
         """The id of the special token that is written as `text`; None if there is none."""
+        ...
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token, special or not, that the vocabulary spells `text`; None if there is none."""
+        ...
+
+    def token_text(self, number: int) -> str | None:
+        """How the vocabulary spells a token; None if there is no such id."""
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -111,8 +126,9 @@ class ByteTokenizer:
     padding = 257
     fingerprint = hashlib.sha256(b"mythos_jax: utf-8 bytes, 256 end of document, 257 padding").hexdigest()
     fallback_bytes: frozenset[int] = frozenset()
+    first_tokens: tuple[int, ...] = ()
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special_tokens: bool = False) -> np.ndarray:
         # Command-line arguments are decoded with "surrogateescape"; encoding with it restores bytes that are not UTF-8.
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int32)
 
@@ -132,6 +148,12 @@ class ByteTokenizer:
     def special_token(self, text: str) -> int | None:
         return None  # these have no spelling
 
+    def token_id(self, text: str) -> int | None:
+        return None
+
+    def token_text(self, number: int) -> str | None:
+        return None
+
     def save(self, directory: str | Path) -> None:
         pass
 
@@ -149,12 +171,13 @@ class HuggingFaceTokenizer:
             raise ConfigError(f"tokenizer {path}: is a Git LFS pointer; run `git lfs pull` in its repository")
         try:
             self._json: bytes = tokenizer_json(Path(path)) if file.suffix == ".gguf" else file.read_bytes()
-            # Hash the parsed content, not the bytes: formatting does not make a different tokenizer.
-            canonical = json.dumps(parse_json(self._json), sort_keys=True)
         except OSError as error:
             raise ConfigError(
                 f"tokenizer {path}: cannot be read ({error.strerror}); allowed: bytes, or a tokenizer.json"
             ) from None
+        try:
+            # Hash the parsed content, not the bytes: formatting does not make a different tokenizer.
+            canonical = json.dumps(parse_json(self._json), sort_keys=True)
         except (ValueError, RecursionError):  # also UnicodeDecodeError
             raise ConfigError(f"tokenizer {path}: not JSON; allowed: bytes, or a Hugging Face tokenizer.json") from None
         try:
@@ -199,8 +222,12 @@ class HuggingFaceTokenizer:
                 continue
         return False
 
-    def encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, special_tokens: bool = False) -> np.ndarray:
+        self._backend.encode_special_tokens = not special_tokens
+        try:
+            return self.encode_batch([text])[0]
+        finally:
+            self._backend.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         try:
@@ -229,6 +256,22 @@ class HuggingFaceTokenizer:
         if text == self._end_name:
             return self.end_of_document
         return next((i for i, token in self._added.items() if token.special and token.content == text), None)
+
+    def token_id(self, text: str) -> int | None:
+        return self._backend.token_to_id(text)
+
+    def token_text(self, number: int) -> str | None:
+        return self._backend.id_to_token(number) if 0 <= number < self.vocab_size else None
+
+    @cached_property
+    def first_tokens(self) -> tuple[int, ...]:
+        try:
+            # Its post-processor knows no other way to be asked. The mask marks what it adds.
+            encoding = self._backend.encode("a")
+        except Exception:  # a tokenizer that has neither this word nor one for unknown words
+            return ()
+        added = takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+        return tuple(number for number, _ in added)
 
     @cached_property
     def fallback_bytes(self) -> frozenset[int]:

@@ -48,7 +48,7 @@ def _download(repository: str) -> Path:
     try:
         names = [file.rfilename for file in HfApi().model_info(repository).siblings or []]
         weights = ["*.safetensors"] if any(name.endswith(".safetensors") for name in names) else ["*.bin", "*.pt"]
-        return Path(snapshot_download(repository, allow_patterns=["*.json", *weights]))
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.jinja", *weights]))
     except Exception as error:  # of many types: no network, no such repository, no permission to see it
         try:
             return Path(snapshot_download(repository, local_files_only=True))  # downloaded earlier

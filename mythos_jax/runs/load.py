@@ -16,6 +16,7 @@ from safetensors.numpy import load
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_run_config
 from mythos_jax.config.files import config_from_words, sets_mesh
 from mythos_jax.config.model import SPEED_FIELDS
+from mythos_jax.data.conventions import TextConventions, documents, read_conventions
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import MANIFEST_FILE, load_manifest
 from mythos_jax.data.placement import fitting_batch
@@ -44,6 +45,7 @@ class LoadedModel:
     step: of the checkpoint; None for a pretrained model.
     tokenizer_spec: as for `load_tokenizer`; None if there is no tokenizer.
     trained_on: what the checkpoint remembers of its data; nothing for a pretrained model.
+    family: the format of a pretrained model; None for a run.
     """
 
     directory: Path
@@ -54,6 +56,7 @@ class LoadedModel:
     mesh: Mesh
     tokenizer_spec: str | None
     trained_on: TrainedOn = field(default_factory=TrainedOn)
+    family: str | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -64,6 +67,18 @@ class LoadedModel:
         tokenizer = load_tokenizer(self.tokenizer_spec, end)
         self.trained_on.check_tokenizer(tokenizer, f"tokenizer {self.tokenizer_spec}")
         return tokenizer
+
+    @cached_property
+    def conventions(self) -> TextConventions:
+        """What a text starts and ends with: as a pretrained model's own files say, in a run as in its prepared data.
+
+        Raises ConfigError if a file is damaged, or if there is no tokenizer.
+        """
+        tokenizer = self.require_tokenizer()
+        if self.step is not None or self.tokenizer_spec is None:
+            return documents(tokenizer)
+        vocab_size = self.config.model.vocab_size
+        return read_conventions(self.tokenizer_spec, tokenizer, self.directory, vocab_size, self.family)
 
     def require_tokenizer(self) -> Tokenizer:
         """Raises ConfigError if there is none."""
@@ -147,6 +162,7 @@ def load_model(
         step=None,
         mesh=device_mesh,
         tokenizer_spec=_spec(tokenizer or source.tokenizer),
+        family=source.family.name,
     )
 
 

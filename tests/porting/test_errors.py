@@ -169,7 +169,7 @@ def test_hub_id_is_downloaded(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_: SimpleNamespace(siblings=files))
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert load_pretrained("someone/huginn")[0] == golden.load("huginn")[0]
-    assert requested == {"allow_patterns": ["*.json", "*.safetensors"]}
+    assert requested == {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"]}
 
 
 # Pickles.

@@ -209,6 +209,8 @@ def test_other_tokenizers_are_refused_by_name(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", "mistral", "llama")
     with pytest.raises(ConfigError, match=r"tokenizer\.ggml\.model: got None, allowed: 'gpt2'"):
         tokenizer_json(path)
+    with pytest.raises(ConfigError, match=r"tokenizer\.ggml\.model: got None"):
+        load_tokenizer(path)
 
 
 def test_a_model_that_comes_as_a_package(tmp_path, monkeypatch):
