@@ -1,5 +1,6 @@
 """Tests run on the CPU, as eight devices, and share what XLA has compiled with each other and with later runs."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -19,8 +20,21 @@ for name, value in SETTINGS.items():
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# XLA emits fused loops through MLIR, which takes more time than the rest of a compilation; it has an older way.
+# It reads these flags when it first compiles; the programs that tests start inherit them.
+XLA_FLAGS = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS])
+
+# Tracing leaves many objects behind: Python looks through them less often, and never again through those of imports.
+gc.set_threshold(50_000, 20, 20)
+
 # A suite that is started in the background, or under nohup, inherits signals that are ignored, and so would the
 # programs that tests start and then interrupt.
 for number, handler in [(signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)]:
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
