@@ -19,6 +19,8 @@ from mythos_jax.inference.generate import generate
 from mythos_jax.runs.load import load_model
 from tests.tiny import DENSE_FIELDS
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 CONFIG = {
     "name": "tiny",
     "model": {**DENSE_FIELDS, "max_seq_len": 48},

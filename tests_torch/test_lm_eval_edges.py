@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -22,6 +22,8 @@ from mythos_jax.inference.state import GenerateResult
 from mythos_jax.porting.pretrained import save_pretrained
 from mythos_jax.runs.load import load_model
 from tests import tiny, tokenizer_kinds
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 CONFIG = ModelConfig(
     vocab_size=512, max_seq_len=32, **{k: v for k, v in tiny.DENSE_FIELDS.items() if k != "max_seq_len"}
@@ -69,15 +71,23 @@ def write_task(folder, name, documents, **fields):
     return str(folder / f"{name}.yaml")
 
 
-def nats(loaded, context, answer):
+@pytest.fixture(scope="module")
+def nats(folder):
     """The log-likelihood of tokens after others, in float64."""
-    tokens = np.array([[*context, *answer]], np.int32)
-    logits = loaded.model.apply(loaded.variables, jnp.asarray(tokens[:, :-1]), loops=jnp.int32(2)).logits
-    logits = np.asarray(logits[0], np.float64)[-len(answer) :]
-    return float((logits[np.arange(len(answer)), answer] - np.log(np.exp(logits).sum(-1))).sum())
+    loaded = load_model(folder / "byte_level")
+    run = jax.jit(lambda tokens: loaded.model.apply(loaded.variables, tokens, loops=2).logits)
+
+    def log_likelihood(context, answer):
+        tokens = [*context, *answer]
+        padded = np.zeros((1, CONFIG.max_seq_len), np.int32)  # at the end, where a causal model does not see it
+        padded[0, : len(tokens) - 1] = tokens[:-1]
+        logits = np.asarray(run(padded)[0, : len(tokens) - 1], np.float64)[-len(answer) :]
+        return float((logits[np.arange(len(answer)), answer] - np.log(np.exp(logits).sum(-1))).sum())
+
+    return log_likelihood
 
 
-def test_an_answer_that_merges_into_its_context_is_scored_alone(folder):
+def test_an_answer_that_merges_into_its_context_is_scored_alone(folder, nats):
     loaded = load_model(folder / "byte_level")
     tokenizer = loaded.require_tokenizer()
     end, encode = tokenizer.end_of_document, lambda text: tokenizer.encode(text).tolist()
@@ -85,23 +95,23 @@ def test_an_answer_that_merges_into_its_context_is_scored_alone(folder):
     pairs = (context, answer), (context, "zz"), ("a", ""), ("", "the"), (" ", "the")
     asked = [Request(*pair) for pair in pairs]
     got = Adapter(loaded, Setting(2), progress=False).loglikelihood(asked)
-    alone = nats(loaded, [end, *encode(context)], encode(answer))
+    alone = nats([end, *encode(context)], encode(answer))
     assert got[0][0] == pytest.approx(alone, abs=1e-4)
-    assert got[1][0] == pytest.approx(nats(loaded, [end, *encode(context)], encode("zz")), abs=1e-4)
+    assert got[1][0] == pytest.approx(nats([end, *encode(context)], encode("zz")), abs=1e-4)
     assert got[2] == (0.0, True)
-    assert got[3][0] == pytest.approx(nats(loaded, [end], encode("the")), abs=1e-4)
-    assert got[4][0] == pytest.approx(nats(loaded, [end], encode(" the")), abs=1e-4)
+    assert got[3][0] == pytest.approx(nats([end], encode("the")), abs=1e-4)
+    assert got[4][0] == pytest.approx(nats([end], encode(" the")), abs=1e-4)
 
 
-def test_an_answer_longer_than_the_context_is_scored_in_windows(folder):
+def test_an_answer_longer_than_the_context_is_scored_in_windows(folder, nats):
     loaded = load_model(folder / "byte_level")
     tokenizer = loaded.require_tokenizer()
     question, answer = tokenizer.encode("a").tolist(), tokenizer.encode(" q" * 25).tolist()
     assert len(answer) > 32
     ((got, _),) = Adapter(loaded, Setting(2), progress=False).loglikelihood([Request("a", " q" * 25)])
     # The harness's own windows of 32 tokens: the last one is filled up on the left with tokens that are not scored.
-    first = nats(loaded, question[-1:], answer[:32])
-    rest = nats(loaded, answer[len(answer) - 33 : 32], answer[32:])
+    first = nats(question[-1:], answer[:32])
+    rest = nats(answer[len(answer) - 33 : 32], answer[32:])
     assert got == pytest.approx(first + rest, abs=1e-4)
 
 

@@ -120,7 +120,7 @@ def test_logits_agree_in_both_directions(attention, perturbed, tmp_path):
 def test_our_initial_weights_in_the_original(attention, tmp_path):
     """Weights from our own initialisation, in a config that the original can express."""
     config = FAMILIES["openmythos"].model_config(asdict(make_original(attention, 2, False).cfg), "cfg")
-    variables = Mythos(config).init(jax.random.key(3), TOKENS)
+    variables = jax.jit(Mythos(config).init)(jax.random.key(3), TOKENS)
     save_pretrained(tmp_path / "out", config, variables, "openmythos")
     model = OpenMythos(MythosConfig(**FAMILIES["openmythos"].from_model(config))).eval()
     model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=False)
