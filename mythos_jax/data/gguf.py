@@ -58,6 +58,10 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], list[Any]]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from None
     except Exception as error:  # the library checks little, and NumPy raises errors of many kinds
         message = one_line(error, limit=200)
+        if "GGMLQuantizationType" in message:
+            raise ConfigError(
+                f"{path}: has a tensor of a type that the gguf library here does not know ({message})"
+            ) from None
         raise ConfigError(f"{path}: damaged or truncated GGUF file ({message})") from None
 
 

@@ -60,12 +60,13 @@ class LoadedModel:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Raises ConfigError if its file cannot be read, or is not what the model was trained with."""
+        """Raises ConfigError if its file cannot be read, or if the model was trained with another one."""
         if self.tokenizer_spec is None:
             return None
         end = None if self.tokenizer_spec == ByteTokenizer.name else self.config.data.end_of_document
         tokenizer = load_tokenizer(self.tokenizer_spec, end)
         self.trained_on.check_tokenizer(tokenizer, f"tokenizer {self.tokenizer_spec}")
+        _check_vocabulary(tokenizer, self.tokenizer_spec, self.config.model.vocab_size)
         return tokenizer
 
     @cached_property
@@ -274,6 +275,16 @@ def _tokenizer_of(directory: Path, config: Config, trained_on: TrainedOn) -> str
         return None
     log0(f"{own}: missing; using {folder / TOKENIZER_FILE}, which the run was trained with")
     return folder / TOKENIZER_FILE
+
+
+def _check_vocabulary(tokenizer: Tokenizer, spec: str, vocab_size: int) -> None:
+    """Raises ConfigError if the model lacks a token that a text may have; not for special ones, such as a padding that
+    somebody added to the tokenizer only."""
+    for number in range(vocab_size, tokenizer.vocab_size):
+        text = tokenizer.token_text(number)
+        if text is not None and tokenizer.special_token(text) is None:
+            allowed = f"at most {vocab_size}, the model's vocabulary"
+            raise ConfigError(f"tokenizer {spec}: got {tokenizer.vocab_size} tokens, allowed: {allowed}")
 
 
 def _spec(tokenizer: str | Path | None) -> str | None:
