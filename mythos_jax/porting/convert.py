@@ -88,6 +88,7 @@ def format_report(report: ConversionReport, tensors: bool = True) -> str:
         lines.append(f"tied, equal to a tensor that is used: {', '.join(coverage.tied)}")
     if coverage.buffers:
         lines.append(f"recomputed, not read: {', '.join(coverage.buffers)}")
+    lines += coverage.lines()
     problems = coverage.problems
     if problems:
         return "\n".join([*lines, f"{len(problems)} problems:", *(f"  {p}" for p in problems), "nothing was written"])

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +31,8 @@ class Family:
     reverse, correct only for models that the format can express. config_fields: the names of the format's own fields.
     signature: tensors that together occur in files of this format only (with those that are detected before it out of
     the way). model_types: values of "model_type" that tell it. tied: aliases of stored tensors, as alias to stored
-    name, in models with a tied embedding. buffers: tensors that are recomputed here and not read.
+    name, in models with a tied embedding. buffers: tensors that are recomputed here and not read, `*` for any part of
+    a name. zeros: tensors that some files lack, which are zeros then.
     """
 
     name: str
@@ -42,10 +44,14 @@ class Family:
     model_types: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
 
     def ties(self, config: ModelConfig) -> Mapping[str, str]:
         """Aliases in the files of this model."""
         return self.tied if config.tied_embedding else {}
+
+    def is_buffer(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.buffers)
 
     def table(self, config: ModelConfig) -> Table:
         return Table(self.rows(config), parameter_shapes(config))

@@ -5,7 +5,7 @@ that the tables of `llama.py` read them. Quantised tensors are dequantised to fl
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mythos_jax.data.gguf import open_gguf
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.layers import rope_frequencies
 from mythos_jax.porting.hugging_face import rope_from_model
-from mythos_jax.porting.safetensors_files import TensorInfo
+from mythos_jax.porting.tensor_info import TensorInfo
 
 GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
@@ -61,9 +61,11 @@ CHECKED = ("attention.value_length", "rope.dimension_count", "rope.scaling.type"
 class GgufFile:
     """The tensors of one `.gguf` file, and the config fields in its metadata.
 
-    fields: of a Hugging Face `config.json`. metadata: all of the file's, by name.
+    fields: of a Hugging Face `config.json`. metadata: all of the file's, by name. notes: as in `TorchFile`.
     Raises ConfigError: the library is missing, the file is damaged or cut off, or what it asks for is not supported.
     """
+
+    notes: Sequence[str] = ()
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

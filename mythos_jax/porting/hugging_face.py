@@ -22,6 +22,7 @@ from mythos_jax.porting.layouts import (
 from mythos_jax.porting.tables import Row, rename, with_prefix
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+BUFFERS = ("*rotary_emb.inv_freq", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached")  # in files of old versions
 
 SIZES = (
     "vocab_size",

@@ -42,6 +42,7 @@ def _dense(
         signature=signature,
         model_types=(name, *also),
         tied=hugging_face.TIED,
+        buffers=hugging_face.BUFFERS,
     )
 
 
@@ -146,4 +147,5 @@ NANBEIGE = Family(
     signature=(),  # its tensors are Llama's
     model_types=("nanbeige",),
     tied=hugging_face.TIED,
+    buffers=hugging_face.BUFFERS,
 )

@@ -176,4 +176,5 @@ FAMILY = Family(
     signature=("recurrent.injection.log_A",),
     tied={"head.weight": "embed.weight"},
     buffers=("freqs_cis", "freqs_cis_mla"),
+    zeros=("recurrent.block.ffn.router_bias",),  # a buffer, so `named_parameters()` does not have it
 )

@@ -53,4 +53,5 @@ FAMILY = Family(
     signature=("model.early_exit_gate.weight",),
     model_types=("ouro",),
     tied=hugging_face.TIED,
+    buffers=hugging_face.BUFFERS,
 )

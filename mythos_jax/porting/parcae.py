@@ -73,7 +73,6 @@ SUPPORTED = {
     "nonlin_name": "ReLU2",
     "bias": False,
     "qk_bias": False,
-    "init_strategy": "scaled-zero",  # it sets the embedding scale to 1
     "mup_model_scaling_factor": 1,
     "debias_attention": False,
     "center_attention": False,
@@ -83,6 +82,8 @@ SUPPORTED = {
     "tie_embeddings": True,
     "model_class_name": "Parcae",
 }
+# Those with an embedding scale and a logit scale of 1 and noise of the same size; the first is written.
+INIT_STRATEGIES = ("scaled-zero", "scaled", "scaled-geiping", "scaled-stuck", "small")
 # Any value is accepted, since none changes what the weights compute; these are written.
 UNUSED = {
     "name": "",
@@ -105,6 +106,7 @@ CONFIG_FIELDS = (
     *recurrent_gpt.CONFIG_FIELDS,
     *SUPPORTED,
     *UNUSED,
+    "init_strategy",
     "rope_settings",
     "qk_norm",
     "recurrent_embedding_dimension",
@@ -117,6 +119,7 @@ CONFIG_FIELDS = (
 def to_model(fields: Fields) -> dict[str, Any]:
     """Fields of `ModelConfig` from those of `ParcaeConfig`; defaults are the original's."""
     fields.expect(SUPPORTED)
+    fields.choice("init_strategy", INIT_STRATEGIES, "scaled")
     common = recurrent_gpt.to_model(fields)
     dim, loops = common["dim"], common["loops"]
     heads = fields.integer("num_attention_heads")
@@ -156,6 +159,7 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
         **UNUSED,
         **SUPPORTED,
         **recurrent_gpt.from_model(config),
+        "init_strategy": INIT_STRATEGIES[0],
         "padding_multiple": 64,
         "rope_settings": {**ROPE, "rope_base": config.rope_theta},
         "qk_norm": config.qk_norm,

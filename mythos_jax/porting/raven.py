@@ -118,6 +118,7 @@ FAMILY = Family(
     from_model=from_model,
     config_fields=CONFIG_FIELDS,
     signature=SIGNATURE,
+    buffers=hugging_face.BUFFERS,
 )
 OLMO_FAMILY = Family(
     name="raven_olmo",
@@ -126,4 +127,5 @@ OLMO_FAMILY = Family(
     from_model=from_model,
     config_fields=CONFIG_FIELDS,
     signature=(*SIGNATURE, f"{CORE}attn.q_norm.weight"),
+    buffers=hugging_face.BUFFERS,
 )

@@ -15,29 +15,23 @@ from flax.traverse_util import flatten_dict
 from mythos_jax.config import ModelConfig, load_run_config, named_config
 from mythos_jax.config.files import read_yaml
 from mythos_jax.errors import ConfigError
-from mythos_jax.json_text import parse_json
 from mythos_jax.paths import is_lfs_pointer, to_path
 from mythos_jax.porting import native
+from mythos_jax.porting.dcp import DcpDirectory
+from mythos_jax.porting.directories import read_json, weight_files
+from mythos_jax.porting.embedded import embedded_fields
 from mythos_jax.porting.families import detect, has_signature
 from mythos_jax.porting.family import Family
 from mythos_jax.porting.gguf_file import GgufFile
 from mythos_jax.porting.hub import resolve
-from mythos_jax.porting.safetensors_files import SafetensorsFile, TensorInfo
+from mythos_jax.porting.safetensors_files import SafetensorsFile
+from mythos_jax.porting.tensor_info import TensorInfo
 from mythos_jax.porting.torch_files import TorchFile
 from mythos_jax.porting.wrappers import unwrap
 
-# In order of preference; the first that a directory has is read.
-WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "model.pt",
-)
-
 # A ModelConfig, a reference's own fields, or the path of a `config.json` or of one of our YAML files.
 ConfigLike = ModelConfig | Mapping[str, Any] | str | Path
-TensorFile = SafetensorsFile | TorchFile | GgufFile
+TensorFile = SafetensorsFile | TorchFile | GgufFile | DcpDirectory
 
 
 class Source(ABC):
@@ -45,10 +39,12 @@ class Source(ABC):
 
     path: names it in reports and errors. tensors: those it has, under its family's names. tokenizer: its
     `tokenizer.json` if any, or the GGUF file that it is in. table: the rows that `config` asks for, whether or not the
-    tensors are there. wrappers: parts of the stored names that were taken off, such as `_orig_mod.`.
+    tensors are there. wrappers: parts of the stored names that were taken off, such as `_orig_mod.`. notes: lines that
+    say what was chosen among several, such as files.
     """
 
     wrappers: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -67,7 +63,10 @@ class Source(ABC):
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored dtype; a tied tensor under either of its names."""
-        return self._read(self._stored_name(name))
+        stored_name = self._stored_name(name)
+        if stored_name is None:
+            return np.zeros(self.table.their_shapes[name], np.float32)
+        return self._read(stored_name)
 
     def parameter(self, path: str) -> np.ndarray:
         """Our parameter at `path`, in its stored dtype."""
@@ -75,12 +74,15 @@ class Source(ABC):
 
     def parameter_dtype(self, path: str) -> np.dtype:
         """The dtype of `parameter(path)`, without reading it."""
-        names = self.table.tensors_of(path)
-        return np.result_type(*(self.tensors[self._stored_name(name)].dtype for name in names))
+        names = [self._stored_name(name) for name in self.table.tensors_of(path)]
+        return np.result_type(*(np.float32 if name is None else self.tensors[name].dtype for name in names))
 
-    def _stored_name(self, name: str) -> str:
+    def _stored_name(self, name: str) -> str | None:
+        """None for a tensor that is zeros because the file lacks it."""
         if name in self.tensors:
             return name
+        if name in self.family.zeros:
+            return None
         return next(alias for alias, tied_to in self.family.ties(self.config).items() if tied_to == name)
 
 
@@ -93,13 +95,15 @@ class FileSource(Source):
 
     def __init__(self, path: str | Path, config: ConfigLike | None = None):
         path = resolve(path)
-        files = [_open(file) for file in (weight_files(path) if path.is_dir() else [path])]
+        notes: list[str] = []
+        files = [_open(file) for file in (weight_files(path, notes) if path.is_dir() else [path])]
+        self.notes = [*notes, *(note for file in files for note in file.notes)]
         file_of = {name: file for file in files for name in file.tensors}
         stored_names, self.wrappers = unwrap(file_of, has_signature, path)
         self._stored = {name: (file_of[stored], stored) for name, stored in stored_names.items()}
         infos = {name: file.tensors[stored] for name, (file, stored) in self._stored.items()}
-        tensors = {name: TensorInfo(info.shape, np.dtype(info.dtype)) for name, info in infos.items()}
-        fields, config_path = _accompanying_fields(path, files)
+        tensors = {name: TensorInfo(info.shape, info.dtype, info.kind) for name, info in infos.items()}
+        fields, config_path = (None, path) if config is not None else _accompanying_fields(path, files, tensors)
         if isinstance(config, str | Path):
             config_path = Path(config)
             config = _read_config(config_path)
@@ -144,68 +148,29 @@ class VariablesSource(Source):
         return np.asarray(self._arrays[stored_name])
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a directory's tensors. Raises ConfigError if there are none, or several candidates."""
-    for name in WEIGHT_FILES:
-        path = directory / name
-        if path.is_file():
-            return _shards(path) if name.endswith(".index.json") else [path]
-    candidates = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".pt", ".bin", ".gguf"))
-    if len(candidates) == 1:
-        return candidates
-    got = ", ".join(path.name for path in candidates) or "none"
-    raise ConfigError(
-        f"{directory}: got weight files: {got}, allowed: one .safetensors, .pt, .bin or .gguf, or an index"
-    )
-
-
-def _shards(index_path: Path) -> list[Path]:
-    """The files that an index names."""
-    weight_map = _read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not weight_map:
-        raise ConfigError(f"{index_path}: no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name:  # an index must not name files anywhere else on the disk
-            raise ConfigError(f"{index_path}: got shard {name!r}, allowed: names of files in the same directory")
-        if not (index_path.parent / name).is_file():
-            raise ConfigError(f"{index_path}: names shard {name}, which is missing")
-    return [index_path.parent / name for name in names]
-
-
-def _accompanying_fields(path: Path, files: list[TensorFile]) -> tuple[Mapping[str, Any] | None, Path]:
+def _accompanying_fields(
+    path: Path, files: list[TensorFile], tensors: Mapping[str, TensorInfo]
+) -> tuple[Mapping[str, Any] | None, Path]:
     """The config fields that come with the weights, if any, and the file they are in."""
-    if not path.is_dir():
-        return files[0].fields, path
-    config_json = path / "config.json"
-    return (_read_json(config_json) if config_json.is_file() else None), config_json
+    if path.is_dir() and (path / "config.json").is_file():
+        return read_json(path / "config.json"), path / "config.json"
+    first = files[0]
+    return first.fields if isinstance(first, GgufFile) else embedded_fields(path, first.configs, tensors), path
 
 
 def _open(path: Path) -> TensorFile:
+    if path.is_dir():
+        return DcpDirectory(path)
     if is_lfs_pointer(path):
         raise ConfigError(f"{path}: is a Git LFS pointer, not weights; run `git lfs pull` in its repository")
     kinds: dict[str, Callable[[Path], TensorFile]] = {".safetensors": SafetensorsFile, ".gguf": GgufFile}
     return kinds.get(path.suffix, TorchFile)(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if is_lfs_pointer(path):
-        raise ConfigError(f"{path}: is a Git LFS pointer, not JSON; run `git lfs pull` in its repository")
-    try:
-        tree = parse_json(path.read_bytes(), unique_keys=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: got {type(tree).__name__}, allowed: an object with the model's fields")
-    return tree
-
-
 def _read_config(path: Path) -> ModelConfig | dict[str, Any]:
     """A reference's fields (JSON, or YAML without sections), or the model of one of our YAML files."""
     if path.suffix == ".json":
-        return _read_json(path)
+        return read_json(path)
     path = named_config(path) or path
     tree = read_yaml(path)
     return load_run_config(path).model if isinstance(tree.get("model"), dict) else tree

@@ -1,14 +1,13 @@
 """Each kind of invalid file gives one clear line, and nothing is written."""
 
-import io
 import json
 import os
-import pickle
 import shutil
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -16,7 +15,10 @@ from safetensors.numpy import load_file, save_file
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting.convert import convert, format_report
 from mythos_jax.porting.pretrained import load_pretrained
+from mythos_jax.porting.reading import FileSource
 from tests.porting import golden
+
+CHECKPOINT = golden.FOLDER / "openmythos_trainer" / "checkpoint.pt"
 
 
 @pytest.fixture
@@ -71,9 +73,14 @@ def test_transposed_tensor(model):
     assert_refused(model, r"prelude\.0\.ffn\.up\.weight: shape \[64, 85\], expected \[85, 64\] \(it looks transposed\)")
 
 
+def test_float8_tensor(model):
+    edit_tensors(model, lambda t: t.update({"norm.weight": np.ones(64, ml_dtypes.float8_e4m3fn)}))
+    assert_refused(model, r"norm\.weight: dtype float8_e4m3fn, allowed: float16, bfloat16, float32, float64")
+
+
 def test_integer_tensor(model):
     edit_tensors(model, lambda t: t.update({"norm.weight": np.ones(64, np.int32)}))
-    assert_refused(model, r"norm\.weight: dtype int32, allowed: floating point")
+    assert_refused(model, r"norm\.weight: dtype int32, allowed: float16, bfloat16, float32, float64")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +105,7 @@ def test_wrong_config_field(model, fields, message):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
+        ("parcae", {"init_strategy": "takase"}, "init_strategy: got 'takase', allowed: scaled-zero, scaled"),
         ("huginn", {"injection_type": "add"}, "injection_type: got 'add', allowed: 'linear'"),
         ("huginn", {"state_init": "unit"}, "state_init: got 'unit', allowed: like-init, zero"),
         ("parcae", {"qk_bias": True}, "qk_bias: got True, allowed: False"),
@@ -143,9 +151,62 @@ def test_missing_shard(model, tmp_path):
     missing = sorted((tmp_path / "shards").glob("model-*.safetensors"))[1]
     missing.unlink()
     assert_refused(tmp_path / "shards", f"names shard {missing.name}, which is missing")
-    index = tmp_path / "shards" / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"embed.weight": "../model/model.safetensors"}}))
-    assert_refused(tmp_path / "shards", "allowed: names of files in the same directory")
+
+
+@pytest.mark.parametrize("name", ["./{}", "sub/{}", "sub/../{}", "../model/{}", "{absolute}", "C:\\{}", ""])
+def test_shards_in_an_index(model, tmp_path, name):
+    """Names are those of files in the directory or below it."""
+    weights = model / "model.safetensors"
+    (model / "sub").mkdir()
+    shutil.copy(weights, model / "sub" / weights.name)
+    name = name.format(weights.name, absolute=weights)
+    weight_map = dict.fromkeys(load_file(weights), name)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    if name.startswith(("./", "sub/m")):
+        assert load_pretrained(model)[0] == golden.load("openmythos_gqa")[0]
+    else:
+        assert_refused(model, "got shard .*, allowed: names of files in the same directory")
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.ckpt", "a.pt", "a.bin"])
+def test_a_checkpoint_of_any_suffix_in_a_directory(tmp_path, name):
+    """Its config is in it; a trainer's other files are not weights."""
+    shutil.copy(CHECKPOINT, tmp_path / name)
+    for other in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "scaler.pt"):
+        (tmp_path / other).write_bytes(b"x")
+    assert FileSource(tmp_path).config == FileSource(CHECKPOINT).config
+    (tmp_path / "b.pth").write_bytes(b"x")
+    assert_refused(tmp_path, f"got weight files: {name}, b.pth, allowed: one of them")
+
+
+def test_a_directory_with_two_formats(model, caplog):
+    """The preferred one is read, and a line says which was left."""
+    shutil.copy(CHECKPOINT, model / "pytorch_model.bin")
+    report = convert(model, model.parent / "out", "mythos_jax", progress=False)
+    assert f"{model}: read: model.safetensors; left: pytorch_model.bin" in format_report(report)
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    (model / "pytorch_model.bin").rename(model / "a.gguf")
+    with caplog.at_level("INFO"):
+        load_pretrained(model)
+    assert f"{model}: read: a.safetensors; left: a.gguf" in caplog.text
+    (model / "a.gguf").rename(model / "b.gguf")
+    assert_refused(model, r"got weight files: a\.safetensors, b\.gguf, allowed: one of them")
+
+
+def test_deepspeed_directories(tmp_path):
+    """Weights that are whole are read, those of stage 3 are called by name; `latest` chooses the step."""
+    for step in (1, 2):
+        (tmp_path / f"global_step{step}").mkdir()
+        (tmp_path / f"global_step{step}" / "mp_rank_00_model_states.pt").write_bytes(CHECKPOINT.read_bytes())
+        (tmp_path / f"global_step{step}" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"x")
+    assert_refused(tmp_path, r"got global_step1, global_step2, allowed: one of them")
+    (tmp_path / "latest").write_text("global_step2\n")
+    source = FileSource(tmp_path)
+    assert source.config == FileSource(CHECKPOINT).config
+    assert "global_step2/mp_rank_00_model_states.pt: the weights that the model computed with" in source.notes[0]
+    (tmp_path / "global_step2" / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"x")
+    (tmp_path / "zero_to_fp32.py").write_bytes(b"")
+    assert_refused(tmp_path, rf"divided among processes .*: python {tmp_path}/zero_to_fp32\.py {tmp_path} OUT")
 
 
 def test_hub_id_while_offline(monkeypatch):
@@ -175,76 +236,16 @@ def test_hub_id_is_downloaded(monkeypatch):
 # Pickles.
 
 
-class Evil:
-    """Unpickling it with the standard library creates a directory."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def write_checkpoint(path, data):
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", data)
-        file.writestr("archive/byteorder", "little")
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("wrap", [True, False], ids=["zip", "bare"])
-def test_malicious_pickle_is_refused_by_name(tmp_path, protocol, wrap):
-    target, path = tmp_path / "pwned", tmp_path / "evil.pt"
-    data = pickle.dumps({"model": {"embed.weight": Evil(target)}}, protocol)
-    if wrap:
-        write_checkpoint(path, data)
-    else:
-        path.write_bytes(data)
-    assert_refused(
-        path, r"evil\.pt: refused: its pickle names (posix|nt)\.mkdir", config=golden.load("openmythos_gqa")[0]
-    )
-    assert not target.exists()
-    pickle.loads(data)  # loaded the unsafe way, the same bytes do create it
-    assert target.exists()
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("builtins", "eval"),
-        ("builtins", "getattr"),
-        ("torch.storage", "_load_from_bytes"),
-        ("numpy", "load"),
-        ("open_mythos.main", "OpenMythos"),
-        ("collections", "OrderedDict.__class__"),
-    ],
-)
-def test_only_plain_data_is_allowed(tmp_path, module, name):
-    path = tmp_path / "evil.bin"
-    strings = b"".join(b"\x8c" + bytes([len(s)]) + s.encode() for s in (module, name))
-    write_checkpoint(path, b"\x80\x04" + strings + b"\x93)R.")
-    assert_refused(path, f"refused: its pickle names {module}.{name}", config=golden.load("openmythos_gqa")[0])
-
-
-def test_config_placeholder_runs_nothing(tmp_path):
-    """The one class that is accepted by name is never imported, and its state is plain data."""
-    buffer = io.BytesIO()
-    buffer.write(b"\x80\x02copen_mythos.main\nMythosConfig\n)\x81}X\x03\x00\x00\x00dimK\x07sb.")
-    path = tmp_path / "config.pt"
-    write_checkpoint(path, buffer.getvalue())
-    assert_refused(path, "holds no tensors", config=golden.load("openmythos_gqa")[0])
-
-
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9, 0.999])
 def test_truncated_checkpoint(tmp_path, fraction):
-    data = (golden.FOLDER / "openmythos_trainer" / "checkpoint.pt").read_bytes()
+    data = CHECKPOINT.read_bytes()
     path = tmp_path / "truncated.pt"
     path.write_bytes(data[: int(fraction * len(data))])
     assert str(path) in assert_refused(path, "damaged checkpoint|not a PyTorch checkpoint")
 
 
 def test_flipped_bits_in_checkpoint(tmp_path):
-    data = bytearray((golden.FOLDER / "openmythos_trainer" / "checkpoint.pt").read_bytes())
+    data = bytearray(CHECKPOINT.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path = tmp_path / "flipped.pt"
     path.write_bytes(data)
@@ -253,9 +254,8 @@ def test_flipped_bits_in_checkpoint(tmp_path):
 
 def test_tensor_that_extends_beyond_its_storage(tmp_path):
     """A view larger than its storage would read memory that does not belong to the file."""
-    source = golden.FOLDER / "openmythos_trainer" / "checkpoint.pt"
     path = tmp_path / "beyond.pt"
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
+    with zipfile.ZipFile(CHECKPOINT) as old, zipfile.ZipFile(path, "w") as new:
         for item in old.infolist():
             data = old.read(item)
             new.writestr(item.filename, data[:16] if "/data/" in item.filename else data)

@@ -1,6 +1,7 @@
 """Round trips are exact bit by bit, and what a format cannot express is an error."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import flax.linen as nn
@@ -96,7 +97,7 @@ def test_tied_head_under_both_names(tmp_path):
     (source / "config.json").write_text(json.dumps(golden.fields("openmythos_gqa")))
     both = read_tensors(golden.FOLDER / "openmythos_gqa")
     both["head.weight"] = both["embed.weight"].copy()
-    both["freqs_cis"] = np.zeros((4, 4), np.float32)
+    both["freqs_cis"] = np.cos(np.arange(4)[:, None] * 500_000.0 ** -(np.arange(0, 16, 2) / 16)).astype(np.float32)
     save_file(both, source / "model.safetensors")
     report = convert(source, tmp_path / "ours", "mythos_jax", progress=False)
     assert report.ok
@@ -186,3 +187,19 @@ def test_variables_that_do_not_fit_the_config(tmp_path):
     config, variables = golden.load("huginn")
     with pytest.raises(ConfigError, match=r"variables: its tensors do not fit its config .*missing: params\.coda_1"):
         save_pretrained(tmp_path / "out", replace(config, coda_layers=2), variables)
+
+
+def test_a_router_bias_that_the_file_lacks_is_zeros(tmp_path, caplog):
+    """It is a buffer of the original, which `named_parameters()` leaves out."""
+    name = "recurrent.block.ffn.router_bias"
+    shutil.copytree(golden.FOLDER / "openmythos_gqa", tmp_path / "model")
+    tensors = read_tensors(tmp_path / "model")
+    bias = tensors.pop(name)
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with caplog.at_level("INFO"):
+        load_pretrained(tmp_path / "model", host=True)
+    assert f"not in the file, zeros here: {name}" in caplog.text
+    report = convert(tmp_path / "model", tmp_path / "out", "mythos_jax", progress=False)
+    assert f"not in the file, zeros here: {name}" in format_report(report)
+    (ours,) = (array for path, array in read_tensors(tmp_path / "out").items() if path.startswith("balance."))
+    np.testing.assert_array_equal(ours, np.zeros_like(bias))

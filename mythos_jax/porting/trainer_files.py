@@ -1,0 +1,198 @@
+"""Where the weights and the model's config are in what a trainer saved."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mythos_jax.errors import ConfigError
+from mythos_jax.porting.families import has_signature
+from mythos_jax.porting.pickles import Inert, Name
+from mythos_jax.porting.tensor_info import TensorInfo
+from mythos_jax.porting.torch_archives import resave
+from mythos_jax.porting.wrappers import unwrap
+
+USUAL_KEYS = ("model", "model_state_dict", "state_dict", "module")  # preferred to any other, such as "net"
+AVERAGES = ("ema", "swa", "averaged")  # in the names of averaged weights, which are read if there are no others
+CONFIG_KEYS = ("model_config", "hyper_parameters", "model_args", "args", "config", "cfg", "hparams")
+
+SEARCHED_DEPTH = 3  # dicts in dicts
+MOST_TENSORS = 100_000  # of a pickled module, its modules counted too
+MOST_VALUES = 100_000  # of a config
+Place = tuple[str, ...]  # the keys under which something is
+
+
+def find_weights(path: Path, saved: Any, notes: list[str]) -> dict[str, TensorInfo]:
+    """The tensors of the model by name. Adds a line to `notes` if anything was chosen or left out.
+
+    Raises ConfigError: none, or several that may be meant.
+    """
+    found = list(_state_dicts(saved, (), set()))
+    if not found:
+        raise ConfigError(_explain_no_tensors(path, saved))
+    if isinstance(saved, list | tuple):
+        command = resave(path, "x" + _subscript(found[0][0]))
+        got = type(saved).__name__
+        raise ConfigError(f"{path}: got a {got}, allowed: a state dict, or a dict that holds one: {command}")
+    models = [(place, tensors) for place, tensors in found if _is_model(tensors, path)] or found
+    best = min(_rank(place) for place, _ in models)
+    chosen = [(place, tensors) for place, tensors in models if _rank(place) == best]
+    if len(chosen) > 1 and models is found:  # none is known by its names; the largest is most likely meant
+        chosen = [max(chosen, key=lambda pair: len(pair[1]))]
+    place, tensors = chosen[0]
+    others = [_name(other) for other, same in chosen[1:] if same != tensors]
+    if others:
+        allowed = f"one of them, saved alone: {resave(path, 'x' + _subscript(place))}"
+        raise ConfigError(f"{path}: holds a model under {_name(place)} and {', '.join(others)}, allowed: {allowed}")
+    left = [_name(other) for other, same in models if same != tensors and models is not found]
+    if left:
+        notes.append(f"{path}: read: the weights under {_name(place)}; left: those under {', '.join(left)}")
+    return tensors
+
+
+def find_configs(saved: Any) -> list[tuple[str, dict[str, Any]]]:
+    """What may be the model's config, with the name of its place, in the order in which it should be tried."""
+    found = []
+    top = _entries(saved)
+    models = [(f"{key}.", _entries(top[key])) for key in USUAL_KEYS if isinstance(top.get(key), Inert)]
+    for prefix, entries in [("", top), *models]:
+        for key in CONFIG_KEYS:
+            inner = _entries(entries.get(key))
+            if inner:
+                found.append((prefix + key, inner))
+                nested = [(name, _entries(inner.get(name))) for name in (*CONFIG_KEYS, "model")]
+                found += [(f"{prefix}{key}.{name}", fields) for name, fields in nested if fields]
+    return [(place, _Plain().mapping(fields)) for place, fields in found]
+
+
+def unreadable(path: Path, name: str, tensor: TensorInfo) -> ConfigError:
+    """The error for asking for the numbers of a tensor that has none that can be read."""
+    return ConfigError(f"{path}: {name}: is {tensor.kind}, allowed: a dense tensor")
+
+
+def _state_dicts(value: Any, place: Place, seen: set[int]) -> Iterator[tuple[Place, dict[str, TensorInfo]]]:
+    """Every dict of tensors, and every pickled module, with the keys that lead to it."""
+    if id(value) in seen or len(place) > SEARCHED_DEPTH:
+        return
+    seen.add(id(value))
+    entries = _entries(value)
+    if isinstance(value, Inert) and _is_module(entries):
+        yield place, dict(_module_tensors(entries))
+        return
+    if isinstance(value, list | tuple):
+        entries = {str(i): item for i, item in enumerate(value[:100])}
+    tensors = {name: tensor for name, tensor in entries.items() if isinstance(tensor, TensorInfo)}
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(name, str)}
+    if tensors and isinstance(value, dict | Inert):
+        yield place, tensors
+    for key, inner in entries.items():
+        if isinstance(key, str):
+            yield from _state_dicts(inner, (*place, key), seen)
+    for inner in value.arguments[:2] if isinstance(value, Inert) else ():  # the first is what torch.compile was given
+        yield from _state_dicts(inner, place, seen)
+
+
+def _module_tensors(top: Mapping[Any, Any]) -> Iterator[tuple[str, TensorInfo]]:
+    """The parameters and buffers of a pickled `torch.nn.Module`, named as in its state dict."""
+    open_modules = [("", top)]
+    left = MOST_TENSORS
+    while open_modules:
+        prefix, attributes = open_modules.pop()
+        transient = attributes.get("_non_persistent_buffers_set")
+        transient = transient.arguments[0] if isinstance(transient, Inert) and transient.arguments else transient
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in _entries(attributes.get(kind)).items():
+                left_out = kind == "_buffers" and isinstance(transient, list) and name in transient
+                if isinstance(tensor, TensorInfo) and not left_out:
+                    left -= 1
+                    yield f"{prefix}{name}", tensor
+        for name, module in reversed(list(_entries(attributes.get("_modules")).items())):
+            open_modules.append((f"{prefix}{name}.", _entries(module)))
+        left -= 1
+        if left < 0 or len(prefix) > 1000:
+            raise ConfigError("a pickled module contains itself")
+
+
+def _is_module(attributes: Mapping[Any, Any]) -> bool:
+    return all(isinstance(attributes.get(name), dict) for name in ("_parameters", "_buffers", "_modules"))
+
+
+def _entries(value: Any) -> Mapping[Any, Any]:
+    """The entries of a dict, or the attributes of an object."""
+    if isinstance(value, Inert):
+        attributes = value.attributes
+        content = attributes.get("_content")  # of OmegaConf's, whose leaves are objects
+        return content if isinstance(content, dict) else attributes
+    return value if isinstance(value, dict) else {}
+
+
+def _is_model(tensors: Mapping[str, TensorInfo], path: Path) -> bool:
+    try:
+        names, _ = unwrap(tensors, has_signature, path)
+    except ConfigError:  # two of them get the same name
+        return False
+    return has_signature(set(names))
+
+
+def _rank(place: Place) -> int:
+    """How far a place is from those in which weights usually are."""
+    words = {word for key in place for word in key.lower().replace("-", "_").split("_")}
+    if any(word.startswith("optim") for word in words):
+        return 3
+    if words & set(AVERAGES):
+        return 2
+    return 0 if not place or place[-1] in USUAL_KEYS else 1
+
+
+def _name(place: Place) -> str:
+    return repr(".".join(place)) if place else "the top"
+
+
+def _subscript(place: Place) -> str:
+    return "".join(f"[{key}]" if key.isdigit() else f"[{key!r}]" for key in place)
+
+
+def _explain_no_tensors(path: Path, saved: Any) -> str:
+    """The error for a file without weights: what it holds instead."""
+    makers = sorted({str(value.maker) for value in _values(saved) if isinstance(value, Inert)})
+    if not makers:
+        return f"{path}: holds no tensors; allowed: a state dict, or a dict with one under 'model'"
+    names = ", ".join(makers[:3]) + (", …" if len(makers) > 3 else "")
+    command = resave(path, "x.state_dict()" if isinstance(saved, Inert) else "x['model']")
+    return (
+        f"{path}: holds no tensors that can be read without running what it names ({names}); allowed: a state dict: "
+        f"if you trust the file, {command}"
+    )
+
+
+def _values(saved: Any) -> Iterator[Any]:
+    """The object, what it holds, and what that holds."""
+    yield saved
+    for value in _entries(saved).values():
+        yield value
+        yield from _entries(value).values()
+
+
+class _Plain:
+    """Makes plain containers of a config: text of what is neither a number, text nor a container."""
+
+    def __init__(self) -> None:
+        self._left = MOST_VALUES
+
+    def mapping(self, value: Mapping[Any, Any], depth: int = 0) -> dict[str, Any]:
+        return {key: self._value(inner, depth + 1) for key, inner in value.items() if isinstance(key, str)}
+
+    def _value(self, value: Any, depth: int) -> Any:
+        self._left -= 1
+        if self._left < 0 or depth > SEARCHED_DEPTH + 5:
+            return "…"
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, list | tuple):
+            return [self._value(item, depth + 1) for item in value]
+        if isinstance(value, Inert) and "_val" in value.attributes:  # a leaf of OmegaConf's
+            return self._value(value.attributes["_val"], depth + 1)
+        if isinstance(value, Inert) and not value.attributes:  # an Enum by its value, a path by its last part
+            return self._value(value.arguments[-1], depth + 1) if value.arguments else f"<{value.maker}>"
+        if isinstance(value, dict | Inert):
+            return self.mapping(_entries(value), depth)
+        return str(value) if isinstance(value, Name) else "…"
