@@ -386,7 +386,7 @@ def test_deepspeed_directories(model, tmp_path):
     assert "zero_to_fp32.py" in source.notes[0]
     assert_same(FileSource(step, FIELDS), state["module"])
     torch.save(state, step / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    with pytest.raises(ConfigError, match=r"divided among processes .*: python \S*/zero_to_fp32\.py \S* OUT"):
+    with pytest.raises(ConfigError, match=r"of divided weights, .*: python \S*/zero_to_fp32\.py \S* OUT"):
         FileSource(tmp_path)
 
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=path,
         metavar="SRC",
-        help="a run, a directory, a .safetensors, .pt or .bin file, or a hub id",
+        help="a run, a directory, a file (.safetensors, .gguf, .pt and others), or a hub id",
     )
     parser.add_argument("target", type=path, metavar="DST", help="a directory that does not exist yet")
     parser.add_argument(

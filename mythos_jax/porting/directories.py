@@ -1,6 +1,7 @@
 """Which files of a directory hold its model's tensors: those of Hugging Face, of other trainers, of DeepSpeed."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -49,6 +50,13 @@ def weight_files(directory: Path, notes: list[str]) -> list[Path]:
     return preferred[:1]
 
 
+def whole_file(path: Path) -> Path:
+    """The path of a file, given alone. Raises ConfigError for one that DeepSpeed has put a part of a model into."""
+    if fnmatchcase(path.name, DEEPSPEED_PART):
+        raise _divided(path, path.parent)
+    return path
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ConfigError."""
     if is_lfs_pointer(path):
@@ -95,11 +103,7 @@ def _deepspeed(directory: Path, notes: list[str]) -> list[Path]:
         parts = sorted(folder.glob(DEEPSPEED_PART))
         states = sorted(folder.glob(DEEPSPEED_STATE))
         if parts or len(states) > 1:
-            where = directory if (directory / "zero_to_fp32.py").is_file() else folder.parent
-            raise ConfigError(
-                f"{directory}: its weights are divided among processes ({(parts or states)[0].name}, …), allowed: "
-                f"whole ones: python {where}/zero_to_fp32.py {where} OUT"
-            )
+            raise _divided((parts or states)[0], folder)
         if states:
             notes.append(
                 f"{states[0]}: the weights that the model computed with; float32 ones, if the optimizer has them, are "
@@ -107,6 +111,13 @@ def _deepspeed(directory: Path, notes: list[str]) -> list[Path]:
             )
             return states
     return []
+
+
+def _divided(part: Path, folder: Path) -> ConfigError:
+    """The error for weights of which each process wrote a part. folder: the one of a step."""
+    where = folder if (folder / "zero_to_fp32.py").is_file() else folder.parent
+    command = f"python {where}/zero_to_fp32.py {where} OUT"
+    return ConfigError(f"{part}: holds the part of one process of divided weights, allowed: whole ones: {command}")
 
 
 def _deepspeed_folders(directory: Path) -> list[Path]:

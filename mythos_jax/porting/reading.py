@@ -18,7 +18,7 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_lfs_pointer, to_path
 from mythos_jax.porting import native
 from mythos_jax.porting.dcp import DcpDirectory
-from mythos_jax.porting.directories import read_json, weight_files
+from mythos_jax.porting.directories import read_json, weight_files, whole_file
 from mythos_jax.porting.embedded import embedded_fields
 from mythos_jax.porting.families import detect, has_signature
 from mythos_jax.porting.family import Family
@@ -96,10 +96,16 @@ class FileSource(Source):
     def __init__(self, path: str | Path, config: ConfigLike | None = None):
         path = resolve(path)
         notes: list[str] = []
-        files = [_open(file) for file in (weight_files(path, notes) if path.is_dir() else [path])]
-        self.notes = [*notes, *(note for file in files for note in file.notes)]
+        files = [_open(file) for file in (weight_files(path, notes) if path.is_dir() else [whole_file(path)])]
         file_of = {name: file for file in files for name in file.tensors}
-        stored_names, self.wrappers = unwrap(file_of, has_signature, path)
+        stored_names, self.wrappers, left = unwrap(file_of, has_signature, path)
+        notes += [note for file in files for note in file.notes]
+        notes += (
+            [f"{path}: read: the tensors under {self.wrappers[-1]}; left: those under {', '.join(left)}"]
+            if left
+            else []
+        )
+        self.notes = notes
         self._stored = {name: (file_of[stored], stored) for name, stored in stored_names.items()}
         infos = {name: file.tensors[stored] for name, (file, stored) in self._stored.items()}
         tensors = {name: TensorInfo(info.shape, info.dtype, info.kind) for name, info in infos.items()}

@@ -127,7 +127,7 @@ def _entries(value: Any) -> Mapping[Any, Any]:
 
 def _is_model(tensors: Mapping[str, TensorInfo], path: Path) -> bool:
     try:
-        names, _ = unwrap(tensors, has_signature, path)
+        names, _, _ = unwrap(tensors, has_signature, path)
     except ConfigError:  # two of them get the same name
         return False
     return has_signature(set(names))

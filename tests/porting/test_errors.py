@@ -206,7 +206,9 @@ def test_deepspeed_directories(tmp_path):
     assert "global_step2/mp_rank_00_model_states.pt: the weights that the model computed with" in source.notes[0]
     (tmp_path / "global_step2" / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"x")
     (tmp_path / "zero_to_fp32.py").write_bytes(b"")
-    assert_refused(tmp_path, rf"divided among processes .*: python {tmp_path}/zero_to_fp32\.py {tmp_path} OUT")
+    message = rf"the part of one process of divided weights, .*: python {tmp_path}/zero_to_fp32\.py {tmp_path} OUT"
+    assert_refused(tmp_path, message)
+    assert_refused(tmp_path / "global_step2" / "zero_pp_rank_0_mp_rank_00_model_states.pt", message)
 
 
 def test_hub_id_while_offline(monkeypatch):

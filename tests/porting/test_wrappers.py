@@ -36,6 +36,7 @@ WRAPPED = {
     ),
     "Fabric": (lambda name: f"_forward_module._original_module.{name}", ["_forward_module.", "_original_module."]),
     "Lightning": (lambda name: f"model.{name}", ["model."]),
+    "Lightning, another attribute": (lambda name: f"lit.net.{name}", ["lit.", "net."]),
     "Lightning of compiled": (lambda name: f"model._orig_mod.{name}", ["_orig_mod.", "model."]),
 }
 
@@ -75,6 +76,22 @@ def test_wrappers_are_taken_off_names_in_a_checkpoint_of_pytorch(tmp_path):
     report = convert(wrapped, tmp_path / "out", "mythos_jax", progress=False)
     assert report.ok
     assert "taken off the tensors' names: module., _orig_mod." in format_report(report)
+
+
+def test_a_model_among_other_modules_of_lightning(tmp_path):
+    """A second model is left out, and said to be; tensors of other modules are named."""
+    shutil.copytree(golden.FOLDER / "llama", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {f"model.{name}": array for name, array in load_file(file).items()}
+    averages = {f"ema_{name}": array + 1 for name, array in tensors.items()}
+    save_file(tensors | averages, file)
+    report = convert(tmp_path / "model", tmp_path / "out", "mythos_jax", progress=False)
+    assert report.ok
+    assert "read: the tensors under model.; left: those under ema_model." in format_report(report)
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path / "out")[1], golden.load("llama")[1])
+    save_file(tensors | {"loss.weight": np.ones(3, np.float32)}, file)
+    with pytest.raises(ConfigError, match=r"do not fit its config \(llama\): unexpected: loss\.weight$"):
+        load_pretrained(tmp_path / "model")
 
 
 def test_a_tensor_with_and_without_a_wrapper_is_refused(tmp_path):
