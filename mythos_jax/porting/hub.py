@@ -47,7 +47,8 @@ def _download(repository: str) -> Path:
     logging.set_verbosity_error()  # failures are reported once, below
     try:
         names = [file.rfilename for file in HfApi().model_info(repository).siblings or []]
-        weights = ["*.safetensors"] if any(name.endswith(".safetensors") for name in names) else ["*.bin", "*.pt"]
+        has_safetensors = any(name.endswith(".safetensors") for name in names)
+        weights = ["*.safetensors"] if has_safetensors else ["*.bin", "*.pt", "*.pth", "*.ckpt"]
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.jinja", *weights]))
     except Exception as error:  # of many types: no network, no such repository, no permission to see it
         try:
