@@ -47,6 +47,7 @@ class Config(Section):
         longest = self.model.max_seq_len
         self.data.check(self.data.seq_len <= longest, "seq_len", f"at most model.max_seq_len, {longest}")
         self._check_act()
+        self._check_exit_gate()
         self.mesh.check(
             self.mesh.gather == "once" or self.model.remat != "none",
             "gather",
@@ -61,6 +62,15 @@ class Config(Section):
         depth.check(not (act and truncated), "backprop_loops", allowed)
         for name in ["ponder_cost", "ponder_prior"]:
             objectives.check(act or not getattr(objectives, name), name, "0 unless model.readout is act")
+
+    def _check_exit_gate(self) -> None:
+        objectives = self.training.objectives
+        objectives.check(
+            self.model.exit_gate or objectives.exit_loss == "none", "exit_loss", "none without an exit_gate"
+        )
+        for name in ["contraction", "router_z"]:
+            alone = objectives.exit_loss == "gain" and getattr(objectives, name)
+            objectives.check(not alone, name, "0 with exit_loss gain, which trains the gate alone")
 
     @property
     def data_path(self) -> str:

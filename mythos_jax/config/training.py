@@ -21,6 +21,7 @@ DepthDistribution = Literal["fixed", "uniform", "poisson", "lognormal_poisson"]
 DepthUnit = Literal["sequence", "batch"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "constant"]
+ExitLoss = Literal["none", "expected", "gain"]
 BadSteps = Literal["stop", "skip"]
 Logger = Literal["tensorboard", "wandb"]
 
@@ -39,13 +40,21 @@ class DepthConfig(Section, section="training.depth"):
 
 @dataclass(frozen=True)
 class ObjectivesConfig(Section, section="training.objectives"):
-    """Weights of the terms that are added to the next-token loss. Each is a mean over tokens; 0: off."""
+    """Weights of the terms that are added to the next-token loss, and how an exit gate is trained. Each term is a mean
+    over tokens; 0: off."""
 
     ponder_cost: NonNegativeFloat = 0.0  #: expected number of loops under the ACT weights; needs `readout: act`
     ponder_prior: NonNegativeFloat = 0.0  #: KL from the ACT weights to a geometric distribution; needs `readout: act`
     ponder_prior_rate: Annotated[float, Between(0, 1, "()")] = 0.2  #: halting probability per loop of that distribution
     contraction: NonNegativeFloat = 0.0  #: steps of the state that grow from one loop to the next
     router_z: NonNegativeFloat = 0.0  #: squared log-partition function of the router
+
+    #: how an exit gate is trained (docs/training.md): `none`: not at all; `expected`: with the model, whose loss is the
+    #: mean over the exits; `gain`: alone, to go on while loops lower the loss; needs `exit_gate: true`
+    exit_loss: ExitLoss = "none"
+    exit_entropy: NonNegativeFloat = 0.1  #: expected: weight of the entropy of the exits, which is subtracted
+    exit_gain: NonNegativeFloat = 0.005  #: gain: decrease of the loss, in nats, that makes a loop worth running
+    exit_slope: PositiveFloat = 50.0  #: gain: slope of the label sigmoid(slope (decrease - exit_gain))
 
 
 @dataclass(frozen=True)

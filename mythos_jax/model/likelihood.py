@@ -3,11 +3,12 @@
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from mythos_jax.model.apply import apply
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos, output_table
-from mythos_jax.model.state import Output
+from mythos_jax.model.state import Output, TokenState, make_inputs
 from mythos_jax.ops.cross_entropy import cross_entropy
 
 
@@ -30,11 +31,25 @@ def forward(
     segment_ids: jax.Array | None,
     loops: int | jax.Array | None,
     halting: Halting | None,
+    *,
+    trace_states: bool = False,
 ) -> Output:
-    """The plain forward pass."""
+    """The plain forward pass; the trace has the state after each loop if requested."""
     tokens, _ = model.begin(tokens_BT, segment_ids=segment_ids)
-    tokens, _, trace = model.loop(tokens, loops=loops, halting=halting)
+    tokens, _, trace = model.loop(tokens, loops=loops, halting=halting, trace_states=trace_states)
     return model.finish(tokens, trace=trace, logits=False)
+
+
+def expected_forward(
+    model: Mythos,
+    tokens_BT: jax.Array,
+    segment_ids: jax.Array | None,
+    loops: int | jax.Array | None,
+    halting: Halting | None,
+) -> Output:
+    """All loops, read out as the exit gate's expected logits; there is no halting."""
+    assert halting is None
+    return model.expected(tokens_BT, segment_ids=segment_ids, loops=loops, logits=False)
 
 
 def token_loss(
@@ -58,3 +73,28 @@ def token_loss(
     table_VD = output_table(variables)
     loss_BT = cross_entropy(out.features, table_VD, batch["targets"])
     return loss_BT * batch["mask"], out
+
+
+def exit_losses(
+    model: Mythos,
+    variables: Any,
+    batch: dict[str, jax.Array],
+    *,
+    loops: int | jax.Array,
+    rngs: dict[str, jax.Array] | None = None,
+    run: Forward,
+) -> tuple[jax.Array, Output]:
+    """As `token_loss`, but for the state after each loop that `run` traces: float32 [L, B, T]. run: traces states.
+
+    Each state goes through the coda and the head, one state after the other, and again in the backward pass.
+    """
+    out = apply(run, model, variables, batch["tokens"], batch.get("segment_ids"), loops, None, rngs=rngs)
+    inputs = make_inputs(model.config, batch["tokens"], None, batch.get("segment_ids"), None)
+    inputs, table_VD = inputs.replace(injected_BTD=out.aux.injected_BTD), output_table(variables)
+
+    def loss_of(state_BTD: jax.Array) -> jax.Array:
+        tokens = TokenState(inputs, state_BTD, jnp.zeros(state_BTD.shape[:2], bool), out.loops)
+        read_out: Any = model.apply(variables, tokens, logits=False, method="finish")
+        return cross_entropy(read_out.features, table_VD, batch["targets"]) * batch["mask"]
+
+    return jax.lax.map(jax.checkpoint(loss_of), out.aux.state_LBTD), out

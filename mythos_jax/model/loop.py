@@ -50,7 +50,7 @@ class LoopContext(struct.PyTreeNode):
     token is to run, where the halting policy predicts them.
     limit, stop: int32 [] or [B, 1]. `limit` is the depth that a row is on its way to; this call ends before loop
     `stop`. start: int32 [] or [B], the first loop of this call. count: how many loops it runs, where that is fixed and
-    no token can halt, else None. same_loop: all rows are at the same loop.
+    no token can halt, else None. same_loop: all rows are at the same loop. trace_states: the trace keeps each state.
     """
 
     inputs: TokenInputs
@@ -64,6 +64,7 @@ class LoopContext(struct.PyTreeNode):
     count: int | None = struct.field(pytree_node=False)
     freeze: Freeze = struct.field(pytree_node=False)
     same_loop: bool = struct.field(pytree_node=False)
+    trace_states: bool = struct.field(pytree_node=False, default=False)
 
 
 def make_context(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.attention import make_attention_context
 from mythos_jax.model.block import TransformerBlock, apply_layers
 from mythos_jax.model.cache import Cache, LayerCache
@@ -142,6 +143,7 @@ class Mythos(nn.Module):
         halting: Halting | None = None,
         start: int | jax.Array = 0,
         count: int | jax.Array | None = None,
+        trace_states: bool = False,
     ) -> tuple[TokenState, Cache | None, Trace]:
         """Runs the recurrent block on tokens that have run the loops before `start`.
 
@@ -153,11 +155,13 @@ class Mythos(nn.Module):
         halting: tokens may stop before `loops`. Policies that look at the logits are for decoding with a cache, one
         token at a time; a prompt of several runs all its loops. Without a cache such a policy is approximate:
         it sees a token as the coda does while the token's neighbours are still looping, not with their final states.
+        trace_states: the trace of scanned loops also holds the state after each of them, [L, B, T, D].
         """
         c, inputs, loops = self.config, tokens.inputs, self.config.loops if loops is None else loops
         first, predictor = c.prelude_layers, self.variables.get(PREDICTOR)
         value_embeddings = tuple(self._value_embeddings(inputs.tokens_BT, first + i) for i in range(c.loop_layers))
         context = make_context(c, inputs, value_embeddings, predictor, cache, loops, halting, start, count)
+        context = context.replace(trace_states=trace_states)
         probe = self._probe(inputs, context.halting)
         tokens, loop_caches, coda_caches, trace = self.recurrence(
             prepare_tokens(c, tokens, context, probe),
@@ -189,6 +193,38 @@ class Mythos(nn.Module):
             aux=make_aux(tokens.inputs, trace or Trace(), c.experts_per_token),
             cache=cache.replace(coda=caches) if cache else None,
         )
+
+    def expected(
+        self, tokens_BT: jax.Array, *, loops: Loops | None = None, logits: bool = True, **begin: Any
+    ) -> Output:
+        """All loops, and the sum over t of p_t logits_t, where p_t is the exit gate's probability to exit after loop t; the
+        last loop has what is left (`use_weighted_exit` of Ouro).
+
+        The head is linear, so it is applied once, to the sum of p_t features_t; these are the `features` that are
+        returned. loops: as in `loop`; logits: as in `finish`; other keywords as in `begin`. Raises ConfigError for a
+        model without an exit gate.
+        """
+        if not self.config.exit_gate:
+            raise ConfigError("expected logits: got a model without a gate, allowed only with exit_gate true")
+        loops = self.config.loops if loops is None else loops
+        tokens, _ = self.begin(tokens_BT, **begin)
+        # As in `_probe`: a lifted loop could not call the methods of this module.
+        model, variables = Mythos(self.config, parent=None), self.variables
+
+        def add_loop(t: jax.Array, carry: tuple[TokenState, jax.Array]) -> tuple[TokenState, jax.Array]:
+            before, sum_BTD = carry
+            after: Any = model.apply(variables, before, loops=loops, start=t, count=1, method="loop")[0]
+            read_out: Any = model.apply(variables, after, logits=False, method="finish")
+            # A row that has run all its loops survives as before, so that nothing is added.
+            last_B1 = jnp.reshape(jnp.asarray(loops) == t + 1, (-1, 1))
+            p_BT = before.survival_BT - jnp.where(last_B1, 0, after.survival_BT)
+            return after, sum_BTD + p_BT[..., None] * read_out.features.astype(jnp.float32)
+
+        first = tokens, jnp.zeros(tokens.state_BTD.shape)
+        tokens, sum_BTD = jax.lax.fori_loop(0, loops if isinstance(loops, int) else jnp.max(loops), add_loop, first)
+        features_BTD = sum_BTD.astype(tokens.state_BTD.dtype)
+        out = self.finish(tokens, logits=False)
+        return out.replace(features=features_BTD, logits=self.head(features_BTD) if logits else None)
 
     def features(
         self, tokens_BT: jax.Array, *, loops: Loops | None = None, halting: Halting | None = None, **begin: Any

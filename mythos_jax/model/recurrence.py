@@ -104,9 +104,12 @@ class RecurrentCell(nn.Module):
         if act is not None:  # the only criterion for a model with ACT read-out
             act, halts_BT, trace = self.act_step(act, state_BTD, masks, context, trace)
         elif survival_BT is not None:
-            p_BT = self.halt_probability(state_BTD)
+            logit_BT = self.halt_logit(state_BTD)
+            p_BT = nn.sigmoid(logit_BT)
             survival_BT = jnp.where(masks.running_BT, survival_BT * (1 - p_BT), survival_BT)
-            trace = trace.replace(halt_probability_LBT=p_BT)
+            trace = trace.replace(halt_probability_LBT=p_BT, halt_logit_LBT=logit_BT)
+        if context.trace_states:
+            trace = trace.replace(state_LBTD=state_BTD)
         if halting is not None and act is None:
             halts_BT = masks.may_halt_B1 & self.criterion_met(halting, loop_B, state_BTD, old, survival_BT, context)
         if masks.frozen_BT is not None:
@@ -140,13 +143,13 @@ class RecurrentCell(nn.Module):
             return survival_BT <= 1 - halting.resolved_threshold
         return state_converged(halting, state_BTD, old.state_BTD)
 
-    def halt_probability(self, state_BTD: jax.Array) -> jax.Array:
-        """p = sigmoid(w h + b), float32 [B, T]."""
+    def halt_logit(self, state_BTD: jax.Array) -> jax.Array:
+        """w h + b, whose sigmoid is the halting probability; float32 [B, T]."""
         kernel = self.param(
             "halt_kernel", matrix_init(self.config.std, "embed", None), (self.config.dim, 1), jnp.float32
         )
         bias = self.param("halt_bias", nn.initializers.zeros, (1,), jnp.float32)
-        return nn.sigmoid(state_BTD.astype(jnp.float32) @ kernel + bias)[..., 0]
+        return (state_BTD.astype(jnp.float32) @ kernel + bias)[..., 0]
 
     def act_step(
         self, act: ActState, state_BTD: jax.Array, masks: Masks, context: LoopContext, trace: Trace
@@ -154,7 +157,7 @@ class RecurrentCell(nn.Module):
         """Adaptive computation time: p = sigmoid(w h_(t+1) + b) is the weight of h_(t+1) in the read-out, until the sum
         of p reaches the threshold: then the token halts, and h_(t+1) gets what is missing to 1 (model/halting.py)."""
         c, halting = self.config, context.halting
-        p_BT = self.halt_probability(state_BTD)
+        p_BT = nn.sigmoid(self.halt_logit(state_BTD))
         override = None if halting is None else halting.threshold
         threshold = c.act_threshold if override is None else override
         last_B1 = masks.last_B1 if c.act_remainder else None  # OpenMythos loses the remaining weight

@@ -102,13 +102,16 @@ class Trace(struct.PyTreeNode):
     router: sums over the loops for each layer of the loop, [loop_layers, ...] (None where the model is dense). The
     others exist for a fixed number of loops, float32 [L, B, T], else None. change: |h_t - h_(t-1)| / |h_t|.
     halt_probability, act_weight: ACT's p and the weight of each loop's state. halt_probability also: of an exit gate,
-    the probability that a token which has come so far exits here.
+    the probability that a token which has come so far exits here; halt_logit: the gate before its sigmoid.
+    state: h_t [L, B, T, D], only on request. A row that has run all its loops repeats its last state.
     """
 
     router: RouterStats | None = None
     change_LBT: jax.Array | None = None
     halt_probability_LBT: jax.Array | None = None
+    halt_logit_LBT: jax.Array | None = None
     act_weight_LBT: jax.Array | None = None
+    state_LBTD: jax.Array | None = None
 
 
 class Aux(struct.PyTreeNode):
@@ -116,7 +119,8 @@ class Aux(struct.PyTreeNode):
 
     injected: the prelude's output e [B, T, D]. expert_load: tokens sent to each expert, float32 [loop_layers, E].
     router_z: mean squared log-partition of each layer's router, float32 [loop_layers].
-    change: |h_t - h_(t-1)| / |h_t|; halt_probability and act_weight: ACT's p and weights; all float32 [L, B, T].
+    change: |h_t - h_(t-1)| / |h_t|; halt_probability and act_weight: ACT's p and weights; halt_logit: the exit gate's;
+    all float32 [L, B, T]. state: h_t [L, B, T, D], only on request.
     """
 
     injected_BTD: jax.Array
@@ -124,7 +128,9 @@ class Aux(struct.PyTreeNode):
     router_z: jax.Array | None
     change_LBT: jax.Array | None
     halt_probability_LBT: jax.Array | None
+    halt_logit_LBT: jax.Array | None
     act_weight_LBT: jax.Array | None
+    state_LBTD: jax.Array | None
 
 
 class Output(struct.PyTreeNode):
@@ -201,7 +207,9 @@ def make_aux(inputs: TokenInputs, trace: Trace, experts_per_token: int) -> Aux:
         router_z=mean_z,
         change_LBT=trace.change_LBT,
         halt_probability_LBT=trace.halt_probability_LBT,
+        halt_logit_LBT=trace.halt_logit_LBT,
         act_weight_LBT=trace.act_weight_LBT,
+        state_LBTD=trace.state_LBTD,
     )
 
 

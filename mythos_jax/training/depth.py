@@ -33,12 +33,14 @@ def truncated_forward(
     halting: Halting | None,
     *,
     backprop_loops: int,
+    trace_states: bool = False,
 ) -> Output:
     """The forward pass with gradients through each row's last `backprop_loops` loops only (truncated backpropagation
     through depth: Huginn, arXiv 2502.05171, section 3.3). loops: int32 [B], traced: any depth is the same program.
 
     First the loops without gradient, under a while loop, then the others, under a scan; rows that are done are carried
     unchanged. With ACT the output of every loop counts, so all have gradients and `backprop_loops` must bound them.
+    trace_states: the trace has the states after the loops with gradients.
     """
     tokens, _ = model.begin(tokens_BT, segment_ids=segment_ids)
     start_B = jnp.maximum(loops - backprop_loops, 0)
@@ -49,7 +51,9 @@ def truncated_forward(
         # Rows whose loops all have gradients keep the gradient of their initial state.
         state_BTD = jnp.where((start_B > 0)[:, None, None], before.state_BTD, tokens.state_BTD)
         tokens = before.replace(inputs=tokens.inputs, state_BTD=state_BTD)
-    tokens, _, trace = model.loop(tokens, loops=loops, halting=halting, start=start_B, count=backprop_loops)
+    tokens, _, trace = model.loop(
+        tokens, loops=loops, halting=halting, start=start_B, count=backprop_loops, trace_states=trace_states
+    )
     if router is not None:
         trace = trace.replace(router=jax.tree.map(jnp.add, router, trace.router))
     return model.finish(tokens, trace=trace, logits=False)

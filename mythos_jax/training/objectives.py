@@ -1,4 +1,7 @@
-"""Objectives that training can add to the next-token loss (which is in `model/likelihood.py`)."""
+"""Objectives that training can add to the next-token loss (which is in `model/likelihood.py`), and those that train an
+exit gate."""
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -42,6 +45,66 @@ def ponder_prior(weight_LBT: jax.Array, rate: float) -> jax.Array:
 def contraction(change_LBT: jax.Array) -> jax.Array:
     """By how much each loop changes the state more than the loop before it did, summed over loops, [B, T]."""
     return nn.relu(change_LBT[1:] - change_LBT[:-1]).sum(0)
+
+
+class TokenLosses(NamedTuple):
+    """minimised_BT: what training minimises. nats_BT: the next-token loss that it reports, in nats. metrics: means over
+    tokens, to be logged."""
+
+    minimised_BT: jax.Array
+    nats_BT: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+def exit_objective(
+    config: ObjectivesConfig, loss_LBT: jax.Array, aux: Aux, loops_BT: jax.Array, mask_BT: jax.Array
+) -> TokenLosses:
+    """The two stages of Ouro (arXiv 2510.25741, sections 3.3 and 3.4).
+
+    loss_LBT: next-token loss after each traced loop, in nats, 0 where the mask is. loops_BT: int32, loops that the
+    token has run; with truncated backpropagation the trace has its last ones only, and the token exits after one of
+    them.
+    """
+    logit_LBT = _computed(aux.halt_logit_LBT)
+    steps_BT = jnp.minimum(loops_BT, len(logit_LBT))
+    log_p_LBT, exists_LBT = log_exits(logit_LBT, steps_BT)
+    p_LBT = jnp.where(exists_LBT, jnp.exp(log_p_LBT), 0)
+    first_BT, index_L11 = loops_BT - steps_BT, jnp.arange(1, len(logit_LBT) + 1)[:, None, None]
+    metrics = {"mean_exit": _token_mean((p_LBT * (first_BT + index_L11)).sum(0), mask_BT)}
+    if config.exit_loss == "gain":
+        gate_BT = gain_loss(loss_LBT, logit_LBT, steps_BT, config.exit_gain, config.exit_slope)
+        last_BT = jnp.take_along_axis(loss_LBT, steps_BT[None] - 1, axis=0)[0]
+        return TokenLosses(gate_BT, last_BT, metrics | {"exit_loss": _token_mean(gate_BT, mask_BT)})
+    entropy_BT = -jnp.where(exists_LBT, p_LBT * log_p_LBT, 0).sum(0)
+    nats_BT = (p_LBT * loss_LBT).sum(0)
+    metrics["exit_entropy"] = _token_mean(entropy_BT, mask_BT)
+    return TokenLosses(nats_BT - config.exit_entropy * entropy_BT, nats_BT, metrics)
+
+
+def log_exits(logit_LBT: jax.Array, steps_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logarithms of the probabilities p_t to exit after each of the first `steps_BT` loops, and which loops these are.
+
+    p_t = lambda_t prod_(j<t) (1 - lambda_j), where lambda = sigmoid(logit); the last of these loops takes what is left.
+    """
+    index_L11 = jnp.arange(1, len(logit_LBT) + 1)[:, None, None]
+    going_on_LBT = nn.log_sigmoid(-logit_LBT)
+    survival_LBT = jnp.cumsum(going_on_LBT, axis=0) - going_on_LBT  # up to the loop before
+    stops_LBT = jnp.where(index_L11 == steps_BT, 0, nn.log_sigmoid(logit_LBT))
+    return survival_LBT + stops_LBT, index_L11 <= steps_BT
+
+
+def gain_loss(
+    loss_LBT: jax.Array, logit_LBT: jax.Array, steps_BT: jax.Array, threshold: float, slope: float
+) -> jax.Array:
+    """Binary cross-entropy of the gate, [B, T]: after each loop but the first, it is to go on with probability
+    sigmoid(slope (gain - threshold)), where the gain is by how much the loop lowered the loss, at least 0. The sum over
+    loops is divided by all of them (equations 5 and 6 of Ouro)."""
+    gain_LBT = nn.relu(loss_LBT[:-1] - loss_LBT[1:])
+    label_LBT = jax.lax.stop_gradient(nn.sigmoid(slope * (gain_LBT - threshold)))
+    logit_LBT = logit_LBT[1:]
+    terms_LBT = label_LBT * nn.log_sigmoid(-logit_LBT) + (1 - label_LBT) * nn.log_sigmoid(logit_LBT)
+    exists_LBT = jnp.arange(2, len(loss_LBT) + 1)[:, None, None] <= steps_BT
+    return -jnp.where(exists_LBT, terms_LBT, 0).sum(0) / steps_BT
 
 
 def _computed(values: jax.Array | None) -> jax.Array:

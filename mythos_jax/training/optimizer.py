@@ -1,5 +1,6 @@
 """AdamW and Muon, their learning-rate schedule, and which weights decay."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,9 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mythos_jax.config import TrainingConfig
+
+# The parameters of an exit gate.
+GATE = frozenset({"halt_kernel", "halt_bias"})
 
 # Parameters that are not matrices of the network: norm gains and LoRA scales, biases, the injection's dynamics.
 NO_DECAY = frozenset({"scale", "q_bias", "k_bias", "v_bias", "halt_bias", "log_a", "log_dt", "dt_bias", "b"})
@@ -43,7 +47,8 @@ def decay_start(config: TrainingConfig) -> int:
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (arXiv 1711.05101), or Muon (Jordan et al., 2024) for the layers' matrices
-    and AdamW for the rest. Weight decay is decoupled and acts on matrices only."""
+    and AdamW for the rest. Weight decay is decoupled and acts on matrices only. Weights that are not trained have no
+    state."""
     adamw = optax.adamw(
         schedule(config, config.learning_rate),
         b1=config.b1,
@@ -60,7 +65,25 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
             optax.scale_by_learning_rate(schedule(config, config.muon_learning_rate)),
         )
         update = optax.multi_transform({"muon": muon, "adamw": adamw}, optimizer_groups)
-    return optax.chain(optax.clip_by_global_norm(config.gradient_clip or float("inf")), update)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip or float("inf")), update)
+    if not trains_gate_alone(config):
+        return optimizer
+    groups = lambda params: map_trained(config, lambda _: "trained", lambda _: "frozen", params)  # noqa: E731
+    return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, groups)
+
+
+def trains_gate_alone(config: TrainingConfig) -> bool:
+    return config.objectives.exit_loss == "gain"
+
+
+def map_trained(config: TrainingConfig, trained: Callable[..., Any], frozen: Callable[..., Any], *params: Any) -> Any:
+    """Maps weights that training changes with one function, and those that it leaves as they are with the other."""
+
+    def mapped(path: tuple[Any, ...], *leaves: Any) -> Any:
+        is_trained = not trains_gate_alone(config) or path_names(path)[-1] in GATE
+        return (trained if is_trained else frozen)(*leaves)
+
+    return jax.tree_util.tree_map_with_path(mapped, *params)
 
 
 def decay_mask(params: Any) -> Any:

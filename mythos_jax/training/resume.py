@@ -15,7 +15,15 @@ from mythos_jax.typed import differences, from_dict, to_dict, upgrade
 Metadata = dict[str, Any]
 
 # Prefixes of the fields that a resume may not change: the result would be neither the old run nor a new one.
-_FIXED = ("model.", "data", "training.batch_size", "training.seed", "training.optimizer", "training.ema_decay")
+_FIXED = (
+    "model.",
+    "data",
+    "training.batch_size",
+    "training.seed",
+    "training.optimizer",
+    "training.ema_decay",
+    "training.objectives.exit_loss",  # of which weights there is a state of the optimizer
+)
 # Fields among them that affect only speed and memory.
 _FREE = tuple(f"model.{name}" for name in SPEED_FIELDS)
 

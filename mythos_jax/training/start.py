@@ -3,10 +3,12 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mythos_jax.config import Config
@@ -95,19 +97,27 @@ def _is_left_over(path: Any) -> bool:
 def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | None) -> dict[str, Any] | None:
     """The weights of `--init-from` on the mesh; None without it, and for a run that has checkpoints of its own.
 
-    The other model must have the same shapes; other fields that differ are announced.
+    The other model must have the same shapes, but for an exit gate, which a model can be given; other fields that
+    differ are announced.
     """
     if path is None or newest_folder(run_dir / "checkpoints") is not None:
         return None
     loaded = load_model(path)
     _check_tokenizers(config, loaded, path)
     changed = differences(to_dict(loaded.config.model), to_dict(config.model), "model")
-    if weight_shapes(loaded.config.model) != weight_shapes(config.model):
+    gated = replace(loaded.config.model, exit_gate=True) if _adds_gate(loaded.config, config) else loaded.config.model
+    if weight_shapes(gated) != weight_shapes(config.model):
         fields = "; ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in changed.items())
         raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
     for name, (old, new) in changed.items():
         log0(f"{name} is {old!r} in {path}, {new!r} in this run")
-    return place_variables(config.model, mesh, loaded.variables)
+    if gated != loaded.config.model:
+        log0(f"{path}: has no exit gate; the run starts with a new one")
+    return place_variables(loaded.config.model, mesh, loaded.variables)
+
+
+def _adds_gate(old: Config, new: Config) -> bool:
+    return new.model.exit_gate and not old.model.exit_gate and old.model.readout != "act"
 
 
 def _check_tokenizers(config: Config, loaded: LoadedModel, path: str | Path) -> None:
@@ -175,7 +185,11 @@ def starting_state(
     """The newest checkpoint, else the weights `initial`, else weights drawn from the seed."""
     if checkpoints.newest() is None:
         state = init_state(config, mesh)
-        state = state if initial is None else state.replace(variables=initial)
+        if initial is not None:
+            variables = _overlaid(state.variables, initial)
+            # A copy: the step is given the state's memory to write into, which it cannot be twice.
+            average = None if state.average is None else jax.tree.map(jnp.copy, variables["params"])
+            state = state.replace(variables=variables, average=average)
         checkpoints.check_space(state)
         return state
     current = checkpoint_metadata(config, data)
@@ -186,6 +200,13 @@ def starting_state(
         log0(f"resuming {run_dir} after step {int(state.step)}")
         checkpoints.check_space(state)
     return state
+
+
+def _overlaid(fresh: Any, initial: Any) -> Any:
+    """The weights `initial`, with fresh ones where it has none."""
+    if not isinstance(fresh, dict):
+        return initial
+    return {name: _overlaid(fresh[name], initial[name]) if name in initial else fresh[name] for name in fresh}
 
 
 def finished(config: Config, run_dir: Any, step: int) -> dict[str, Any]:

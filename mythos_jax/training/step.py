@@ -13,14 +13,15 @@ from mythos_jax.config import Config, TrainingConfig, backprop_loops, has_static
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.gather import gather_loop_weights
 from mythos_jax.model.layers import compute_dtype
-from mythos_jax.model.likelihood import forward, token_loss
+from mythos_jax.model.likelihood import exit_losses, forward, token_loss
 from mythos_jax.model.moe import balanced
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.state import Output
 from mythos_jax.runs.state import TrainState
 from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
 from mythos_jax.training.depth import draw_depths, truncated_forward
-from mythos_jax.training.objectives import extra_objectives
-from mythos_jax.training.optimizer import make_optimizer, schedule
+from mythos_jax.training.objectives import TokenLosses, exit_objective, extra_objectives
+from mythos_jax.training.optimizer import make_optimizer, map_trained, schedule, trains_gate_alone
 
 # Decay of the running mean of the loss, against which spikes are detected.
 LOSS_MEMORY = 0.95
@@ -73,9 +74,9 @@ def jitted_step(config: Config) -> Any:
     donated.
 
     Metrics, float32: loss (nats per token), learning_rate, gradient_norm, tokens, mean_loops, bad (whether this step
-    was), skipped (updates left out so far, where bad steps are skipped), each objective that is on; with a mixture of
-    experts also expert_load [loop_layers, E], fractions that sum to 1 per layer, and load_imbalance, the largest
-    fraction times E.
+    was), skipped (updates left out so far, where bad steps are skipped), each objective that is on; for an exit gate
+    that is trained also mean_exit, the mean loop that it exits after; with a mixture of experts also expert_load
+    [loop_layers, E], fractions that sum to 1 per layer, and load_imbalance, the largest fraction times E.
     """
     t = config.training
     optimizer, rate = make_optimizer(t), schedule(t, t.learning_rate)
@@ -87,7 +88,7 @@ def jitted_step(config: Config) -> Any:
         loss = sums["nats"] / sums["tokens"]
         # Clipping is part of the optimizer; the norm that is reported is the one before it.
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.variables["params"])
-        params = optax.apply_updates(state.variables["params"], updates)
+        params = _pick_trained(t, optax.apply_updates(state.variables["params"], updates), state.variables["params"])
         metrics = {
             "loss": loss,
             "learning_rate": rate(state.step),
@@ -102,9 +103,9 @@ def jitted_step(config: Config) -> Any:
             metrics |= {"expert_load": fraction, "load_imbalance": fraction.max() * fraction.shape[-1]}
         new = TrainState(
             step=state.step + 1,
-            variables={"params": params, "balance": _balance(state.variables["balance"], load, t.balance_rate)},
+            variables={"params": params, "balance": _balance(t, state.variables["balance"], load)},
             optimizer=optimizer_state,
-            average=state.average and _average(state.average, params, t.ema_decay),
+            average=state.average and _pick_trained(t, _average(state.average, params, t.ema_decay), state.average),
             loss_mean=jnp.where(state.step == 0, loss, LOSS_MEMORY * state.loss_mean + (1 - LOSS_MEMORY) * loss),
             skipped=state.skipped,
         )
@@ -127,12 +128,11 @@ LossFunction = Callable[[Any, TrainState, Batch, jax.Array, jax.Array], tuple[An
 def _make_loss(config: Config) -> LossFunction:
     """A part's share of the batch's mean loss, so that the shares of all parts add up to it; and sums over its rows."""
     model, t = Mythos(config.model, gather_per_loop=config.mesh.gather == "per_loop"), config.training
-    # Where all rows of all steps run the same loops, depth is a constant and one scan runs them all.
-    run = forward if has_static_depth(config) else partial(truncated_forward, backprop_loops=backprop_loops(config))
 
     def loss_of(
         params: Any, state: TrainState, part: Batch, part_index: jax.Array, tokens: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
+        params = map_trained(t, lambda x: x, jax.lax.stop_gradient, params)
         variables = {**state.variables, "params": params}
         if config.mesh.gather == "once":
             # Inside the loss, so that the gradients of all loops add up before they are reduced over devices.
@@ -140,22 +140,37 @@ def _make_loss(config: Config) -> LossFunction:
             variables = gather_loop_weights(variables, abstract_variables(config.model), dtype)
         # A key of its own for each step and part: noise must not repeat, and a resumed run must draw it again.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(t.seed), state.step), part_index)
-        loops = part.get("loops", backprop_loops(config))
-        loss_BT, out = token_loss(model, variables, part, loops=loops, rngs={"state": key}, run=run)
+        losses, out = _token_losses(config, model, variables, part, key)
 
         # Divided by the tokens of the whole batch, not of the part: parts may have different numbers of them.
-        loss = loss_BT.sum() / tokens
+        loss = (losses.minimised_BT * part["mask"]).sum() / tokens
         extra = extra_objectives(t.objectives, out.aux, part["mask"])
         loss += sum(getattr(t.objectives, name) * value for name, value in extra.items()) / t.grad_accumulation_steps
         sums = {
-            "nats": loss_BT.sum(),
+            "nats": losses.nats_BT.sum(),
             "loops": (out.loops * part["mask"]).sum(),
             "expert_load": out.aux.expert_load,
-            "extra": extra,
+            "extra": extra | losses.metrics,
         }
         return loss, sums
 
     return loss_of
+
+
+def _token_losses(
+    config: Config, model: Mythos, variables: Any, part: Batch, key: jax.Array
+) -> tuple[TokenLosses, Output]:
+    """What each token contributes to the loss, and what the model returned. key: for models that start from noise."""
+    objectives, rngs = config.training.objectives, {"state": key}
+    # Where all rows of all steps run the same loops, depth is a constant and one scan runs them all.
+    run = forward if has_static_depth(config) else partial(truncated_forward, backprop_loops=backprop_loops(config))
+    loops = part.get("loops", backprop_loops(config))
+    if objectives.exit_loss == "none":
+        loss_BT, out = token_loss(model, variables, part, loops=loops, rngs=rngs, run=run)
+        return TokenLosses(loss_BT, loss_BT, {}), out
+    run = partial(run, trace_states=True)
+    loss_LBT, out = exit_losses(model, variables, part, loops=loops, rngs=rngs, run=run)
+    return exit_objective(objectives, loss_LBT, out.aux, out.loops, part["mask"]), out
 
 
 def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, dict[str, Any]]]:
@@ -205,16 +220,21 @@ def _is_bad(t: TrainingConfig, state: TrainState, loss: jax.Array, gradient_norm
     return bad
 
 
+def _pick_trained(t: TrainingConfig, new: Any, old: Any) -> Any:
+    """The new value of what is trained, the old one of the rest, bit for bit."""
+    return map_trained(t, lambda a, b: a, lambda a, b: b, new, old)
+
+
 def _average(average: Any, params: Any, decay: float) -> Any:
     return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
 
 
-def _balance(balance: dict[str, Any], expert_load: jax.Array | None, rate: float) -> dict[str, Any]:
+def _balance(t: TrainingConfig, balance: dict[str, Any], expert_load: jax.Array | None) -> dict[str, Any]:
     """Moves every router's bias towards equal load; row i of `expert_load` is layer i of the loop."""
-    if expert_load is None:
+    if expert_load is None or trains_gate_alone(t):
         return balance
     cell = {
-        f"layer_{i}": {"moe": {"router": {"bias": balanced(_bias(balance, i), load_E, rate)}}}
+        f"layer_{i}": {"moe": {"router": {"bias": balanced(_bias(balance, i), load_E, t.balance_rate)}}}
         for i, load_E in enumerate(expert_load)
     }
     return {"recurrence": {"cell": cell}}

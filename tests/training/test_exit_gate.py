@@ -1,0 +1,145 @@
+"""Training an exit gate: both stages of Ouro against the NumPy reference, and what a run changes."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mythos_jax.config import Config, DepthConfig, MeshConfig, ObjectivesConfig, TrainingConfig
+from mythos_jax.data.placement import batch_sharding, to_global
+from mythos_jax.errors import ConfigError
+from mythos_jax.model.likelihood import exit_losses, forward
+from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.state import Aux
+from mythos_jax.runs.load import load_model
+from mythos_jax.sharding import make_mesh
+from mythos_jax.training.depth import truncated_forward
+from mythos_jax.training.objectives import exit_objective
+from mythos_jax.training.step import init_state, make_train_step
+from mythos_jax.training.train import train
+from tests import reference
+from tests.tiny import GQA_LAST, OURO, TRAINED, exact, some_tokens, variables
+
+GATED = dataclasses.replace(GQA_LAST, exit_gate=True)  # with a prelude and a coda
+EXPECTED = ObjectivesConfig(exit_loss="expected", exit_entropy=0.3)
+GAIN = ObjectivesConfig(exit_loss="gain", exit_gain=0.1, exit_slope=5.0)
+
+
+def formula(config, losses_L, gates_L):
+    """One token's objective, from its loss and its gate's probability after each loop, as the paper writes it."""
+    survival, total, L = 1.0, 0.0, len(losses_L)
+    for t in range(L):
+        if config.exit_loss == "expected":
+            p = survival if t == L - 1 else survival * gates_L[t]
+            survival *= 1 - gates_L[t]
+            total += p * losses_L[t] + config.exit_entropy * p * np.log(p)
+        elif t > 0:
+            gain = max(0, losses_L[t - 1] - losses_L[t])
+            w = 1 / (1 + np.exp(-config.exit_slope * (gain - config.exit_gain)))
+            total -= (w * np.log(1 - gates_L[t]) + (1 - w) * np.log(gates_L[t])) / L
+    return total
+
+
+@pytest.mark.parametrize("config", [EXPECTED, GAIN], ids=["expected", "gain"])
+def test_objectives_are_the_formulas_of_the_paper(config):
+    """Tokens that have run 1 to 4 of 4 traced loops, also with a gate that is sure of itself; and the metrics."""
+    random = np.random.default_rng(0)
+    losses, logits = random.gamma(2.0, size=(4, 2, 4)), 3 * random.standard_normal((4, 2, 4))
+    loops, mask = np.array([[1, 2, 3, 4], [4, 4, 6, 9]]), np.array([[1, 1, 1, 1], [1, 0, 1, 1]], bool)
+    aux = Aux(*[None] * 8)
+    aux = aux.replace(halt_logit_LBT=jnp.asarray(logits, jnp.float32))
+    found = exit_objective(config, jnp.asarray(losses, jnp.float32), aux, jnp.asarray(loops), jnp.asarray(mask))
+    gates, exits = 1 / (1 + np.exp(-logits)), []
+    for b, t in np.ndindex(2, 4):
+        n = min(loops[b, t], 4)
+        truth = formula(config, losses[:n, b, t], gates[:n, b, t])
+        np.testing.assert_allclose(found.minimised_BT[b, t], truth, rtol=0, atol=1e-5)
+        p = gates[:n, b, t] * np.cumprod(np.append(1, 1 - gates[: n - 1, b, t]))
+        p[-1] = 1 - p[:-1].sum()
+        nats = losses[n - 1, b, t] if config is GAIN else p @ losses[:n, b, t]
+        np.testing.assert_allclose(found.nats_BT[b, t], nats, rtol=0, atol=1e-5)
+        exits += [p @ np.arange(loops[b, t] - n + 1, loops[b, t] + 1)] if mask[b, t] else []
+    np.testing.assert_allclose(found.metrics["mean_exit"], np.mean(exits), rtol=1e-5)
+    sure = aux.replace(halt_logit_LBT=jnp.full((4, 2, 4), 60.0))
+    slope = jax.grad(lambda x: exit_objective(config, losses, sure.replace(halt_logit_LBT=x), loops, mask)[0].sum())
+    assert np.isfinite(slope(sure.halt_logit_LBT)).all()
+
+
+T = 8
+MASK = np.ones((2, T), bool)
+MASK[1, 6:] = False
+
+
+def some_batch():
+    """Two documents in each row."""
+    tokens = some_tokens(3, (2, T + 1))
+    segments = np.where(MASK, 1 + (np.arange(T) >= 3), 0).astype(np.int32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": MASK, "segment_ids": segments}
+
+
+def truth(params, base, config, batch, objectives, depths, traced):
+    """The objective in float64, document by document. With truncated backpropagation the state before the last loops is
+    that of the parameters `base`, which a derivative leaves alone."""
+    total = 0.0
+    for b, depth in enumerate(depths):
+        for segment in (1, 2):
+            (places,) = np.nonzero(batch["segment_ids"][b] == segment)
+            tokens, targets = batch["tokens"][b, places], batch["targets"][b, places]
+            first, state, run = max(depth - traced, 0), None, config
+            if first:
+                state = reference.forward(config, {"params": base}, tokens, first).states[-1]
+                run = dataclasses.replace(config, initial_state="zeros")
+            exits = [
+                reference.forward(run, {"params": params}, tokens, t + 1, initial_state=state)
+                for t in range(depth - first)
+            ]
+            logits = np.array([exit.logits for exit in exits])
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            losses = -log_p[:, np.arange(len(places)), targets]
+            total += sum(formula(objectives, losses[:, i], exits[-1].probabilities[:, i]) for i in range(len(places)))
+    return total / batch["mask"].sum()
+
+
+# The model, the objective, the depth of each row, and how many last loops have gradients.
+CASES = {
+    "ouro": (OURO, EXPECTED, (3, 3), 3),
+    "coda": (GATED, EXPECTED, (3, 3), 3),
+    "truncated": (OURO, EXPECTED, (4, 1), 2),
+    "gain": (GATED, GAIN, (3, 3), 3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_objective_and_gradient_of_a_model(case):
+    """The objective, and its derivatives in random directions, which the reference finds by finite differences."""
+    config, objectives, depths, traced = CASES[case]
+    model, params, batch = Mythos(config), variables(config)["params"], some_batch()
+    loops, run = depths[0], partial(forward, trace_states=True)
+    if len(set(depths)) > 1:
+        loops, run = jnp.array(depths), partial(truncated_forward, backprop_loops=traced, trace_states=True)
+
+    @jax.jit
+    @jax.value_and_grad
+    def ours(params):
+        loss_LBT, out = exit_losses(model, {"params": params}, batch, loops=loops, run=run)
+        losses = exit_objective(objectives, loss_LBT, out.aux, out.loops, batch["mask"])
+        return (losses.minimised_BT * batch["mask"]).sum() / batch["mask"].sum()
+
+    value, gradient = ours(params)
+    base = exact(params)
+    arguments = base, config, batch, objectives, depths, traced
+    assert abs(value - truth(base, *arguments)) <= 1e-5
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        trained = lambda path: objectives is EXPECTED or "halt" in path[-1].key  # noqa: E731
+        direction = jax.tree_util.tree_map_with_path(
+            lambda path, x: random.standard_normal(x.shape) * trained(path),
+            base,  # noqa: B023
+        )
+        along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: float((g * d).sum()), gradient, direction)))
+        size = np.sqrt(sum((d**2).sum() for d in jax.tree.leaves(direction)))
+        ends = [truth(jax.tree.map(lambda x, d: x + s * 1e-4 / size * d, base, direction), *arguments) for s in (1, -1)]  # noqa: B023
+        assert abs(along / size - (ends[0] - ends[1]) / 2e-4) <= 1e-5
