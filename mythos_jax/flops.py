@@ -57,13 +57,19 @@ def training_flops(config: Config, loops: float | None = None) -> int:
     """FLOPs of one optimizer step on the global batch, without recomputation. loops: its mean depth (default: that of
     the config).
 
-    The backward pass costs twice the forward pass; loops without gradients cost the forward pass alone. Attention is
+    The backward pass costs twice the forward pass; loops without gradients cost the forward pass alone. What trains an
+    exit gate runs coda and head after each loop with gradients; the gate's own gradients cost nothing. Attention is
     causal.
     """
-    flops = forward_flops(config.model, context=max(config.data.seq_len // 2, 1))
+    flops, exit_loss = (
+        forward_flops(config.model, max(config.data.seq_len // 2, 1)),
+        config.training.objectives.exit_loss,
+    )
     mean = mean_loops(config) if loops is None else loops
-    with_gradients = min(mean, backprop_loops(config))
-    per_token = 3 * (flops.at(0) + with_gradients * flops.loop) + (mean - with_gradients) * flops.loop
+    traced = min(mean, backprop_loops(config))
+    read_outs = 1 if exit_loss == "none" else traced
+    forward = flops.prelude + traced * flops.loop + read_outs * (flops.coda + flops.head)
+    per_token = (1 if exit_loss == "gain" else 3) * forward + (mean - traced) * flops.loop
     return round(config.training.batch_size * config.data.seq_len * per_token)
 
 

@@ -178,6 +178,7 @@ class LanguageModel:
         *,
         loops: int | Sequence[int] | None = None,
         halting: Policies = (),
+        expected: bool = False,
         with_loop_trace: bool = False,
         progress: bool = False,
     ) -> Evaluation:
@@ -186,15 +187,17 @@ class LanguageModel:
         data: a folder that `mythos data prepare` wrote (default: the run's own data, or the problems of its task).
         loops: depths (default: the config's, else powers of two up to twice the trained depth).
         halting: policies such as "latent:0.03", within the largest depth; "latent" alone is a sweep of thresholds.
+        expected: for a model with an exit gate, also its expected logits at each depth.
         with_loop_trace: also how states change loop by loop. progress: show a progress bar.
 
-        Raises ConfigError: no data, rows of another tokenizer, a policy that the model cannot follow.
+        Raises ConfigError: no data, rows of another tokenizer, a policy that the model cannot follow, no exit gate.
         """
         return evaluate_model(
             self.loaded,
             data=None if data is None else str(data),
             loops=_depths(loops),
             halting=_policies(halting),
+            expected=expected,
             with_loop_trace=with_loop_trace,
             progress=progress,
         )

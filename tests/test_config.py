@@ -204,6 +204,14 @@ def test_overrides_take_precedence_over_the_file(write):
             "--training.objectives.ponder_prior_rate 1",
             "training.objectives.ponder_prior_rate: got 1.0, allowed: a number in (0, 1)",
         ),
+        (
+            "--training.objectives.exit_loss gain",
+            "training.objectives.exit_loss: got 'gain', allowed: none without an exit_gate",
+        ),
+        (
+            "--model.exit_gate true --training.objectives.exit_loss gain --training.objectives.contraction 0.1",
+            "training.objectives.contraction: got 0.1, allowed: 0 with exit_loss gain, which trains the gate alone",
+        ),
         ("--data.task.digits 16", "data.task.digits: got 16, allowed: an integer from 1 to 15"),
         ("--data.task.difficulty [3,0]", "data.task.difficulty: got 0, allowed: integers from 1 to 1000"),
         ('--data.mixture {"a":1,"b":0}', "data.mixture b: got 0.0, allowed: a number > 0"),

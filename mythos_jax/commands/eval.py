@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also let tokens stop early, within the largest depth: latent:0.03,latent:0.1; without T: a sweep",
     )
     parser.add_argument(
+        "--expected", action="store_true", help="also the expected logits of the model's exit gate, at each depth"
+    )
+    parser.add_argument(
         "--tasks", type=words, metavar="A,B", help="lm-evaluation-harness tasks or task files (needs lm_eval)"
     )
     parser.add_argument("--include-path", type=path, metavar="DIR", help="a folder with more task files, for --tasks")
@@ -126,7 +129,9 @@ def _report_folder(out: str | None, lm: "LanguageModel") -> Path:
 def _evaluate(arguments: argparse.Namespace, lm: "LanguageModel", progress: bool) -> "Evaluation":
     settings = {"loops": arguments.loops, "halting": arguments.halting, "progress": progress}
     if not arguments.tasks:
-        return lm.evaluate(arguments.data, with_loop_trace=True, **settings)
+        return lm.evaluate(arguments.data, expected=arguments.expected, with_loop_trace=True, **settings)
+    if arguments.expected:
+        raise ConfigError("--expected: got --tasks as well, allowed: held-out text or the problems of a run's task")
     return lm.evaluate_on_tasks(
         arguments.tasks,
         include_path=arguments.include_path,

@@ -30,6 +30,7 @@ def evaluate_model(
     data: str | None = None,
     loops: Sequence[int] | None = None,
     halting: Sequence[Halting] = (),
+    expected: bool = False,
     with_loop_trace: bool = False,
     progress: bool = True,
 ) -> Evaluation:
@@ -37,13 +38,13 @@ def evaluate_model(
 
     data: a prepared folder, whose held-out rows are used. Default: those of the run (of all parts of a mixture) or,
     for a run on a reasoning task, held-out problems. `evaluation.max_rows` is the limit per part or difficulty.
-    with_loop_trace: also measures what each loop does.
+    expected: also the exit gate's expected logits at each depth. with_loop_trace: also measures what each loop does.
 
-    Raises ConfigError: no data, rows of another tokenizer, a policy that the model cannot follow.
+    Raises ConfigError: no data, rows of another tokenizer, a policy that the model cannot follow, no exit gate.
     """
     if data is None and loaded.step is None:
         raise ConfigError(f"{loaded.directory}: a pretrained model has no data of its own; allowed: --data DIR")
-    settings = choose_settings(loaded, loops, halting)
+    settings = choose_settings(loaded, loops, halting, expected)
     _announce_batch(loaded)
     if loaded.config.data.task.name and data is None:
         return _evaluate_on_problems(loaded, settings, with_loop_trace, progress)
@@ -144,12 +145,14 @@ def _announce_batch(loaded: LoadedModel) -> None:
         log0(f"evaluation.batch_size: {wanted} does not divide over the devices, using {used}")
 
 
-def choose_settings(loaded: LoadedModel, loops: Sequence[int] | None, halting: Sequence[Halting]) -> list[Setting]:
+def choose_settings(
+    loaded: LoadedModel, loops: Sequence[int] | None, halting: Sequence[Halting], expected: bool = False
+) -> list[Setting]:
     """The requested settings. Depths default to `evaluation.loops` of the config, else to `default_depths`."""
     for policy in halting:
         check_predictor(policy, loaded.variables)
     depths = loops or loaded.config.evaluation.loops or default_depths(loaded.config.model.loops)
-    return make_settings(loaded.config.model, depths, halting)
+    return make_settings(loaded.config.model, depths, halting, expected)
 
 
 def describe_model(loaded: LoadedModel) -> ModelInfo:

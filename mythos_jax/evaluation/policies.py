@@ -1,10 +1,11 @@
-"""The settings an evaluation runs: fixed depths, and halting policies at one or more thresholds."""
+"""The settings an evaluation runs: fixed depths, read out as the last or the expected logits, and halting policies at
+one or more thresholds."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.halting import Halting, check_halting
+from mythos_jax.model.halting import Halting, check_expected, check_halting
 
 # Thresholds for a policy given without one, from "nearly every loop runs" to "nearly none does".
 SWEEPS: dict[str, tuple[float, ...]] = {
@@ -21,14 +22,22 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run a model. loops: for every token, or the maximum if there is a halting policy."""
+    """One way to run a model. loops: for every token, or the maximum if there is a halting policy. expected: reads out
+    the exit gate's expected logits instead of the last loop's; without a policy."""
 
     loops: int
     halting: Halting | None = None
+    expected: bool = False
+
+    @property
+    def is_fixed_depth(self) -> bool:
+        """Whether this is a point of the line that everything else is compared with."""
+        return self.halting is None and not self.expected
 
     @property
     def criterion(self) -> str | None:
-        return None if self.halting is None else self.halting.criterion
+        """Of the policy; "expected" for expected logits, and None for a fixed depth."""
+        return "expected" if self.expected else None if self.halting is None else self.halting.criterion
 
     @property
     def threshold(self) -> float | None:
@@ -48,13 +57,19 @@ def fixed(depths: Iterable[int]) -> list[Setting]:
     return [Setting(depth) for depth in depths]
 
 
-def make_settings(config: ModelConfig, depths: Sequence[int], policies: Sequence[Halting] = ()) -> list[Setting]:
-    """Each depth, then each policy with at most the largest depth; a policy without a threshold runs its sweep.
+def make_settings(
+    config: ModelConfig, depths: Sequence[int], policies: Sequence[Halting] = (), expected: bool = False
+) -> list[Setting]:
+    """Each depth, if `expected` again with the expected logits, then each policy with at most the largest depth; a
+    policy without a threshold runs its sweep.
 
-    All settings of one criterion have one structure, so they share a compiled program. Raises ConfigError for a
-    policy that the model cannot follow.
+    All settings of one criterion have one structure, so they share a compiled program. Raises ConfigError for what the
+    model cannot do.
     """
     settings = fixed(sorted(set(depths)))
+    if expected:
+        check_expected(config)
+        settings += [replace(setting, expected=True) for setting in settings]
     for policy in policies:
         check_halting(config, policy, cached=False)
         sweep = SWEEPS[policy.criterion] if policy.threshold is None else (policy.threshold,)

@@ -186,6 +186,7 @@ class Evaluation:
         for row in self.results:
             fields = self.data.row_to_json(row) | _policy_to_json(row.setting)
             fields["approximate"] = row.setting.approximate
+            fields["expected_logits"] = row.setting.expected
             if is_text:
                 fields["rank_correlation"] = self.rank_correlations.get(row.setting)
             out["results"].append(fields)
@@ -208,4 +209,4 @@ class Evaluation:
 
 
 def _policy_to_json(setting: Setting) -> dict[str, Any]:
-    return {"halting": setting.criterion, "threshold": setting.threshold}
+    return {"halting": setting.halting and setting.halting.criterion, "threshold": setting.threshold}

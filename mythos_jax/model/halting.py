@@ -63,6 +63,8 @@ class Halting(struct.PyTreeNode):
             # Numbers only: inside jax a field may hold a tracer, a shape, or nothing at all.
             if isinstance(value, int | float) and not (math.isfinite(value) and value >= lowest):
                 raise ConfigError(f"halting {name}: got {value}, allowed: a number >= {int(lowest)}")
+        if self.criterion == "gate" and isinstance(self.threshold, int | float) and self.threshold > 1:
+            raise ConfigError(f"halting threshold: got {self.threshold}, allowed with gate: a number from 0 to 1")
 
     @classmethod
     def parse(cls, text: str) -> "Halting":
@@ -121,6 +123,12 @@ def check_halting(config: ModelConfig, halting: Halting | None, cached: bool) ->
             f"halting criterion: got {halting.criterion!r} on a model with freeze_halted false, allowed: "
             f"{', '.join(STATE_CRITERIA)} (the logits it compares would not be those that the token ends with)"
         )
+
+
+def check_expected(config: ModelConfig) -> None:
+    """Raises ConfigError for a model that has no expected logits."""
+    if not config.exit_gate:
+        raise ConfigError("expected logits: got a model without an exit gate, allowed only with exit_gate true")
 
 
 @recomputed

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.errors import ConfigError
 from mythos_jax.model.attention import make_attention_context
 from mythos_jax.model.block import TransformerBlock, apply_layers
 from mythos_jax.model.cache import Cache, LayerCache
 from mythos_jax.model.exit_probe import LogitProbe
-from mythos_jax.model.halting import Halting
+from mythos_jax.model.halting import Halting, check_expected
 from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init
 from mythos_jax.model.loop import make_context, prepare_tokens
 from mythos_jax.model.predictor import PREDICTOR
@@ -197,15 +196,14 @@ class Mythos(nn.Module):
     def expected(
         self, tokens_BT: jax.Array, *, loops: Loops | None = None, logits: bool = True, **begin: Any
     ) -> Output:
-        """All loops, and the sum over t of p_t logits_t, where p_t is the exit gate's probability to exit after loop t; the
-        last loop has what is left (`use_weighted_exit` of Ouro).
+        """All loops, read out as the sum over t of p_t logits_t, where p_t is the exit gate's probability to exit after
+        loop t and the last loop has what is left (`use_weighted_exit` of Ouro).
 
         The head is linear, so it is applied once, to the sum of p_t features_t; these are the `features` that are
         returned. loops: as in `loop`; logits: as in `finish`; other keywords as in `begin`. Raises ConfigError for a
         model without an exit gate.
         """
-        if not self.config.exit_gate:
-            raise ConfigError("expected logits: got a model without a gate, allowed only with exit_gate true")
+        check_expected(self.config)
         loops = self.config.loops if loops is None else loops
         tokens, _ = self.begin(tokens_BT, **begin)
         # As in `_probe`: a lifted loop could not call the methods of this module.
@@ -217,7 +215,8 @@ class Mythos(nn.Module):
             read_out: Any = model.apply(variables, after, logits=False, method="finish")
             # A row that has run all its loops survives as before, so that nothing is added.
             last_B1 = jnp.reshape(jnp.asarray(loops) == t + 1, (-1, 1))
-            p_BT = before.survival_BT - jnp.where(last_B1, 0, after.survival_BT)
+            survival_BT: Any = before.survival_BT
+            p_BT = survival_BT - jnp.where(last_B1, 0, after.survival_BT)
             return after, sum_BTD + p_BT[..., None] * read_out.features.astype(jnp.float32)
 
         first = tokens, jnp.zeros(tokens.state_BTD.shape)

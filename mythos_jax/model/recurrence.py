@@ -140,7 +140,9 @@ class RecurrentCell(nn.Module):
             return loop_B[:, None] + 1 >= context.predicted_BT
         if halting.criterion == "gate":
             assert survival_BT is not None, "check_halting asks for a gate"
-            return survival_BT <= 1 - halting.resolved_threshold
+            # At 1 every loop runs, also where the gate is so sure that its float32 probability is 1.
+            q = halting.resolved_threshold
+            return (survival_BT <= 1 - q) & (q < 1)
         return state_converged(halting, state_BTD, old.state_BTD)
 
     def halt_logit(self, state_BTD: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from mythos_jax.porting.family import Family
 from mythos_jax.porting.fields import Fields
 from mythos_jax.porting.layouts import LINEAR
 from mythos_jax.porting.tables import Row, rename
+from mythos_jax.processes import log0
 
 NORMS = {
     "input_layernorm": "attention_norm",
@@ -30,7 +31,22 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def to_model(fields: Fields) -> dict[str, Any]:
+    _announce_read_out(fields)
     return {**hugging_face.to_model(fields), **SPECIAL, "loops": fields.integer("total_ut_steps", 4)}
+
+
+def _announce_read_out(fields: Fields) -> None:
+    """Says if the original would not read out the last loop, by default, for all tokens."""
+    given = fields.given
+    step = None if given.get("early_exit_step") is None else fields.integer("early_exit_step")
+    threshold = None if given.get("early_exit_threshold") is None else fields.number("early_exit_threshold")
+    what = f"{fields.where}: all loops run, though "
+    if step is not None:
+        log0(f"{what}early_exit_step is {step}; --loops {step + 1} reads out that one")
+    elif threshold is not None and threshold < 1:
+        log0(f"{what}early_exit_threshold is {threshold}; --halting gate:{threshold} follows it")
+    elif given.get("use_weighted_exit") and threshold is None:
+        log0(f"{fields.where}: the last loop is read out, though use_weighted_exit is true (see Mythos.expected)")
 
 
 def from_model(config: ModelConfig) -> dict[str, Any]:

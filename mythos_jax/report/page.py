@@ -28,7 +28,7 @@ def render_page(evaluation: Evaluation, command: str) -> str:
     """The HTML document. Sections that the evaluation has nothing for are left out."""
     panels = make_panels(evaluation)
     sections = [*_warnings(evaluation), depth_section(evaluation, panels)]
-    if any(m.setting.halting is not None for m in evaluation.results):
+    if not all(m.setting.is_fixed_depth for m in evaluation.results):
         sections.append(halting_section(evaluation, panels))
     if evaluation.loop_usage:
         sections += [heat_map_section(evaluation), hardness_section(evaluation)]

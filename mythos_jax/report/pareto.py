@@ -33,11 +33,11 @@ class Panel:
     @property
     def fixed(self) -> list[Measurement]:
         """Those at fixed depths, shallowest first."""
-        return sorted((p for p in self.points if p.setting.halting is None), key=lambda p: p.setting.loops)
+        return sorted((p for p in self.points if p.setting.is_fixed_depth), key=lambda p: p.setting.loops)
 
     @property
     def policies(self) -> dict[str, list[Measurement]]:
-        """Those with halting, by criterion, fewest mean loops first."""
+        """Those with halting, by criterion, and those of expected logits; fewest mean loops first."""
         by_criterion: dict[str, list[Measurement]] = {}
         for point in self.points:
             if point.setting.criterion is not None:
@@ -86,7 +86,7 @@ def make_panels(evaluation: Evaluation) -> list[Panel]:
             trained_on=not is_task or group in trained_on,
         )
         for (metric, group), same in points.items()
-        if any(m.setting.halting is None for m in same)
+        if any(m.setting.is_fixed_depth for m in same)
     ]
 
 

@@ -59,7 +59,7 @@ def _depth_table(evaluation: Evaluation, panels: Sequence[Panel]) -> str:
     """A row per fixed depth. Columns: for text loss and bits per byte, otherwise one per panel."""
     if isinstance(evaluation.data, HeldOutText):
         shown = [LOOPS, *LOSS_COLUMNS]
-        rows = [[c.cell(m) for c in shown] for m in evaluation.results if m.setting.halting is None]
+        rows = [[c.cell(m) for c in shown] for m in evaluation.results if m.setting.is_fixed_depth]
         return table([c.heading for c in shown], rows, "Loss at each depth")
     several_metrics = len({panel.metric for panel in panels}) > 1
     headings = [
@@ -81,13 +81,15 @@ def halting_section(evaluation: Evaluation, panels: Sequence[Panel]) -> str:
     if isinstance(evaluation.data, ReasoningTask):
         panels = _pool_difficulties(panels)
     with_heading = isinstance(evaluation.data, HarnessTasks)
-    halted = [m for m in evaluation.results if m.setting.halting is not None]
+    halted = [m for m in evaluation.results if not m.setting.is_fixed_depth]
     words = (
         "With halting, each token stops when its criterion is met; the cost is the mean over tokens of the loops that "
         "they ran. A policy is worth using where its line is on the better side of the line of fixed depths."
     )
     if any(m.setting.approximate for m in halted):
         words += ESTIMATE
+    if any(m.setting.expected for m in halted):
+        words += " Expected: all loops run, and the logits are their mean under the exit gate."
     shown = columns(evaluation)
     everything = table([c.heading for c in shown], [[c.cell(m) for c in shown] for m in halted], "Every halting policy")
     return section(

@@ -33,7 +33,7 @@ HARNESS_COLUMNS = [
 
 def columns(evaluation: Evaluation) -> list[Column]:
     """The columns of a table with a row per measurement; those about halting only if a policy was run."""
-    halting = [HALTING] if any(m.setting.halting is not None for m in evaluation.results) else []
+    halting = [] if all(m.setting.is_fixed_depth for m in evaluation.results) else [HALTING]
     match evaluation.data:
         case HeldOutText():
             return [LOOPS, *halting, *LOSS_COLUMNS, MEAN_LOOPS, *([_rank_column(evaluation)] if halting else [])]
@@ -54,18 +54,21 @@ def _rank_column(evaluation: Evaluation) -> Column:
 
 
 def policy_name(setting: Setting) -> str:
-    """For example "latent 0.03", or "none" for a fixed depth; a star marks a full forward pass that only estimates
-    decoding."""
+    """For example "latent 0.03", "expected" for expected logits, or "none" for a fixed depth; a star marks a full
+    forward pass that only estimates decoding."""
     if setting.criterion is None:
         return "none"
+    if setting.expected:
+        return "expected"
     return f"{setting.criterion} {setting.threshold:g}" + ("*" if setting.approximate else "")
 
 
 def setting_name(setting: Setting) -> str:
     """As `policy_name`, but for example "8 loops" for a fixed depth."""
+    loops = f"{setting.loops} loops" if setting.loops > 1 else "1 loop"
     if setting.criterion is None:
-        return f"{setting.loops} loops" if setting.loops > 1 else "1 loop"
-    return policy_name(setting)
+        return loops
+    return f"expected, {loops}" if setting.expected else policy_name(setting)
 
 
 def format_table(evaluation: Evaluation) -> str:

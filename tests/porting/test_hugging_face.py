@@ -3,14 +3,22 @@
 import json
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mythos_jax.config import MeshConfig
 from mythos_jax.errors import ConfigError
+from mythos_jax.evaluation.depths import evaluate_depths
+from mythos_jax.evaluation.policies import make_settings
 from mythos_jax.flops import count_parameters
+from mythos_jax.inference.generate import generate
 from mythos_jax.model.halting import Halting
+from mythos_jax.model.mythos import Mythos
 from mythos_jax.porting.families import detect, get_family
 from mythos_jax.porting.pretrained import load_pretrained
+from mythos_jax.sharding import make_mesh
 from tests.porting import golden
 from tests.porting.test_golden import run, run_static
 
@@ -205,6 +213,77 @@ def test_exits_of_ouro(threshold):
     if threshold == 1.0:
         np.testing.assert_array_equal(out.loops, 4)
         np.testing.assert_allclose(out.logits, g["logits_r4"], rtol=0, atol=1e-4)
+
+
+def test_prompts_of_ouro_in_one_batch_are_as_if_alone():
+    """Prompts of different lengths, with tokens that exit after different loops, which is not so in the original; at
+    threshold 1 its greedy tokens."""
+    config, variables = golden.load("ouro")
+    g, lengths = golden.arrays("ouro"), np.array([16, 5, 11], np.int32)
+    tokens = np.where(np.arange(16) < lengths[:, None], g["input_ids"], 0)
+
+    def decode(rows, threshold):
+        return generate(
+            Mythos(config),
+            variables,
+            tokens[rows],
+            lengths[rows],
+            max_new_tokens=12,
+            halting=Halting("gate", threshold),
+        )
+
+    for threshold in (0.5, 1.0):
+        together = decode(slice(None), threshold)
+        for b in range(3):
+            alone = decode(slice(b, b + 1), threshold)
+            np.testing.assert_array_equal(together.tokens[b], alone.tokens[0])
+            np.testing.assert_array_equal(together.loops[b], alone.loops[0])
+        assert np.unique(together.loops).tolist() == ([4] if threshold == 1 else [1, 2, 3, 4])
+    np.testing.assert_array_equal(together.tokens[0], g["greedy_tokens"][0, :12])
+
+
+def test_expected_logits_of_ouro():
+    """`use_weighted_exit` of the original; rows of different depths, and the loss that an evaluation finds."""
+    config, variables = golden.load("ouro")
+    g, model = golden.arrays("ouro"), Mythos(config)
+    expected = jax.jit(lambda loops: model.apply(variables, g["input_ids"], loops=loops, method="expected"))
+    for loops in (4, 6):
+        out = expected(jnp.full(3, loops))
+        np.testing.assert_allclose(out.logits, g[f"expected_logits_r{loops}"], rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(out.loops, loops)
+    out = expected(jnp.array([6, 1, 4]))
+    for b, truth in enumerate([g["expected_logits_r6"], g["logits_r1"], g["expected_logits_r4"]]):
+        np.testing.assert_allclose(out.logits[b], truth[b], rtol=0, atol=1e-4)
+
+    ids, mask = g["input_ids"], np.arange(15) % 4 > 0
+    batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "mask": np.tile(mask, (3, 1))}
+    settings = make_settings(config, [4], [Halting("gate", 0.5)], expected=True)
+    assert [s.criterion for s in settings] == [None, "expected", "gate"]
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    rows, _ = evaluate_depths(model, variables, [batch], settings, mesh=mesh, bytes_per_token=1, progress=False)
+    for row, logits in zip(rows, [g["logits_r4"], g["expected_logits_r4"]], strict=False):
+        log_p = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
+        nats = -np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], -1)[..., 0]
+        assert row.loss == pytest.approx(nats[:, mask].mean(), abs=1e-5)
+    assert rows[1].mean_loops == 4 > rows[2].mean_loops
+    with pytest.raises(ConfigError, match="expected logits: got a model without an exit gate"):
+        make_settings(golden.load("llama")[0], [1], expected=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"early_exit_threshold": 0.9}, "early_exit_threshold is 0.9; --halting gate:0.9 follows it"),
+        ({"early_exit_step": 1, "early_exit_threshold": 1.0}, "early_exit_step is 1; --loops 2 reads out that one"),
+        ({"early_exit_threshold": None, "use_weighted_exit": True}, "use_weighted_exit is true"),
+        ({"early_exit_threshold": 1.0, "use_weighted_exit": True}, None),
+    ],
+)
+def test_another_read_out_in_the_file_of_ouro_is_announced(fields, says, capsys):
+    given = {**golden.fields("ouro"), **fields}
+    assert get_family("ouro").model_config(given, "config.json") == golden.load("ouro")[0]
+    lines = capsys.readouterr().err
+    assert says in lines if says else lines == ""
 
 
 def test_leftovers_of_huginn_in_a_raven_file():

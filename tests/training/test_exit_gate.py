@@ -1,27 +1,26 @@
 """Training an exit gate: both stages of Ouro against the NumPy reference, and what a run changes."""
 
 import dataclasses
-from functools import cache, partial
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.config import Config, DepthConfig, MeshConfig, ObjectivesConfig, TrainingConfig
-from mythos_jax.data.placement import batch_sharding, to_global
+from mythos_jax.config import ObjectivesConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.likelihood import exit_losses, forward
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import Aux
 from mythos_jax.runs.load import load_model
-from mythos_jax.sharding import make_mesh
 from mythos_jax.training.depth import truncated_forward
 from mythos_jax.training.objectives import exit_objective
-from mythos_jax.training.step import init_state, make_train_step
 from mythos_jax.training.train import train
 from tests import reference
 from tests.tiny import GQA_LAST, OURO, TRAINED, exact, some_tokens, variables
+from tests.training.test_step import RANDOM, config_with, run
 
 GATED = dataclasses.replace(GQA_LAST, exit_gate=True)  # with a prelude and a coda
 EXPECTED = ObjectivesConfig(exit_loss="expected", exit_entropy=0.3)
@@ -134,12 +133,77 @@ def test_objective_and_gradient_of_a_model(case):
     assert abs(value - truth(base, *arguments)) <= 1e-5
     for seed in range(3):
         random = np.random.default_rng(seed)
-        trained = lambda path: objectives is EXPECTED or "halt" in path[-1].key  # noqa: E731
-        direction = jax.tree_util.tree_map_with_path(
-            lambda path, x: random.standard_normal(x.shape) * trained(path),
-            base,  # noqa: B023
-        )
-        along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: float((g * d).sum()), gradient, direction)))
+        direction = jax.tree.map(lambda x: random.standard_normal(x.shape), base)  # noqa: B023
+        if objectives is GAIN:  # the labels have no gradient, and depend on everything but the gate
+            direction = jax.tree_util.tree_map_with_path(lambda path, x: x * ("halt" in path[-1].key), direction)
         size = np.sqrt(sum((d**2).sum() for d in jax.tree.leaves(direction)))
-        ends = [truth(jax.tree.map(lambda x, d: x + s * 1e-4 / size * d, base, direction), *arguments) for s in (1, -1)]  # noqa: B023
-        assert abs(along / size - (ends[0] - ends[1]) / 2e-4) <= 1e-5
+        along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction))) / size
+        ahead, behind = (jax.tree.map(lambda x, d: x + step / size * d, base, direction) for step in (1e-4, -1e-4))  # noqa: B023
+        assert abs(along - (truth(ahead, *arguments) - truth(behind, *arguments)) / 2e-4) <= 1e-5
+
+
+def test_logits_of_all_loops_never_exist_together():
+    """Neither in the forward pass nor among what the backward pass keeps."""
+    config = dataclasses.replace(GATED, vocab_size=56)  # a number that no other array has
+    run = partial(forward, trace_states=True)
+
+    def total(params):
+        return exit_losses(Mythos(config), {"params": params}, some_batch(), loops=3, run=run)[0].sum()
+
+    program = str(jax.make_jaxpr(jax.grad(total))(variables(config)["params"]))
+    assert f"[{2 * T},56]" in program
+    assert f"[3,2,{T},{config.dim}]" in program
+    assert not re.search(r"\[3,[\d,]*,56\]", program)
+
+
+def test_parts_and_devices_do_not_matter():
+    """Rows of random depths, with gradients through the last loops."""
+    model = dataclasses.replace(RANDOM.model, exit_gate=True, feed_forward="dense")
+    whole = dataclasses.replace(RANDOM, model=model, training=dataclasses.replace(RANDOM.training, objectives=EXPECTED))
+    parts = dataclasses.replace(whole, training=dataclasses.replace(whole.training, grad_accumulation_steps=2))
+    for a, b in zip(run(whole, 2)[1], run(parts, 2, devices=4)[1], strict=True):
+        for name in ["loss", "gradient_norm", "mean_loops"]:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=name)
+        assert 0 < a["exit_entropy"] < np.log(2)
+        assert 1 < a["mean_exit"] < a["mean_loops"]
+
+
+def test_gain_changes_the_gate_and_nothing_else():
+    """Weights, their average and the router's biases keep their bits, in spite of Muon, of weight decay and of load."""
+    gated = dataclasses.replace(TRAINED, exit_gate=True)
+    config = config_with(gated, objectives=GAIN, optimizer="muon", ema_decay=0.9, warmup_steps=0, learning_rate=1e-2)
+    states, metrics = run(config, 3)
+    before, after = ({"average": s.average, **s.variables} for s in (states[0], states[-1]))
+
+    def compare(path, old, new):
+        assert (old.tobytes() == new.tobytes()) == (path[-1].key not in ("halt_kernel", "halt_bias")), path
+
+    jax.tree_util.tree_map_with_path(compare, before, after)
+    moments = sum(x.size for x in jax.tree.leaves(states[0].optimizer) if x.ndim)
+    assert moments == 2 * (gated.dim + 1)  # of the gate alone
+    assert metrics[-1]["exit_loss"] < metrics[0]["exit_loss"]
+    assert metrics[0]["loss"] > 3
+
+
+def test_a_gate_for_a_run_that_has_none(config, uninterrupted, tmp_path, capsys):
+    source = load_model(uninterrupted)
+    other = dataclasses.replace(TRAINED, exit_gate=True, loops=3)
+    alone = dataclasses.replace(config.training, steps=2, warmup_steps=0, objectives=GAIN, ema_decay=0.5)
+    gated = dataclasses.replace(config, model=other, training=alone)
+    train(gated, tmp_path / "gated", progress=False, init_from=uninterrupted)
+    lines = capsys.readouterr().err
+    assert f"{uninterrupted}: has no exit gate; the run starts with a new one\n" in lines
+    assert f"model.loops is 2 in {uninterrupted}, 3 in this run\n" in lines
+    found = load_model(tmp_path / "gated")
+    cell = dict(found.variables["params"]["recurrence"]["cell"])
+    assert np.abs(cell.pop("halt_kernel")).max() > 0
+    assert np.abs(cell.pop("halt_bias")).max() > 0
+    assert found.variables["params"].keys() == source.variables["params"].keys()
+    rest = {**found.variables["params"], "recurrence": {"cell": cell}}
+    jax.tree.map(np.testing.assert_array_equal, rest, source.variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, found.variables["balance"], source.variables["balance"])
+    together = dataclasses.replace(gated, training=dataclasses.replace(alone, objectives=EXPECTED))
+    with pytest.raises(ConfigError, match=r"training\.objectives\.exit_loss was 'gain', is 'expected'"):
+        train(together, tmp_path / "gated", progress=False)
+    with pytest.raises(ConfigError, match=r"do not fit this config \(model\.exit_gate is True, not False"):
+        train(config, tmp_path / "without", progress=False, init_from=tmp_path / "gated")

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from mythos_jax.cli import main
@@ -92,6 +94,12 @@ def test_a_wrong_init_from_does_not_block_its_own_retry(config, uninterrupted, t
     assert not (tmp_path / "tuned").exists()
     monkeypatch.setattr(training._Loop, "run", lambda self, state: {"step": int(state.step)})
     assert train(config, tmp_path / "tuned", progress=False, init_from=run) == {"step": 0}
+
+
+def test_the_average_of_a_run_starts_from_the_same_weights(config, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(training._Loop, "run", lambda self, state: jax.device_get(state))
+    state = train(with_training(config, ema_decay=0.9), tmp_path / "tuned", progress=False, init_from=uninterrupted)
+    jax.tree.map(np.testing.assert_array_equal, state.average, state.variables["params"])
 
 
 def test_a_run_that_was_killed_before_its_first_file_can_be_started(config, tmp_path, monkeypatch):
