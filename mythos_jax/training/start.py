@@ -104,20 +104,19 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | No
         return None
     loaded = load_model(path)
     _check_tokenizers(config, loaded, path)
-    changed = differences(to_dict(loaded.config.model), to_dict(config.model), "model")
-    gated = replace(loaded.config.model, exit_gate=True) if _adds_gate(loaded.config, config) else loaded.config.model
-    if weight_shapes(gated) != weight_shapes(config.model):
+    theirs = loaded.config.model
+    gate_is_new = config.model.exit_gate and not theirs.exit_gate and theirs.readout != "act"
+    if gate_is_new:
+        theirs = replace(theirs, exit_gate=True)
+    changed = differences(to_dict(theirs), to_dict(config.model), "model")
+    if weight_shapes(theirs) != weight_shapes(config.model):
         fields = "; ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in changed.items())
         raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
     for name, (old, new) in changed.items():
         log0(f"{name} is {old!r} in {path}, {new!r} in this run")
-    if gated != loaded.config.model:
+    if gate_is_new:
         log0(f"{path}: has no exit gate; the run starts with a new one")
     return place_variables(loaded.config.model, mesh, loaded.variables)
-
-
-def _adds_gate(old: Config, new: Config) -> bool:
-    return new.model.exit_gate and not old.model.exit_gate and old.model.readout != "act"
 
 
 def _check_tokenizers(config: Config, loaded: LoadedModel, path: str | Path) -> None:
