@@ -118,8 +118,9 @@ def test_zero_slots_are_refused():
         ({"threshold": float("nan")}, "halting threshold: got nan, allowed: a number >= 0"),
         ({"threshold": -1.0}, "halting threshold: got -1.0, allowed: a number >= 0"),
         ({"max_loops": 0}, "halting max_loops: got 0, allowed: a number >= 1"),
+        ({"criterion": "gate", "threshold": 90}, "halting threshold: got 90, allowed with gate: a number from 0 to 1"),
     ],
 )
 def test_invalid_numbers_are_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
-        Halting("kl", **numbers)
+        Halting(**{"criterion": "kl", **numbers})

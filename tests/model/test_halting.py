@@ -12,7 +12,7 @@ from mythos_jax.model.halting import Halting, act_weight
 from mythos_jax.model.mythos import Mythos
 from tests import reference
 from tests.model.test_cache import LOOPS, POLICIES
-from tests.tiny import GQA, GQA_LAST, MLA, B, T, V, exact, halting, run, some_tokens, variables
+from tests.tiny import GQA, GQA_LAST, MLA, OURO, B, T, V, exact, halting, run, some_tokens, variables
 
 
 def truths(config, criterion, threshold, loops=LOOPS, **keywords):
@@ -54,6 +54,15 @@ def test_halting_equals_reference(policy):
             np.testing.assert_allclose(out.state[b], exits, rtol=0, atol=1e-4)
     if config.feed_forward == "moe":  # frozen tokens do not count
         np.testing.assert_array_equal(out.aux.expert_load, sum(row.load for row in rows))
+
+
+def test_at_threshold_1_all_loops_run_however_sure_the_gate_is():
+    weights = jax.tree_util.tree_map_with_path(
+        lambda path, x: x + 60 if path[-1].key == "halt_bias" else x, variables(OURO)
+    )  # sigmoid(60) is 1 in float32
+    for threshold, loops in [(1.0, LOOPS), (0.999, 1)]:
+        out = run(OURO, weights, some_tokens(), loops=LOOPS, halting=halting("gate", threshold))
+        np.testing.assert_array_equal(out.loops, loops)
 
 
 @pytest.mark.parametrize("policy", ["gqa_act", "mla_latent"])
