@@ -187,6 +187,7 @@ def test_the_json_of_an_evaluation(evaluation):
         "halting": "latent",
         "threshold": THRESHOLDS[1],
         "approximate": False,
+        "expected_logits": False,
         "rank_correlation": evaluation.loop_usage[1].rank_correlation,
     }
     assert results[0]["rank_correlation"] is None
