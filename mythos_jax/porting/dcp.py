@@ -91,7 +91,7 @@ class DcpDirectory:
             at, stored = index.attributes, storage.attributes
             if stored.get("transform_descriptors"):
                 raise ConfigError(f"{self.path}: its pieces are compressed or encrypted, allowed: as torch saves them")
-            piece = _Piece(self._file_name(stored["relative_path"]), stored["offset"], stored["length"])
+            piece = self._piece(stored["relative_path"], stored["offset"], stored["length"])
             pieces[at["fqn"], at.get("offset") or ()] = piece
         keys = metadata.attributes.get("planner_data") or {}
         saved: dict[Any, Any] = {}
@@ -106,12 +106,15 @@ class DcpDirectory:
                 inner[place[-1]] = self._open(pieces[name, ()]).value
         return saved
 
-    def _file_name(self, name: Any) -> str:
+    def _piece(self, name: Any, start: Any, length: Any) -> _Piece:
         if not isinstance(name, str) or Path(name).name != name:
             raise ConfigError(f"{self.path / METADATA}: names file {name!r}, allowed: files in the same directory")
         if not (self.path / name).is_file():
             raise ConfigError(f"{self.path / METADATA}: names file {name}, which is missing")
-        return name
+        start, length = shape_of((start, length))
+        if start + length > (self.path / name).stat().st_size:
+            raise ConfigError(f"{self.path / name}: damaged checkpoint (truncated)")
+        return _Piece(name, start, length)
 
 
 def _tensor(name: str, described: Inert, pieces: dict[tuple[str, Shape], _Piece]) -> TensorInfo:

@@ -69,6 +69,9 @@ class Archive(ABC):
             text = one_line(error, 200)
             raise ConfigError(f"{self.label}: its pickle cannot be read ({type(error).__name__}: {text})") from None
 
+    def _big_endian(self) -> ConfigError:
+        return ConfigError(f"{self.label}: stored big-endian; load and save it again on a little-endian machine")
+
     def _damaged(self, what: str) -> ConfigError:
         return ConfigError(f"{self.label}: damaged checkpoint ({what})")
 
@@ -103,7 +106,7 @@ class ZipArchive(Archive):
             raise ConfigError(f"{self.label}: a TorchScript archive, allowed: its tensors: {command}")
         byteorder = f"{root}byteorder"
         if byteorder in names and self._zip.read(byteorder).strip() != b"little":
-            raise ConfigError(f"{self.label}: stored big-endian; load and save it again on a little-endian machine")
+            raise self._big_endian()
         return root
 
     def _read_record(self, storage: str) -> bytes:
@@ -118,7 +121,9 @@ class OldArchive(Archive):
         super().__init__(file, label)
         if not self._has_magic() or self._unpickle(file) != PROTOCOL:
             raise ConfigError(f"{self.label}: a pickle, but not a PyTorch checkpoint; allowed: what torch.save writes")
-        self._unpickle(file)
+        machine = self._unpickle(file)
+        if isinstance(machine, dict) and machine.get("little_endian") is False:
+            raise self._big_endian()
         self.value = self._unpickle(file)
         keys = self._unpickle(file)
         if not isinstance(keys, list) or not {str(key) for key in keys} <= self._objects.storages.keys():

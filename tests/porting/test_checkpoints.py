@@ -73,7 +73,10 @@ def test_a_distributed_checkpoint(tmp_path):
     assert directory.configs == [("cfg", {"dim": 24})]
     shutil.copytree(SAVED / "dcp", tmp_path / "dcp")
     pieces = tmp_path / "dcp" / "__0_0.distcp"
-    pieces.write_bytes(bytes(pieces.stat().st_size))
+    pieces.write_bytes(pieces.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"__0_0\.distcp: damaged checkpoint \(truncated\)"):
+        DcpDirectory(tmp_path / "dcp")
+    pieces.write_bytes(bytes(100 + pieces.stat().st_size))
     with pytest.raises(ConfigError, match=r"__0_0\.distcp: damaged checkpoint"):
         DcpDirectory(tmp_path / "dcp")
     pieces.unlink()
@@ -91,6 +94,14 @@ def test_an_old_file_that_is_cut_off(tmp_path):
         (tmp_path / "old.pt").write_bytes(content[:size])
         with pytest.raises(ConfigError, match=r"old\.pt: (damaged|not a PyTorch|a pickle, but|its pickle cannot)"):
             TorchFile(tmp_path / "old.pt")
+
+
+def test_a_big_endian_file(tmp_path):
+    content = (SAVED / "old.pt").read_bytes()
+    assert content.count(b"little_endianq\x02\x88") == 1
+    (tmp_path / "old.pt").write_bytes(content.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89"))
+    with pytest.raises(ConfigError, match=r"old\.pt: stored big-endian"):
+        TorchFile(tmp_path / "old.pt")
 
 
 # Where the weights and the config are.
