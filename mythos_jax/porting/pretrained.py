@@ -23,12 +23,12 @@ def load_pretrained(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Returns a model's config and its variables, `{"params": …, "balance": …}` of float32 arrays, unboxed.
 
-    path: a directory, a `.safetensors`, `.pt` or `.bin` file, or a Hugging Face id `owner/name`. The format
+    path: a directory, a file of weights, or a Hugging Face id `owner/name`. The format
     (see docs/weights.md) is detected.
     config: a ModelConfig, a reference's fields, or the path of a `config.json` or of one of our YAML files. Required
     for a file that holds only tensors; elsewhere it replaces the config that comes with them.
     host: return NumPy arrays, for the caller to place, instead of jax arrays on the default device.
-    Raises ConfigError, one line: nothing there, a damaged file, an unsafe pickle, tensors that do not fit the config.
+    Raises ConfigError, one line: nothing there, a damaged file, tensors that do not fit the config.
     """
     return load_variables(FileSource(path, config), host=host)
 
