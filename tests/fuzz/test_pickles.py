@@ -1,11 +1,12 @@
 """Damaged and hostile checkpoints: one line, or tensors; nothing is imported, run or written, and nothing hangs.
 
-500 of each kind under `make fuzz`: files that torch wrote with bytes changed, moved or cut off, and random opcodes that
+Under `make fuzz`, 500 files that torch wrote with bytes changed, moved or cut off, and 5000 rows of random opcodes, which
 name functions that would leave a trace.
 """
 
 import io
 import os
+import pickle
 import pickletools
 import shutil
 import struct
@@ -151,8 +152,6 @@ def test_random_opcodes(pieces, old):
 
 def test_the_trace_would_be_seen():
     """The same pieces do run with the standard library's reader."""
-    import pickle
-
     pickle.loads(b"\x80\x02" + name("posix.system") + TOUCH + b"R.")
     assert os.path.exists(TRACE)
     os.remove(TRACE)
