@@ -1,7 +1,7 @@
 """Damaged and hostile checkpoints: one line, or tensors; nothing is imported, run or written, and nothing hangs.
 
-Under `make fuzz`, 500 files that torch wrote with bytes changed, moved or cut off, and 5000 rows of random opcodes that
-name functions which would leave a trace.
+Under `make fuzz`, 500 files that torch wrote with bytes changed, moved or cut off, and 5000 rows of random opcodes
+that name functions which would leave a trace.
 """
 
 import io
