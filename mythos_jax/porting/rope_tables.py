@@ -50,8 +50,8 @@ def compare_table(name: str, table: np.ndarray, config: ModelConfig) -> str | No
     for base in _bases(parts):
         if any(_difference(parts, positions, replace(c, rope_theta=base), rounding)[1] for c in configs):
             raise ConfigError(
-                f"{name}: is the table of RoPE base {base:g}, allowed: the config's {config.rope_theta:g}; if the table is "
-                "right, correct the config"
+                f"{name}: is the table of RoPE base {base:g}, allowed: the config's {config.rope_theta:g}; if the "
+                "table is right, correct the config"
             )
     raise ConfigError(
         f"{name}: differs by {largest:.1e} from the table of the config's RoPE base {config.rope_theta:g}, allowed: "
