@@ -141,7 +141,9 @@ DENSE_FIELDS: dict[str, Any] = {
     "hidden_dim": 48,
 }
 DENSE = ModelConfig(vocab_size=V, **{**DENSE_FIELDS, "max_seq_len": 16, "loops": 3})
-TRAINED = ModelConfig(vocab_size=264, **DENSE_FIELDS, **moe_fields(4), prelude_norm=True, state_norm=True)  # of bytes
+TRAINED = ModelConfig(
+    vocab_size=264, **DENSE_FIELDS, coda_layers=0, **moe_fields(4), prelude_norm=True, state_norm=True
+)  # of bytes
 
 # Every dimension that a mesh may divide is a multiple of 8. One layer each in the prelude and in the loop.
 SHARDED_GQA = ModelConfig(

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,6 +30,7 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import load_model
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.train import train
+from tests.tiny import run_traced
 
 CONFIG = Config(
     name="tiny",
@@ -49,7 +51,7 @@ def direct(model, variables, batches, loops):
     number of problems."""
     solved, nats = [], []
     for batch in batches:
-        logits = np.asarray(model.apply(variables, batch["tokens"], loops=loops).logits, np.float64)
+        logits = np.asarray(run_traced(model.config, variables, batch["tokens"], jnp.int32(loops)).logits, np.float64)
         for row in range(len(logits)):
             positions = np.flatnonzero(batch["mask"][row])
             if not len(positions):
@@ -71,7 +73,7 @@ def test_exact_match_equals_that_of_the_logits(task):
     variables = jax.jit(model.init)(jax.random.key(0), batches[1][0]["tokens"])
     for batch in batches[1] + batches[2]:
         # An untrained model answers nothing correctly, so its predictions at one loop become the answers of some rows.
-        predicted = np.asarray(model.apply(variables, batch["tokens"], loops=1).logits).argmax(-1)
+        predicted = np.asarray(run_traced(config.model, variables, batch["tokens"], jnp.int32(1)).logits).argmax(-1)
         batch["targets"][:5] = np.where(batch["mask"], predicted, batch["targets"])[:5]
         for row, which in (2, 0), (3, -1):  # rows with all but the first or the last answer correct
             position = np.flatnonzero(batch["mask"][row])[which]
@@ -116,7 +118,7 @@ def test_a_run_learns_and_its_exact_match_equals_that_of_its_logits(run):
     loops = []
     for r in halted:
         for batch in data.eval_batches(r.group, batch_size=8, max_rows=20):
-            out = loaded.model.apply(variables, batch["tokens"], loops=3, halting=Halting("latent", 0.4))
+            out = run_traced(CONFIG.model, variables, batch["tokens"], jnp.int32(3), halting=Halting("latent", 0.4))
             loops += [np.mean(row[mask]) for row, mask in zip(out.loops, batch["mask"], strict=True) if mask.any()]
         assert r.mean_loops == pytest.approx(np.mean(loops[-20:]), abs=1e-6)  # answers of a difficulty are equally long
     np.testing.assert_allclose(usage.loops_N, loops, atol=1e-6)
