@@ -19,6 +19,7 @@ WEIGHT_FILES = (
     "model.pt",
     "model.pth",
 )
+INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")  # in order of preference
 # Files with such names are parts of a trainer's state, not weights.
 NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "random_state", "training_args", "sampler", "meta.pt")
@@ -27,7 +28,21 @@ DEEPSPEED_STATE = "mp_rank_*_model_states.pt"  # all weights, if they are not di
 DEEPSPEED_PART = "zero_pp_rank_*_model_states.pt"  # of stage 3, whose weights are in the optimizer's files
 
 
-def weight_files(directory: Path, notes: list[str]) -> list[Path]:
+def files_of(path: Path, notes: list[str]) -> list[Path]:
+    """The files with the tensors of a directory, of an index, or the file itself. Raises ConfigError for one that holds
+    a part of a model only."""
+    if path.is_dir():
+        return _weight_files(path, notes)
+    if path.name.endswith(INDEX):
+        return _shards(path)
+    if fnmatchcase(path.name, DEEPSPEED_PART):
+        raise _divided(path, path.parent)
+    if path.suffix == ".distcp" or path.name == METADATA:
+        raise ConfigError(f"{path}: is a part of a distributed checkpoint, allowed: its directory, {path.parent}")
+    return [path]
+
+
+def _weight_files(directory: Path, notes: list[str]) -> list[Path]:
     """The files that hold a directory's tensors; the directory of `.metadata` for torch.distributed.checkpoint.
 
     Adds a line to `notes` if there are others. Raises ConfigError if there are none, or several candidates.
@@ -37,7 +52,7 @@ def weight_files(directory: Path, notes: list[str]) -> list[Path]:
     for name in WEIGHT_FILES:
         path = directory / name
         if path.is_file():
-            files = _shards(path) if name.endswith(".index.json") else [path]
+            files = _shards(path) if name.endswith(INDEX) else [path]
             _note_others(directory, name, [other for other in candidates if other not in files], notes)
             return files
     if not candidates:
@@ -48,13 +63,6 @@ def weight_files(directory: Path, notes: list[str]) -> list[Path]:
         raise ConfigError(f"{directory}: got weight files: {got}, allowed: one of them (name it), or an index")
     _note_others(directory, preferred[0].name, preferred[1:], notes)
     return preferred[:1]
-
-
-def whole_file(path: Path) -> Path:
-    """The path of a file, given alone. Raises ConfigError for one that DeepSpeed has put a part of a model into."""
-    if fnmatchcase(path.name, DEEPSPEED_PART):
-        raise _divided(path, path.parent)
-    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:

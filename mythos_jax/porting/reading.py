@@ -18,7 +18,7 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_lfs_pointer, to_path
 from mythos_jax.porting import native
 from mythos_jax.porting.dcp import DcpDirectory
-from mythos_jax.porting.directories import read_json, weight_files, whole_file
+from mythos_jax.porting.directories import files_of, read_json
 from mythos_jax.porting.embedded import embedded_fields
 from mythos_jax.porting.families import detect, has_signature
 from mythos_jax.porting.family import Family
@@ -96,7 +96,7 @@ class FileSource(Source):
     def __init__(self, path: str | Path, config: ConfigLike | None = None):
         path = resolve(path)
         notes: list[str] = []
-        files = [_open(file) for file in (weight_files(path, notes) if path.is_dir() else [whole_file(path)])]
+        files = [_open(file) for file in files_of(path, notes)]
         file_of = {name: file for file in files for name in file.tensors}
         stored_names, self.wrappers, left = unwrap(file_of, has_signature, path)
         notes += [note for file in files for note in file.notes]

@@ -79,6 +79,9 @@ def test_a_distributed_checkpoint(tmp_path):
     pieces.write_bytes(bytes(100 + pieces.stat().st_size))
     with pytest.raises(ConfigError, match=r"__0_0\.distcp: damaged checkpoint"):
         DcpDirectory(tmp_path / "dcp")
+    for path in (pieces, pieces.parent / ".metadata"):
+        with pytest.raises(ConfigError, match=rf"is a part of a distributed checkpoint, allowed: .*, {path.parent}"):
+            FileSource(path)
     pieces.unlink()
     with pytest.raises(ConfigError, match=r"\.metadata: names file __0_0\.distcp, which is missing"):
         DcpDirectory(tmp_path / "dcp")
