@@ -31,8 +31,9 @@ def detect(fields: Mapping[str, Any] | None, tensor_names: Iterable[str], where:
     fields: of its `config.json`, if it has one. Raises ConfigError, naming `where`, if nothing matches.
     """
     if fields and "family" in fields:
-        name = ALIASES.get(fields["family"], fields["family"])
-        if name not in FAMILIES:
+        name = fields["family"]
+        name = ALIASES.get(name, name) if isinstance(name, str) else name
+        if not isinstance(name, str) or name not in FAMILIES:
             raise ConfigError(f"{where}: family: got {name!r}, allowed: {', '.join(FAMILIES)}")
         return FAMILIES[name]
     for family in FAMILIES.values():

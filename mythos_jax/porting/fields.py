@@ -1,6 +1,6 @@
 """Reading the `config.json` of a reference implementation: its own field names, checked one by one."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from mythos_jax.errors import ConfigError
@@ -24,11 +24,12 @@ class Fields:
             if near:
                 raise ConfigError(f"{where}: {name}: unknown field; did you mean {near}?")
 
-    def integer(self, name: str, default: Any = _REQUIRED) -> int:
+    def integer(self, name: str, default: Any = _REQUIRED, low: int = 0, high: int = 2**31 - 1) -> int:
         value = self._get(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        self._check(name, value, isinstance(value, int) and not isinstance(value, bool), "an integer")
+        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        self._check(name, value, ok, "an integer" if isinstance(value, str) else f"an integer from {low} to {high}")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
@@ -43,7 +44,19 @@ class Fields:
 
     def choice(self, name: str, allowed: Collection[str], default: Any = _REQUIRED) -> str:
         value = self._get(name, default)
-        self._check(name, value, value in allowed, ", ".join(allowed))
+        self._check(name, value, isinstance(value, str) and value in allowed, ", ".join(allowed))
+        return value
+
+    def section(self, name: str, known: Iterable[str]) -> "Fields":
+        """The fields of an object inside; none if it is absent or null."""
+        value = self.given.get(name) or {}
+        self._check(name, value, isinstance(value, Mapping), "an object")
+        return Fields(value, f"{self.where}: {name}", known)
+
+    def sequence(self, name: str) -> Sequence[Any]:
+        """A list; empty if it is absent or null."""
+        value = self.given.get(name) or ()
+        self._check(name, value, isinstance(value, list | tuple), "a list")
         return value
 
     def expect(self, values: Mapping[str, Any]) -> None:

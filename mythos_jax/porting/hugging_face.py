@@ -83,7 +83,7 @@ def to_model(fields: Fields) -> dict[str, Any]:
     fields.refuse_unknown()
     fields.expect(EXPECTED)
     _check_window(fields)
-    dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads", low=1)
     return {
         "vocab_size": fields.integer("vocab_size"),
         "dim": dim,
@@ -183,9 +183,9 @@ def _check_window(fields: Fields) -> None:
     """A window counts unless `use_sliding_window` is false, as in Qwen's files."""
     if fields.boolean("use_sliding_window", True):
         fields.expect({"sliding_window": None})
-    kinds = fields.given.get("layer_types") or []
-    if set(kinds) - {"full_attention"}:
-        raise ConfigError(f"{fields.where}: layer_types: got {sorted(set(kinds))}, allowed: full_attention only")
+    others = [kind for kind in fields.sequence("layer_types") if kind != "full_attention"]
+    if others:
+        raise ConfigError(f"{fields.where}: layer_types: got {others[0]!r}, allowed: full_attention only")
 
 
 def rows(norms: Mapping[str, str], config: ModelConfig) -> list[Row]:

@@ -80,7 +80,7 @@ def to_model(fields: Fields) -> dict[str, Any]:
     common = recurrent_gpt.to_model(fields)
     heads = fields.integer("n_heads")
     fields.expect({"num_attention_heads": heads, "num_key_value_heads": heads})
-    init = Fields(fields.given.get("init_values") or {}, f"{fields.where}: init_values", ["embed_scale"])
+    init = fields.section("init_values", ["embed_scale"])
     depth = common["prelude_layers"] + common["loop_layers"] * common["loops"] + common["coda_layers"]
     return {
         **common,

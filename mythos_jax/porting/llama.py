@@ -117,7 +117,7 @@ def _to_nanbeige(fields: Fields) -> dict[str, Any]:
     """Passes as its code counts them: one more than `loop_loss_weights` has entries, else `num_loops`, whose default
     is 1. The norm is part of each pass, or comes after the last."""
     fields.expect_off(NANBEIGE_OFF)
-    weights = fields.given.get("loop_loss_weights") or []
+    weights = fields.sequence("loop_loss_weights")
     once = fields.boolean("skip_loop_final_norm", False)
     return {
         **hugging_face.to_model(fields),

@@ -127,9 +127,9 @@ def to_model(fields: Fields) -> dict[str, Any]:
         if fields.given.get(name) is not None:
             fields.expect({name: heads})
     fields.expect({"recurrent_embedding_dimension": dim})
-    rope = Fields(fields.given.get("rope_settings") or {}, f"{fields.where}: rope_settings", [*ROPE, "rope_base"])
+    rope = fields.section("rope_settings", [*ROPE, "rope_base"])
     rope.expect(ROPE)
-    vocab_size, multiple = fields.integer("vocab_size"), fields.integer("padding_multiple", 512)
+    vocab_size, multiple = fields.integer("vocab_size"), fields.integer("padding_multiple", 512, low=1)
     has_hidden_dim = fields.given.get("intermediate_size") is not None
     stages = common["prelude_layers"], common["loop_layers"], common["coda_layers"]
     return {

@@ -44,13 +44,13 @@ def to_model(fields: Fields) -> dict[str, Any]:
     """Fields of `ModelConfig`, for blocks of Llama."""
     fields.refuse_unknown()
     fields.expect(SUPPORTED)
-    init = Fields(fields.given.get("init_values") or {}, f"{fields.where}: init_values", ["embed_scale", "std"])
+    init = fields.section("init_values", ["embed_scale", "std"])
     common = recurrent_gpt.to_model(fields)
     if common["initial_state"] == "noise":
         common["initial_state"] = STATES[fields.choice("initial_state_mode", STATES, "random")]
     if common["initial_state"] == "noise":
         common["initial_noise_std"] = init.number("std")
-    dim, heads = common["dim"], fields.integer("n_heads")
+    dim, heads = common["dim"], fields.integer("n_heads", low=1)
     return {
         **common,
         "max_seq_len": fields.integer("max_position_embeddings", common["max_seq_len"]),

@@ -8,6 +8,7 @@ from mythos_jax.porting.fields import Fields
 
 TIED = {"lm_head.weight": "transformer.wte.weight"}
 BUFFERS = ("freqs_cis",)
+MOST_LAYERS = 1000  # as in `ModelConfig`
 
 INITIAL_STATES = {"like-init": "noise", "zero": "zeros"}  # theirs: ours
 CONFIG_FIELDS = (
@@ -33,11 +34,11 @@ def to_model(fields: Fields) -> dict[str, Any]:
     """The fields of `ModelConfig` that both formats determine alike."""
     initial_state = fields.choice("state_init", INITIAL_STATES, "like-init")
     return {
-        "dim": fields.integer("n_embd"),
+        "dim": fields.integer("n_embd", low=1),
         "max_seq_len": fields.integer("block_size"),
-        "prelude_layers": fields.integer("n_layers_in_prelude"),
-        "loop_layers": fields.integer("n_layers_in_recurrent_block"),
-        "coda_layers": fields.integer("n_layers_in_coda"),
+        "prelude_layers": fields.integer("n_layers_in_prelude", high=MOST_LAYERS),
+        "loop_layers": fields.integer("n_layers_in_recurrent_block", high=MOST_LAYERS),
+        "coda_layers": fields.integer("n_layers_in_coda", high=MOST_LAYERS),
         "loops": fields.integer("mean_recurrence"),
         "initial_state": INITIAL_STATES[initial_state],
         "attention": "gqa",

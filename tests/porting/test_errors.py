@@ -1,6 +1,8 @@
 """Each kind of invalid file gives one clear line, and nothing is written."""
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -14,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting.convert import convert, format_report
+from mythos_jax.porting.families import FAMILIES, detect
 from mythos_jax.porting.pretrained import load_pretrained
 from mythos_jax.porting.reading import FileSource
 from tests.porting import golden
@@ -118,6 +121,28 @@ def test_unsupported_variants(name, fields, message, tmp_path):
     shutil.copytree(golden.FOLDER / name, tmp_path / "model")
     edit_fields(tmp_path / "model", **fields)
     assert_refused(tmp_path / "model", message)
+
+
+ODD = [None, True, 0, -1, 10**30, 1e308, math.nan, math.inf, "", "x", [], ["x"], [[]], {}, {"rope_type": []}]
+
+
+@pytest.mark.parametrize("name", ["openmythos_gqa", "huginn", "parcae", "raven_llama", "nanbeige", "ouro"])
+def test_any_value_in_a_config_is_taken_or_refused_in_one_line(name):
+    """Each field in turn; none makes the reader fail, hang, or fill the memory."""
+    fields, family, messages = golden.fields(name), FAMILIES[golden.FAMILY[name]], []
+    for field in sorted({*fields, *family.config_fields, "family"}):
+        for value in ODD:
+            changed = {**fields, field: value}
+            with contextlib.suppress(ConfigError):
+                detect(changed, [], "config.json")
+            try:
+                family.model_config(changed, "config.json")
+            except ConfigError as error:
+                messages.append(str(error))
+    assert len(messages) > 100
+    assert [m for m in messages if not m.startswith("config.json: ") or "\n" in m] == []
+    with pytest.raises(ConfigError, match=r"family: got \['x'\], allowed: mythos_jax, openmythos"):
+        detect({"family": ["x"]}, [], "config.json")
 
 
 @pytest.mark.parametrize("name", golden.NAMES)

@@ -127,7 +127,7 @@ REFUSED = {
     "a window in some layers": (
         "qwen2",
         {"layer_types": ["sliding_attention"]},
-        "layer_types: got .'sliding_attention'",
+        "layer_types: got 'sliding_attention'",
     ),
     "biases": ("llama", {"attention_bias": True}, "attention_bias: got True, allowed: False"),
     "another activation": ("llama", {"hidden_act": "gelu"}, "hidden_act: got 'gelu', allowed: 'silu'"),
