@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for a file that holds only tensors: a config.json, or one of our YAML files",
     )
     parser.add_argument(
+        "--weights-key",
+        metavar="KEY",
+        help="which weights to read from a checkpoint of PyTorch that holds several, such as ema",
+    )
+    parser.add_argument(
         "--check", action="store_true", help="also run the original and this implementation on the same tokens"
     )
     add_json(parser)
@@ -35,13 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.porting.convert import convert, format_report, report_as_json
+    from mythos_jax.porting.reading import FileSource
     from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.runs.load import open_source
 
     if not arguments.debug:
         quiet_background_errors()
+    if arguments.weights_key is None:
+        source = open_source(arguments.source, arguments.config, overrides)
+    else:
+        source = FileSource(arguments.source, arguments.config, weights_key=arguments.weights_key)
     report = convert(
-        open_source(arguments.source, arguments.config, overrides),
+        source,
         arguments.target,
         arguments.to,
         check=arguments.check,

@@ -39,12 +39,12 @@ class _ShardedTensor(TensorInfo):
 
 
 class DcpDirectory:
-    """The tensors of one such directory by name; `configs` and `notes` as in `TorchFile`.
+    """The tensors of one such directory by name; `key`, `configs` and `notes` as in `TorchFile`.
 
     Raises ConfigError: damaged, a file missing, or without weights.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, key: str | None = None):
         self.path = path
         self.notes: list[str] = []
         try:
@@ -57,7 +57,7 @@ class DcpDirectory:
         except Exception as error:  # a malformed pickle can raise anything
             text = one_line(error, 200)
             raise ConfigError(f"{path / METADATA}: damaged checkpoint ({type(error).__name__}: {text})") from None
-        self.tensors = find_weights(path, saved, self.notes)
+        self.tensors = find_weights(path, saved, self.notes, key)
         self.configs = find_configs(saved)
 
     def read(self, name: str) -> np.ndarray:

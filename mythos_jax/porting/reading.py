@@ -90,21 +90,19 @@ class FileSource(Source):
     """A model in a directory, in one file, or on the Hugging Face hub.
 
     config: required for a file that holds only tensors; elsewhere it replaces the config that comes with them.
+    weights_key: which weights to read from a checkpoint of PyTorch that holds several, such as "ema".
     Raises ConfigError: nothing there, damaged, or no config.
     """
 
-    def __init__(self, path: str | Path, config: ConfigLike | None = None):
+    def __init__(self, path: str | Path, config: ConfigLike | None = None, *, weights_key: str | None = None):
         path = resolve(path)
         notes: list[str] = []
-        files = [_open(file) for file in files_of(path, notes)]
+        files = [_open(file, weights_key) for file in files_of(path, notes)]
         file_of = {name: file for file in files for name in file.tensors}
         stored_names, self.wrappers, left = unwrap(file_of, has_signature, path)
         notes += [note for file in files for note in file.notes]
-        notes += (
-            [f"{path}: read: the tensors under {self.wrappers[-1]}; left: those under {', '.join(left)}"]
-            if left
-            else []
-        )
+        if left:
+            notes.append(f"{path}: read: the tensors under {self.wrappers[-1]}; left: those under {', '.join(left)}")
         self.notes = notes
         self._stored = {name: (file_of[stored], stored) for name, stored in stored_names.items()}
         infos = {name: file.tensors[stored] for name, (file, stored) in self._stored.items()}
@@ -164,13 +162,17 @@ def _accompanying_fields(
     return first.fields if isinstance(first, GgufFile) else embedded_fields(path, first.configs, tensors), path
 
 
-def _open(path: Path) -> TensorFile:
+def _open(path: Path, weights_key: str | None) -> TensorFile:
     if path.is_dir():
-        return DcpDirectory(path)
+        return DcpDirectory(path, weights_key)
     if is_lfs_pointer(path):
         raise ConfigError(f"{path}: is a Git LFS pointer, not weights; run `git lfs pull` in its repository")
     kinds: dict[str, Callable[[Path], TensorFile]] = {".safetensors": SafetensorsFile, ".gguf": GgufFile}
-    return kinds.get(path.suffix, TorchFile)(path)
+    if path.suffix not in kinds:
+        return TorchFile(path, weights_key)
+    if weights_key is not None:
+        raise ConfigError(f"{path}: weights_key: got {weights_key!r}, allowed only with a checkpoint of PyTorch")
+    return kinds[path.suffix](path)
 
 
 def _read_config(path: Path) -> ModelConfig | dict[str, Any]:

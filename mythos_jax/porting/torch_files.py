@@ -15,17 +15,17 @@ from mythos_jax.porting.trainer_files import find_configs, find_weights, unreada
 
 
 class TorchFile:
-    """The tensors of one checkpoint by name.
+    """The tensors of one checkpoint by name. key: where they are in it, if it holds several models.
 
     configs: what was saved beside them and may be the model's config, with the name of its place. notes: lines that
     say what was chosen. Raises ConfigError: not a checkpoint, damaged, or without weights.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, key: str | None = None):
         self.path = Path(path)
         self.notes: list[str] = []
         self._archive = open_archive(self.path)
-        self.tensors: dict[str, TensorInfo] = find_weights(self.path, self._archive.value, self.notes)
+        self.tensors: dict[str, TensorInfo] = find_weights(self.path, self._archive.value, self.notes, key)
         self.configs = find_configs(self._archive.value)
 
     def read(self, name: str) -> np.ndarray:

@@ -15,24 +15,28 @@ USUAL_KEYS = ("model", "model_state_dict", "state_dict", "module")  # preferred 
 AVERAGES = ("ema", "swa", "averaged")  # in the names of averaged weights, which are read if there are no others
 CONFIG_KEYS = ("model_config", "hyper_parameters", "model_args", "args", "config", "cfg", "hparams")
 
+MOST_NAMED = 8  # places, in an error
 SEARCHED_DEPTH = 3  # dicts in dicts
 MOST_TENSORS = 100_000  # of a pickled module, its modules counted too
 MOST_VALUES = 100_000  # of a config
 Place = tuple[str, ...]  # the keys under which something is
 
 
-def find_weights(path: Path, saved: Any, notes: list[str]) -> dict[str, TensorInfo]:
+def find_weights(path: Path, saved: Any, notes: list[str], key: str | None = None) -> dict[str, TensorInfo]:
     """The tensors of the model by name. Adds a line to `notes` if anything was chosen or left out.
 
-    Raises ConfigError: none, or several that may be meant.
+    key: where they are, if there are several models. Raises ConfigError: none, or several that may be meant.
     """
     found = list(_state_dicts(saved, (), set()))
     if not found:
         raise ConfigError(_explain_no_tensors(path, saved))
+    if key is not None:
+        return _choose(path, found, key)
     if isinstance(saved, list | tuple):
-        command = resave(path, "x" + _subscript(found[0][0]))
-        got = type(saved).__name__
-        raise ConfigError(f"{path}: got a {got}, allowed: a state dict, or a dict that holds one: {command}")
+        got, option = type(saved).__name__, _option(found[0][0])
+        raise ConfigError(
+            f"{path}: got a {got}, allowed: a state dict, or a dict that holds one; {option} reads one of it"
+        )
     models = [(place, tensors) for place, tensors in found if _is_model(tensors, path)] or found
     best = min(_rank(place) for place, _ in models)
     chosen = [(place, tensors) for place, tensors in models if _rank(place) == best]
@@ -41,12 +45,25 @@ def find_weights(path: Path, saved: Any, notes: list[str]) -> dict[str, TensorIn
     place, tensors = chosen[0]
     others = [_name(other) for other, same in chosen[1:] if same != tensors]
     if others:
-        allowed = f"one of them, saved alone: {resave(path, 'x' + _subscript(place))}"
-        raise ConfigError(f"{path}: holds a model under {_name(place)} and {', '.join(others)}, allowed: {allowed}")
-    left = [_name(other) for other, same in models if same != tensors and models is not found]
+        several = f"{_name(place)} and {', '.join(others)}"
+        raise ConfigError(f"{path}: holds models under {several}, allowed: one of them ({_option(place)})")
+    left = [other for other, same in models if same != tensors and models is not found]
     if left:
-        notes.append(f"{path}: read: the weights under {_name(place)}; left: those under {', '.join(left)}")
+        names = ", ".join(map(_name, left))
+        option = f"; `mythos convert {_option(left[0])}` reads those" if left[0] else ""
+        notes.append(f"{path}: read: the weights under {_name(place)}; left: those under {names}{option}")
     return tensors
+
+
+def _choose(path: Path, found: list[tuple[Place, dict[str, TensorInfo]]], key: str) -> dict[str, TensorInfo]:
+    """The tensors under a key, which may be the last part of their place."""
+    chosen = [tensors for place, tensors in found if ".".join(place) == key]
+    chosen = chosen or [tensors for place, tensors in found if place and place[-1] == key]
+    if len(chosen) != 1:
+        largest = sorted(found, key=lambda pair: -len(pair[1]))[:MOST_NAMED]
+        allowed = ", ".join(".".join(place) for place, _ in largest if place) or "none, it is the whole file"
+        raise ConfigError(f"{path}: weights_key: got {key!r}, allowed: {allowed}")
+    return chosen[0]
 
 
 def find_configs(saved: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -147,8 +164,9 @@ def _name(place: Place) -> str:
     return repr(".".join(place)) if place else "the top"
 
 
-def _subscript(place: Place) -> str:
-    return "".join(f"[{key}]" if key.isdigit() else f"[{key!r}]" for key in place)
+def _option(place: Place) -> str:
+    """The option of `mythos convert` that reads what is there."""
+    return f"--weights-key {'.'.join(place)}"
 
 
 def _explain_no_tensors(path: Path, saved: Any) -> str:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mythos_jax.cli import main
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting.dcp import DcpDirectory
 from mythos_jax.porting.embedded import embedded_fields
@@ -129,7 +130,10 @@ FOUND = {
     "a module": ({"it": module(M)}, None),
     "a compiled module": (Inert(Name("torch._dynamo.eval_frame", "OptimizedModule"), (module(M), None)), None),
     "the same twice": ({"model": M, "state_dict": dict(M)}, None),
-    "model and ema": ({"ema": OTHER, "model": M}, "read: the weights under 'model'; left: those under 'ema'"),
+    "model and ema": (
+        {"ema": OTHER, "model": M},
+        "under 'model'; left: those under 'ema'; `mythos convert --weights-key ema` reads",
+    ),
     "net and ema": ({"net_ema": OTHER, "net": M}, "read: the weights under 'net'; left: those under 'net_ema'"),
     "net and optimizer": ({"net": M, "optimizer": {"master": OTHER}}, "left: those under 'optimizer.master'"),
     "model and student": (
@@ -155,9 +159,9 @@ def test_where_the_weights_are(case, tmp_path):
 REFUSED = {
     "two": (
         {"student": M, "teacher": OTHER},
-        "a model under 'student' and 'teacher', allowed: one of them, saved alone",
+        r"models under 'student' and 'teacher', allowed: one of them \(--weights-key student\)",
     ),
-    "a list": ([3, M], r"got a list, allowed: a state dict, or a dict that holds one: python .*torch\.save\(x\[1\], "),
+    "a list": ([3, M], r"got a list, allowed: a state dict, or a dict that holds one; --weights-key 1 reads one of it"),
     "nothing": ({"step": 1}, "holds no tensors; allowed: a state dict, or a dict with one under 'model'"),
     "a number": (3, "holds no tensors"),
     "an object": (Inert(Name("keras", "Model")), r"what it names \(keras\.Model\); .*torch\.save\(x\.state_dict\(\), "),
@@ -170,6 +174,28 @@ def test_weights_that_are_not_clear(case, tmp_path):
     with pytest.raises(ConfigError, match=message) as error:
         find_weights(tmp_path / "x.pt", saved, [])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["ema", "trainer.ema"])
+def test_weights_are_chosen_by_their_key(key, tmp_path):
+    saved = {"model": M, "trainer": {"ema": OTHER, "step": 1}, "optimizer": {"m": M["norm.weight"]}}
+    assert find_weights(tmp_path, saved, [], key) == OTHER
+    with pytest.raises(ConfigError, match=r"weights_key: got 'em', allowed: model, trainer\.ema, optimizer$"):
+        find_weights(tmp_path, saved, [], "em")
+    with pytest.raises(ConfigError, match="weights_key: got 'a', allowed: none, it is the whole file"):
+        find_weights(tmp_path, M, [], "a")
+    assert find_weights(tmp_path, [0, OTHER], [], "1") == OTHER
+    with pytest.raises(ConfigError, match="weights_key: got 'ema', allowed only with a checkpoint of PyTorch"):
+        FileSource(golden.FOLDER / "huginn", weights_key="ema")
+
+
+def test_the_key_on_the_command_line(tmp_path, capsys):
+    file = str(golden.FOLDER / "openmythos_trainer" / "checkpoint.pt")
+    arguments = ["convert", file, str(tmp_path / "out"), "--to", "mythos_jax", "--weights-key"]
+    assert main([*arguments, "ema"]) == 2
+    assert "weights_key: got 'ema', allowed: model" in capsys.readouterr().err
+    assert main([*arguments, "model"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_modules_that_contain_themselves(tmp_path):
