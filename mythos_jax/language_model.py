@@ -118,9 +118,11 @@ class LanguageModel:
         stream: bool = False,
         **options: Any,
     ) -> str | list[str] | TextStream[str] | TextStream[list[str]]:
-        """What the model continues a text with, or each text of a list, up to its end-of-document token.
+        """What the model continues a text with, or each text of a list, up to a token that ends it.
 
-        A list is one batch; each text gets the continuation that it gets alone.
+        A list is one batch; each text gets the continuation that it gets alone. A text starts and ends as the model's
+        own files say, with a beginning of text if there is one; in a run, an end-of-document token stands before and
+        after it, as in training.
 
         loops: depth (default: the config's); with a policy, the maximum.
         max_new_tokens: default: as many as fit in the model's context, at most 128.
@@ -130,7 +132,7 @@ class LanguageModel:
         seed: one for all texts, or one per text.
         stream: return an iterator over pieces of text as they are decoded (for a list of texts: lists of pieces), with
           `stats`.
-        options: draft_loops, draft_tokens, initial_state, loop_cache_slots and prefill_chunk, as in
+        options: draft_loops, draft_tokens, initial_state, loop_cache_slots, prefill_chunk and special_tokens, as in
           `inference.text.stream_texts`.
 
         Raises ConfigError for a text or a number that the model cannot take, or a model without a tokenizer.
@@ -160,16 +162,25 @@ class LanguageModel:
         halting: Halting | str | None = None,
         initial_state: str | None = None,
         seed: int = 0,
+        special_tokens: bool = False,
     ) -> jax.Array:
         """Next-token logits, float32 [T, V], or [B, T, V] for tokens [B, T].
 
-        A text follows an end-of-document token, as in training: row t predicts the text's token t, and the last row
-        what comes after it. Tokens are taken as they are. initial_state, seed: for models that start from noise.
+        A text starts as in `generate`: after one token, such as a beginning of text, row t predicts the text's token t.
+        The last row predicts what comes after the text. Tokens are taken as they are.
+
+        initial_state, seed: for models that start from noise. special_tokens: as in `generate`.
 
         Raises ConfigError for tokens that the model cannot take.
         """
         return text_logits(
-            self.loaded, text_or_tokens, loops=loops, halting=halting, initial_state=initial_state, seed=seed
+            self.loaded,
+            text_or_tokens,
+            loops=loops,
+            halting=halting,
+            initial_state=initial_state,
+            seed=seed,
+            special_tokens=special_tokens,
         )
 
     def evaluate(
@@ -210,13 +221,13 @@ class LanguageModel:
         halting: Policies = (),
         include_path: str | Path | None = None,
         limit: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         progress: bool = False,
     ) -> Evaluation:
         """Scores on tasks of lm-evaluation-harness (the extra `lm-eval`).
 
         tasks: names that the harness knows, or paths of task files. include_path: a folder with more task files.
-        limit: documents per task (default: all). seed: few-shot examples and sampling.
+        limit: documents per task (default: all). seed: few-shot examples and sampling (default: the harness's own).
         loops: depths (default: the config's). Other keywords as in `evaluate`.
 
         Raises ConfigError: the harness is not installed, an unknown task, a model without a tokenizer.

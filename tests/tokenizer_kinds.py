@@ -4,7 +4,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Don't stop; she's there, isn't she? 1, 2, 3, 4567890!",
@@ -141,3 +141,23 @@ def save(kind: str, folder: Path) -> str:
         return kind
     backend(kind).save(str(folder / f"{kind}.json"))
     return str(folder / f"{kind}.json")
+
+
+WORDS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b")
+SPECIAL_WORDS = WORDS[:6]
+
+
+def write_words(folder: Path, words=WORDS, special=SPECIAL_WORDS, first=None, last=None, **files) -> Path:
+    """A directory with a tokenizer of whole words, which puts `first` and `last` around a text, and JSON files."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special))
+    if first or last:
+        pairs = [(name, words.index(name)) for name in (first, last) if name]
+        template = f"{first or ''} $A {last or ''}".strip()
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, fields in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(fields))
+    return folder

@@ -88,8 +88,10 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_seed(parser: argparse.ArgumentParser, use: str) -> None:
-    parser.add_argument("--seed", type=of_type(Seed), default=0, metavar="N", help=f"{use} (default 0)")
+def add_seed(parser: argparse.ArgumentParser, use: str, default: int | None = 0) -> None:
+    """default: None if `use` says what that is."""
+    words = use if default is None else f"{use} (default {default})"
+    parser.add_argument("--seed", type=of_type(Seed), default=default, metavar="N", help=words)
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:

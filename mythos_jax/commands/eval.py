@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the report (default: report/ in the run; for other models reports/NAME)",
     )
     add_tokenizer(parser)
-    add_seed(parser, "few-shot examples and sampling, for --tasks")
+    add_seed(parser, "few-shot examples and sampling, for --tasks (default: the harness's own)", default=None)
     add_json(parser)
     add_processes(parser)
     parser.set_defaults(takes_overrides=("mesh", "evaluation"))

@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompt tokens processed at a time (default 512)",
     )
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="names of special tokens in the prompt, such as <|im_start|>, stand for those tokens",
+    )
     parser.set_defaults(takes_overrides=("mesh",))
 
 
@@ -85,6 +90,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         draft_tokens=arguments.draft_tokens,
         loop_cache_slots=arguments.loop_cache_slots,
         prefill_chunk=arguments.prefill_chunk,
+        special_tokens=arguments.special_tokens,
     )
     print(arguments.prompt, end="", flush=True)
     try:

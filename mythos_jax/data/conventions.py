@@ -5,13 +5,14 @@ Of a directory in the Hugging Face layout, the tokenizer's files come first: the
 answer; their beginning of text is used only where no tokenizer file names one. A GGUF file has it all in its metadata.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mythos_jax.data.gguf import open_gguf
-from mythos_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from mythos_jax.data.gguf import open_gguf, tokenizer_json
+from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.json_text import parse_json
 from mythos_jax.paths import to_path
@@ -80,6 +81,25 @@ def read_conventions(
     return _of_files(folder, tokenizer, directory, vocab_size, family)
 
 
+def gguf_files(path: Path) -> dict[str, bytes]:
+    """The tokenizer and the conventions of a GGUF file, as files of a directory in the Hugging Face layout."""
+    tokenizer = load_tokenizer(path)
+    found = _of_gguf(path, tokenizer, tokenizer.vocab_size)
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": bool(found.first_tokens),
+        **found.special_tokens,
+    }
+    if found.chat_template is not None:
+        settings["chat_template"] = found.chat_template
+    bos = tokenizer.token_id(found.special_tokens.get("bos_token", ""))
+    ids = {"bos_token_id": bos, "eos_token_id": list(found.stop_tokens)}
+    trees = {"tokenizer_config.json": settings, "generation_config.json": ids}
+    files = {name: json.dumps(tree, indent=1, ensure_ascii=False).encode() + b"\n" for name, tree in trees.items()}
+    return {TOKENIZER_FILE: tokenizer_json(path), **files}
+
+
 def _of_files(
     folder: Any, tokenizer: Tokenizer, directory: Path | None, vocab_size: int, family: str | None
 ) -> TextConventions:
@@ -112,9 +132,8 @@ def _of_files(
 
 def _of_gguf(path: Path, tokenizer: Tokenizer, vocab_size: int) -> TextConventions:
     metadata, _ = open_gguf(path)
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     # llama.cpp's own defaults.
-    ids = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    ids = {"bos": 1, "eos": 2, "unknown": 0} if metadata.get("tokenizer.ggml.model") == "llama" else {}
     for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
         field_name = f"tokenizer.ggml.{name}_token_id"
         for number in _token_ids(metadata, field_name, path):
@@ -122,16 +141,12 @@ def _of_gguf(path: Path, tokenizer: Tokenizer, vocab_size: int) -> TextConventio
             if tokenizer.token_text(number) is None:
                 allowed = f"below {tokenizer.vocab_size}, the number of tokens"
                 raise ConfigError(f"{path}: {field_name}: got {number}, allowed: {allowed}")
-    adds = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
-    if not isinstance(adds, bool):
-        raise ConfigError(f"{path}: tokenizer.ggml.add_bos_token: got {adds!r}, allowed: true or false")
     template = _template(metadata.get("tokenizer.chat_template"), path, "tokenizer.chat_template")
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     texts = {theirs: tokenizer.token_text(ids[name]) for name, theirs in names.items() if name in ids}
     special = {name: text for name, text in texts.items() if text is not None}
     bos, stops = ids.get("bos"), [ids[name] for name in ("eos", "eot", "eom") if name in ids]
-    first = _ids(bos) if adds else ()
-    return _conventions(tokenizer, vocab_size, first, bos, ids.get("eos"), stops, template, special)
+    return _conventions(tokenizer, vocab_size, tokenizer.first_tokens, bos, ids.get("eos"), stops, template, special)
 
 
 def _conventions(

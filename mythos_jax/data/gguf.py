@@ -1,7 +1,8 @@
 """GGUF files (llama.cpp) through the `gguf` library: opening one, and its tokenizer as a Hugging Face `tokenizer.json`.
 
-A file's metadata have the vocabulary, the merges, and a word, `tokenizer.ggml.pre`, for how text is split before the
-merges are applied. The rules behind these words are llama.cpp's, which are those of the models' published tokenizers.
+Of byte-level BPE, a file's metadata have the vocabulary, the merges, and a word, `tokenizer.ggml.pre`, for how text is
+split before the merges are applied. The rules behind these words are llama.cpp's, which are those of the models'
+published tokenizers. Of SentencePiece, they have the vocabulary with scores.
 """
 
 import json
@@ -9,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mythos_jax.data.sentence_piece import sentence_piece
 from mythos_jax.errors import ConfigError, one_line
 
-CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 
 # Contractions, words with one leading character, numbers of so many digits, punctuation, line ends, other white space.
 _WORDS = (
@@ -71,11 +73,10 @@ def tokenizer_json(path: Path) -> bytes:
     Raises ConfigError as `open_gguf` does, and for a kind of tokenizer that is not supported.
     """
     metadata, _ = open_gguf(path)
-    model, pre = metadata.get("tokenizer.ggml.model"), str(metadata.get("tokenizer.ggml.pre"))
-    if model != "gpt2":
-        raise ConfigError(f"{path}: tokenizer.ggml.model: got {model!r}, allowed: 'gpt2' (byte-level BPE)")
-    if pre not in PRE_TOKENIZERS:
-        raise ConfigError(f"{path}: tokenizer.ggml.pre: got {pre!r}, allowed: {', '.join(PRE_TOKENIZERS)}")
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        allowed = "'gpt2' (byte-level BPE), 'llama' (SentencePiece's BPE)"
+        raise ConfigError(f"{path}: tokenizer.ggml.model: got {model!r}, allowed: {allowed}")
     tokens: Sequence[str] = metadata.get("tokenizer.ggml.tokens", [])
     kinds: Sequence[int] = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     if not tokens or len(kinds) != len(tokens):
@@ -85,13 +86,23 @@ def tokenizer_json(path: Path) -> bytes:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            _added(i, token, special=kind == CONTROL)
+            _added(i, token, special=kind != USER_DEFINED)
             for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-            if kind in (CONTROL, USER_DEFINED)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         ],
+        **(_byte_pairs if model == "gpt2" else _sentence_pieces)(metadata, tokens, kinds, path),
+        "post_processor": _beginning(metadata, tokens, path),
+    }
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
+def _byte_pairs(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int], path: Path) -> dict[str, Any]:
+    pre = str(metadata.get("tokenizer.ggml.pre"))
+    if pre not in PRE_TOKENIZERS:
+        raise ConfigError(f"{path}: tokenizer.ggml.pre: got {pre!r}, allowed: {', '.join(PRE_TOKENIZERS)}")
+    return {
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
-        "post_processor": None,
         "decoder": _byte_level(True),
         "model": {
             "type": "BPE",
@@ -106,7 +117,39 @@ def tokenizer_json(path: Path) -> bytes:
             "merges": [merge.split(" ", 1) for merge in metadata.get("tokenizer.ggml.merges", [])],
         },
     }
-    return json.dumps(content, ensure_ascii=False).encode()
+
+
+def _sentence_pieces(
+    metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int], path: Path
+) -> dict[str, Any]:
+    scores: Sequence[float] = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    if len(scores) != len(tokens):
+        raise ConfigError(f"{path}: tokenizer.ggml.scores: got {len(scores)}, allowed: one per token, {len(tokens)}")
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
+    add_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    return sentence_piece(tokens, kinds, scores, unknown, bool(add_space))
+
+
+def _beginning(metadata: Mapping[str, Any], tokens: Sequence[str], path: Path) -> dict[str, Any] | None:
+    """The post-processor that puts a beginning of text, where there is one to put; the defaults are llama.cpp's."""
+    kind, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
+    adds = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
+    if not isinstance(adds, bool):
+        raise ConfigError(f"{path}: tokenizer.ggml.add_bos_token: got {adds!r}, allowed: true or false")
+    number = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
+    if not adds or number is None:
+        return None
+    if not isinstance(number, int) or not 0 <= number < len(tokens):
+        allowed = f"below {len(tokens)}, the number of tokens"
+        raise ConfigError(f"{path}: tokenizer.ggml.bos_token_id: got {number}, allowed: {allowed}")
+    text = tokens[number]
+    parts: list[dict[str, Any]] = [
+        {kind: {"id": name, "type_id": i}}
+        for i, sequence in enumerate("AB")
+        for kind, name in [("SpecialToken", text), ("Sequence", sequence)]
+    ]
+    special = {text: {"id": text, "ids": [number], "tokens": [text]}}
+    return {"type": "TemplateProcessing", "single": parts[:2], "pair": parts, "special_tokens": special}
 
 
 def _added(number: int, token: str, special: bool) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def evaluate_on_tasks(
     halting: Sequence[Halting] = (),
     include_path: str | None = None,
     limit: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluates a model on tasks of lm-evaluation-harness, by default at its own depth.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -18,6 +19,22 @@ from mythos_jax.processes import log0
 NEW_TOKENS = 256  # if a task does not say how many; fewer for a model with a short context
 LIMIT_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # in order of preference
 SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p")
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The seeds of an evaluation; the defaults are the harness's. torch: of sampled answers. fewshot: of the examples
+    in front of a question."""
+
+    random: int = DEFAULT_RANDOM_SEED
+    numpy: int = DEFAULT_OTHER_SEED
+    torch: int = DEFAULT_OTHER_SEED
+    fewshot: int = DEFAULT_OTHER_SEED
+
+    @classmethod
+    def of(cls, seed: int | None) -> "Seeds":
+        """All the same, or the defaults."""
+        return cls() if seed is None else cls(seed, seed, seed, seed)
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,7 @@ def find_tasks(
     include_path: str | None,
     *,
     limit: int | None,
-    seed: int,
+    seeds: Seeds,
     max_length: int,
     vocab_size: int,
 ) -> tuple[TaskManager, list[FoundTask]]:
@@ -103,15 +120,15 @@ def find_tasks(
         with _described(f"--tasks: {name}"):
             loaded = manager.load([spec])
             for task in loaded["tasks"].values():
-                _try_task(task, limit, seed, max_length, vocab_size)
+                _try_task(task, limit, seeds, max_length, vocab_size)
         # A group is loaded again by its name, because its numbers are averaged.
         found.append(FoundTask(name, [spec] if loaded["groups"] else list(loaded["tasks"].values())))
     return manager, found
 
 
-def _try_task(task: Task, limit: int | None, seed: int, max_length: int, vocab_size: int) -> None:
+def _try_task(task: Task, limit: int | None, seeds: Seeds, max_length: int, vocab_size: int) -> None:
     """Makes the requests of a task, which finds most of what can be wrong with it or its documents."""
-    task.set_fewshot_seed(seed=seed)
+    task.set_fewshot_seed(seed=seeds.fewshot)
     task.build_all_requests(limit=limit, rank=0, world_size=1)
     ignored: set[str] = set()
     for request in task.instances:

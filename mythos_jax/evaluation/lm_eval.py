@@ -18,7 +18,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mythos_jax.evaluation.harness_tasks import FoundTask, GenerationOptions, describe, find_tasks
+from mythos_jax.evaluation.harness_tasks import FoundTask, GenerationOptions, Seeds, describe, find_tasks
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.results import Measurement
 from mythos_jax.evaluation.scoring import Continuation, generate_until, score
@@ -30,8 +30,8 @@ from mythos_jax.runs.load import LoadedModel
 class Adapter(TemplateLM):
     """A model under one setting, with the interface of the harness. Counts the loops spent on scoring and generating.
 
-    Every text is preceded by an end-of-document token, as documents are in training; a context that is too long is
-    truncated on the left.
+    A text starts as `LoadedModel.conventions` say, in a run with an end-of-document token, as in training; a context
+    that is too long is truncated on the left.
     """
 
     def __init__(
@@ -39,13 +39,14 @@ class Adapter(TemplateLM):
         loaded: LoadedModel,
         setting: Setting,
         *,
-        seed: int = 0,
+        seeds: Seeds = Seeds(),  # noqa: B008  # which is frozen
         progress: bool = True,
     ):
         super().__init__()
-        self.loaded, self.setting, self.seed, self.progress = loaded, setting, seed, progress
+        self.loaded, self.setting, self.seeds, self.progress = loaded, setting, seeds, progress
         # Not `self.tokenizer`: the harness expects that to be one of transformers.
         self._text_tokenizer = loaded.require_tokenizer()
+        self._begin = loaded.conventions.begin
         self.max_length = loaded.model.config.max_seq_len
         self.reset_counts()
 
@@ -65,16 +66,27 @@ class Adapter(TemplateLM):
     def tokenizer_name(self) -> str:
         return self._text_tokenizer.name
 
+    @property
+    def prefix_token_id(self) -> int:
+        return self.loaded.conventions.prefix_token
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self._text_tokenizer.encode(string).tolist()
+        """Without the tokens that a text starts with. Names of special tokens stand for them, as in the harness; in the
+        data of a run they are text."""
+        return self._text_tokenizer.encode(string, special_tokens=self.loaded.step is None).tolist()
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = []
         for context, answer in (request.args for request in requests):
             # The harness does not take an empty context, nor one that is only white space.
-            encoded = self._encode_pair(context, answer) if context.strip() else ([], self.tok_encode(context + answer))
+            encoded = self._encode_pair(context, answer) if context.strip() else self._encode_alone(context + answer)
             pairs.append(((context, answer), *encoded))
         return self._loglikelihood_tokens(pairs)
+
+    def _encode_alone(self, answer: str) -> tuple[list[int], list[int]]:
+        """After what a text starts with, which the answer may begin with."""
+        context, tokens = self._begin([]), self.tok_encode(answer)
+        return context, tokens[len(context) :] if tokens[: len(context)] == context else tokens
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As the harness does, and where one token spans the two, which leaves it none to score, the answer alone."""
@@ -84,10 +96,9 @@ class Adapter(TemplateLM):
         return context_tokens, answer_tokens
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        end = self.eot_token_id
         parts: list[list[tuple[list[int], int]]] = []
         for _text, context, answer in requests:
-            tokens = context if context[:1] == [end] else [end, *context]
+            tokens = self._begin(context)
             if len(answer) > self.max_length:
                 parts.append(self._windows(answer, before=tokens[-1]))
             else:  # an empty answer is certain
@@ -101,7 +112,8 @@ class Adapter(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Each token is scored once, in windows of the model's context."""
-        parts = [self._windows(self.tok_encode(request.args[0]), before=self.eot_token_id) for request in requests]
+        encoded = [self._encode_alone(request.args[0]) for request in requests]
+        parts = [self._windows(tokens, before=context[-1]) for context, tokens in encoded]
         return [log_likelihood for log_likelihood, _ in self._score(parts)]
 
     def _score(self, parts: Sequence[Sequence[tuple[list[int], int]]]) -> list[tuple[float, bool]]:
@@ -126,14 +138,14 @@ class Adapter(TemplateLM):
         config = self.loaded.model.config
         for indices in groups.values():
             options = GenerationOptions.parse(requests[indices[0]].args[1], self.max_length, config.vocab_size)
-            prompts = [[self.eot_token_id, *self.tok_encode(requests[i].args[0])] for i in indices]
+            prompts = [self._begin(self.tok_encode(requests[i].args[0])) for i in indices]
             for i, text in zip(indices, self._continue(prompts, options), strict=True):
                 answers[i] = text
         return answers
 
     def _continue(self, prompts: list[list[int]], options: GenerationOptions) -> list[str]:
         """The text that follows each prompt, up to the first stop text."""
-        special = {self.eot_token_id}
+        special = set(self.loaded.conventions.stop_tokens)
         early = set()  # a stop text that is a single token ends the row at once; any other is cut off afterwards
         for stop in options.stop_texts:
             tokens = self.tok_encode(stop)
@@ -164,7 +176,7 @@ class Adapter(TemplateLM):
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
-            seed=self.seed,
+            seed=self.seeds.torch,
             progress=self.progress,
         )
         self._tokens += sum(continuation.generated for continuation in continuations)
@@ -179,29 +191,30 @@ def run_harness(
     *,
     include_path: str | None = None,
     limit: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = True,
 ) -> tuple[list[Measurement], list[str]]:
     """Runs every task under every setting; one measurement per metric that the task reports, and a line for each task
     that failed, which does not end the others.
 
     tasks: names known to the harness, or paths of task files. include_path: a folder with more task files.
-    limit: documents per task (default: all). Raises ConfigError for a task that is unknown or wrong.
+    limit: documents per task (default: all). seed: see `Seeds.of`.
+    Raises ConfigError for a task that is unknown or wrong.
     """
     measurements: list[Measurement] = []
     failures: list[str] = []
     with _quiet():
-        config = loaded.model.config
+        config, seeds = loaded.model.config, Seeds.of(seed)
         loaded.require_tokenizer()
         manager, found = find_tasks(
-            tasks, include_path, limit=limit, seed=seed, max_length=config.max_seq_len, vocab_size=config.vocab_size
+            tasks, include_path, limit=limit, seeds=seeds, max_length=config.max_seq_len, vocab_size=config.vocab_size
         )
         for setting in settings:
-            model = Adapter(loaded, setting, seed=seed, progress=progress)
+            model = Adapter(loaded, setting, seeds=seeds, progress=progress)
             for task in found:
                 model.reset_counts()
                 try:
-                    report = _evaluate(model, task, manager, limit, seed)
+                    report = _evaluate(model, task, manager, limit, seeds)
                     measurements += _measurements(report, setting, model.mean_loops)
                 except Exception as error:
                     if lost_a_process(error):
@@ -211,7 +224,7 @@ def run_harness(
     return measurements, failures
 
 
-def _evaluate(model: Adapter, task: FoundTask, manager: TaskManager, limit: int | None, seed: int) -> dict[str, Any]:
+def _evaluate(model: Adapter, task: FoundTask, manager: TaskManager, limit: int | None, seeds: Seeds) -> dict[str, Any]:
     report: dict[str, Any] = simple_evaluate(
         model,
         tasks=task.specs,
@@ -219,10 +232,10 @@ def _evaluate(model: Adapter, task: FoundTask, manager: TaskManager, limit: int 
         limit=limit,
         bootstrap_iters=1000,
         log_samples=False,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
+        random_seed=seeds.random,
+        numpy_random_seed=seeds.numpy,
+        torch_random_seed=seeds.torch,
+        fewshot_random_seed=seeds.fewshot,
     )
     return report
 

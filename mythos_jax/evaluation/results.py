@@ -136,11 +136,11 @@ class ReasoningTask:
 
 @dataclass(frozen=True)
 class HarnessTasks:
-    """Tasks of lm-evaluation-harness. limit: documents per task; None: all."""
+    """Tasks of lm-evaluation-harness. limit: documents per task; None: all. task_seed: None: the harness's seeds."""
 
     tasks: list[str]
     limit: int | None
-    task_seed: int
+    task_seed: int | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

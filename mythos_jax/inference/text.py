@@ -81,6 +81,7 @@ class TextOptions(TypedDict, total=False):
     initial_state: str | None
     loop_cache_slots: int | None
     prefill_chunk: int
+    special_tokens: bool
 
 
 def stream_texts(
@@ -99,16 +100,18 @@ def stream_texts(
     initial_state: str | None = None,
     loop_cache_slots: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    special_tokens: bool = False,
 ) -> TextStream[list[str]]:
-    """Continues texts as one batch, each up to its end-of-document token, in pieces: one per text and yield.
+    """Continues texts as one batch, each up to a stop token, in pieces: one per text and yield.
 
-    A continuation depends only on its text and seed, not on the batch. As every document does in training, a text
-    follows an end-of-document token.
+    A continuation depends only on its text and seed, not on the batch. What a text starts with and which tokens stop it
+    is what the model's files say (`LoadedModel.conventions`): in a run an end-of-document token, as in training.
 
     halting: a policy, also as text such as "latent:0.03".
     max_new_tokens: default: as many as fit after the longest text, at most 128.
     seed: one for all texts, or one per text.
     draft_loops: draft with so many loops, verify at full depth, `draft_tokens` at a time; greedy only, the same text.
+    special_tokens: whether the name of a special token in a text, such as `<|im_start|>`, stands for that token.
     Other keywords: as in `inference.generate.generate`.
 
     Raises ConfigError, at once, for a text or a number that the model cannot take, or a model without a tokenizer.
@@ -118,12 +121,12 @@ def stream_texts(
     stats = GenerationStats(cache_bytes(loaded.config.model, min(loop_cache_slots or depth, depth)))
     if not texts:
         return TextStream(iter(()), stats)
-    tokens_BT, lengths_B = _encode(tokenizer, texts, loaded.config.model.max_seq_len)
+    tokens_BT, lengths_B = _encode(loaded, texts, loaded.config.model.max_seq_len, special_tokens)
     options: dict[str, Any] = {
         "loops": loops,
         "halting": Halting.parse(halting) if isinstance(halting, str) else halting,
         **_new_tokens(max_new_tokens, loaded.config.model.max_seq_len, int(lengths_B.max()), draft_loops is not None),
-        "stop_tokens": (tokenizer.end_of_document,),
+        "stop_tokens": loaded.conventions.stop_tokens,
         "seed": seed,
         "temperature": temperature,
         "top_k": top_k,
@@ -159,12 +162,15 @@ def _new_tokens(asked: int | None, max_len: int, longest: int, drafts: bool) -> 
     return fitting if drafts else {**fitting, "room": min(MOST_TOKENS, max_len)}
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str], max_width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The texts' tokens after an end-of-document token, int32 [B, T] with padding on the right, and lengths [B].
+def _encode(
+    loaded: LoadedModel, texts: Sequence[str], max_width: int, special_tokens: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The texts' tokens after those that a text starts with, int32 [B, T] with padding on the right, and lengths [B].
 
     T is one of few widths, at most `max_width` (if the texts are not longer), so that few programs are compiled.
     """
-    rows = [[tokenizer.end_of_document, *tokenizer.encode(text)] for text in texts]
+    encode, begin = loaded.require_tokenizer().encode, loaded.conventions.begin
+    rows = [begin(encode(text, special_tokens).tolist()) for text in texts]
     lengths_B = np.array([len(row) for row in rows], np.int32)
     longest = int(lengths_B.max())
     tokens_BT = np.zeros((len(rows), max(longest, min(padded_width(longest), max_width))), np.int32)
@@ -217,17 +223,18 @@ def text_logits(
     halting: Halting | str | None = None,
     initial_state: str | None = None,
     seed: int = 0,
+    special_tokens: bool = False,
 ) -> jax.Array:
     """Next-token logits of a text or of tokens, float32 [T, V], or [B, T, V] for tokens [B, T].
 
-    As in generation, a text follows an end-of-document token, so row t predicts the text's token t and the last row
-    what comes after it; tokens are taken as they are. Other keywords as in `stream_texts`.
+    A text starts as in generation; tokens are taken as they are. The last row predicts what comes after them. Other
+    keywords as in `stream_texts`.
 
     Raises ConfigError for tokens that the model cannot take.
     """
     policy = Halting.parse(halting) if isinstance(halting, str) else halting
     if isinstance(text_or_tokens, str):
-        tokens = _encode(loaded.require_tokenizer(), [text_or_tokens], max_width=0)[0][0]
+        tokens = _encode(loaded, [text_or_tokens], 0, special_tokens)[0][0]
     else:
         tokens = np.asarray(text_or_tokens)
     config = loaded.config.model

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mythos_jax.data.gguf import tokenizer_json
+from mythos_jax.data.conventions import gguf_files
 from mythos_jax.data.tokenizer import TOKENIZER_FILE
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting.layouts import Shape
@@ -73,7 +73,8 @@ def write_model(
     """
     (directory / "config.json").write_text(json.dumps(config_json, indent=1) + "\n", encoding="utf-8")
     if tokenizer is not None and tokenizer.suffix == ".gguf":
-        (directory / TOKENIZER_FILE).write_bytes(tokenizer_json(tokenizer))
+        for name, content in gguf_files(tokenizer).items():
+            (directory / name).write_bytes(content)
     elif tokenizer is not None:
         (directory / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
     shards = _shards(table, parameter_dtype, shard_bytes)

@@ -76,5 +76,5 @@ def _facts(evaluation: Evaluation) -> list[str]:
         case ReasoningTask(task=task, trained_on=difficulties):
             facts.append(f"task {task}, trained on difficulty {', '.join(map(str, difficulties))}")
         case HarnessTasks(tasks=tasks, task_seed=seed):
-            facts.append(f"tasks {', '.join(tasks)}, seed {seed}")
+            facts.append(f"tasks {', '.join(tasks)}, {'default seeds' if seed is None else f'seed {seed}'}")
     return facts

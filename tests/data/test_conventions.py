@@ -8,29 +8,11 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFWriter, TokenType
-from tokenizers import Tokenizer, models, processors
 
 from mythos_jax.data.conventions import TextConventions, documents, read_conventions
 from mythos_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
-
-WORDS = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b"]
-SPECIAL = WORDS[:6]
-
-
-def write(folder: Path, words=WORDS, special=SPECIAL, first=None, last=None, **files) -> Path:
-    """A directory with a tokenizer of whole words, which puts `first` and `last` around a text, and JSON files."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    tokenizer.add_special_tokens(list(special))
-    if first or last:
-        pairs = [(name, words.index(name)) for name in (first, last) if name]
-        template = f"{first or ''} $A {last or ''}".strip()
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    for name, fields in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(fields))
-    return folder
+from tests.tokenizer_kinds import SPECIAL_WORDS, WORDS, write_words
 
 
 def read(folder: Path, family: str | None = "llama", vocab_size: int = 100) -> TextConventions:
@@ -75,15 +57,15 @@ def test_begin():
     ],
 )
 def test_the_first_token(tmp_path, made, files, expected):
-    assert read(write(tmp_path, **made, **files)).first_tokens == expected
+    assert read(write_words(tmp_path, **made, **files)).first_tokens == expected
 
 
 def test_families(tmp_path):
     """Converted Huginn and Parcae have no other files; Raven's config.json has Huginn's ids; see faults of peers.md."""
-    huginn = write(tmp_path / "h", ["<|begin_text|>", "<|end_text|>", "a"], ["<|begin_text|>", "<|end_text|>"])
+    huginn = write_words(tmp_path / "h", ["<|begin_text|>", "<|end_text|>", "a"], ["<|begin_text|>", "<|end_text|>"])
     assert read(huginn, "huginn").first_tokens == read(huginn, "mythos_jax").first_tokens == (0,)
     assert read(huginn, "huginn").stop_tokens == (1,)
-    parcae = write(tmp_path / "p", ["a", "<|bos|>", "<|eos|>"], ["<|bos|>", "<|eos|>"])
+    parcae = write_words(tmp_path / "p", ["a", "<|bos|>", "<|eos|>"], ["<|bos|>", "<|eos|>"])
     assert read(parcae, "parcae").first_tokens == (1,)
     # Their loaders put it themselves, so a tokenizer that does not is no statement, unless it says so.
     (parcae / "tokenizer_config.json").write_text('{"bos_token": "<|bos|>"}')
@@ -94,7 +76,7 @@ def test_families(tmp_path):
     # In this vocabulary Huginn's ids 4 and 5 would be words, "a" and "b".
     words = ["<unk>", "<s>", "</s>", "<pad>", "a", "b"]
     wrong = {"bos_token_id": 4, "eos_token_id": 5}
-    raven = write(tmp_path / "r", words, words[:4], config=wrong, generation_config=wrong)
+    raven = write_words(tmp_path / "r", words, words[:4], config=wrong, generation_config=wrong)
     assert read(raven, "raven").first_tokens == read(raven, "raven_olmo").first_tokens == (2,)
     assert read(raven, "raven").stop_tokens == (2,)
     assert read(raven, "huginn").stop_tokens == (2, 5)
@@ -104,7 +86,7 @@ def test_families(tmp_path):
 
 def test_what_ends_an_answer(tmp_path):
     """Every file adds to it; ids that the model cannot say do not count."""
-    folder = write(tmp_path, config={"eos_token_id": 3}, generation_config={"eos_token_id": [2, 99, 500]})
+    folder = write_words(tmp_path, config={"eos_token_id": 3}, generation_config={"eos_token_id": [2, 99, 500]})
     assert read(folder).stop_tokens == (2, 3, 99)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     assert read(folder).stop_tokens == (2, 3, 5, 99)
@@ -115,7 +97,7 @@ def test_what_ends_an_answer(tmp_path):
 def test_ouro_and_nanbeige(tmp_path):
     """Ouro's config.json has 0 for both, which in a chat is <|im_end|>; Nanbeige's base and instruct models differ."""
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a"]
-    ouro = write(tmp_path / "o", words, words[:3], config={"bos_token_id": 0, "eos_token_id": 0})
+    ouro = write_words(tmp_path / "o", words, words[:3], config={"bos_token_id": 0, "eos_token_id": 0})
     settings = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "chat_template": "<|im_start|>x<|im_end|>"}
     (ouro / "tokenizer_config.json").write_text(json.dumps(settings))
     assert read(ouro, "ouro").first_tokens == ()
@@ -126,7 +108,9 @@ def test_ouro_and_nanbeige(tmp_path):
     for bos, eos, stops in [("<s>", "</s>", (2,)), ("<|im_start|>", "<|im_end|>", (2, 5))]:
         ids = {"bos_token_id": words.index(bos), "eos_token_id": words.index(eos)}
         settings = {"bos_token": {"content": bos}, "eos_token": {"content": eos}, "add_bos_token": True}
-        model = write(tmp_path / bos.strip("<|>"), words, words[:3] + words[4:], config=ids, tokenizer_config=settings)
+        model = write_words(
+            tmp_path / bos.strip("<|>"), words, words[:3] + words[4:], config=ids, tokenizer_config=settings
+        )
         assert read(model, "nanbeige").first_tokens == (words.index(bos),)
         assert read(model, "nanbeige").stop_tokens == stops
 
@@ -135,7 +119,7 @@ def test_special_tokens(tmp_path):
     """The older file counts only where the newer one does not list every token, as in transformers."""
     older = {"bos_token": "a", "pad_token": {"content": "</s>"}, "additional_special_tokens": ["b"]}
     newer = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "image_token": "b"}
-    folder = write(tmp_path, tokenizer_config=newer | {"unk_token": None}, special_tokens_map=older)
+    folder = write_words(tmp_path, tokenizer_config=newer | {"unk_token": None}, special_tokens_map=older)
     texts = {"bos_token": "a", "eos_token": "</s>", "image_token": "b", "pad_token": "</s>"}
     assert read(folder).special_tokens == texts
     (folder / "tokenizer_config.json").write_text(json.dumps(newer | {"added_tokens_decoder": {}}))
@@ -143,7 +127,7 @@ def test_special_tokens(tmp_path):
 
 
 def test_the_chat_template(tmp_path):
-    folder = write(tmp_path)
+    folder = write_words(tmp_path)
     assert read(folder).chat_template is None
     (folder / "chat_template.json").write_text('{"chat_template": "oldest"}')
     assert read(folder).chat_template == "oldest"
@@ -180,7 +164,7 @@ def test_the_chat_template(tmp_path):
     ],
 )
 def test_wrong_files_are_one_line(tmp_path, name, content, message):
-    folder = write(tmp_path)
+    folder = write_words(tmp_path)
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message) as error:
         read(folder)
@@ -192,7 +176,7 @@ def write_gguf(path: Path, pre: str = "gpt-2", template: str | None = None, **se
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([*WORDS, "ab"])
-    writer.add_token_types([TokenType.CONTROL] * len(SPECIAL) + [TokenType.NORMAL] * 3)
+    writer.add_token_types([TokenType.CONTROL] * len(SPECIAL_WORDS) + [TokenType.NORMAL] * 3)
     writer.add_token_merges(["a b"])
     for name, value in settings.items():
         (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"tokenizer.ggml.{name}", value)
