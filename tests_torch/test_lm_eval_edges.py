@@ -3,6 +3,7 @@ are special tokens, task files with mistakes, tasks that fail. See faults.md, 11
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,9 +14,13 @@ import yaml
 if "CI" not in os.environ:  # in CI, a missing package is a failure
     pytest.importorskip("lm_eval", reason="the lm-eval extra is not installed")
 
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.dummy import DummyLM
+from lm_eval.tasks import TaskManager
+
 from mythos_jax.cli import main
 from mythos_jax.config import ModelConfig
-from mythos_jax.evaluation import scoring
+from mythos_jax.evaluation import lm_eval, scoring
 from mythos_jax.evaluation.lm_eval import Adapter
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.inference.state import GenerateResult
@@ -232,3 +237,57 @@ def test_one_document_that_merges_does_not_end_a_task(folder, tmp_path, capsys, 
     assert main(["eval", str(folder / "byte_level"), "--tasks", path, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["results"]
     assert row["samples"] == 2
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_text_starts_as_the_files_say(folder, nats, adds):
+    """With a beginning of text, which rolling likelihoods do not count; or with nothing, but then an answer without a
+    context comes after the prefix token, as in the harness."""
+    place = folder / f"adds_{adds}"
+    shutil.copytree(folder / "byte_level", place)
+    settings = {"bos_token": tokenizer_kinds.OTHER, "add_bos_token": adds}
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load_model(place)
+    bos = tokenizer_kinds.backend("byte_level").token_to_id(tokenizer_kinds.OTHER)
+    ids = {text: loaded.require_tokenizer().encode(text).tolist() for text in ("a", " b", "lazy dog")}
+    adapter = Adapter(loaded, Setting(2), progress=False)
+    assert adapter.prefix_token_id == bos
+    name = tokenizer_kinds.OTHER  # in a task it is that token, and not put twice
+    pairs = ("a", " b"), ("", "lazy dog"), (f"{name}a", " b"), ("", f"{name}lazy dog")
+    got = [likelihood for likelihood, _ in adapter.loglikelihood([Request(*pair) for pair in pairs])]
+    alone, after = nats([bos], ids["lazy dog"]), nats([bos, *ids["a"]], ids[" b"])
+    expected = [after if adds else nats(ids["a"], ids[" b"]), alone, after, alone]
+    assert got == pytest.approx(expected, abs=1e-4)
+    assert adapter.loglikelihood_rolling([Request("lazy dog")]) == pytest.approx([alone], abs=1e-4)
+
+
+def test_few_shot_examples_are_the_harness_own(folder, monkeypatch):
+    class Recorder(DummyLM):
+        """Remembers the contexts that it is asked about."""
+
+        def __init__(self, *_, **__):
+            super().__init__()
+            self.mean_loops, self.contexts = 1.0, []
+            made.append(self)
+
+        def reset_counts(self):
+            pass
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            self.contexts += [request.args[0] for request in requests]
+            return [(-1.0, False)] * len(requests)
+
+    made = []
+    documents = [{"q": f"question {i}", "c": ["x", "y"], "g": i % 2} for i in range(20)]
+    fields = CHOOSE | {"num_fewshot": 2, "fewshot_split": "test"}
+    task = write_task(folder, "few", documents, **fields)
+    monkeypatch.setattr(lm_eval, "Adapter", Recorder)
+    loaded = load_model(folder / "byte_level")
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    for seed, theirs in [(None, {}), (7, {"fewshot_random_seed": 7})]:
+        lm_eval.run_harness(loaded, [task], [Setting(2)], seed=seed, progress=False)
+        simple_evaluate(Recorder(), tasks=["few"], task_manager=manager, bootstrap_iters=0, **theirs)
+    default, their_default, seven, their_seven = (recorder.contexts for recorder in made)
+    assert default == their_default
+    assert seven == their_seven
+    assert default != seven

@@ -127,6 +127,7 @@ def _of_files(
             got = special.get("bos_token")
             raise ConfigError(f"{settings_file}: bos_token: got {got!r}, allowed: a token, because of add_bos_token")
         first = _ids(bos)
+    _require_words(first, vocab_size, folder / TOKENIZER_FILE)
     return _conventions(tokenizer, vocab_size, first, bos, eos, stops, template, special)
 
 
@@ -146,6 +147,7 @@ def _of_gguf(path: Path, tokenizer: Tokenizer, vocab_size: int) -> TextConventio
     texts = {theirs: tokenizer.token_text(ids[name]) for name, theirs in names.items() if name in ids}
     special = {name: text for name, text in texts.items() if text is not None}
     bos, stops = ids.get("bos"), [ids[name] for name in ("eos", "eot", "eom") if name in ids]
+    _require_words(tokenizer.first_tokens, vocab_size, path)
     return _conventions(tokenizer, vocab_size, tokenizer.first_tokens, bos, ids.get("eos"), stops, template, special)
 
 
@@ -162,7 +164,8 @@ def _conventions(
     """Adds to the tokens that end an answer the end of a document, and what ends a turn of this chat template."""
     turns = (tokenizer.special_token(name) for name in END_OF_TURN_NAMES if template and name in template)
     ends = {*stops, tokenizer.end_of_document, *(i for i in turns if i is not None)}
-    prefix = next(i for i in (bos, eos, tokenizer.end_of_document) if i is not None)
+    known = (i for i in (bos, eos, tokenizer.end_of_document) if i is not None)
+    prefix = next((i for i in known if i < vocab_size), tokenizer.end_of_document)
     return TextConventions(
         first_tokens=first,
         prefix_token=prefix,
@@ -170,6 +173,12 @@ def _conventions(
         chat_template=template,
         special_tokens=special,
     )
+
+
+def _require_words(first: Sequence[int], vocab_size: int, file: Any) -> None:
+    if first and max(first) >= vocab_size:
+        allowed = f"below the model's vocabulary, {vocab_size}"
+        raise ConfigError(f"{file}: the beginning of a text: got token {max(first)}, allowed: {allowed}")
 
 
 def _ids(number: int | None) -> tuple[int, ...]:

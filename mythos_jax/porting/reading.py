@@ -122,7 +122,9 @@ class FileSource(Source):
         if config is None:
             config = family.model_config(fields or {}, str(config_path))
         # A GGUF file has its tokenizer in itself.
-        tokenizer = path if files[0].path.suffix == ".gguf" else path / "tokenizer.json"
+        tokenizer = path / "tokenizer.json"
+        if files[0].path.suffix == ".gguf" and not tokenizer.is_file():
+            tokenizer = files[0].path
         try:
             super().__init__(path, family, config, tensors, tokenizer if tokenizer.is_file() else None)
         except AssertionError:  # for a config that came with the tensors, it would be our own mistake

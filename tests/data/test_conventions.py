@@ -171,6 +171,14 @@ def test_wrong_files_are_one_line(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_beginning_that_the_model_does_not_know(tmp_path):
+    folder = write_words(tmp_path, first="<|im_end|>")
+    with pytest.raises(
+        ConfigError, match=r"tokenizer\.json: the beginning of a text: got token 5, allowed: below .* 5"
+    ):
+        read(folder, vocab_size=5)
+
+
 def write_gguf(path: Path, pre: str = "gpt-2", template: str | None = None, **settings) -> Path:
     writer = GGUFWriter(path, "llama")
     writer.add_tokenizer_model("gpt2")

@@ -15,6 +15,7 @@ from mythos_jax.porting.convert import convert
 from mythos_jax.porting.gguf_file import GgufFile
 from mythos_jax.porting.hub import resolve
 from mythos_jax.porting.pretrained import load_pretrained
+from mythos_jax.porting.reading import FileSource
 from tests.porting import golden
 from tests.porting.test_golden import run
 from tests.porting.test_round_trip import read_tensors
@@ -238,6 +239,9 @@ def test_to_text_and_to_hugging_face(tmp_path, capsys):
     assert report.tokenizer
     assert main(["generate", str(tmp_path / "out"), "the rain", "--max-new-tokens", "6"]) == 0
     assert capsys.readouterr().out == text
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.gguf").write_bytes(TINY.read_bytes())
+    assert FileSource(tmp_path / "folder").tokenizer == tmp_path / "folder" / "model.gguf"
     tokenizer = load_tokenizer(TINY)
     assert tokenizer.fingerprint == load_tokenizer(tmp_path / "out").fingerprint
     assert tokenizer.vocab_size == 300
