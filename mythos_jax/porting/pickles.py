@@ -5,9 +5,12 @@ memory grow with the size of the pickle and with nothing that is written in it.
 """
 
 import pickletools
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
+
+from mythos_jax.errors import one_line
 
 LONGEST_KEY = 8  # elements of a tuple that is the key of a dictionary
 
@@ -56,12 +59,17 @@ class Inert:
     entries: dict[Any, Any] = field(default_factory=dict)
 
     @property
-    def attributes(self) -> dict[Any, Any]:
-        """Its attributes, and its entries if it is a kind of dict."""
+    def attributes(self) -> Mapping[Any, Any]:
+        """Its attributes, and its entries if it is a kind of dict. Nothing is copied."""
         state = self.state
         if isinstance(state, tuple) and len(state) == 2:  # what `__dict__` and `__slots__` hold
-            return {**_dict(state[0]), **_dict(state[1]), **self.entries}
-        return {**_dict(state), **self.entries}
+            return ChainMap(self.entries, _dict(state[1]), _dict(state[0]))
+        return ChainMap(self.entries, _dict(state)) if self.entries else _dict(state)
+
+    @property
+    def made_by(self) -> str:
+        """The name of its maker, on one line."""
+        return one_line(self.maker, 80) if isinstance(self.maker, Name) else "an object of the file"
 
 
 Call = Callable[[Name, tuple[Any, ...]], Any]  # what stands for the result of a function with these arguments

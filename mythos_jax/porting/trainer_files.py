@@ -1,10 +1,11 @@
 """Where the weights and the model's config are in what a trainer saved."""
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.porting.families import has_signature
 from mythos_jax.porting.pickles import Inert, Name
 from mythos_jax.porting.tensor_info import TensorInfo
@@ -17,8 +18,12 @@ CONFIG_KEYS = ("model_config", "hyper_parameters", "model_args", "args", "config
 
 MOST_NAMED = 8  # places, in an error
 SEARCHED_DEPTH = 3  # dicts in dicts
-MOST_TENSORS = 100_000  # of a pickled module, its modules counted too
+MOST_ENTRIES = 10_000_000  # of all dicts, lists and objects that are looked through
+MOST_ITEMS = 100  # of a list
+MODULE_ENTRIES = 100  # as many as which a pickled module counts, beside its own
+LONGEST_NAME = 1000  # of a module in a pickled module
 MOST_VALUES = 100_000  # of a config
+LONGEST_TEXT = 1000  # in a config
 Place = tuple[str, ...]  # the keys under which something is
 
 
@@ -27,7 +32,9 @@ def find_weights(path: Path, saved: Any, notes: list[str], key: str | None = Non
 
     key: where they are, if there are several models. Raises ConfigError: none, or several that may be meant.
     """
-    found = list(_state_dicts(saved, (), set()))
+    search = _Search(path)
+    search.visit(saved)
+    found = search.found
     if not found:
         raise ConfigError(_explain_no_tensors(path, saved))
     if key is not None:
@@ -61,7 +68,9 @@ def _choose(path: Path, found: list[tuple[Place, dict[str, TensorInfo]]], key: s
     chosen = chosen or [tensors for place, tensors in found if place and place[-1] == key]
     if len(chosen) != 1:
         largest = sorted(found, key=lambda pair: -len(pair[1]))[:MOST_NAMED]
-        allowed = ", ".join(".".join(place) for place, _ in largest if place) or "none, it is the whole file"
+        allowed = (
+            ", ".join(one_line(".".join(place), 80) for place, _ in largest if place) or "none, it is the whole file"
+        )
         raise ConfigError(f"{path}: weights_key: got {key!r}, allowed: {allowed}")
     return chosen[0]
 
@@ -86,47 +95,63 @@ def unreadable(path: Path, name: str, tensor: TensorInfo) -> ConfigError:
     return ConfigError(f"{path}: {name}: is {tensor.kind}, allowed: a dense tensor")
 
 
-def _state_dicts(value: Any, place: Place, seen: set[int]) -> Iterator[tuple[Place, dict[str, TensorInfo]]]:
-    """Every dict of tensors, and every pickled module, with the keys that lead to it."""
-    if id(value) in seen or len(place) > SEARCHED_DEPTH:
-        return
-    seen.add(id(value))
-    entries = _entries(value)
-    if isinstance(value, Inert) and _is_module(entries):
-        yield place, dict(_module_tensors(entries))
-        return
-    if isinstance(value, list | tuple):
-        entries = {str(i): item for i, item in enumerate(value[:100])}
-    tensors = {name: tensor for name, tensor in entries.items() if isinstance(tensor, TensorInfo)}
-    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(name, str)}
-    if tensors and isinstance(value, dict | Inert):
-        yield place, tensors
-    for key, inner in entries.items():
-        if isinstance(key, str):
-            yield from _state_dicts(inner, (*place, key), seen)
-    for inner in value.arguments[:2] if isinstance(value, Inert) else ():  # the first is what torch.compile was given
-        yield from _state_dicts(inner, place, seen)
+class _Search:
+    """Every dict of tensors in what was saved, and every pickled module, with the keys that lead to it.
 
+    Raises ConfigError if it takes too long: objects may hold each other, and be held, any number of times.
+    """
 
-def _module_tensors(top: Mapping[Any, Any]) -> Iterator[tuple[str, TensorInfo]]:
-    """The parameters and buffers of a pickled `torch.nn.Module`, named as in its state dict."""
-    open_modules = [("", top)]
-    left = MOST_TENSORS
-    while open_modules:
-        prefix, attributes = open_modules.pop()
-        transient = attributes.get("_non_persistent_buffers_set")
-        transient = transient.arguments[0] if isinstance(transient, Inert) and transient.arguments else transient
-        for kind in ("_parameters", "_buffers"):
-            for name, tensor in _entries(attributes.get(kind)).items():
-                left_out = kind == "_buffers" and isinstance(transient, list) and name in transient
-                if isinstance(tensor, TensorInfo) and not left_out:
-                    left -= 1
-                    yield f"{prefix}{name}", tensor
-        for name, module in reversed(list(_entries(attributes.get("_modules")).items())):
-            open_modules.append((f"{prefix}{name}.", _entries(module)))
-        left -= 1
-        if left < 0 or len(prefix) > 1000:
-            raise ConfigError("a pickled module contains itself")
+    def __init__(self, path: Path):
+        self.path = path
+        self.found: list[tuple[Place, dict[str, TensorInfo]]] = []
+        self._seen: set[int] = set()
+        self._left = MOST_ENTRIES
+
+    def visit(self, value: Any, place: Place = (), depth: int = 0) -> None:
+        if id(value) in self._seen or depth > SEARCHED_DEPTH:
+            return
+        self._seen.add(id(value))
+        entries = _entries(value)
+        if isinstance(value, Inert) and _is_module(entries):
+            self.found.append((place, self._tensors_of_module(entries)))
+            return
+        if isinstance(value, list | tuple):
+            entries = {str(i): item for i, item in enumerate(value[:MOST_ITEMS])}
+        self._spend(len(entries) + 1)
+        tensors = {name: x for name, x in entries.items() if isinstance(name, str) and isinstance(x, TensorInfo)}
+        if tensors and not isinstance(value, list | tuple):
+            self.found.append((place, tensors))
+        for key, inner in entries.items():
+            if isinstance(key, str):
+                self.visit(inner, (*place, key), depth + 1)
+        for inner in value.arguments[:2] if isinstance(value, Inert) else ():  # torch.compile's first is the module
+            self.visit(inner, place, depth + 1)
+
+    def _tensors_of_module(self, top: Mapping[Any, Any]) -> dict[str, TensorInfo]:
+        """The parameters and buffers of a pickled `torch.nn.Module`, named as in its state dict."""
+        tensors: dict[str, TensorInfo] = {}
+        open_modules = [("", top)]
+        while open_modules:
+            prefix, attributes = open_modules.pop()
+            if len(prefix) > LONGEST_NAME:
+                raise ConfigError(f"{self.path}: a pickled module contains itself, allowed: a tree of modules")
+            transient = attributes.get("_non_persistent_buffers_set")
+            transient = transient.arguments[0] if isinstance(transient, Inert) and transient.arguments else transient
+            left_out = {name for name in transient if isinstance(name, str)} if isinstance(transient, list) else set()
+            groups = [_entries(attributes.get(kind)) for kind in ("_parameters", "_buffers", "_modules")]
+            self._spend(MODULE_ENTRIES + len(left_out) + sum(map(len, groups)))
+            for group, without in zip(groups[:2], (set(), left_out), strict=True):
+                for name, tensor in group.items():
+                    if isinstance(tensor, TensorInfo) and name not in without:
+                        tensors[f"{prefix}{name}"] = tensor
+            for name, module in reversed(list(groups[2].items())):
+                open_modules.append((f"{prefix}{name}.", _entries(module)))
+        return tensors
+
+    def _spend(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise ConfigError(f"{self.path}: its objects hold more than {MOST_ENTRIES:,} others, allowed: fewer")
 
 
 def _is_module(attributes: Mapping[Any, Any]) -> bool:
@@ -161,17 +186,17 @@ def _rank(place: Place) -> int:
 
 
 def _name(place: Place) -> str:
-    return repr(".".join(place)) if place else "the top"
+    return repr(".".join(place)[:80]) if place else "the top"
 
 
 def _option(place: Place) -> str:
     """The option of `mythos convert` that reads what is there."""
-    return f"--weights-key {'.'.join(place)}"
+    return f"--weights-key {one_line('.'.join(place), 80)}"
 
 
 def _explain_no_tensors(path: Path, saved: Any) -> str:
     """The error for a file without weights: what it holds instead."""
-    makers = sorted({str(value.maker) for value in _values(saved) if isinstance(value, Inert)})
+    makers = sorted({value.made_by for value in islice(_values(saved), MOST_VALUES) if isinstance(value, Inert)})
     if not makers:
         return f"{path}: holds no tensors; allowed: a state dict, or a dict with one under 'model'"
     names = ", ".join(makers[:3]) + (", …" if len(makers) > 3 else "")
@@ -203,14 +228,18 @@ class _Plain:
         self._left -= 1
         if self._left < 0 or depth > SEARCHED_DEPTH + 5:
             return "…"
-        if value is None or isinstance(value, bool | int | float | str):
+        if isinstance(value, str):
+            return value[:LONGEST_TEXT]
+        if isinstance(value, int):
+            return value if abs(value) < 2**63 else "…"
+        if value is None or isinstance(value, float):
             return value
         if isinstance(value, list | tuple):
             return [self._value(item, depth + 1) for item in value]
         if isinstance(value, Inert) and "_val" in value.attributes:  # a leaf of OmegaConf's
             return self._value(value.attributes["_val"], depth + 1)
         if isinstance(value, Inert) and not value.attributes:  # an Enum by its value, a path by its last part
-            return self._value(value.arguments[-1], depth + 1) if value.arguments else f"<{value.maker}>"
+            return self._value(value.arguments[-1], depth + 1) if value.arguments else f"<{value.made_by}>"
         if isinstance(value, dict | Inert):
             return self.mapping(_entries(value), depth)
-        return str(value) if isinstance(value, Name) else "…"
+        return one_line(value, LONGEST_TEXT) if isinstance(value, Name) else "…"

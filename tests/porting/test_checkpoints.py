@@ -20,6 +20,7 @@ from mythos_jax.porting.reading import FileSource
 from mythos_jax.porting.tensor_info import TensorInfo
 from mythos_jax.porting.torch_files import TorchFile
 from mythos_jax.porting.trainer_files import find_configs, find_weights
+from tests.fuzz.budget import no_hang
 from tests.porting import golden
 
 SAVED = golden.FOLDER / "checkpoints"
@@ -206,13 +207,30 @@ def test_modules_that_contain_themselves(tmp_path):
     shared = module(M)
     for _ in range(60):  # 2^60 paths
         shared = Inert(None, state={"_parameters": {}, "_buffers": {}, "_modules": {"a": shared, "b": shared}})
-    with pytest.raises(ConfigError, match="contains itself"):
+    with pytest.raises(ConfigError, match="hold more than 10,000,000 others"):
         find_weights(tmp_path, shared, [])
     nested = fields = {}
     for _ in range(60):
         fields["a"] = fields["b"] = {}
         fields = fields["a"]
     assert find_configs({"config": nested})
+
+
+def test_objects_that_would_take_long_to_look_through(tmp_path):
+    """Each holds few others, but there are many ways through them."""
+    chain = Inert(None)
+    for _ in range(100_000):
+        chain = Inert(chain, (chain,))
+    wide = dict.fromkeys(map(str, range(20_000)))
+    many = {str(i): Inert(None, state=wide) for i in range(20_000)}
+    modules = {str(i): module(wide) for i in range(20_000)}
+    for saved in (chain, many, modules, {"a": [chain] * 1000}):
+        with no_hang(10), pytest.raises(ConfigError, match=r"holds no tensors|hold more than") as error:
+            find_weights(tmp_path, saved, [])
+        assert len(str(error.value)) < 1000
+    odd = {"cfg": {"dim": 10**5000, "a\nb": "x" * 10**6, "c": chain}}
+    (place, fields), *_ = find_configs(odd)
+    assert (place, fields["dim"], len(fields["a\nb"])) == ("cfg", "…", 1000)
 
 
 FIELDS = golden.fields("openmythos_gqa")
