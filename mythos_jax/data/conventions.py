@@ -31,6 +31,9 @@ END_OF_TURN_NAMES = (
     "<|eot|>",
     "<|EOT|>",
 )
+# The last is where our own format keeps the `config.json` that a model was published with.
+SETTINGS_FILES = ("generation_config.json", "config.json", "source_config.json")
+NAMED_IN_CONFIG = ("bos_token", "eos_token", "pad_token")
 BORROWED_IDS = ("raven", "raven_olmo")  # their config.json has Huginn's ids, which mean nothing in their vocabularies
 BEGIN_ALWAYS = ("huginn", "parcae")  # their own loaders put the beginning of text, whatever the tokenizer does
 
@@ -85,19 +88,36 @@ def gguf_files(path: Path) -> dict[str, bytes]:
     """The tokenizer and the conventions of a GGUF file, as files of a directory in the Hugging Face layout."""
     tokenizer = load_tokenizer(path)
     found = _of_gguf(path, tokenizer, tokenizer.vocab_size)
+    return {TOKENIZER_FILE: tokenizer_json(path), **settings_files(tokenizer, found)}
+
+
+def settings_files(tokenizer: Tokenizer, conventions: TextConventions) -> dict[str, bytes]:
+    """`tokenizer_config.json` and `generation_config.json`, for a model that has only a tokenizer."""
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": bool(found.first_tokens),
-        **found.special_tokens,
+        "add_bos_token": bool(conventions.first_tokens),
+        **_named_tokens(tokenizer, conventions),
     }
-    if found.chat_template is not None:
-        settings["chat_template"] = found.chat_template
-    bos = tokenizer.token_id(found.special_tokens.get("bos_token", ""))
-    ids = {"bos_token_id": bos, "eos_token_id": list(found.stop_tokens)}
+    if conventions.chat_template is not None:
+        settings["chat_template"] = conventions.chat_template
+    ids = {**token_ids(tokenizer, conventions), "eos_token_id": list(conventions.stop_tokens)}
     trees = {"tokenizer_config.json": settings, "generation_config.json": ids}
-    files = {name: json.dumps(tree, indent=1, ensure_ascii=False).encode() + b"\n" for name, tree in trees.items()}
-    return {TOKENIZER_FILE: tokenizer_json(path), **files}
+    return {name: json.dumps(tree, indent=1, ensure_ascii=False).encode() + b"\n" for name, tree in trees.items()}
+
+
+def token_ids(tokenizer: Tokenizer, conventions: TextConventions) -> dict[str, int]:
+    """The fields of a `config.json` that name tokens."""
+    names = _named_tokens(tokenizer, conventions)
+    ids = {f"{name}_id": tokenizer.token_id(names[name]) for name in NAMED_IN_CONFIG if name in names}
+    return {name: number for name, number in ids.items() if number is not None}
+
+
+def _named_tokens(tokenizer: Tokenizer, conventions: TextConventions) -> dict[str, str]:
+    """The texts of special tokens by name; where none is named, what texts start with and the end of a document."""
+    usual = {"bos_token": conventions.first_tokens[:1], "eos_token": (tokenizer.end_of_document,)}
+    texts = {name: tokenizer.token_text(number) for name, numbers in usual.items() for number in numbers}
+    return {**{name: text for name, text in texts.items() if text is not None}, **conventions.special_tokens}
 
 
 def _of_files(
@@ -109,8 +129,9 @@ def _of_files(
     # As transformers does: newer files list every token, and what stands in the older file does not count then.
     if "added_tokens_decoder" not in (settings or {}):
         special |= _special_tokens(token_map, map_file)
-    files = [] if directory is None else [directory / "generation_config.json", directory / "config.json"]
+    files = [] if directory is None else [directory / name for name in SETTINGS_FILES]
     fields = {file: {} if family in BORROWED_IDS else _read(file) or {} for file in files}
+    fields |= {file: tree["config"] for file, tree in fields.items() if isinstance(tree.get("config"), dict)}
     template = _template_of_files(folder, settings or {}, settings_file)
     eos = _id_of(special, "eos_token", tokenizer)
     stops = [*_ids(eos), *(i for file in files for i in _token_ids(fields[file], "eos_token_id", file))]

@@ -9,26 +9,26 @@ from mythos_jax.porting.check import Check, check_conversion, require_original
 from mythos_jax.porting.coverage import Coverage, check_tensors
 from mythos_jax.porting.families import get_family
 from mythos_jax.porting.reading import ConfigLike, FileSource, Source
-from mythos_jax.porting.writing import SHARD_BYTES, WrittenTensors, new_directory, refuse_existing, write_model
+from mythos_jax.porting.saving import Written, write_directory
+from mythos_jax.porting.writing import SHARD_BYTES, refuse_existing
 
 
 @dataclass
 class ConversionReport:
-    """The result of a conversion. tensors: shape and dtype of each tensor written; empty if nothing was written."""
+    """The result of a conversion. written: what the new directory contains; nothing if there were problems."""
 
     source: str
     source_format: str
     target: str
     target_format: str
     coverage: Coverage
-    tensors: WrittenTensors = field(default_factory=dict)
-    tokenizer: bool = False
+    written: Written = field(default_factory=lambda: Written({}))
     check: Check | None = None
 
     @property
     def ok(self) -> bool:
         """Whether the model was written, and agrees with the original if that was checked."""
-        return bool(self.tensors) and (self.check is None or self.check.ok)
+        return bool(self.written.tensors) and (self.check is None or self.check.ok)
 
 
 def convert(
@@ -53,22 +53,11 @@ def convert(
     source = src if isinstance(src, Source) else FileSource(src, config)
     if check:
         require_original(source.family.name, to)
-    config_json = target_family.config_json(source.config)
+    target_family.require_expressible(source.config)
     report = ConversionReport(str(source.path), source.family.name, str(dst), to, check_tensors(source))
     if report.coverage.problems:
         return report
-    with new_directory(dst) as directory:
-        report.tensors = write_model(
-            directory,
-            config_json,
-            target_family.table(source.config),
-            source.parameter,
-            source.parameter_dtype,
-            tokenizer=source.tokenizer,
-            shard_bytes=shard_bytes,
-            progress=progress,
-        )
-    report.tokenizer = source.tokenizer is not None
+    report.written = write_directory(dst, source, target_family, shard_bytes=shard_bytes, progress=progress)
     if check:
         report.check = check_conversion(source, FileSource(dst))
     return report
@@ -92,13 +81,15 @@ def format_report(report: ConversionReport, tensors: bool = True) -> str:
     problems = coverage.problems
     if problems:
         return "\n".join([*lines, f"{len(problems)} problems:", *(f"  {p}" for p in problems), "nothing was written"])
+    written = report.written
     if tensors:
-        width = max(map(len, report.tensors))
-        lines += [f"  {name:{width}} {dtype:9} {list(shape)}" for name, (shape, dtype) in report.tensors.items()]
-    lines.append(f"target tensors: {len(report.tensors)}, all written")
+        width = max(map(len, written.tensors))
+        lines += [f"  {name:{width}} {dtype:9} {list(shape)}" for name, (shape, dtype) in written.tensors.items()]
+    lines.append(f"target tensors: {len(written.tensors)}, all written")
     lines.append(f"parameters: {coverage.parameters:,}")
-    if report.tokenizer:
-        lines.append("tokenizer.json: copied")
+    for what, names in (("copied", written.copied), ("made", written.made), ("left in the source", written.left)):
+        lines += [f"{what}: {', '.join(names)}"] if names else []
+    lines += written.notes
     if report.check:
         lines += report.check.lines()
     return "\n".join(lines)
@@ -112,10 +103,15 @@ def report_as_json(report: ConversionReport) -> dict[str, Any]:
         "target": report.target,
         "target_format": report.target_format,
         "ok": report.ok,
-        "written": bool(report.tensors),
+        "written": bool(report.written.tensors),
         "parameters": report.coverage.parameters,
-        "tokenizer": report.tokenizer,
+        "copied": report.written.copied,
+        "made": report.written.made,
+        "left": report.written.left,
+        "notes": report.written.notes,
         "coverage": {**dataclasses.asdict(report.coverage), "problems": report.coverage.problems},
-        "tensors": {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in report.tensors.items()},
+        "tensors": {
+            name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in report.written.tensors.items()
+        },
         "check": dataclasses.asdict(report.check) | {"ok": report.check.ok} if report.check else None,
     }

@@ -21,8 +21,18 @@ WEIGHT_FILES = (
 )
 INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")  # in order of preference
-# Files with such names are parts of a trainer's state, not weights.
-NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "random_state", "training_args", "sampler", "meta.pt")
+# Files with such names are parts of a trainer's state, not weights; the first is of our own format (origin.py).
+NOT_WEIGHTS = (
+    "source_buffers",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+    "random_state",
+    "training_args",
+    "sampler",
+    "meta.pt",
+)
 
 DEEPSPEED_STATE = "mp_rank_*_model_states.pt"  # all weights, if they are not divided (ZeRO stages 0, 1 and 2)
 DEEPSPEED_PART = "zero_pp_rank_*_model_states.pt"  # of stage 3, whose weights are in the optimizer's files

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mythos_jax.config import ModelConfig
@@ -19,8 +20,14 @@ from mythos_jax.porting.layouts import Shape
 from mythos_jax.porting.tables import Row, Table
 from mythos_jax.typed import differences, to_dict
 
-# What `config_json` adds to the format's own fields.
+# Fields that versions before 0.2.0 added to the format's own.
 ADDED_FIELDS = ("family", "tied")
+# Where the configs of transformers have the dtype of the tensors: versions 4 and 5.
+DTYPE_FIELDS = ("torch_dtype", "dtype")
+
+
+def no_buffers(config: ModelConfig) -> dict[str, np.ndarray]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,10 @@ class Family:
     signature: tensors that together occur in files of this format only (with those that are detected before it out of
     the way). model_types: values of "model_type" that tell it. tied: aliases of stored tensors, as alias to stored
     name, in models with a tied embedding. buffers: tensors that are recomputed here and not read, `*` for any part of
-    a name. zeros: tensors that some files lack, which are zeros then.
+    a name; stored_buffers: those of them that the original needs in its files. zeros: tensors that some files lack,
+    which are zeros then. dtype_fields: where `config.json` has the dtype of the tensors. auto_map: where transformers
+    finds the classes of a model that it does not have itself. pytorch_bin: the original reads `pytorch_model.bin`,
+    whole, and not safetensors.
     """
 
     name: str
@@ -45,6 +55,10 @@ class Family:
     tied: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
+    stored_buffers: Callable[[ModelConfig], dict[str, np.ndarray]] = no_buffers
+    dtype_fields: tuple[str, ...] = ()
+    auto_map: Mapping[str, str] = field(default_factory=dict)
+    pytorch_bin: bool = False
 
     def ties(self, config: ModelConfig) -> Mapping[str, str]:
         """Aliases in the files of this model."""
@@ -58,9 +72,8 @@ class Family:
 
     def model_config(self, fields: Mapping[str, Any], where: str) -> ModelConfig:
         """The config that a `config.json` describes. Raises ConfigError, naming `where` and the field."""
-        own_fields = {name: value for name, value in fields.items() if name not in ADDED_FIELDS}
         try:
-            return self.parse_config(own_fields, where)
+            return self.parse_config(own_fields(fields), where)
         except ConfigError as error:
             message = str(error)
             raise ConfigError(message if message.startswith(where) else f"{where}: {message}") from None
@@ -68,23 +81,46 @@ class Family:
     def parse_config(self, fields: Mapping[str, Any], where: str) -> ModelConfig:
         return ModelConfig(**self.to_model(Fields(fields, where, self.config_fields)))
 
-    def config_json(self, config: ModelConfig) -> dict[str, Any]:
-        """The contents of `config.json`. Raises ConfigError that lists everything the format cannot express."""
+    def config_json(
+        self, config: ModelConfig, dtype: str = "float32", source_fields: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The contents of `config.json`. Raises ConfigError that lists everything the format cannot express.
+
+        dtype: of the tensors. source_fields: a `config.json` of this format that says the same (`changed_by`); what it
+        has comes back unchanged.
+        """
+        self.require_expressible(config)
+        given = source_fields or {}
+        dtype = given.get("dtype") or given.get("torch_dtype") or dtype
+        auto_map = {"auto_map": dict(self.auto_map)} if self.auto_map else {}
+        return {**self.from_model(config), **auto_map, **given, **dict.fromkeys(self.dtype_fields, dtype)}
+
+    def require_expressible(self, config: ModelConfig) -> None:
+        """Raises ConfigError that lists everything the format cannot express."""
         problems = self.inexpressible(config)
         if problems:
             raise ConfigError(f"{self.name} cannot express {'; '.join(problems)}")
-        return {"family": self.name, **self.from_model(config), "tied": dict(self.ties(config))}
 
     def inexpressible(self, config: ModelConfig) -> list[str]:
         """The fields that the format cannot express: those that do not survive a round trip through its config."""
-        fields = Fields(self.from_model(config), self.name, self.config_fields)
-        round_trip = {**to_dict(ModelConfig()), **self.to_model(fields)}
-        round_trip = {name: list(value) if isinstance(value, tuple) else value for name, value in round_trip.items()}
-        changed = differences(_effective_fields(to_dict(config)), _effective_fields(round_trip))
         return [
             f"model.{name}: {json.dumps(ours)} (the format implies {json.dumps(theirs)})"
-            for name, (ours, theirs) in changed.items()
+            for name, (ours, theirs) in self._differences(config, self.from_model(config)).items()
         ]
+
+    def changed_by(self, fields: Mapping[str, Any], config: ModelConfig) -> list[str]:
+        """The fields of our config for which a `config.json` says something else."""
+        return list(self._differences(config, fields))
+
+    def _differences(self, config: ModelConfig, fields: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        theirs = {**to_dict(ModelConfig()), **self.to_model(Fields(fields, self.name, self.config_fields))}
+        theirs = {name: list(value) if isinstance(value, tuple) else value for name, value in theirs.items()}
+        return differences(_effective_fields(to_dict(config)), _effective_fields(theirs))
+
+
+def own_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `config.json` that are its format's own."""
+    return {name: value for name, value in fields.items() if name not in ADDED_FIELDS}
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:

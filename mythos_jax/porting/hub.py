@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.porting.companions import HUB_PATTERNS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -49,7 +50,7 @@ def _download(repository: str) -> Path:
         names = [file.rfilename for file in HfApi().model_info(repository).siblings or []]
         has_safetensors = any(name.endswith(".safetensors") for name in names)
         weights = ["*.safetensors"] if has_safetensors else ["*.bin", "*.pt", "*.pth", "*.ckpt"]
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.jinja", *weights]))
+        return Path(snapshot_download(repository, allow_patterns=[*HUB_PATTERNS, *weights]))
     except Exception as error:  # of many types: no network, no such repository, no permission to see it
         try:
             return Path(snapshot_download(repository, local_files_only=True))  # downloaded earlier

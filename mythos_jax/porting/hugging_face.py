@@ -123,7 +123,15 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_embedding,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "torch_dtype": "float32",
+    }
+
+
+def auto_map(repository: str, module: str, prefix: str) -> dict[str, str]:
+    """Where transformers finds the classes of a model that it does not have itself."""
+    return {
+        "AutoConfig": f"{repository}--configuration_{module}.{prefix}Config",
+        "AutoModel": f"{repository}--modeling_{module}.{prefix}Model",
+        "AutoModelForCausalLM": f"{repository}--modeling_{module}.{prefix}ForCausalLM",
     }
 
 

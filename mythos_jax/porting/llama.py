@@ -7,7 +7,7 @@ from typing import Any
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.porting import hugging_face
-from mythos_jax.porting.family import Family
+from mythos_jax.porting.family import DTYPE_FIELDS, Family
 from mythos_jax.porting.fields import Fields
 
 PRE_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"}
@@ -43,6 +43,7 @@ def _dense(
         model_types=(name, *also),
         tied=hugging_face.TIED,
         buffers=hugging_face.BUFFERS,
+        dtype_fields=DTYPE_FIELDS,
     )
 
 
@@ -148,4 +149,6 @@ NANBEIGE = Family(
     model_types=("nanbeige",),
     tied=hugging_face.TIED,
     buffers=hugging_face.BUFFERS,
+    dtype_fields=DTYPE_FIELDS,
+    auto_map=hugging_face.auto_map("Nanbeige/Nanbeige4.2-3B", "nanbeige", "Nanbeige"),
 )

@@ -18,7 +18,9 @@ class _NativeFamily(Family):
     def parse_config(self, fields: Mapping[str, Any], where: str) -> ModelConfig:
         return from_dict(ModelConfig, fields)
 
-    def config_json(self, config: ModelConfig) -> dict[str, Any]:
+    def config_json(
+        self, config: ModelConfig, dtype: str = "float32", source_fields: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         return {"family": self.name, **to_dict(config)}
 
     def inexpressible(self, config: ModelConfig) -> list[str]:

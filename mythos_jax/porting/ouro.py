@@ -5,7 +5,7 @@ from typing import Any
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.porting import hugging_face
-from mythos_jax.porting.family import Family
+from mythos_jax.porting.family import DTYPE_FIELDS, Family
 from mythos_jax.porting.fields import Fields
 from mythos_jax.porting.layouts import LINEAR
 from mythos_jax.porting.tables import Row, rename
@@ -70,4 +70,6 @@ FAMILY = Family(
     model_types=("ouro",),
     tied=hugging_face.TIED,
     buffers=hugging_face.BUFFERS,
+    dtype_fields=DTYPE_FIELDS,
+    auto_map=hugging_face.auto_map("ByteDance/Ouro-1.4B", "ouro", "Ouro"),
 )

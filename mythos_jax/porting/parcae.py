@@ -190,4 +190,6 @@ FAMILY = Family(
     signature=("transformer.adapter.A_log",),
     tied=recurrent_gpt.TIED,
     buffers=recurrent_gpt.BUFFERS,
+    stored_buffers=recurrent_gpt.stored_buffers,
+    pytorch_bin=True,
 )

@@ -14,7 +14,8 @@ from mythos_jax.porting import native
 from mythos_jax.porting.coverage import require_tensors
 from mythos_jax.porting.families import get_family
 from mythos_jax.porting.reading import ConfigLike, FileSource, Source, VariablesSource
-from mythos_jax.porting.writing import SHARD_BYTES, new_directory, refuse_existing, write_model
+from mythos_jax.porting.saving import write_directory
+from mythos_jax.porting.writing import SHARD_BYTES, refuse_existing
 from mythos_jax.progress import Progress
 
 
@@ -62,16 +63,7 @@ def save_pretrained(
     """
     family = get_family(format)
     refuse_existing(path)
-    config_json = family.config_json(model_config)
+    family.require_expressible(model_config)
     source = VariablesSource(model_config, variables, "variables", tokenizer)
     require_tensors(source)
-    with new_directory(path) as directory:
-        write_model(
-            directory,
-            config_json,
-            family.table(model_config),
-            source.parameter,
-            source.parameter_dtype,
-            tokenizer=source.tokenizer,
-            shard_bytes=shard_bytes,
-        )
+    write_directory(path, source, family, shard_bytes=shard_bytes)

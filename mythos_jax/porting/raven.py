@@ -9,7 +9,7 @@ from typing import Any
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.porting import hugging_face, huginn, recurrent_gpt
-from mythos_jax.porting.family import Family
+from mythos_jax.porting.family import DTYPE_FIELDS, Family
 from mythos_jax.porting.fields import Fields
 from mythos_jax.porting.layouts import FROM_HEADS, HALVES_OF_HEADS, HALVES_TO_HEADS, LINEAR, TO_HEADS
 from mythos_jax.porting.tables import Row, rename, split, with_prefix
@@ -49,7 +49,8 @@ def to_model(fields: Fields) -> dict[str, Any]:
     if common["initial_state"] == "noise":
         common["initial_state"] = STATES[fields.choice("initial_state_mode", STATES, "random")]
     if common["initial_state"] == "noise":
-        common["initial_noise_std"] = init.number("std")
+        init.number("std")  # must be there
+        common |= huginn.initial_state(fields, common)
     dim, heads = common["dim"], fields.integer("n_heads", low=1)
     return {
         **common,
@@ -74,7 +75,6 @@ def olmo_to_model(fields: Fields) -> dict[str, Any]:
 
 def from_model(config: ModelConfig) -> dict[str, Any]:
     depth = config.prelude_layers + config.loop_layers * config.loops + config.coda_layers
-    std = config.initial_noise_std or math.sqrt(2 / (5 * config.dim))
     state = {ours: theirs for theirs, ours in STATES.items()}.get(config.initial_state)
     return {
         **huginn.UNUSED,
@@ -90,8 +90,7 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
         "padding_multiple": math.gcd(config.vocab_size, 4096),
         "mean_backprop_depth": min(8, config.loops),
         "effective_expected_depth": depth,
-        "init_values": {"std": std, "out_proj": std / math.sqrt(2 * depth), "embedding": std}
-        | {"embed_scale": config.embedding_scale},
+        "init_values": huginn.init_values(config, config.embedding_scale),
     }
 
 
@@ -106,7 +105,6 @@ CONFIG_FIELDS = (
     "rope_parameters",
     "auto_map",
     "use_cache",
-    "dtype",
 )
 CORE = "transformer.core_block.0."
 SIGNATURE = ("transformer.adapter.weight", f"{CORE}attn.Wqkv.weight", "lm_head.weight")
@@ -119,6 +117,8 @@ FAMILY = Family(
     config_fields=CONFIG_FIELDS,
     signature=SIGNATURE,
     buffers=hugging_face.BUFFERS,
+    dtype_fields=DTYPE_FIELDS,
+    auto_map=huginn.auto_map("smcleish/Recurrent-Llama-3.2-train-recurrence-4"),
 )
 OLMO_FAMILY = Family(
     name="raven_olmo",
@@ -128,4 +128,6 @@ OLMO_FAMILY = Family(
     config_fields=CONFIG_FIELDS,
     signature=(*SIGNATURE, f"{CORE}attn.q_norm.weight"),
     buffers=hugging_face.BUFFERS,
+    dtype_fields=DTYPE_FIELDS,
+    auto_map=huginn.auto_map("smcleish/Recurrent-OLMo-2-0425-train-recurrence-4"),
 )

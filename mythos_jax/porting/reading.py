@@ -5,6 +5,7 @@ Tensors stay in their files until they are asked for, so that memory holds one a
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from flax.traverse_util import flatten_dict
 
 from mythos_jax.config import ModelConfig, load_run_config, named_config
 from mythos_jax.config.files import read_yaml
+from mythos_jax.data.conventions import TextConventions
+from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_lfs_pointer, to_path
 from mythos_jax.porting import native
@@ -21,9 +24,10 @@ from mythos_jax.porting.dcp import DcpDirectory
 from mythos_jax.porting.directories import files_of, read_json
 from mythos_jax.porting.embedded import embedded_fields
 from mythos_jax.porting.families import detect, has_signature
-from mythos_jax.porting.family import Family
+from mythos_jax.porting.family import Family, own_fields
 from mythos_jax.porting.gguf_file import GgufFile
 from mythos_jax.porting.hub import resolve
+from mythos_jax.porting.origin import Origin, json_fields, read_origin
 from mythos_jax.porting.safetensors_files import SafetensorsFile
 from mythos_jax.porting.tensor_info import TensorInfo
 from mythos_jax.porting.torch_files import TorchFile
@@ -40,11 +44,17 @@ class Source(ABC):
     path: names it in reports and errors. tensors: those it has, under its family's names. tokenizer: its
     `tokenizer.json` if any, or the GGUF file that it is in. table: the rows that `config` asks for, whether or not the
     tensors are there. wrappers: parts of the stored names that were taken off, such as `_orig_mod.`. notes: lines that
-    say what was chosen among several, such as files.
+    say what was chosen among several, such as files. origin: what the files that the model was published in say beyond
+    our config, if that is known. directory: where other files are that belong to the model, if there is such a place;
+    weight_paths: those in it that hold its tensors. text: how it reads and writes text, if no file says that.
     """
 
     wrappers: Sequence[str] = ()
     notes: Sequence[str] = ()
+    origin: Origin | None = None
+    directory: Path | None = None
+    weight_paths: Sequence[Path] = ()
+    text: tuple[Tokenizer, TextConventions] | None = None
 
     def __init__(
         self,
@@ -119,6 +129,7 @@ class FileSource(Source):
                 "give its config (a config.json, or one of our YAML files)"
             )
         family = detect(fields if config is None else None, tensors, str(config_path))
+        own = None if config else own_fields(fields or {})
         if config is None:
             config = family.model_config(fields or {}, str(config_path))
         # A GGUF file has its tokenizer in itself.
@@ -133,6 +144,13 @@ class FileSource(Source):
             raise ConfigError(
                 f"{config_path}: is not the config of {path}, whose tensors are those of a {family.name} model"
             ) from None
+        self.directory = path if path.is_dir() and tokenizer.suffix != ".gguf" else None
+        self.weight_paths = [file.path for file in files]
+        if family is native.FAMILY:
+            self.origin = read_origin(path) if path.is_dir() else None
+        elif own is not None:
+            buffers = {name: partial(self.read, name) for name in family.stored_buffers(config) if name in tensors}
+            self.origin = Origin(family.name, json_fields(own), buffers)
 
     def _read(self, stored_name: str) -> np.ndarray:
         file, name = self._stored[stored_name]

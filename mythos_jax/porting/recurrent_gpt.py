@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from mythos_jax.config import ModelConfig
 from mythos_jax.porting.fields import Fields
 
@@ -65,6 +67,19 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
         "n_layers_in_coda": config.coda_layers,
         "mean_recurrence": config.loops,
     }
+
+
+def stored_buffers(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Cosines and sines of RoPE's angles, float32 [1, T, 1, k / 2, 2], as the originals compute and store them.
+
+    Each step is computed in float64 and rounded, which gives the originals' numbers, up to the last bit of some.
+    """
+    exponents = np.arange(0, config.gqa_head_dim, 2, dtype=np.float32) / np.float32(config.gqa_head_dim)
+    powers = np.float64(config.rope_theta) ** exponents.astype(np.float64)
+    frequencies = np.float32(1) / powers.astype(np.float32)
+    angles = np.outer(np.arange(config.max_seq_len, dtype=np.float32), frequencies).astype(np.float64)
+    table = np.stack([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
+    return {"freqs_cis": table[None, :, None]}
 
 
 def layer_prefixes(config: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Writing a model's directory: tensors, `config.json`, tokenizer. It appears complete or not at all."""
+"""Writing a model's tensors, and the directory that they go into, which appears complete or not at all."""
 
 import json
 import math
@@ -8,75 +8,81 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from mythos_jax.data.conventions import gguf_files
-from mythos_jax.data.tokenizer import TOKENIZER_FILE
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting.layouts import Shape
 from mythos_jax.porting.tables import ReadArray, Row, Table
+from mythos_jax.porting.torch_writer import TorchWriter
 from mythos_jax.progress import Progress
 
 SHARD_BYTES = 5 * 10**9
 
 WrittenTensors = dict[str, tuple[Shape, str]]  # shape and dtype by name
+ParameterDtype = Callable[[str], np.dtype]
 
 
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory that becomes `path` if the block succeeds and is deleted if it raises.
 
-    Raises ConfigError if `path` exists: nothing is ever overwritten.
+    Raises ConfigError if `path` exists and is not an empty directory: nothing is ever overwritten.
     """
     path = Path(path)
     refuse_existing(path)
+    path = path.resolve()  # a link to an empty directory stays a link
+    mounted = os.path.ismount(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Next to `path`, hence on the same file system, where a rename is atomic.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    # On the same file system as `path`, where a rename is atomic: next to it, unless it is a file system of its own.
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path if mounted else path.parent))
     try:
         os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes directories that only their owner can enter
         yield temporary
-        refuse_existing(path)
-        temporary.rename(path)
+        if mounted:
+            _move_into(temporary, path)
+        else:
+            refuse_existing(path)
+            temporary.rename(path)  # also onto an empty directory
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
+def _move_into(temporary: Path, path: Path) -> None:
+    """Moves the files of a directory up, the config last, without which there is no model."""
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+        file.rename(path / file.name)
+    temporary.rmdir()
+
+
 def refuse_existing(path: str | Path) -> None:
-    """Raises ConfigError if `path` exists or looks like the name of a file."""
+    """Raises ConfigError if `path` exists, except as an empty directory, or looks like the name of a file."""
     path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise ConfigError(f"{path}: exists already; allowed: a new path, since nothing is overwritten")
+    is_empty = path.is_dir() and next(path.iterdir(), None) is None
+    if not is_empty and (path.exists() or path.is_symlink()):
+        raise ConfigError(
+            f"{path}: exists already; allowed: a new path or an empty directory, since nothing is overwritten"
+        )
     if path.suffix in (".safetensors", ".pt", ".bin", ".json"):
         raise ConfigError(f"{path}: got the name of a file, allowed: a directory to create")
 
 
-def write_model(
+def write_tensors(
     directory: Path,
-    config_json: Mapping[str, Any],
     table: Table,
     parameter: ReadArray,
-    parameter_dtype: Callable[[str], np.dtype],
-    *,
-    tokenizer: Path | None = None,
+    parameter_dtype: ParameterDtype,
+    buffers: Mapping[str, np.ndarray],
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> WrittenTensors:
-    """Writes `config.json`, the table's tensors, and a copy of the tokenizer; returns the tensors written.
+    """Writes the table's tensors and `buffers` as safetensors; returns what was written.
 
     parameter: returns our parameter at a path; parameter_dtype: its dtype, without reading it. One shard is in memory
     at a time, which is the whole model if it fits into `shard_bytes`.
     """
-    (directory / "config.json").write_text(json.dumps(config_json, indent=1) + "\n", encoding="utf-8")
-    if tokenizer is not None and tokenizer.suffix == ".gguf":
-        for name, content in gguf_files(tokenizer).items():
-            (directory / name).write_bytes(content)
-    elif tokenizer is not None:
-        (directory / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
     shards = _shards(table, parameter_dtype, shard_bytes)
     written: WrittenTensors = {}
     weight_map: dict[str, str] = {}
@@ -90,7 +96,9 @@ def write_model(
             for row in rows:
                 tensors |= {name: np.ascontiguousarray(array) for name, array in row.write(parameter)}
                 bar.update()
-            _save(tensors, directory / file_name)
+            if number == len(shards):
+                tensors |= buffers
+            save_safetensors(tensors, directory / file_name)
             written |= {name: (array.shape, array.dtype.name) for name, array in tensors.items()}
             weight_map |= dict.fromkeys(tensors, file_name)
             total_bytes += sum(array.nbytes for array in tensors.values())
@@ -101,15 +109,43 @@ def write_model(
     return written
 
 
-def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+def write_pytorch_bin(
+    directory: Path,
+    table: Table,
+    parameter: ReadArray,
+    buffers: Mapping[str, np.ndarray],
+    progress: bool = True,
+) -> WrittenTensors:
+    """Writes `pytorch_model.bin`, always a single file, with one row of the table in memory at a time."""
+    written: WrittenTensors = {}
+    path = directory / "pytorch_model.bin"
+    with Progress(len(table.rows), "writing", "tensor", show=progress) as bar:
+        with TorchWriter(path) as file:
+            for row in table.rows:
+                for name, array in row.write(parameter):
+                    file.add(name, array)
+                    written[name] = array.shape, array.dtype.name
+                bar.update()
+            for name, array in buffers.items():
+                file.add(name, array)
+                written[name] = array.shape, array.dtype.name
+        _sync(path)
+    return written
+
+
+def save_safetensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     """Writes one safetensors file and waits until it is on the disk."""
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses files without a format
+    save_file(dict(tensors), path, metadata={"format": "pt"})  # transformers refuses files without a format
     path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _shards(table: Table, parameter_dtype: Callable[[str], np.dtype], max_bytes: int) -> list[list[Row]]:
+def _shards(table: Table, parameter_dtype: ParameterDtype, max_bytes: int) -> list[list[Row]]:
     """The rows in order, in shards of at most `max_bytes`; a row is never divided, even if it is larger."""
     shards: list[list[Row]] = [[]]
     shard_size = 0

@@ -45,7 +45,7 @@ class LoadedModel:
     step: of the checkpoint; None for a pretrained model.
     tokenizer_spec: as for `load_tokenizer`; None if there is no tokenizer.
     trained_on: what the checkpoint remembers of its data; nothing for a pretrained model.
-    family: the format of a pretrained model; None for a run.
+    family: the format that a pretrained model was published in; None for a run.
     """
 
     directory: Path
@@ -163,7 +163,7 @@ def load_model(
         step=None,
         mesh=device_mesh,
         tokenizer_spec=_spec(tokenizer or source.tokenizer),
-        family=source.family.name,
+        family=source.origin.family if source.origin else source.family.name,
     )
 
 
@@ -190,7 +190,10 @@ def open_source(path: str | Path, config: str | Path | None = None, overrides: S
     if tokenizer is None and not run.config.data.task.name:
         log0(f"{path}: has no {TOKENIZER_FILE}, so the converted model gets none")
     has_file = tokenizer is not None and tokenizer.fingerprint != ByteTokenizer.fingerprint
-    return VariablesSource(run.config.model, run.variables, path, run.tokenizer_spec if has_file else None)
+    source = VariablesSource(run.config.model, run.variables, path, run.tokenizer_spec if has_file else None)
+    if tokenizer is not None and source.tokenizer is not None:
+        source.text = tokenizer, run.conventions
+    return source
 
 
 def _load_run(

@@ -258,7 +258,8 @@ def test_hub_id_is_downloaded(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_: SimpleNamespace(siblings=files))
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert load_pretrained("someone/huginn")[0] == golden.load("huginn")[0]
-    assert requested == {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"]}
+    assert {"*.json", "*.jinja", "*.py", "*.safetensors"} <= {*requested["allow_patterns"]}
+    assert "*.bin" not in requested["allow_patterns"]
 
 
 # Pickles.
