@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="a run, a directory, a file (.safetensors, .gguf, .pt and others), or a hub id",
     )
-    parser.add_argument("target", type=path, metavar="DST", help="a directory that does not exist yet")
+    parser.add_argument("target", type=path, metavar="DST", help="a directory that does not exist yet, or is empty")
     parser.add_argument(
         "--to", required=True, metavar="FORMAT", help="a format of docs/weights.md, such as mythos_jax or llama"
     )
