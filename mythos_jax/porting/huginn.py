@@ -136,7 +136,7 @@ def initial_state(fields: Fields, common: Mapping[str, Any]) -> dict[str, Any]:
     `state_init`."""
     usual = _usual_std(common["dim"])
     std = _init_values(fields).number("std", usual)
-    if std == 0:
+    if std <= 0:
         return {"initial_state": "zeros"}
     is_noise = common["initial_state"] == "noise" and not math.isclose(std, usual)
     return {"initial_noise_std": std} if is_noise else {}
