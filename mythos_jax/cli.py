@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from mythos_jax import interrupts
-from mythos_jax.commands import compile, convert, data, eval, generate, info, train, train_predictor
+from mythos_jax.commands import chat, compile, convert, data, eval, generate, info, train, train_predictor
 from mythos_jax.commands.words import find_parser, split_overrides
 from mythos_jax.errors import (
     CLOSED_PIPE,
@@ -39,6 +39,7 @@ COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "eval": eval,
     "generate": generate,
+    "chat": chat,
     "train-predictor": train_predictor,
     "info": info,
     "compile": compile,

@@ -1,5 +1,5 @@
 """Ctrl-C where Python alone would show a traceback, crash, or go on: while modules are imported, and in callbacks whose
-exceptions nobody catches."""
+exceptions nobody catches; and Ctrl-C that stops a part of a program."""
 
 import contextlib
 import os
@@ -63,6 +63,28 @@ def caught() -> Iterator[list[int]]:
     finally:
         sys.unraisablehook = previous
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[int]]:
+    """Notes the first Ctrl-C in the block, in the list that it yields, for a loop to stop at when it is ready. The next
+    one does what Ctrl-C did before."""
+    pressed: list[int] = []
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield pressed
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            previous(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _importing(frame: FrameType | None) -> bool:

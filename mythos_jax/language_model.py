@@ -13,7 +13,9 @@ from mythos_jax.config import Config, MeshConfig
 from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.evaluation.evaluate import evaluate_model, evaluate_on_tasks
 from mythos_jax.evaluation.results import Evaluation
-from mythos_jax.inference.text import Seed, TextOptions, TextStream, stream_texts, text_logits
+from mythos_jax.inference.chat import Chat, as_messages
+from mythos_jax.inference.chat_template import Message
+from mythos_jax.inference.text import RowOptions, Seed, TextOptions, TextStream, stream_texts, text_logits
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel, load_model
@@ -58,6 +60,7 @@ class LanguageModel:
 
         lm = mythos_jax.load("runs/quickstart")
         lm.generate("def main", loops=16, halting="latent:0.03")
+        lm.chat("What is the capital of France?")
         lm.model.apply(lm.variables, tokens_BT)
 
     loaded: the parts, and where they come from (`directory`, `step`).
@@ -153,6 +156,48 @@ class LanguageModel:
             single = TextStream((piece for (piece,) in pieces), pieces.stats)
             return single if stream else "".join(single)
         return pieces if stream else ["".join(parts) for parts in zip(*pieces, strict=True)]
+
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        chat_template: str | Path | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[RowOptions],
+    ) -> str: ...
+
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        chat_template: str | Path | None = None,
+        stream: Literal[True],
+        **options: Unpack[RowOptions],
+    ) -> TextStream[str]: ...
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        chat_template: str | Path | None = None,
+        stream: bool = False,
+        **options: Unpack[RowOptions],
+    ) -> str | TextStream[str]:
+        """The model's answer to a question, or to a conversation: messages such as {"role": "user", "content": "Hi"},
+        of which the last is answered.
+
+        system: a message before the first. chat_template: a Jinja file (default: the model's own template).
+        stream, options: as in `generate`; max_new_tokens: default: as many as fit, at most 512.
+
+        Raises ConfigError for a conversation or a number that the model cannot take, or a model without a template.
+        """
+        pieces = Chat(self.loaded, chat_template).stream(as_messages(messages, system), **options)
+        return pieces if stream else "".join(pieces)
 
     def logits(
         self,

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer
 
 from mythos_jax.data.gguf import tokenizer_json
 from mythos_jax.flops import count_parameters
+from mythos_jax.inference.chat import Chat
+from mythos_jax.language_model import load
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.porting.hub import resolve
@@ -52,6 +54,16 @@ def test_logits_likelihood_and_greedy_tokens(prompt):
 
 def test_size():
     assert count_parameters(smollm2()[0]) == 134_515_008
+
+
+def test_an_answer_in_a_chat():
+    """The tokens of transformers' `apply_chat_template`, and its greedy answer."""
+    prompt, lm = PROMPTS["prompts"]["chat"], load("smollm2")
+    assert Chat(lm.loaded).tokens(prompt["messages"]) == prompt["ids"]
+    assert lm.chat(prompt["messages"], max_new_tokens=24) == prompt["greedy_text"]
+    question = lm.chat("What is the capital of France?", stream=True)
+    assert "".join(question) == "The capital of France is Paris."
+    assert len(question.stats.loops) == 8  # the last of them ends the answer, and is not printed
 
 
 def test_token_ids():

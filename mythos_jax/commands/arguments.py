@@ -3,13 +3,14 @@
 import argparse
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import expand
-from mythos_jax.typed import NonNegativeInt, PositiveInt, Seed
+from mythos_jax.typed import Between, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 
 if TYPE_CHECKING:
+    from mythos_jax.inference.text import RowOptions
     from mythos_jax.model.halting import Halting
 
 
@@ -97,6 +98,80 @@ def add_seed(parser: argparse.ArgumentParser, use: str, default: int | None = 0)
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=path, metavar="FILE", help='for a model that has none: a tokenizer.json, or "bytes"'
+    )
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """How text is generated; see `generation_options`."""
+    positive = of_type(PositiveInt)
+    parser.add_argument("--loops", type=positive, metavar="N", help="depth (default: the config's)")
+    parser.add_argument(
+        "--halting", type=halting_policy, metavar="CRITERION[:T]", help="let tokens stop early: act, latent:0.03, kl, …"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens to generate (default: as many as fit in the model's context, at most 128, in a chat 512)",
+    )
+    parser.add_argument(
+        "--temperature", type=of_type(NonNegativeFloat), default=0.0, metavar="T", help="0 (the default) is greedy"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=of_type(NonNegativeInt),
+        default=0,
+        metavar="K",
+        help="sample from the K most likely tokens; 0 (the default): all",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=of_type(Annotated[float, Between(0, 1, "(]")]),
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely tokens of total mass P",
+    )
+    add_seed(parser, "random seed")
+    parser.add_argument(
+        "--draft-loops",
+        type=positive,
+        metavar="D",
+        help="draft tokens with D loops and verify them at full depth: the same text, faster",
+    )
+    parser.add_argument("--draft-tokens", type=positive, default=3, metavar="N", help="tokens per draft (default 3)")
+    parser.add_argument(
+        "--loop-cache-slots", type=positive, metavar="N", help="bound the cache: loop t uses slot t mod N (approximate)"
+    )
+    parser.add_argument(
+        "--prefill-chunk",
+        type=positive,
+        metavar="N",
+        help="prompt tokens processed at a time (default 512, in a chat 64)",
+    )
+
+
+def generation_options(arguments: argparse.Namespace) -> "RowOptions":
+    """The keywords of generation that `add_generation` has read."""
+    options: RowOptions = {
+        "loops": arguments.loops,
+        "halting": arguments.halting,
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+        "draft_loops": arguments.draft_loops,
+        "draft_tokens": arguments.draft_tokens,
+        "loop_cache_slots": arguments.loop_cache_slots,
+    }
+    return options if arguments.prefill_chunk is None else {**options, "prefill_chunk": arguments.prefill_chunk}
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Where a conversation starts, and how it is written."""
+    parser.add_argument("--system", metavar="TEXT", help="a system message, before the first question")
+    parser.add_argument(
+        "--chat-template", type=path, metavar="FILE", help="a Jinja template (default: the model's own)"
     )
 
 

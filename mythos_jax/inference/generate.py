@@ -5,7 +5,7 @@ a `State`, so a long prompt is fed in chunks of one compiled size, and a stream 
 stops at `until`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Unpack, cast
 
@@ -92,6 +92,7 @@ def stream(
     lengths: Lengths = None,
     *,
     every: int = STREAM_TOKENS,
+    keep: Callable[[Cache], None] | None = None,
     **options: Unpack[Options],
 ) -> Iterator[GenerateResult]:
     """Like `generate`, with its keywords and its errors (raised at once), but in pieces as they are decoded.
@@ -99,18 +100,22 @@ def stream(
     Each piece is what came since the one before, in NumPy: tokens and loops int32 [B, n] with n up to `every`, and for
     each row how many of the n are its own. Concatenated, they are what `generate` returns. The first piece is the
     first token. The device is read once per piece, not per token.
+
+    keep: is called before each piece with the cache, which is the caller's until the next piece is asked for.
     """
     check(every >= 1, "every", every, "an integer >= 1")
-    return _pieces(prepare(model, variables, tokens_BT, lengths, **options), every)
+    return _pieces(prepare(model, variables, tokens_BT, lengths, **options), every, keep)
 
 
-def _pieces(job: Job, every: int) -> Iterator[GenerateResult]:
+def _pieces(job: Job, every: int, keep: Callable[[Cache], None] | None) -> Iterator[GenerateResult]:
     if job.max_new_tokens == 0:
         return
     state, seen, before_B = prefill_all(job), 0, 0
     while True:
         result, step, done_B = jax.device_get((state.result, state.step, state.done_B))
         now_B = result.lengths
+        if keep is not None:
+            keep(state.cache)
         yield GenerateResult(result.tokens[:, seen:step], now_B - before_B, result.loops[:, seen:step])
         seen, before_B = int(step), now_B
         if done_B.all() or seen == job.max_new_tokens:

@@ -10,7 +10,7 @@ import numpy as np
 from mythos_jax.config import ModelConfig
 from mythos_jax.inference.sampling import Sampling
 from mythos_jax.inference.state import GenerateResult, Job, Setup, State
-from mythos_jax.model.cache import init_cache
+from mythos_jax.model.cache import Cache, init_cache
 from mythos_jax.model.halting import Halting, check_halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import check_predictor
@@ -27,6 +27,8 @@ class Options(TypedDict, total=False):
 
     room: of `stream` only, new tokens to make room for (default: max_new_tokens); with the same room, requests for
     different numbers of tokens share a program.
+    cache: of `stream` only, what a request with the same keywords, width and room has left, cut back to the tokens that
+    all rows begin with, which are then not read again.
     """
 
     max_new_tokens: int
@@ -41,6 +43,7 @@ class Options(TypedDict, total=False):
     loop_cache_slots: int | None
     prefill_chunk: int
     room: int
+    cache: Cache | None
 
 
 def prepare(
@@ -61,6 +64,7 @@ def prepare(
     loop_cache_slots: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     room: int | None = None,
+    cache: Cache | None = None,
 ) -> Job:
     """Checks a request. Raises ValueError with one line that names the argument, what it got and what is allowed."""
     config = model.config
@@ -79,13 +83,15 @@ def prepare(
     (B, T), N = tokens_BT.shape, max_new_tokens if room is None else max(room, max_new_tokens)
     size = min(T, prefill_chunk)
     # Chunks that no row reaches are not read, and those that are read have one size: lengths compile nothing.
-    starts = range(0, int(lengths_B.max()), size)
-    padded_BT = np.pad(tokens_BT, ((0, 0), (0, -T % size)))
+    starts = range(0 if cache is None else int(cache.length_B[0]), int(lengths_B.max()), size)
+    padded_BT = np.pad(tokens_BT, ((0, 0), (0, size)))
     active_BT = np.arange(padded_BT.shape[1]) < lengths_B[:, None]
-    state = State(
+    if cache is None:
         # With as many slots as loops, nothing is shared and nothing is approximate.
         # No row is longer than max_seq_len, whatever the padding of the prompts.
-        cache=init_cache(config, B, min(T + N, config.max_seq_len), loops, slots if slots and slots < loops else None),
+        cache = init_cache(config, B, min(T + N, config.max_seq_len), loops, slots if slots and slots < loops else None)
+    state = State(
+        cache=cache,
         done_B=jnp.zeros(B, bool),
         step=jnp.int32(0),
         result=GenerateResult(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mythos_jax.config import ModelConfig
 from mythos_jax.inference.generate import begin, prefill_all
 from mythos_jax.inference.request import Lengths, Options, Tokens, check, prepare
 from mythos_jax.inference.state import GenerateResult, Setup
@@ -124,14 +125,9 @@ def _start(
     options: Options,
 ) -> tuple[Setup, Progress]:
     """Checks the arguments and reads the prompts."""
-    _check_options(options)
     job = prepare(model, variables, tokens_BT, lengths, **options)
-    setup, limit = job.setup, model.config.max_seq_len - 1
-    check(1 <= draft_loops <= setup.loops, "draft_loops", draft_loops, f"1 to loops, {setup.loops}")
-    check(1 <= draft_tokens <= limit, "draft_tokens", draft_tokens, f"1 to {limit}, one below max_seq_len")
-    if setup.halting is not None:
-        allowed = f"{', '.join(STATE_CRITERIA)} with draft_loops (criteria that look at the state only)"
-        check(setup.halting.criterion in STATE_CRITERIA, "halting criterion", repr(setup.halting.criterion), allowed)
+    check_drafts(model.config, draft_loops, draft_tokens, options)
+    setup = job.setup
     state = prefill_all(job) if job.max_new_tokens else job.state
     plain, (drafted, accepted) = state.result, (jnp.zeros(len(state.done_B), jnp.int32) for _ in range(2))
     result = SpeculativeResult(plain.tokens, plain.lengths, plain.loops, drafted, accepted, rounds=jnp.int32(0))
@@ -139,14 +135,20 @@ def _start(
     return setup, Progress(state.cache, state.done_B, first_B, result)
 
 
-def _check_options(options: Options) -> None:
-    """Refuses options of `generate` that drafts would have to ignore."""
+def check_drafts(config: ModelConfig, draft_loops: int, draft_tokens: int, options: Options) -> None:
+    """Raises ValueError for drafts that cannot be made, and options of `generate` that they would have to ignore."""
     for name, value, allowed in [
         ("temperature", options.get("temperature"), "0 (greedy)"),
         ("loop_cache_slots", options.get("loop_cache_slots"), "none (one slot per loop)"),
     ]:
         if value:
             raise ValueError(f"{name}: got {value}, allowed with draft_loops: {allowed}")
+    loops, limit, halting = options.get("loops") or config.loops, config.max_seq_len - 1, options.get("halting")
+    check(1 <= draft_loops <= loops, "draft_loops", draft_loops, f"1 to loops, {loops}")
+    check(1 <= draft_tokens <= limit, "draft_tokens", draft_tokens, f"1 to {limit}, one below max_seq_len")
+    if halting is not None:
+        known = f"{', '.join(STATE_CRITERIA)} with draft_loops (criteria that look at the state only)"
+        check(halting.criterion in STATE_CRITERIA, "halting criterion", repr(halting.criterion), known)
 
 
 @partial(jax.jit, static_argnames=("draft_loops", "draft_tokens"), donate_argnames="progress")

@@ -1,10 +1,10 @@
 """Text in, text out: prompts continued as they are decoded, and the logits of a text."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from mythos_jax.inference.sampling import position_noise
 from mythos_jax.inference.speculative import SpeculativeResult, stream_drafts
 from mythos_jax.inference.state import GenerateResult
 from mythos_jax.model.apply import apply
+from mythos_jax.model.cache import Cache
 from mythos_jax.model.halting import Halting, check_halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import Output
@@ -48,11 +49,16 @@ class GenerationStats:
     drafted: int = 0
     accepted: int = 0
 
+    @property
+    def brief(self) -> str:
+        """Tokens, loops per token and speed."""
+        mean = f", {np.mean(self.loops):.2f} loops per token" if self.loops else ""
+        speed = f", {self.timed_tokens / self.seconds:.1f} tokens/s" if self.timed_tokens else ""
+        drafts = f", {self.accepted / self.drafted:.0%} of drafts accepted" if self.drafted else ""
+        return f"{len(self.loops)} tokens{mean}{drafts}{speed}"
+
     def __str__(self) -> str:
-        mean = f"{np.mean(self.loops):.2f} loops per token, " if self.loops else ""
-        speed = f"{self.timed_tokens / self.seconds:.1f} tokens/s, " if self.timed_tokens else ""
-        drafts = f"{self.accepted / self.drafted:.0%} of drafts accepted, " if self.drafted else ""
-        return f"{len(self.loops)} tokens, {mean}{drafts}{speed}{self.cache_bytes_per_token:,} bytes of cache per token"
+        return f"{self.brief}, {self.cache_bytes_per_token:,} bytes of cache per token"
 
 
 class TextStream(Iterator[Piece], Generic[Piece]):
@@ -66,8 +72,8 @@ class TextStream(Iterator[Piece], Generic[Piece]):
         return next(self._pieces)
 
 
-class TextOptions(TypedDict, total=False):
-    """The keywords of `stream_texts`, which says what they mean."""
+class RowOptions(TypedDict, total=False):
+    """Those keywords of `stream_texts`, which says what they mean, that tokens can be continued with."""
 
     loops: int | None
     halting: Halting | str | None
@@ -81,26 +87,16 @@ class TextOptions(TypedDict, total=False):
     initial_state: str | None
     loop_cache_slots: int | None
     prefill_chunk: int
+
+
+class TextOptions(RowOptions, total=False):
+    """The keywords of `stream_texts`."""
+
     special_tokens: bool
 
 
 def stream_texts(
-    loaded: LoadedModel,
-    texts: Sequence[str],
-    *,
-    loops: int | None = None,
-    halting: Halting | str | None = None,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: Seed = 0,
-    draft_loops: int | None = None,
-    draft_tokens: int = 3,
-    initial_state: str | None = None,
-    loop_cache_slots: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
-    special_tokens: bool = False,
+    loaded: LoadedModel, texts: Sequence[str], *, special_tokens: bool = False, **options: Unpack[RowOptions]
 ) -> TextStream[list[str]]:
     """Continues texts as one batch, each up to a stop token, in pieces: one per text and yield.
 
@@ -116,17 +112,50 @@ def stream_texts(
 
     Raises ConfigError, at once, for a text or a number that the model cannot take, or a model without a tokenizer.
     """
-    tokenizer = _text_tokenizer(loaded)
-    depth = loops or loaded.config.model.loops
-    stats = GenerationStats(cache_bytes(loaded.config.model, min(loop_cache_slots or depth, depth)))
-    if not texts:
+    text_tokenizer(loaded)
+    rows = [_encode(loaded, text, special_tokens) for text in texts]
+    return stream_rows(loaded, rows, stop_tokens=loaded.conventions.stop_tokens, **options)
+
+
+def stream_rows(
+    loaded: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    stop_tokens: Sequence[int],
+    width: int | None = None,
+    most_tokens: int = MOST_TOKENS,
+    cache: Cache | None = None,
+    keep: Callable[[Cache], None] | None = None,
+    loops: int | None = None,
+    halting: Halting | str | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: Seed = 0,
+    draft_loops: int | None = None,
+    draft_tokens: int = 3,
+    initial_state: str | None = None,
+    loop_cache_slots: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> TextStream[list[str]]:
+    """The text that follows tokens. Keywords as in `stream_texts`.
+
+    width: of the batch (default: few widths, so that few programs are compiled). most_tokens: new ones, if
+    max_new_tokens does not say. cache, keep: as in `inference.generate.stream`; not with draft_loops.
+    """
+    config = loaded.config.model
+    depth = loops or config.loops
+    stats = GenerationStats(cache_bytes(config, min(loop_cache_slots or depth, depth)))
+    if not rows:
         return TextStream(iter(()), stats)
-    tokens_BT, lengths_B = _encode(loaded, texts, loaded.config.model.max_seq_len, special_tokens)
+    tokens_BT, lengths_B = _pad(rows, config.max_seq_len, width)
+    drafts = draft_loops is not None
     options: dict[str, Any] = {
         "loops": loops,
         "halting": Halting.parse(halting) if isinstance(halting, str) else halting,
-        **_new_tokens(max_new_tokens, loaded.config.model.max_seq_len, int(lengths_B.max()), draft_loops is not None),
-        "stop_tokens": loaded.conventions.stop_tokens,
+        **_new_tokens(max_new_tokens, config.max_seq_len, int(lengths_B.max()), drafts, most_tokens),
+        "stop_tokens": stop_tokens,
         "seed": seed,
         "temperature": temperature,
         "top_k": top_k,
@@ -134,46 +163,47 @@ def stream_texts(
         "initial_state": initial_state,
         "loop_cache_slots": loop_cache_slots,
         "prefill_chunk": prefill_chunk,
-        **({} if draft_loops is None else {"draft_loops": draft_loops, "draft_tokens": draft_tokens}),
+        **({"draft_loops": draft_loops, "draft_tokens": draft_tokens} if drafts else {"cache": cache, "keep": keep}),
     }
     try:
         with use_mesh(loaded.mesh):
-            decode = stream if draft_loops is None else stream_drafts
+            decode = stream_drafts if drafts else stream
             results = decode(loaded.model, loaded.variables, tokens_BT, lengths_B, **options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    detokenizers = [StreamingDetokenizer(tokenizer, tokens[:n]) for tokens, n in zip(tokens_BT, lengths_B, strict=True)]
-    return TextStream(_decode(_on_mesh(loaded, results), detokenizers, stats), stats)
+    detokenizers = [StreamingDetokenizer(text_tokenizer(loaded), row) for row in rows]
+    return TextStream(_decode(_on_mesh(loaded, results), detokenizers, set(stop_tokens), stats), stats)
 
 
-def _text_tokenizer(loaded: LoadedModel) -> Tokenizer:
+def text_tokenizer(loaded: LoadedModel) -> Tokenizer:
     """Raises ConfigError for a model of a reasoning task, or one without a tokenizer."""
     if task := loaded.config.data.task.name:
         raise ConfigError(f"{loaded.directory}: was trained on task {task}, not on text; allowed: `mythos eval`")
     return loaded.require_tokenizer()
 
 
-def _new_tokens(asked: int | None, max_len: int, longest: int, drafts: bool) -> dict[str, int]:
+def _new_tokens(asked: int | None, max_len: int, longest: int, drafts: bool, most: int) -> dict[str, int]:
     """The number of new tokens, by default as many as fit. Without drafts, texts of all lengths then share a program,
     which has room for `room` of them."""
     if asked is not None:
         return {"max_new_tokens": asked}
-    fitting = {"max_new_tokens": max(1, min(MOST_TOKENS, max_len - longest))}
-    return fitting if drafts else {**fitting, "room": min(MOST_TOKENS, max_len)}
+    fitting = {"max_new_tokens": max(1, min(most, max_len - longest))}
+    return fitting if drafts else {**fitting, "room": min(most, max_len)}
 
 
-def _encode(
-    loaded: LoadedModel, texts: Sequence[str], max_width: int, special_tokens: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """The texts' tokens after those that a text starts with, int32 [B, T] with padding on the right, and lengths [B].
+def _encode(loaded: LoadedModel, text: str, special_tokens: bool) -> list[int]:
+    """A text's tokens, after those that a text starts with."""
+    return loaded.conventions.begin(loaded.require_tokenizer().encode(text, special_tokens).tolist())
 
-    T is one of few widths, at most `max_width` (if the texts are not longer), so that few programs are compiled.
+
+def _pad(rows: Sequence[Sequence[int]], max_width: int, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens as int32 [B, T] with padding on the right, and lengths [B].
+
+    T is `width` or one of few widths, at most `max_width`, but never less than the longest row.
     """
-    encode, begin = loaded.require_tokenizer().encode, loaded.conventions.begin
-    rows = [begin(encode(text, special_tokens).tolist()) for text in texts]
     lengths_B = np.array([len(row) for row in rows], np.int32)
     longest = int(lengths_B.max())
-    tokens_BT = np.zeros((len(rows), max(longest, min(padded_width(longest), max_width))), np.int32)
+    tokens_BT = np.zeros((len(rows), max(longest, min(width or padded_width(longest), max_width))), np.int32)
     for row, tokens in zip(tokens_BT, rows, strict=True):
         row[: len(tokens)] = tokens
     return tokens_BT, lengths_B
@@ -186,9 +216,13 @@ def padded_width(length: int) -> int:
 
 
 def _decode(
-    results: Iterator[GenerateResult], detokenizers: Sequence[StreamingDetokenizer], stats: GenerationStats
+    results: Iterator[GenerateResult],
+    detokenizers: Sequence[StreamingDetokenizer],
+    stop_tokens: set[int],
+    stats: GenerationStats,
 ) -> Iterator[list[str]]:
-    """Text of each piece of tokens, and at last the characters that never became complete."""
+    """Text of each piece of tokens, and at last the characters that never became complete. A stop token, which only the
+    last of a row can be, is no text, whatever it is otherwise."""
     started = time.perf_counter()
     for i, piece in enumerate(results):
         lengths = [int(n) for n in piece.lengths]
@@ -200,7 +234,7 @@ def _decode(
             stats.loops += piece.loops[row, :n].tolist()
         if isinstance(piece, SpeculativeResult):
             stats.drafted, stats.accepted = int(piece.drafted.sum()), int(piece.accepted.sum())
-        tokens = [piece.tokens[row, :n].tolist() for row, n in enumerate(lengths)]
+        tokens = [[t for t in piece.tokens[row, :n].tolist() if t not in stop_tokens] for row, n in enumerate(lengths)]
         yield [detokenizer.add(new) for detokenizer, new in zip(detokenizers, tokens, strict=True)]
     yield [detokenizer.add([], last=True) for detokenizer in detokenizers]
 
@@ -234,7 +268,7 @@ def text_logits(
     """
     policy = Halting.parse(halting) if isinstance(halting, str) else halting
     if isinstance(text_or_tokens, str):
-        tokens = _encode(loaded, [text_or_tokens], 0, special_tokens)[0][0]
+        tokens = np.array(_encode(loaded, text_or_tokens, special_tokens), np.int32)
     else:
         tokens = np.asarray(text_or_tokens)
     config = loaded.config.model

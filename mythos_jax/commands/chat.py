@@ -1,0 +1,198 @@
+"""`mythos chat`: a conversation, line by line."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from mythos_jax import interrupts
+from mythos_jax.commands.arguments import (
+    add_chat,
+    add_generation,
+    add_step,
+    add_tokenizer,
+    generation_options,
+    halting_policy,
+    of_type,
+    path,
+)
+from mythos_jax.errors import DONE, ConfigError, one_line
+from mythos_jax.streams import say
+from mythos_jax.typed import Between, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, nearest_name
+
+if TYPE_CHECKING:
+    from mythos_jax.inference.chat import Chat
+    from mythos_jax.inference.text import RowOptions, TextStream
+
+SUMMARY = "Talk with a model."
+
+PROMPT = "> "
+OFF = "off"
+# What each of these reads; their values are keywords of generation, `off` is the default.
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "loops": of_type(PositiveInt),
+    "halting": halting_policy,
+    "temperature": of_type(NonNegativeFloat),
+    "top-k": of_type(NonNegativeInt),
+    "top-p": of_type(Annotated[float, Between(0, 1, "(]")]),
+    "seed": of_type(Seed),
+    "max-new-tokens": of_type(PositiveInt),
+}
+DEFAULTS: dict[str, Any] = {"temperature": 0.0, "top-k": 0, "top-p": 1.0, "seed": 0}  # of the others None
+HELP = """\
+/loops 8               the depth of answers; without a value these show the one in use, and `off` restores the default
+/halting latent:0.03   let tokens stop early
+/temperature 0.7       also /top-k, /top-p, /seed, /max-new-tokens
+/system TEXT           the system message; `off` takes it away
+/undo                  forget the last question and its answer
+/reset                 forget all but the system message
+/quit                  leave, as does Ctrl-D
+Ctrl-C stops an answer. A line that starts with // is a question that starts with /."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=path, metavar="RUN|MODEL")
+    add_chat(parser)
+    add_tokenizer(parser)
+    add_step(parser)
+    add_generation(parser)
+    parser.set_defaults(takes_overrides=("mesh",))
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.inference.chat import Chat
+    from mythos_jax.runs.checkpoints import quiet_background_errors
+    from mythos_jax.runs.load import load_model
+
+    if not arguments.debug:
+        quiet_background_errors()
+    loaded = load_model(arguments.model, arguments.step, tokenizer=arguments.tokenizer, overrides=overrides)
+    chat, options = Chat(loaded, arguments.chat_template), generation_options(arguments)
+    chat.check(options)
+    return Talk(chat, options, arguments.system).run()
+
+
+class Talk:
+    """What is said and set in a conversation. A terminal is asked for questions; any other input is read line by line.
+
+    Answers go to standard output, all else to standard error.
+    """
+
+    def __init__(self, chat: "Chat", options: "RowOptions", system: str | None):
+        self._chat, self._options, self._system = chat, options, system
+        self._turns: list[Any] = []  # messages but for the system's
+        self._asks = sys.stdin.isatty()
+
+    def run(self) -> int:
+        """Answers every line. Returns the exit code."""
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are the tokenizer's to judge
+        if self._asks:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  `input` then edits lines and remembers them
+            say("mythos: ask a question; /help lists the commands, Ctrl-D leaves")
+        while (line := self._read()) is not None:
+            try:
+                if line.startswith("/") and not line.startswith("//"):
+                    if self._command(*line[1:].split(maxsplit=1)):
+                        break
+                elif line.strip():
+                    self._ask(line[1:] if line.startswith("//") else line)
+            except ConfigError as error:
+                say(f"mythos: {one_line(error)}")
+        return DONE
+
+    def _read(self) -> str | None:
+        """The next line; None at the end of the input, or if Ctrl-C is pressed twice at a prompt."""
+        if not self._asks:
+            line = sys.stdin.readline()
+            return line.rstrip("\r\n") if line else None
+        for hint in ("Ctrl-C again, or Ctrl-D, leaves", ""):
+            try:
+                return input(PROMPT)
+            except EOFError:
+                print()
+                return None
+            except KeyboardInterrupt:
+                print()
+                if hint:
+                    say(f"mythos: {hint}")
+        return None
+
+    def _ask(self, question: str) -> None:
+        """Streams the answer to a question, and remembers both. Raises ConfigError, and remembers nothing then."""
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        asked = [*system, *self._turns, {"role": "user", "content": question}]
+        messages = self._chat.fitting(asked, self._options.get("max_new_tokens"))
+        pieces = self._chat.stream(messages, **self._options)
+        if forgotten := len(asked) - len(messages):
+            say(f"mythos: the context is full; the {forgotten} oldest messages are forgotten")
+        answer = self._print(pieces)
+        if answer:
+            role = self._chat.template.answer_role
+            self._turns = [*messages[len(system) :], {"role": role, "content": answer}]
+        if sys.stderr.isatty() and pieces.stats.loops:
+            say(_dim(pieces.stats.brief))
+
+    def _print(self, pieces: "TextStream[str]") -> str:
+        """Prints an answer as it comes, and returns it, or the part that came before a Ctrl-C."""
+        answer = ""
+        with interrupts.noted() as pressed:
+            try:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+                    answer += piece
+                    if pressed:
+                        break
+            except KeyboardInterrupt:  # the second, if the next piece is not there yet
+                if not self._asks:
+                    raise
+            finally:
+                print(flush=True)
+        return answer
+
+    def _command(self, name: str = "", value: str | None = None) -> bool:
+        """Does what a line with a slash says; true if it says to leave."""
+        actions = {"help": lambda: say(HELP), "undo": self._undo, "reset": self._turns.clear}
+        if name in ("quit", "exit"):
+            return True
+        if name == "system":
+            self._set_system(value)
+        elif name in SETTINGS:
+            self._set(name, value)
+        elif name in actions:
+            actions[name]()
+        else:
+            known = [*actions, *SETTINGS, "system", "quit"]
+            near = nearest_name(name, known, cutoff=0.5)
+            hint = f"did you mean /{near}?" if near else f"allowed: {', '.join(f'/{word}' for word in known)}"
+            raise ConfigError(f"/{name}: no such command; {hint}")
+        return False
+
+    def _set(self, name: str, value: str | None) -> None:
+        """Changes a keyword of generation, or says what it is. Raises ConfigError for a value that it cannot have."""
+        key, options = name.replace("-", "_"), dict(self._options)
+        if value is not None:
+            try:
+                options[key] = DEFAULTS.get(name) if value == OFF else SETTINGS[name](value)
+            except argparse.ArgumentTypeError as error:
+                raise ConfigError(f"/{name}: {error}") from None
+            self._chat.check(cast("RowOptions", options))
+            self._options = cast("RowOptions", options)
+        say(f"mythos: {name} {OFF if options[key] is None else options[key]}")
+
+    def _set_system(self, text: str | None) -> None:
+        if text is not None:
+            self._system = None if text == OFF else text
+        say(f"mythos: system {OFF if self._system is None else self._system}")
+
+    def _undo(self) -> None:
+        """Forgets the last question and what followed it."""
+        while self._turns and self._turns.pop()["role"] != "user":
+            pass
+
+
+def _dim(text: str) -> str:
+    return text if "NO_COLOR" in os.environ else f"\x1b[2m{text}\x1b[0m"
