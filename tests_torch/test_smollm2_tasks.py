@@ -123,7 +123,7 @@ def test_multiple_choice(reports):
 def test_generation(reports):
     ours, theirs = (answers(report, "answer") for report in reports)
     assert ours == theirs
-    assert [report["results"]["answer"]["exact_match,none"] for report in reports] == [0.25, 0.25]
+    assert [report["results"]["answer"]["exact_match,none"] for report in reports] == [0.5, 0.5]
 
 
 def test_rolling_log_likelihood(reports):

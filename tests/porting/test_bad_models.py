@@ -65,7 +65,17 @@ def missing_shard():
     return "model", "model/model.safetensors.index.json: names shard model-00002-of-00002.safetensors, which is missing"
 
 
-CASES = [truncated_gguf, undefined_quantisation, unknown_quantisation, sliding_window, missing_shard]
+def two_formats():
+    """Weights of several names, none of them the usual one; where a name is, a line says what else was left."""
+    shutil.copy(TINY, copy("llama") / "other.gguf")
+    Path("model/model.safetensors").rename("model/weights.safetensors")
+    return (
+        "model",
+        "model: got weight files: other.gguf, weights.safetensors, allowed: one of them (name it), or an index",
+    )
+
+
+CASES = [two_formats, truncated_gguf, undefined_quantisation, unknown_quantisation, sliding_window, missing_shard]
 
 
 def assert_one_line(words, message, capfd):
