@@ -24,7 +24,7 @@ from mythos_jax.typed import Between, NonNegativeFloat, NonNegativeInt, Positive
 
 if TYPE_CHECKING:
     from mythos_jax.inference.chat import Chat
-    from mythos_jax.inference.text import RowOptions, TextStream
+    from mythos_jax.inference.text import RowOptions
 
 SUMMARY = "Talk with a model."
 
@@ -122,25 +122,17 @@ class Talk:
         return None
 
     def _ask(self, question: str) -> None:
-        """Streams the answer to a question, and remembers both. Raises ConfigError, and remembers nothing then."""
+        """Prints the answer to a question as it comes, and remembers both, also of an answer that Ctrl-C stopped the
+        part before that. Raises ConfigError, and remembers nothing then."""
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         asked = [*system, *self._turns, {"role": "user", "content": question}]
-        messages = self._chat.fitting(asked, self._options.get("max_new_tokens"))
-        pieces = self._chat.stream(messages, **self._options)
-        if forgotten := len(asked) - len(messages):
-            say(f"mythos: the context is full; the {forgotten} oldest messages are forgotten")
-        answer = self._print(pieces)
-        if answer:
-            role = self._chat.template.answer_role
-            self._turns = [*messages[len(system) :], {"role": role, "content": answer}]
-        if sys.stderr.isatty() and pieces.stats.loops:
-            say(_dim(pieces.stats.brief))
-
-    def _print(self, pieces: "TextStream[str]") -> str:
-        """Prints an answer as it comes, and returns it, or the part that came before a Ctrl-C."""
-        answer = ""
+        answer, pieces = "", None
         with interrupts.noted() as pressed:
             try:
+                messages = self._chat.fitting(asked, self._options.get("max_new_tokens"))
+                pieces = self._chat.stream(messages, **self._options)
+                if forgotten := len(asked) - len(messages):
+                    say(f"mythos: the context is full; the {forgotten} oldest messages are forgotten")
                 for piece in pieces:
                     print(piece, end="", flush=True)
                     answer += piece
@@ -150,8 +142,13 @@ class Talk:
                 if not self._asks:
                     raise
             finally:
-                print(flush=True)
-        return answer
+                if pieces is not None:
+                    print(flush=True)
+        if answer:
+            role = self._chat.template.answer_role
+            self._turns = [*messages[len(system) :], {"role": role, "content": answer}]
+        if pieces is not None and pieces.stats.loops and sys.stderr.isatty():
+            say(_dim(pieces.stats.brief))
 
     def _command(self, name: str = "", value: str | None = None) -> bool:
         """Does what a line with a slash says; true if it says to leave."""
