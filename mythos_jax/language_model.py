@@ -18,6 +18,7 @@ from mythos_jax.inference.chat_template import Message
 from mythos_jax.inference.text import RowOptions, Seed, TextOptions, TextStream, stream_texts, text_logits
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.storage import Dtype, Storage
 from mythos_jax.runs.load import LoadedModel, load_model
 
 Texts = list[str] | tuple[str, ...]  # not Sequence[str], which a str is, too
@@ -31,6 +32,8 @@ def load(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     mesh: MeshConfig | None = None,
+    dtype: Dtype = "float32",
+    weights: Literal["int8"] | None = None,
     overrides: Sequence[str] = (),
 ) -> "LanguageModel":
     """A trained model, ready to use.
@@ -41,11 +44,15 @@ def load(
     tokenizer: a `tokenizer.json` or "bytes", for a model that has none.
     mesh: how the weights are divided over the devices. Default: as in training if that fits the devices that are here,
       else the default mesh.
+    dtype: of the stored weights; bfloat16 or float16 take half the memory. weights: "int8" stores the matrices as int8,
+      with a scale per output channel: a quarter of the memory, and faster decoding (docs/speed.md).
     overrides: command-line words that set fields of the config, such as `["--evaluation.max_rows", "100"]`.
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
-    return LanguageModel(load_model(path, step, config=config, tokenizer=tokenizer, mesh=mesh, overrides=overrides))
+    storage = Storage.named(dtype, weights)
+    loaded = load_model(path, step, config=config, tokenizer=tokenizer, mesh=mesh, storage=storage, overrides=overrides)
+    return LanguageModel(loaded)
 
 
 def evaluate(model: "LanguageModel | str | Path", data: str | Path | None = None, **options: Any) -> Evaluation:

@@ -13,6 +13,7 @@ from mythos_jax.model.gather import sharded_weight
 from mythos_jax.model.layers import Linear, RMSNorm, apply_rope, matrix_init, rms_norm, rope_tables
 from mythos_jax.model.state import TokenInputs
 from mythos_jax.ops.attention import Mask, attend
+from mythos_jax.ops.narrow import linear, linear_per_head, some_outputs
 from mythos_jax.sharding import constrain
 
 # Parcae's QK norm uses float32's machine epsilon, not the model's norm_eps.
@@ -130,8 +131,9 @@ class MultiHeadLatentAttention(nn.Module):
         positions = "keys" if cache.kv is None or x_BTD.shape[1] > 1 else "cache_length"
         seen = constrain(seen, "batch", positions, "latent")
 
-        kv_up = sharded_weight(self, "kv_up", (R, H, nope + V), ("latent", "heads", "head_dim"), c.std, x_BTD.dtype)
-        k_up_RHK, v_up_RHV = kv_up[..., :nope], kv_up[..., nope:]
+        shape, axes = (R, H, nope + V), ("latent", "heads", "head_dim")
+        kv_up = sharded_weight(self, "kv_up", shape, axes, c.std, x_BTD.dtype, inputs=(0,))
+        k_up_RHK, v_up_RHV = some_outputs(kv_up, slice(nope)), some_outputs(kv_up, slice(nope, None))
         scale = (nope + rope) ** -0.5
         absorb = self.absorb
         if absorb is None:
@@ -140,15 +142,15 @@ class MultiHeadLatentAttention(nn.Module):
             absorb = cache.kv is not None and self._absorbed_is_cheaper(x_BTD.shape[1], seen.shape[1])
         if absorb:
             # q (U c) = (q U) c: the query moves into the space of the latents, and the weighted sum moves out of it.
-            query = jnp.concatenate([jnp.einsum("BTHK,RHK->BTHR", q_nope, k_up_RHK), q_rope], axis=-1)
+            query = jnp.concatenate([linear_per_head(q_nope, k_up_RHK, "OHI"), q_rope], axis=-1)
             out_BTHR = attend(query, seen[:, :, None], seen[:, :, None, :R], context.mask, scale)
-            out_BTHV = jnp.einsum("BTHR,RHV->BTHV", out_BTHR, v_up_RHV)
+            out_BTHV = linear_per_head(out_BTHR, v_up_RHV, "IHO")
         else:
             # All heads share the RoPE part of the key; the rest is made from the latent.
             latent_BSR, k_rope = seen[..., :R], seen[..., R:]
-            k_nope = jnp.einsum("BSR,RHK->BSHK", latent_BSR, k_up_RHK)
+            k_nope = linear(latent_BSR, k_up_RHK)
             k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], rope))
-            v_BSHV = jnp.einsum("BSR,RHV->BSHV", latent_BSR, v_up_RHV)
+            v_BSHV = linear(latent_BSR, v_up_RHV)
             query, key = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1)
             key, v_BSHV = (constrain(x, "batch", positions, "heads", "head_dim") for x in (key, v_BSHV))
             out_BTHV = attend(query, key, v_BSHV, context.mask, scale)

@@ -11,11 +11,39 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from mythos_jax.ops.narrow import Matrix, Narrow
 from mythos_jax.sharding import axis_size, constrain
 
 # The collection of gathered copies of the loop's weights in the compute dtype.
 GATHERED = "gathered"
+# The collection of the scales of weights that are stored as int8, under the names of those weights.
+SCALES = "scales"
+
+
+class Weight(nn.LogicallyPartitioned):
+    """The box of a parameter that is multiplied with activations: it also says which of its axes are summed over."""
+
+    inputs: tuple[int, ...] = struct.field(default=(), pytree_node=False)
+
+
+def weight_init(std: float, axes: tuple[str | None, ...], inputs: tuple[int, ...]) -> Any:
+    """Normal initialisation of a `Weight` whose axes carry these logical names (see `sharding.py`)."""
+
+    def init(*arguments: Any) -> Weight:
+        return Weight(nn.initializers.normal(std)(*arguments), axes, inputs=inputs)
+
+    return init
+
+
+def stored_weight(module: nn.Module, name: str, stored: jax.Array, dtype: jnp.dtype) -> Matrix:
+    """A weight as it is stored, if that is narrower than `dtype`; else in `dtype`."""
+    if module.has_variable(SCALES, name):
+        return Narrow(stored, module.get_variable(SCALES, name))
+    if stored.dtype.itemsize < jnp.dtype(dtype).itemsize:
+        return Narrow(stored)
+    return stored.astype(dtype)
 
 
 def sharded_weight(
@@ -25,19 +53,25 @@ def sharded_weight(
     axes: tuple[str, ...],
     std: float,
     dtype: jnp.dtype,
+    inputs: tuple[int, ...],
     gather: bool = True,
-) -> jax.Array:
-    """A normally initialised matrix parameter, stored in float32; returned in `dtype` and gathered along `embed`.
+) -> Matrix:
+    """A normally initialised matrix parameter, made in float32; returned in `dtype`, or as it is stored if that is
+    narrower, and gathered along `embed`.
 
-    gather: false to leave a weight cut as it is stored, unless it has a gathered copy.
+    inputs: the axes that products sum over. gather: false to leave a weight cut as it is stored, unless it has a
+    gathered copy.
     """
-    init: Any = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-    stored = module.param(name, init, shape, jnp.float32)
+    stored = module.param(name, weight_init(std, axes, inputs), shape, jnp.float32)
     if module.has_variable(GATHERED, name):
         return copy_with_gradient(stored, module.get_variable(GATHERED, name))
+
+    def gathered(part: jax.Array) -> jax.Array:
+        cut = constrain(part, *axes)
+        return constrain(cut, *_gathered(axes)) if gather else cut
+
     # Cast before it is gathered, so that half the bytes travel.
-    cut = constrain(stored.astype(dtype), *axes)
-    return constrain(cut, *_gathered(axes)) if gather else cut
+    return jax.tree.map(gathered, stored_weight(module, name, stored, dtype))
 
 
 def width_axis(module: nn.Module, name: str) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.gather import sharded_weight
-from mythos_jax.ops.matmul import matmul
+from mythos_jax.ops.narrow import linear
 from mythos_jax.sharding import constrain, platform
 
 
@@ -24,7 +24,8 @@ def matrix_init(std: float, *axes: str | None) -> Any:
 
 
 class Linear(nn.Module):
-    """y = x W, no bias, over the last `inputs` axes of x. W is float32, [*in, *features], cast to x's dtype."""
+    """y = x W, no bias, over the last `inputs` axes of x. W, [*in, *features], is float32 and cast to x's dtype, or
+    stored in fewer bits (`Narrow`)."""
 
     features: tuple[int, ...]
     axes: tuple[str, ...]  # logical names of W's axes
@@ -34,8 +35,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
-        kernel = sharded_weight(self, "kernel", shape, self.axes, self.std, x.dtype)
-        return matmul(x, kernel, self.inputs)
+        summed = tuple(range(self.inputs))
+        kernel = sharded_weight(self, "kernel", shape, self.axes, self.std, x.dtype, summed)
+        return linear(x, kernel, self.inputs)
 
 
 # For elementwise work: computing it again in the backward pass is cheaper than storing its result.

@@ -13,6 +13,7 @@ from mythos_jax.model.layers import FeedForward, matrix_init
 from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
 from mythos_jax.ops.experts import experts_on_one_device
 from mythos_jax.ops.matmul import matmul
+from mythos_jax.ops.narrow import Narrow
 from mythos_jax.sharding import in_use
 
 
@@ -80,7 +81,7 @@ class MoE(nn.Module):
         # Three matrices per expert (SwiGLU). On a mesh they stay cut along D here: `experts_on_mesh` gathers them while
         # it exchanges tokens.
         gate, up, down = (
-            sharded_weight(self, name, shape, axes, std, x_BTD.dtype, gather=not in_use())
+            sharded_weight(self, name, shape, axes, std, x_BTD.dtype, inputs=(1,), gather=not in_use())
             for name, std, shape, axes in [
                 ("gate", c.std, (E, D, F), ("expert", "embed", "mlp")),
                 ("up", c.std, (E, D, F), ("expert", "embed", "mlp")),
@@ -89,6 +90,7 @@ class MoE(nn.Module):
         )
         if in_use():
             width = width_axis(self, "gate")
+            gate, up, down = (w.widened(x_BTD.dtype) if isinstance(w, Narrow) else w for w in (gate, up, down))
             y_BTD = experts_on_mesh(x_BTD, gates_BTK, experts_BTK, (gate, up, down), width, c.expert_exchange)
         else:
             y_BTD = experts_on_one_device(x_BTD, gates_BTK, experts_BTK, (gate, up, down))

@@ -15,6 +15,7 @@ from mythos_jax.model.attention import make_attention_context
 from mythos_jax.model.block import TransformerBlock, apply_layers
 from mythos_jax.model.cache import Cache, LayerCache
 from mythos_jax.model.exit_probe import LogitProbe
+from mythos_jax.model.gather import SCALES, stored_weight, weight_init
 from mythos_jax.model.halting import Halting, check_expected
 from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init
 from mythos_jax.model.loop import make_context, prepare_tokens
@@ -30,6 +31,7 @@ from mythos_jax.model.state import (
     start_tokens,
     take_remainder,
 )
+from mythos_jax.ops.narrow import Matrix, Narrow, logits
 from mythos_jax.sharding import constrain
 
 Loops = int | jax.Array
@@ -37,9 +39,11 @@ Caches = tuple[LayerCache, ...]
 
 
 def output_table(variables: Any) -> jax.Array:
-    """The matrix [V, D] of the head, for losses that apply it to a few positions at a time."""
-    params = variables["params"]
-    return nn.unbox(params["unembedding"] if "unembedding" in params else params["embedding"])
+    """The matrix [V, D] of the head, for losses that apply it to a few positions at a time; float32 if it is stored as
+    int8."""
+    name = "unembedding" if "unembedding" in variables["params"] else "embedding"
+    table_VD, scale_V1 = nn.unbox(variables["params"][name]), variables.get(SCALES, {}).get(name)
+    return table_VD if scale_V1 is None else Narrow(table_VD, scale_V1).widened(jnp.float32)
 
 
 class Mythos(nn.Module):
@@ -63,8 +67,8 @@ class Mythos(nn.Module):
 
     def setup(self):
         c = self.config
-        init = matrix_init(c.std, "vocab", "embed")
-        self.embedding = self.param("embedding", init, (c.vocab_size, c.dim), jnp.float32)
+        init, table = matrix_init(c.std, "vocab", "embed"), weight_init(c.std, ("vocab", "embed"), inputs=(1,))
+        self.embedding = self.param("embedding", table, (c.vocab_size, c.dim), jnp.float32)
         shape = (c.vocab_size, c.n_kv_heads * c.gqa_head_dim)
         self.value_tables = {i: self.param(f"value_table_{i}", init, shape, jnp.float32) for i in c.value_table_layers}
         self.prelude = [TransformerBlock(c, i) for i in range(c.prelude_layers)]
@@ -77,7 +81,7 @@ class Mythos(nn.Module):
         if c.final_norm:
             self.final_norm = RMSNorm(c.norm_eps)  # before the head; with readout_norm also before the coda
         if not c.tied_embedding:
-            self.unembedding = self.param("unembedding", init, (c.vocab_size, c.dim), jnp.float32)
+            self.unembedding = self.param("unembedding", table, (c.vocab_size, c.dim), jnp.float32)
 
     def __call__(
         self,
@@ -118,8 +122,7 @@ class Mythos(nn.Module):
         c = self.config
         inputs = make_inputs(c, tokens_BT, positions, segment_ids, cache)
 
-        table_VD = constrain(self.embedding.astype(compute_dtype(c)), "vocab", "act_embed")
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) * c.embedding_scale
+        x_BTD = self._embed(tokens_BT) * c.embedding_scale
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         x_BTD, caches = self._run_layers(self.prelude, x_BTD, inputs, cache.prelude if cache else None)
         if c.prelude_norm:
@@ -235,10 +238,21 @@ class Mythos(nn.Module):
 
     def head(self, features_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V]."""
-        table_VD = self.embedding if self.config.tied_embedding else self.unembedding
-        table_VD = constrain(table_VD.astype(features_BTD.dtype), "vocab", "act_embed")
-        logits_BTV = jnp.einsum("BTD,VD->BTV", features_BTD, table_VD, preferred_element_type=jnp.float32)
-        return constrain(logits_BTV, "batch", "length", "act_vocab")
+        table_VD = self._table("embedding" if self.config.tied_embedding else "unembedding", features_BTD.dtype)
+        return constrain(logits(features_BTD, table_VD), "batch", "length", "act_vocab")
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """The rows of the tokens [B, T, D], in the compute dtype."""
+        dtype = compute_dtype(self.config)
+        table_VD = self._table("embedding", dtype)
+        if isinstance(table_VD, Narrow):  # only the rows that are read are widened
+            return jax.tree.map(lambda part: jnp.take(part, tokens_BT, axis=0), table_VD).widened(dtype)
+        return jnp.take(table_VD, tokens_BT, axis=0)
+
+    def _table(self, name: str, dtype: jnp.dtype) -> Matrix:
+        """The embedding or the unembedding [V, D]."""
+        table = stored_weight(self, name, getattr(self, name), dtype)
+        return jax.tree.map(lambda part: constrain(part, "vocab", "act_embed"), table)
 
     def _run_layers(
         self, blocks: list[TransformerBlock], x_BTD: jax.Array, inputs: TokenInputs, caches: Caches | None

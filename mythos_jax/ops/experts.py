@@ -5,12 +5,16 @@ its own: `blocked_experts`, and `dense_over_all_experts` for a handful of tokens
 `expert_parallel.py`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mythos_jax.ops.blocked_experts import blocked_experts
 from mythos_jax.ops.grouped_matmul import ExpertWeights, grouped_matmul
+from mythos_jax.ops.narrow import Matrix, Narrow, narrow_product, wide
 from mythos_jax.sharding import platform
 
 # Up to this many tokens, a matrix product on a CPU costs about as much as reading the matrix from memory.
@@ -18,20 +22,48 @@ MAX_DENSE_TOKENS = 16
 
 
 def experts_on_one_device(
-    x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: ExpertWeights
+    x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: Sequence[Matrix]
 ) -> jax.Array:
     """Each token's chosen experts, weighted by its gates, [B, T, D].
 
-    gates_BTK: float32. experts_BTK: int32, from 0 to E - 1. The form depends on the platform compiled for and on the
-    number of tokens.
+    gates_BTK: float32. experts_BTK: int32, from 0 to E - 1. weights: gate and up [E, D, F], down [E, F, D]. The form
+    depends on the platform compiled for, on the number of tokens, and on how the weights are stored.
     """
+    few_tokens = x_BTD.size // x_BTD.shape[-1] <= MAX_DENSE_TOKENS
+    if isinstance(weights[0], Narrow) and platform() == "cpu" and few_tokens:
+        return narrow_experts(x_BTD, gates_BTK, experts_BTK, weights)
+    gate, up, down = (wide(w, x_BTD.dtype) for w in weights)
     if platform() != "cpu":
-        return grouped_experts(x_BTD, gates_BTK, experts_BTK, weights)
-    n_tokens, n_experts = x_BTD.size // x_BTD.shape[-1], weights[0].shape[0]
+        return grouped_experts(x_BTD, gates_BTK, experts_BTK, (gate, up, down))
     # With at least as many choices as experts, computing every expert wastes little and copies no weights.
-    if n_tokens <= MAX_DENSE_TOKENS and experts_BTK.size >= n_experts:
-        return dense_over_all_experts(x_BTD, gates_BTK, experts_BTK, weights)
-    return blocked_experts(x_BTD, gates_BTK, experts_BTK, weights)
+    if few_tokens and experts_BTK.size >= gate.shape[0]:
+        return dense_over_all_experts(x_BTD, gates_BTK, experts_BTK, (gate, up, down))
+    return blocked_experts(x_BTD, gates_BTK, experts_BTK, (gate, up, down))
+
+
+def narrow_experts(
+    x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: Sequence[Matrix]
+) -> jax.Array:
+    """For a handful of tokens and weights that are all `Narrow`: the weights of each choice, or all of them if there
+    are as many choices as experts, are multiplied as they are stored."""
+    E, K, D = jax.tree.leaves(weights)[0].shape[0], experts_BTK.shape[-1], x_BTD.shape[-1]
+    x_ND, gates_NK, experts_NK = x_BTD.reshape(-1, D), gates_BTK.reshape(-1, K), experts_BTK.reshape(-1, K)
+    if experts_NK.size < E:
+        weights = [jax.tree.map(lambda part: part[experts_NK.reshape(-1)], w) for w in weights]
+        out_P1D = narrow_swiglu(jnp.repeat(x_ND, K, axis=0)[:, None], weights)
+        out_ND = jnp.einsum("NKD,NK->ND", out_P1D.reshape(-1, K, D), gates_NK)
+    else:
+        gates_NE = jnp.einsum("NKE,NK->NE", jax.nn.one_hot(experts_NK, E), gates_NK)
+        out_END = narrow_swiglu(jnp.broadcast_to(x_ND, (E, *x_ND.shape)), weights)
+        out_ND = jnp.einsum("END,NE->ND", out_END, gates_NE)
+    return out_ND.reshape(x_BTD.shape).astype(x_BTD.dtype)
+
+
+def narrow_swiglu(x_GND: jax.Array, weights: Any) -> jax.Array:
+    """A SwiGLU feed-forward for each group, float32 [G, N, D]."""
+    gate_GDF, up_GDF, down_GFD = weights
+    hidden_GNF = nn.silu(narrow_product(x_GND, gate_GDF, "GIO")) * narrow_product(x_GND, up_GDF, "GIO")
+    return narrow_product(hidden_GNF, down_GFD, "GIO")
 
 
 def grouped_experts(

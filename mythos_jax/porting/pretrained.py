@@ -1,15 +1,15 @@
 """Pretrained models as directories: `load_pretrained` and `save_pretrained`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.model.storage import FLOAT32, Dtype, Storage, boxes_by_path
 from mythos_jax.porting import native
 from mythos_jax.porting.coverage import require_tensors
 from mythos_jax.porting.families import get_family
@@ -20,28 +20,36 @@ from mythos_jax.progress import Progress
 
 
 def load_pretrained(
-    path: str | Path, config: ConfigLike | None = None, *, host: bool = False
+    path: str | Path, config: ConfigLike | None = None, *, dtype: Dtype = "float32", int8: bool = False
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Returns a model's config and its variables, `{"params": …, "balance": …}` of float32 arrays, unboxed.
+    """Returns a model's config and its variables, `{"params": …, "balance": …}`, unboxed, on the default device.
 
     path: a directory, a file of weights, or a Hugging Face id `owner/name`. The format
     (see docs/weights.md) is detected.
     config: a ModelConfig, a reference's fields, or the path of a `config.json` or of one of our YAML files. Required
     for a file that holds only tensors; elsewhere it replaces the config that comes with them.
-    host: return NumPy arrays, for the caller to place, instead of jax arrays on the default device.
+    dtype, int8: how the weights are stored, see `Storage`; as int8, there is a collection `scales` beside the params.
     Raises ConfigError, one line: nothing there, a damaged file, tensors that do not fit the config.
     """
-    return load_variables(FileSource(path, config), host=host)
+    return load_variables(FileSource(path, config), Storage(dtype, int8))
 
 
-def load_variables(source: Source, *, host: bool = False) -> tuple[ModelConfig, dict[str, Any]]:
-    """As `load_pretrained`, from a source that is already open."""
+def load_variables(
+    source: Source, storage: Storage = FLOAT32, put: Callable[[str, np.ndarray], Any] | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """As `load_pretrained`, from a source that is already open.
+
+    put: places the variable at a dotted path, such as `params.embedding` (default: on the default device). Each tensor
+    is read, stored as `storage` says, and placed before the next is read, so that host memory holds one at a time.
+    """
     require_tensors(source)
-    flat: dict[str, np.ndarray | jax.Array] = {}
+    boxes = boxes_by_path(source.config)
+    flat: dict[str, Any] = {}
     with Progress(len(source.table.our_shapes), "loading", "tensor") as bar:
         for path in source.table.our_shapes:
-            array = np.ascontiguousarray(source.parameter(path), np.float32)
-            flat[path] = array if host else jnp.asarray(array)
+            stored = storage.store(path, source.parameter(path), boxes[path])
+            for name, array in stored.items():
+                flat[name] = jnp.asarray(array) if put is None else put(name, array)
             bar.update()
     return source.config, unflatten_dict(flat, sep=".")
 

@@ -1,7 +1,7 @@
 """Loading a trained model: the run directory of `mythos train`, or a pretrained directory, file or hub id."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load
@@ -24,15 +25,17 @@ from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, 
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 from mythos_jax.model.abstract import abstract_variables, weight_shapes
+from mythos_jax.model.gather import SCALES
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import PREDICTOR
+from mythos_jax.model.storage import FLOAT32, Storage, boxes_by_path
 from mythos_jax.paths import to_path
 from mythos_jax.porting.pretrained import load_variables
 from mythos_jax.porting.reading import FileSource, Source, VariablesSource
 from mythos_jax.processes import log0
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.trained_on import TrainedOn
-from mythos_jax.sharding import default_mesh, make_mesh, shardings
+from mythos_jax.sharding import RULES, default_mesh, make_mesh, partition_spec, shardings
 from mythos_jax.typed import differences, from_dict, to_dict, upgrade
 
 
@@ -134,6 +137,7 @@ def load_model(
     mesh: MeshConfig | None = None,
     overrides: Sequence[str] = (),
     with_predictor: bool = True,
+    storage: Storage = FLOAT32,
 ) -> LoadedModel:
     """A run at its newest checkpoint (or that of `step`), or a pretrained model (see `load_pretrained`).
 
@@ -142,24 +146,26 @@ def load_model(
     mesh: device mesh. Default: the run's own if it fits the devices that are here, else the default one.
     overrides: command-line words that set fields of the config, such as `--mesh.tensor 2`.
     with_predictor: also load the run's depth predictor, if it has one.
+    storage: how the weights are stored.
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
     if is_run(path):
-        return _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor)
+        run = _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor)
+        return replace(run, variables=storage.store_all(run.config.model, run.variables))
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
         raise ConfigError(f"{path}: a pretrained model has no step {step}; allowed only with a run directory")
     source = FileSource(str(path), config)
-    model_config, variables = load_variables(source, host=True)
     run_config = config_from_words(overrides, name=source.path.stem)
     device_mesh = make_mesh(mesh or (run_config.mesh if sets_mesh(overrides) else default_mesh()))
+    model_config, variables = load_variables(source, storage, placer(source.config, device_mesh))
     return LoadedModel(
         directory=source.path if source.path.is_dir() else source.path.parent,
         config=replace(run_config, model=model_config, data=DataConfig(seq_len=1)),
         model=Mythos(model_config),
-        variables=place_variables(model_config, device_mesh, variables),
+        variables={"balance": {}, **variables},
         step=None,
         mesh=device_mesh,
         tokenizer_spec=_spec(tokenizer or source.tokenizer),
@@ -167,18 +173,29 @@ def load_model(
     )
 
 
-def place_variables(model_config: ModelConfig, mesh: Mesh, variables: dict[str, Any]) -> dict[str, Any]:
-    """Puts arrays on the mesh by their logical axes; `balance` is {} if the model has no router."""
-    targets = shardings(mesh, abstract_variables(model_config))
-    needed = {name: variables[name] for name in targets}
+def placer(config: ModelConfig, mesh: Mesh) -> Callable[[str, Any], jax.Array]:
+    """A function that puts the variable at a dotted path on the mesh, cut by its logical axes: each device gets its
+    part of a host array, and nothing more."""
+    boxes = boxes_by_path(config)
 
-    def put(x: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(x, jax.Array):
-            return jax.device_put(x, sharding)
+    def put(path: str, array: Any) -> jax.Array:
+        collection, _, name = path.partition(".")
+        box = boxes[f"params.{name}" if collection == SCALES else path]
+        names = box.names if isinstance(box, nn.LogicallyPartitioned) else (None,) * array.ndim
+        sharding = NamedSharding(mesh, partition_spec(array.shape, names, mesh.shape, RULES))
+        if isinstance(array, jax.Array):
+            return jax.device_put(array, sharding)
         # `device_put` of a host array would first check that all processes hold the same values.
-        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
-    return {"balance": {}, **jax.tree.map(put, needed, targets)}
+    return put
+
+
+def place_variables(config: ModelConfig, mesh: Mesh, variables: dict[str, Any]) -> dict[str, Any]:
+    """Puts the variables of a model on the mesh; `balance` is {} if the model has no router."""
+    put, boxes = placer(config, mesh), boxes_by_path(config)
+    flat = flatten_dict(variables, sep=".")
+    return {"balance": {}, **unflatten_dict({path: put(path, flat[path]) for path in boxes}, sep=".")}
 
 
 def open_source(path: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Source:
