@@ -13,7 +13,7 @@ from mythos_jax.model.gather import sharded_weight
 from mythos_jax.model.layers import Linear, RMSNorm, apply_rope, matrix_init, rms_norm, rope_tables
 from mythos_jax.model.state import TokenInputs
 from mythos_jax.ops.attention import Mask, attend
-from mythos_jax.ops.narrow import linear, linear_per_head, some_outputs
+from mythos_jax.ops.narrow import linear_per_head, linear_to_heads, some_outputs
 from mythos_jax.sharding import constrain
 
 # Parcae's QK norm uses float32's machine epsilon, not the model's norm_eps.
@@ -148,9 +148,9 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             # All heads share the RoPE part of the key; the rest is made from the latent.
             latent_BSR, k_rope = seen[..., :R], seen[..., R:]
-            k_nope = linear(latent_BSR, k_up_RHK)
+            k_nope = linear_to_heads(latent_BSR, k_up_RHK)
             k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], rope))
-            v_BSHV = linear(latent_BSR, v_up_RHV)
+            v_BSHV = linear_to_heads(latent_BSR, v_up_RHV)
             query, key = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1)
             key, v_BSHV = (constrain(x, "batch", positions, "heads", "head_dim") for x in (key, v_BSHV))
             out_BTHV = attend(query, key, v_BSHV, context.mask, scale)

@@ -98,6 +98,13 @@ def linear(x: jax.Array, w: Matrix, axes: int = 1) -> jax.Array:
     return y_NO.reshape(*x.shape[: x.ndim - axes], *outputs).astype(x.dtype)
 
 
+def linear_to_heads(x_BTI: jax.Array, w_IHO: Matrix) -> jax.Array:
+    """Every head's channels, [B, T, H, O], from what all heads share."""
+    if not isinstance(w_IHO, Narrow):
+        return jnp.einsum("BTI,IHO->BTHO", x_BTI, w_IHO)
+    return linear(x_BTI, w_IHO)
+
+
 def linear_per_head(x_BTHI: jax.Array, w: Matrix, axes: str) -> jax.Array:
     """Each head's channels times its own matrix, [B, T, H, O]. axes: of w, "IHO" or, the other way round, "OHI"."""
     if not isinstance(w, Narrow) or in_use():
