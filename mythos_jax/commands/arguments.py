@@ -172,6 +172,17 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message, before the first question")
     parser.add_argument(
         "--chat-template", type=path, metavar="FILE", help="a Jinja template (default: the model's own)"
+
+
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the weights in memory (default float32); the others take half the memory",
+    )
+    parser.add_argument(
+        "--weights", choices=["int8"], help="the matrices as int8: a quarter of the memory, and faster decoding"
     )
 
 

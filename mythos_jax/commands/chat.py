@@ -12,6 +12,7 @@ from mythos_jax.commands.arguments import (
     add_chat,
     add_generation,
     add_step,
+    add_storage,
     add_tokenizer,
     generation_options,
     halting_policy,
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=path, metavar="RUN|MODEL")
     add_chat(parser)
     add_tokenizer(parser)
+    add_storage(parser)
     add_step(parser)
     add_generation(parser)
     parser.set_defaults(takes_overrides=("mesh",))
@@ -63,12 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.inference.chat import Chat
+    from mythos_jax.model.storage import Storage
     from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.runs.load import load_model
 
     if not arguments.debug:
         quiet_background_errors()
-    loaded = load_model(arguments.model, arguments.step, tokenizer=arguments.tokenizer, overrides=overrides)
+    loaded = load_model(
+        arguments.model,
+        arguments.step,
+        tokenizer=arguments.tokenizer,
+        storage=Storage.named(arguments.dtype, arguments.weights),
+        overrides=overrides,
+    )
     chat, options = Chat(loaded, arguments.chat_template), generation_options(arguments)
     chat.check(options)
     return Talk(chat, options, arguments.system).run()

@@ -13,6 +13,7 @@ from mythos_jax.commands.arguments import (
     add_processes,
     add_seed,
     add_step,
+    add_storage,
     add_tokenizer,
     connect,
     halting_policies,
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_tokenizer(parser)
     add_seed(parser, "few-shot examples and sampling, for --tasks (default: the harness's own)", default=None)
+    add_storage(parser)
     add_json(parser)
     add_processes(parser)
     parser.set_defaults(takes_overrides=("mesh", "evaluation"))
@@ -81,7 +83,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not arguments.debug:
         quiet_background_errors()
     connect(arguments)
-    lm = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer, overrides=overrides)
+    lm = load(
+        arguments.model,
+        step=arguments.step,
+        tokenizer=arguments.tokenizer,
+        dtype=arguments.dtype,
+        weights=arguments.weights,
+        overrides=overrides,
+    )
     folder = _report_folder(arguments.out, lm)
     evaluation = _evaluate(arguments, lm, progress=not arguments.json and is_process_zero())
     failed = FAILED if evaluation.failures else DONE

@@ -3,7 +3,15 @@
 import argparse
 import sys
 
-from mythos_jax.commands.arguments import add_chat, add_generation, add_step, add_tokenizer, generation_options, path
+from mythos_jax.commands.arguments import (
+    add_chat,
+    add_generation,
+    add_step,
+    add_storage,
+    add_tokenizer,
+    generation_options,
+    path,
+)
 from mythos_jax.errors import DONE, ConfigError
 
 SUMMARY = "Continue a prompt, or answer a question."
@@ -17,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_chat(parser)
     add_tokenizer(parser)
+    add_storage(parser)
     add_step(parser)
     add_generation(parser)
     parser.add_argument(
@@ -36,7 +45,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if not arguments.debug:
         quiet_background_errors()
-    lm = load(arguments.model, step=arguments.step, tokenizer=arguments.tokenizer, overrides=overrides)
+    lm = load(
+        arguments.model,
+        step=arguments.step,
+        tokenizer=arguments.tokenizer,
+        dtype=arguments.dtype,
+        weights=arguments.weights,
+        overrides=overrides,
+    )
     options = generation_options(arguments)
     if arguments.chat:
         pieces = lm.chat(

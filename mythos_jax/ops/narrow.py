@@ -69,7 +69,9 @@ def narrow_product(x: jax.Array, w: Narrow, axes: str) -> jax.Array:
 def _product(x: jax.Array, values: jax.Array, axes: str) -> jax.Array:
     """`narrow_product` without the scale."""
     rows, result = ("GNI", "GNO") if "G" in axes else ("NI", "NO")
-    halves = values.dtype in (jnp.int8, jnp.bfloat16) and x.dtype == jnp.float32 and x.shape[-2] <= MAX_SPLIT_ROWS
+    # XLA's CPU backend cannot multiply groups of bfloat16 matrices into float32.
+    kinds = (jnp.int8,) if "G" in axes else (jnp.int8, jnp.bfloat16)
+    halves = values.dtype in kinds and x.dtype == jnp.float32 and x.shape[-2] <= MAX_SPLIT_ROWS
     if not halves or platform() != "cpu" or in_use():
         return jnp.einsum(f"{rows},{axes}->{result}", x, values.astype(x.dtype), preferred_element_type=jnp.float32)
     if values.dtype == jnp.int8:

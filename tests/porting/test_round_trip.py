@@ -127,7 +127,7 @@ def test_tied_head_under_both_names(tmp_path):
 def test_our_format_keeps_every_config(config, tmp_path):
     variables = tiny.variables(config)
     save_pretrained(tmp_path / "model", config, variables)
-    again, loaded = load_pretrained(tmp_path / "model", host=True)
+    again, loaded = load_pretrained(tmp_path / "model")
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
@@ -136,7 +136,7 @@ def test_boxed_variables_are_unboxed(tmp_path):
     config = tiny.HUGINN
     boxed = Mythos(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     save_pretrained(tmp_path / "model", config, boxed)
-    _, loaded = load_pretrained(tmp_path / "model", host=True)
+    _, loaded = load_pretrained(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, loaded, nn.unbox(boxed))
 
 
@@ -206,7 +206,7 @@ def test_a_router_bias_that_the_file_lacks_is_zeros(tmp_path, caplog):
     bias = tensors.pop(name)
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     with caplog.at_level("INFO"):
-        load_pretrained(tmp_path / "model", host=True)
+        load_pretrained(tmp_path / "model")
     assert f"not in the file, zeros here: {name}" in caplog.text
     report = convert(tmp_path / "model", tmp_path / "out", "mythos_jax", progress=False)
     assert f"not in the file, zeros here: {name}" in format_report(report)
