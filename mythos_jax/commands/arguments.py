@@ -172,6 +172,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message, before the first question")
     parser.add_argument(
         "--chat-template", type=path, metavar="FILE", help="a Jinja template (default: the model's own)"
+    )
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:
