@@ -11,7 +11,7 @@ import pytest
 from mythos_jax.inference.generate import GenerateResult, Setup, State, decode, generate, prefill, stream
 from mythos_jax.inference.request import prepare
 from mythos_jax.inference.sampling import Sampling, position_noise
-from mythos_jax.inference.text import stream_texts
+from mythos_jax.inference.text import stream_rows
 from mythos_jax.language_model import LanguageModel
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.halting import Halting
@@ -317,7 +317,7 @@ def test_bad_input(keywords, message):
     assert not isinstance(caught.value, jax.errors.JAXTypeError)
 
 
-@pytest.mark.parametrize(("one", "other"), [(generate, prepare), (stream_texts, LanguageModel.generate)])
+@pytest.mark.parametrize(("one", "other"), [(generate, prepare), (stream_rows, LanguageModel.generate)])
 def test_a_keyword_has_one_default(one, other):
     """Each signature shows its defaults, so they are written more than once."""
     first, second = signature(one).parameters, signature(other).parameters
