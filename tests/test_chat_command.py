@@ -193,20 +193,25 @@ def test_at_a_terminal(capsys, monkeypatch, folder, echoes):
     monkeypatch.setattr("sys.stdin", Terminal())
     monkeypatch.setattr("sys.stderr", errors := Terminal())
     monkeypatch.delenv("NO_COLOR", raising=False)
-    typed = iter([KeyboardInterrupt, "a", KeyboardInterrupt, "b", KeyboardInterrupt, KeyboardInterrupt, "not read"])
+    later, twice = (KeyboardInterrupt, 60), (KeyboardInterrupt, 0)
+    typed = iter([later, ("a", 0), later, later, ("b", 0), later, twice, ("not read", 0)])
+    monkeypatch.setattr("mythos_jax.commands.chat.time.monotonic", lambda: now)
+    now = 0
 
     def ask(prompt):
+        nonlocal now
         assert prompt == "> "
-        word = next(typed)
+        word, seconds = next(typed)
+        now += seconds
         return word if isinstance(word, str) else _raise(word)
 
     monkeypatch.setattr("builtins.input", ask)
     assert main(["chat", str(folder)]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if line] == [echo("a"), echo("a", "b")]
     dim = "\x1b[2m2 tokens, 2.00 loops per token\x1b[0m"
-    hint = "mythos: Ctrl-C again, or Ctrl-D, leaves"
-    assert errors.getvalue().splitlines()[1:] == [hint, dim, hint, dim, hint]
-    assert next(typed) == "not read"
+    hint = "mythos: Ctrl-C twice, or Ctrl-D, leaves"
+    assert errors.getvalue().splitlines()[1:] == [hint, dim, hint, hint, dim, hint]
+    assert next(typed) == ("not read", 0)
 
 
 @pytest.mark.parametrize(

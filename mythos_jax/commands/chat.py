@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 SUMMARY = "Talk with a model."
 
 PROMPT = "> "
+TWICE = 2  # seconds between two presses of Ctrl-C that leave
 OFF = "off"
 # What each of these reads; their values are keywords of generation, `off` is the default.
 SETTINGS: dict[str, Callable[[str], Any]] = {
@@ -103,56 +106,59 @@ class Talk:
                 import readline  # noqa: F401  `input` then edits lines and remembers them
             say("mythos: ask a question; /help lists the commands, Ctrl-D leaves")
         while (line := self._read()) is not None:
-            try:
-                if line.startswith("/") and not line.startswith("//"):
-                    if self._command(*line[1:].split(maxsplit=1)):
-                        break
-                elif line.strip():
-                    self._ask(line[1:] if line.startswith("//") else line)
-            except ConfigError as error:
-                say(f"mythos: {one_line(error)}")
+            with interrupts.noted() as pressed:  # Ctrl-C stops an answer, and not the program
+                try:
+                    if line.startswith("/") and not line.startswith("//"):
+                        if self._command(*line[1:].split(maxsplit=1)):
+                            break
+                    elif line.strip():
+                        self._ask(line[1:] if line.startswith("//") else line, pressed)
+                except ConfigError as error:
+                    say(f"mythos: {one_line(error)}")
         return DONE
 
     def _read(self) -> str | None:
-        """The next line; None at the end of the input, or if Ctrl-C is pressed twice at a prompt."""
+        """The next line; None at the end of the input, or if Ctrl-C is pressed twice at the prompt."""
         if not self._asks:
             line = sys.stdin.readline()
             return line.rstrip("\r\n") if line else None
-        for hint in ("Ctrl-C again, or Ctrl-D, leaves", ""):
+        pressed = -math.inf
+        while True:
             try:
-                return input(PROMPT)
+                with interrupts.heard():
+                    return input(PROMPT)
             except EOFError:
                 print()
                 return None
             except KeyboardInterrupt:
                 print()
-                if hint:
-                    say(f"mythos: {hint}")
-        return None
+                before, pressed = pressed, time.monotonic()
+                if pressed - before < TWICE:
+                    return None
+                say("mythos: Ctrl-C twice, or Ctrl-D, leaves")
 
-    def _ask(self, question: str) -> None:
+    def _ask(self, question: str, pressed: list[int]) -> None:
         """Prints the answer to a question as it comes, and remembers both, also of an answer that Ctrl-C stopped the
         part before that. Raises ConfigError, and remembers nothing then."""
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         asked = [*system, *self._turns, {"role": "user", "content": question}]
         answer, pieces = "", None
-        with interrupts.noted() as pressed:
-            try:
-                messages = self._chat.fitting(asked, self._options.get("max_new_tokens"))
-                pieces = self._chat.stream(messages, **self._options)
-                if forgotten := len(asked) - len(messages):
-                    say(f"mythos: the context is full; the {forgotten} oldest messages are forgotten")
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-                    answer += piece
-                    if pressed:
-                        break
-            except KeyboardInterrupt:  # the second, if the next piece is not there yet
-                if not self._asks:
-                    raise
-            finally:
-                if pieces is not None:
-                    print(flush=True)
+        try:
+            messages = self._chat.fitting(asked, self._options.get("max_new_tokens"))
+            pieces = self._chat.stream(messages, **self._options)
+            if forgotten := len(asked) - len(messages):
+                say(f"mythos: the context is full; the {forgotten} oldest messages are forgotten")
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                answer += piece
+                if pressed:
+                    break
+        except KeyboardInterrupt:  # the second, if the next piece is not there yet
+            if not self._asks:
+                raise
+        finally:
+            if pieces is not None:
+                print(flush=True)
         if answer:
             role = self._chat.template.answer_role
             self._turns = [*messages[len(system) :], {"role": role, "content": answer}]
