@@ -68,10 +68,12 @@ def boxes_by_path(config: ModelConfig) -> dict[str, Any]:
 def quantize(array: Array, inputs: tuple[int, ...]) -> tuple[Array, Array]:
     """int8 values and a float32 scale of size 1 along `inputs`, such that values * scale is nearest to the array.
 
-    Symmetric: the largest element of each output channel becomes 127 or -127.
+    Symmetric: the largest element of each output channel becomes 127 or -127. Scales are rounded up to 17 significant
+    bits, so that values * scale is exact, and its own quantization gives the same values and scales.
     """
     xp: Any = jnp if isinstance(array, jax.Array) else np
     array = array.astype(np.float32)
     scale = xp.abs(array).max(axis=inputs, keepdims=True) / np.float32(INT8_MAX)
     scale = xp.where(scale > 0, scale, np.float32(1))
+    scale = ((scale.view(np.uint32) + np.uint32(0x7F)) & np.uint32(0xFFFFFF80)).view(np.float32)
     return xp.round(array / scale).astype(np.int8), scale

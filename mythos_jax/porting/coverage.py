@@ -91,8 +91,8 @@ def _check_expected(source: Source, coverage: Coverage) -> set[str]:
         elif tensor.shape != shape:
             hint = " (it looks transposed)" if tensor.shape == shape[::-1] else ""
             coverage.wrong.append(f"{stored_name}: shape {list(tensor.shape)}, expected {list(shape)}{hint}")
-        elif dtype not in FLOATS:
-            coverage.wrong.append(f"{stored_name}: dtype {dtype}, allowed: {', '.join(FLOATS)}")
+        elif dtype not in (allowed := ("int8",) if name in source.table.int8 else FLOATS):
+            coverage.wrong.append(f"{stored_name}: dtype {dtype}, allowed: {', '.join(allowed)}")
         else:
             coverage.used += 1
             coverage.dtypes[dtype] = coverage.dtypes.get(dtype, 0) + 1

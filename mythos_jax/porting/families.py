@@ -11,7 +11,7 @@ from mythos_jax.porting.family import Family
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *(native.FAMILY, openmythos.FAMILY, huginn.FAMILY, parcae.FAMILY, raven.OLMO_FAMILY, raven.FAMILY),
+        *(*native.FAMILIES, openmythos.FAMILY, huginn.FAMILY, parcae.FAMILY, raven.OLMO_FAMILY, raven.FAMILY),
         *(ouro.FAMILY, llama.OLMO2, llama.QWEN3, llama.QWEN2, llama.LLAMA, llama.NANBEIGE),
     )
 }

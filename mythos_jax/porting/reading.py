@@ -18,6 +18,7 @@ from mythos_jax.config.files import read_yaml
 from mythos_jax.data.conventions import TextConventions
 from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.errors import ConfigError
+from mythos_jax.model.gather import SCALES
 from mythos_jax.paths import is_lfs_pointer, to_path
 from mythos_jax.porting import native
 from mythos_jax.porting.dcp import DcpDirectory
@@ -146,7 +147,7 @@ class FileSource(Source):
             ) from None
         self.directory = path if path.is_dir() and tokenizer.suffix != ".gguf" else None
         self.weight_paths = [file.path for file in files]
-        if family is native.FAMILY:
+        if family in native.FAMILIES:
             self.origin = read_origin(path) if path.is_dir() else None
         elif own is not None:
             buffers = {name: partial(self.read, name) for name in family.stored_buffers(config) if name in tensors}
@@ -163,10 +164,11 @@ class VariablesSource(Source):
     def __init__(
         self, config: ModelConfig, variables: Mapping[str, Any], label: str | Path, tokenizer: str | Path | None = None
     ):
-        saved = {name: tree for name, tree in variables.items() if name in ("params", "balance")}
+        saved = {name: tree for name, tree in variables.items() if name in ("params", "balance", SCALES)}
+        family = native.INT8_FAMILY if SCALES in variables else native.FAMILY
         self._arrays = flatten_dict(nn.unbox(saved), sep=".")
         tensors = {name: TensorInfo(tuple(array.shape), np.dtype(array.dtype)) for name, array in self._arrays.items()}
-        super().__init__(Path(label), native.FAMILY, config, tensors, None if tokenizer is None else to_path(tokenizer))
+        super().__init__(Path(label), family, config, tensors, None if tokenizer is None else to_path(tokenizer))
 
     def _read(self, stored_name: str) -> np.ndarray:
         return np.asarray(self._arrays[stored_name])

@@ -61,7 +61,7 @@ def write_directory(
     if text is not None and family.dtype_fields:
         fields = {**token_ids(*text), **fields}
     missing = [file for file in local_modules(fields.get("auto_map")) if file not in companions.copied]
-    if missing and family is not native.FAMILY:
+    if missing and family not in native.FAMILIES:
         del fields["auto_map"]
         where = "the published code" if family.auto_map else "no code"
         notes.append(f"config.json: {', '.join(missing)} is not in {source.path}; auto_map names {where} instead")
@@ -70,7 +70,7 @@ def write_directory(
         _write_json(directory / "config.json", config_json)
         companions.write(directory)
         buffers = _buffers(source, family, origin)
-        if family is native.FAMILY:
+        if family in native.FAMILIES:
             _keep_origin(directory, source.origin, text)
         table = family.table(source.config)
         if family.pytorch_bin:
@@ -96,14 +96,14 @@ def _usable_origin(source: Source, family: Family) -> tuple[Origin | None, list[
 
 def _companions(source: Source, family: Family) -> Companions:
     if source.directory is not None:
-        same_code = family is native.FAMILY or (source.origin is not None and source.origin.family == family.name)
+        same_code = family in native.FAMILIES or (source.origin is not None and source.origin.family == family.name)
         return companions_of(source.directory, source.weight_paths, with_code=same_code)
     if source.tokenizer is None:
         return Companions()
     if source.tokenizer.suffix == ".gguf":
         made = gguf_files(source.tokenizer)
         return Companions(made={name: partial(bytes, content) for name, content in made.items()})
-    made = settings_files(*source.text) if source.text and family is not native.FAMILY else {}
+    made = settings_files(*source.text) if source.text and family not in native.FAMILIES else {}
     return Companions(
         {TOKENIZER_FILE: source.tokenizer.read_bytes},
         {name: partial(bytes, content) for name, content in made.items()},

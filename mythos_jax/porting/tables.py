@@ -7,6 +7,10 @@ A row pairs their tensors with our parameters that hold the same numbers. There 
     concat  several tensors follow each other along an axis of one parameter
     stack   several tensors are stacked along a new first axis of one parameter, such as the experts of a layer
 
+and one more for our own formats:
+
+    quantized  int8 values and their float32 scales are one parameter
+
 The layout of a row (`layouts.py`) says how the axes of one tensor, or one piece of it, become ours.
 """
 
@@ -17,6 +21,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from mythos_jax.model.storage import quantize
 from mythos_jax.porting.layouts import SAME, Shape, their_shape, to_ours, to_theirs
 
 ReadArray = Callable[[str], np.ndarray]  # an array by its name
@@ -121,6 +126,23 @@ class _Stack(Row):
             yield name, to_theirs(self.layout, piece)
 
 
+@dataclass(frozen=True)
+class _Quantized(Row):
+    inputs: tuple[int, ...]  # the axes that products sum over
+
+    def their_shapes(self, our_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        values, scales = self.theirs
+        shape = our_shapes[self.ours[0]]
+        return {values: shape, scales: tuple(1 if i in self.inputs else size for i, size in enumerate(shape))}
+
+    def read(self, path: str, our_shapes: Mapping[str, Shape], read_theirs: ReadArray) -> np.ndarray:
+        values, scales = map(read_theirs, self.theirs)
+        return values.astype(np.float32) * scales
+
+    def write(self, read_ours: ReadArray) -> Iterator[tuple[str, np.ndarray]]:
+        return zip(self.theirs, quantize(read_ours(self.ours[0]), self.inputs), strict=True)
+
+
 def rename(theirs: str, ours: str, layout: str = SAME) -> Row:
     """One tensor is one parameter."""
     return _Rename((theirs,), (ours,), layout)
@@ -143,6 +165,11 @@ def stack(theirs: Sequence[str], ours: str, layout: str) -> Row:
     return _Stack(tuple(theirs), (ours,), layout)
 
 
+def quantized(values: str, scales: str, ours: str, inputs: Sequence[int]) -> Row:
+    """int8 values and float32 scales of size 1 along `inputs`, multiplied, are one parameter (`quantize`)."""
+    return _Quantized((values, scales), (ours,), SAME, tuple(inputs))
+
+
 def with_prefix(rows: Iterable[Row], theirs: str, ours: str) -> list[Row]:
     """The rows with a prefix in front of every name of theirs and every path of ours."""
     return [
@@ -155,6 +182,7 @@ class Table:
     """The rows of one model.
 
     our_shapes: the shapes of our parameters by dotted path; their_shapes: those that their tensors must have, by name.
+    int8: the tensors that are integers.
     Raises AssertionError unless the rows hold each parameter exactly once.
     """
 
@@ -166,6 +194,7 @@ class Table:
             mismatch = sorted({*paths} ^ {*our_shapes}) or "repeated rows"
             raise AssertionError(f"the table does not fit the model: {mismatch}")
         self._row_of = {path: row for row in self.rows for path in row.ours}
+        self.int8 = {row.theirs[0] for row in self.rows if isinstance(row, _Quantized)}
         self.their_shapes: dict[str, Shape] = {}
         for row in self.rows:
             self.their_shapes |= row.their_shapes(our_shapes)

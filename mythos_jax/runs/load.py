@@ -30,6 +30,7 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import PREDICTOR
 from mythos_jax.model.storage import FLOAT32, Storage, boxes_by_path
 from mythos_jax.paths import to_path
+from mythos_jax.porting import native
 from mythos_jax.porting.pretrained import load_variables
 from mythos_jax.porting.reading import FileSource, Source, VariablesSource
 from mythos_jax.processes import log0
@@ -160,6 +161,8 @@ def load_model(
     source = FileSource(str(path), config)
     run_config = config_from_words(overrides, name=source.path.stem)
     device_mesh = make_mesh(mesh or (run_config.mesh if sets_mesh(overrides) else default_mesh()))
+    if source.family is native.INT8_FAMILY:  # whose values and scales stay as they are
+        storage = replace(storage, int8=True)
     model_config, variables = load_variables(source, storage, placer(source.config, device_mesh))
     return LoadedModel(
         directory=source.path if source.path.is_dir() else source.path.parent,
