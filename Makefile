@@ -27,7 +27,7 @@ demo: $(VENV)/.installed$(addprefix -,$(EXTRA))
 
 # Worker processes and the programs that tests start share what XLA has compiled (tests/conftest.py: .cache/jax).
 test: $(VENV)/.installed-dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 fuzz: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu MYTHOS_FUZZ=full $(BIN)/python -m pytest -n 2 tests/fuzz $(ARGS)
