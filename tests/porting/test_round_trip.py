@@ -158,7 +158,7 @@ def test_families_cannot_express_each_other(tmp_path):
         for family in {golden.FAMILY[other] for other in golden.OURS} - {golden.FAMILY[name]}:
             with pytest.raises(ConfigError, match=r"cannot express.*model\.injection"):
                 save_pretrained(tmp_path / "out", config, variables, family)
-    with pytest.raises(ConfigError, match="format: got 'gguf', allowed: mythos_jax_int8, mythos_jax, openmythos, huginn"):
+    with pytest.raises(ConfigError, match="format: got 'gguf', allowed: mythos_jax_int8, mythos_jax, openmythos"):
         save_pretrained(tmp_path / "out", config, variables, "gguf")
 
 
