@@ -1,6 +1,7 @@
 """lm-evaluation-harness where something is odd: answers that have no token of their own or too many, stop texts that
 are special tokens, task files with mistakes, tasks that fail. See faults.md, 11, 12 and 21."""
 
+import inspect
 import json
 import os
 import shutil
@@ -15,8 +16,6 @@ if "CI" not in os.environ:  # in CI, a missing package is a failure
     pytest.importorskip("lm_eval", reason="the lm-eval extra is not installed")
 
 from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.dummy import DummyLM
-from lm_eval.tasks import TaskManager
 
 from mythos_jax.cli import main
 from mythos_jax.config import ModelConfig
@@ -261,33 +260,25 @@ def test_a_text_starts_as_the_files_say(folder, nats, adds):
     assert adapter.loglikelihood_rolling([Request("lazy dog")]) == pytest.approx([alone], abs=1e-4)
 
 
-def test_few_shot_examples_are_the_harness_own(folder, monkeypatch):
-    class Recorder(DummyLM):
-        """Remembers the contexts that it is asked about."""
-
-        def __init__(self, *_, **__):
-            super().__init__()
-            self.mean_loops, self.contexts = 1.0, []
-            made.append(self)
-
-        def reset_counts(self):
-            pass
-
-        def loglikelihood(self, requests, disable_tqdm=False):
-            self.contexts += [request.args[0] for request in requests]
-            return [(-1.0, False)] * len(requests)
-
-    made = []
-    documents = [{"q": f"question {i}", "c": ["x", "y"], "g": i % 2} for i in range(20)]
+def test_seeds_are_the_harness_own(folder, monkeypatch):
+    """Those that its `simple_evaluate` has by default, also for the examples that were drawn before; or one for all."""
+    given = []
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *_, **keywords: given.append(keywords) or {"results": {}})
     fields = CHOOSE | {"num_fewshot": 2, "fewshot_split": "test"}
-    task = write_task(folder, "few", documents, **fields)
-    monkeypatch.setattr(lm_eval, "Adapter", Recorder)
+    task = write_task(folder, "few", [{"q": f"question {i}", "c": ["x", "y"], "g": i % 2} for i in range(20)], **fields)
     loaded = load_model(folder / "byte_level")
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    for seed, theirs in [(None, {}), (7, {"fewshot_random_seed": 7})]:
+    for seed in (None, 7):
         lm_eval.run_harness(loaded, [task], [Setting(2)], seed=seed, progress=False)
-        simple_evaluate(Recorder(), tasks=["few"], task_manager=manager, bootstrap_iters=0, **theirs)
-    default, their_default, seven, their_seven = (recorder.contexts for recorder in made)
-    assert default == their_default
-    assert seven == their_seven
-    assert default != seven
+    names = [f"{kind}random_seed" for kind in ("", "numpy_", "torch_", "fewshot_")]
+    theirs = inspect.signature(simple_evaluate).parameters
+    assert [given[0][name] for name in names] == [theirs[name].default for name in names] == [0, 1234, 1234, 1234]
+    assert [given[1][name] for name in names] == [7] * 4
+    contexts = []
+    for keywords, seed in [(given[0], 1234), (given[1], 7)]:
+        (task,) = keywords["tasks"]
+        before = [request.args[0] for request in task.instances]
+        task.set_fewshot_seed(seed=seed)
+        task.build_all_requests(rank=0, world_size=1)
+        contexts.append([request.args[0] for request in task.instances])
+        assert contexts[-1] == before
+    assert contexts[0] != contexts[1]
