@@ -158,7 +158,10 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
         (["serve"], "mythos: unknown command 'serve'; allowed: train, eval, generate, "),
         (["predictor", "{run}"], "mythos: `mythos predictor` is now `mythos train-predictor`"),
         (["data", "prepare", "nowhere", "--out", "{text}/../new"], "nowhere"),
-        (["convert", "{run}", "{text}/../o", "--to", "gguf"], "format: got 'gguf', allowed: mythos_jax_int8, mythos_jax"),
+        (
+            ["convert", "{run}", "{text}/../o", "--to", "gguf"],
+            "format: got 'gguf', allowed: mythos_jax_int8, mythos_jax",
+        ),
         (["convert", "{run}", "{text}/../o", "--to", "openmythos"], "openmythos cannot express"),
         (["train", "{config}", "--workdir", "{text}/../new", "--init-from", "{text}"], "weight files"),
     ],
