@@ -71,9 +71,19 @@ def quantize(array: Array, inputs: tuple[int, ...]) -> tuple[Array, Array]:
     Symmetric: the largest element of each output channel becomes 127 or -127. Scales are rounded up to 17 significant
     bits, so that values * scale is exact, and its own quantization gives the same values and scales.
     """
-    xp: Any = jnp if isinstance(array, jax.Array) else np
-    array = array.astype(np.float32)
-    scale = xp.abs(array).max(axis=inputs, keepdims=True) / np.float32(INT8_MAX)
+    if isinstance(array, jax.Array):
+        scale = _scale(jnp, array.astype(jnp.float32), inputs)
+        return jnp.round(array.astype(jnp.float32) / scale).astype(jnp.int8), scale
+    scale = _scale(np, array, inputs)
+    values = np.empty(array.shape, np.int8)
+    for i in range(len(array)):  # without a second array in float32 of this size
+        row_scale = scale[0 if 0 in inputs else i]
+        np.rint(np.asarray(array[i], np.float32) / row_scale, out=values[i], casting="unsafe")
+    return values, scale
+
+
+def _scale(xp: Any, array: Any, inputs: tuple[int, ...]) -> Any:
+    largest, smallest = (of(axis=inputs, keepdims=True).astype(np.float32) for of in (array.max, array.min))
+    scale = xp.maximum(largest, -smallest) / np.float32(INT8_MAX)
     scale = xp.where(scale > 0, scale, np.float32(1))
-    scale = ((scale.view(np.uint32) + np.uint32(0x7F)) & np.uint32(0xFFFFFF80)).view(np.float32)
-    return xp.round(array / scale).astype(np.int8), scale
+    return ((scale.view(np.uint32) + np.uint32(0x7F)) & np.uint32(0xFFFFFF80)).view(np.float32)
