@@ -1,8 +1,8 @@
 """Weights stored in fewer bits than products are computed in: int8 with a scale per output channel, or bfloat16.
 
-Decoding is bound by reading the weights, so a product must read them as they are stored. TPUs and GPUs widen them on
-the way into the product. XLA's CPU backend would first write the widened weights to memory, which takes longer than
-reading float32 ones. On a CPU it is therefore the activations that are made narrow: each row becomes two rows of the
+Decoding is bound by reading the weights, so a product must read them as they are stored. TPUs widen them on the way into
+the product. XLA's CPU backend would first write the widened weights to memory, which takes longer than reading float32
+ones. On a CPU it is therefore the activations that are made narrow: each row becomes two rows of the
 weights' type, high and low, which together hold at least 15 bits of it, and a product of narrow matrices multiplies
 both (docs/speed.md).
 
@@ -73,6 +73,7 @@ def _product(x: jax.Array, values: jax.Array, axes: str) -> jax.Array:
     kinds = (jnp.int8,) if "G" in axes else (jnp.int8, jnp.bfloat16)
     halves = values.dtype in kinds and x.dtype == jnp.float32 and x.shape[-2] <= MAX_SPLIT_ROWS
     if not halves or platform() != "cpu" or in_use():
+        values = _widen_late(values, x) if platform() == "cpu" and not in_use() else values
         return jnp.einsum(f"{rows},{axes}->{result}", x, values.astype(x.dtype), preferred_element_type=jnp.float32)
     if values.dtype == jnp.int8:
         size = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny) / INT8_MAX
@@ -85,6 +86,14 @@ def _product(x: jax.Array, values: jax.Array, axes: str) -> jax.Array:
     both = jnp.stack([high, low]).astype(values.dtype)  # one row alone has no fast kernel
     y = jnp.einsum(f"Z{rows},{axes}->Z{result}", both, values, preferred_element_type=sums)
     return (y[0].astype(jnp.float32) + y[1].astype(jnp.float32) * size_of_low) * size
+
+
+def _widen_late(values: jax.Array, x: jax.Array) -> jax.Array:
+    """The values, which seem to depend on x: else XLA would widen the weights of all layers before the first product,
+    and hold them in memory together."""
+    first = x.reshape(-1)[0]
+    never = (first != first) & (first < 0)  # and no compiler can prove it
+    return jnp.where(never, jnp.zeros_like(values), values)
 
 
 def linear(x: jax.Array, w: Matrix, axes: int = 1) -> jax.Array:

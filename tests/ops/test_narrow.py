@@ -86,3 +86,15 @@ def test_zero_rows_and_channels_stay_zero_and_nan_stays_visible():
     y = np.asarray(jax.jit(linear)(x, w))
     np.testing.assert_allclose(y[:2], x[:2] @ weight, rtol=1e-6)
     assert np.isnan(y[2]).all()
+
+
+def test_weights_of_many_layers_are_not_widened_together():
+    layers = [stored((256, 256), "int8", (0,))[0] for _ in range(8)]
+
+    def run(x, layers):
+        for w in layers:
+            x = linear(x, w)
+        return x
+
+    program = jax.jit(run).lower(np.ones((MAX_SPLIT_ROWS + 1, 256), np.float32), layers).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 3 * 4 * 256 * 256

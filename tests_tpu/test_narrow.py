@@ -1,0 +1,29 @@
+"""Products with int8 weights on a TPU: they are widened on the way into the product, not in memory."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mythos_jax.config import MeshConfig
+from mythos_jax.ops.narrow import Narrow, linear, logits
+from mythos_jax.preflight.compile import topology_devices
+from mythos_jax.preflight.topology import parse_topology
+from mythos_jax.sharding import make_mesh, use_mesh
+
+D, F, ROWS = 1024, 4096, 8
+
+
+@pytest.mark.parametrize(("product", "shape", "scale"), [(linear, (D, F), (1, F)), (logits, (F, D), (F, 1))])
+def test_decoding_on_one_chip_keeps_no_widened_weight(product, shape, scale):
+    mesh = make_mesh(MeshConfig(), topology_devices(parse_topology("v5e:2x2"))[:1])
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    weights = [Narrow(array(jnp.int8, *shape), array(jnp.float32, *scale)) for _ in range(4)]
+    with use_mesh(mesh):
+        program = jax.jit(lambda x, ws: [product(x, w) for w in ws]).lower(array(jnp.bfloat16, 1, ROWS, D), weights)
+    memory = program.compile().memory_analysis()
+    assert memory.argument_size_in_bytes >= 4 * D * F  # int8
+    assert memory.temp_size_in_bytes < D * F  # a weight in bfloat16 would be twice that
