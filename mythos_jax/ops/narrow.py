@@ -1,10 +1,10 @@
 """Weights stored in fewer bits than products are computed in: int8 with a scale per output channel, or bfloat16.
 
-Decoding is bound by reading the weights, so a product must read them as they are stored. TPUs widen them on the way into
-the product. XLA's CPU backend would first write the widened weights to memory, which takes longer than reading float32
-ones. On a CPU it is therefore the activations that are made narrow: each row becomes two rows of the
-weights' type, high and low, which together hold at least 15 bits of it, and a product of narrow matrices multiplies
-both (docs/speed.md).
+Decoding is bound by reading the weights, so a product must read them as they are stored. TPUs widen them on the way
+into the product. XLA's CPU backend would first write the widened weights to memory, which takes longer than reading
+float32 ones. On a CPU it is therefore the activations that are made narrow: each row becomes two rows of the weights'
+type, high and low, which together hold at least 15 bits of it, and a product of narrow matrices multiplies both
+(docs/speed.md).
 
 Shape letters: N rows, I summed over, O outputs, G groups, each with a matrix of its own (heads, experts).
 """

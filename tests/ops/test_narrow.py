@@ -84,7 +84,7 @@ def test_zero_rows_and_channels_stay_zero_and_nan_stays_visible():
     x = np.zeros((3, 8), np.float32)
     x[1], x[2, 0] = 1, np.nan
     y = np.asarray(jax.jit(linear)(x, w))
-    np.testing.assert_allclose(y[:2], x[:2] @ weight, rtol=1e-6)
+    np.testing.assert_allclose(y[:2], x[:2] @ np.asarray(w.widened(jnp.float32)), rtol=1e-6)
     assert np.isnan(y[2]).all()
 
 
