@@ -37,7 +37,7 @@ def echoes(monkeypatch, loaded):
         return TextStream(iter([text[:5], text[5:]]), GenerationStats(1, loops=[2, 2]))
 
     monkeypatch.setattr(Chat, "stream", stream)
-    monkeypatch.setattr("mythos_jax.runs.load.load_model", lambda *words, **keywords: loaded)
+    monkeypatch.setattr("mythos_jax.language_model.load_model", lambda *words, **keywords: loaded)
     return seen
 
 
@@ -137,7 +137,7 @@ def echo(*questions):
 def test_the_oldest_turns_are_forgotten(capsys, monkeypatch, folder, loaded):
     """Whole turns, with one line that says so; the system message stays."""
     lengths = []
-    monkeypatch.setattr("mythos_jax.runs.load.load_model", lambda *words, **keywords: loaded)
+    monkeypatch.setattr("mythos_jax.language_model.load_model", lambda *words, **keywords: loaded)
 
     def stream(self, messages, **options):
         lengths.append(len(messages))

@@ -11,6 +11,7 @@ from mythos_jax.typed import Between, NonNegativeFloat, NonNegativeInt, Positive
 
 if TYPE_CHECKING:
     from mythos_jax.inference.text import RowOptions
+    from mythos_jax.language_model import LanguageModel
     from mythos_jax.model.halting import Halting
 
 
@@ -172,6 +173,20 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message, before the first question")
     parser.add_argument(
         "--chat-template", type=path, metavar="FILE", help="a Jinja template (default: the model's own)"
+    )
+
+
+def load_named(arguments: argparse.Namespace, overrides: list[str]) -> "LanguageModel":
+    """The model that the command names, with its `--step`, `--tokenizer`, `--dtype` and `--weights`."""
+    from mythos_jax.language_model import load
+
+    return load(
+        arguments.model,
+        step=arguments.step,
+        tokenizer=arguments.tokenizer,
+        dtype=arguments.dtype,
+        weights=arguments.weights,
+        overrides=overrides,
     )
 
 

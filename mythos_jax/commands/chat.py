@@ -18,6 +18,7 @@ from mythos_jax.commands.arguments import (
     add_tokenizer,
     generation_options,
     halting_policy,
+    load_named,
     of_type,
     path,
 )
@@ -68,19 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.inference.chat import Chat
-    from mythos_jax.model.storage import Storage
     from mythos_jax.runs.checkpoints import quiet_background_errors
-    from mythos_jax.runs.load import load_model
 
     if not arguments.debug:
         quiet_background_errors()
-    loaded = load_model(
-        arguments.model,
-        arguments.step,
-        tokenizer=arguments.tokenizer,
-        storage=Storage.named(arguments.dtype, arguments.weights),
-        overrides=overrides,
-    )
+    loaded = load_named(arguments, overrides).loaded
     chat, options = Chat(loaded, arguments.chat_template), generation_options(arguments)
     chat.check(options)
     return Talk(chat, options, arguments.system).run()

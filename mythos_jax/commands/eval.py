@@ -17,6 +17,7 @@ from mythos_jax.commands.arguments import (
     add_tokenizer,
     connect,
     halting_policies,
+    load_named,
     of_type,
     path,
     positive_integers,
@@ -74,7 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.language_model import load
     from mythos_jax.processes import is_process_zero
     from mythos_jax.report.page import write_report
     from mythos_jax.report.tables import format_table
@@ -83,14 +83,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not arguments.debug:
         quiet_background_errors()
     connect(arguments)
-    lm = load(
-        arguments.model,
-        step=arguments.step,
-        tokenizer=arguments.tokenizer,
-        dtype=arguments.dtype,
-        weights=arguments.weights,
-        overrides=overrides,
-    )
+    lm = load_named(arguments, overrides)
     folder = _report_folder(arguments.out, lm)
     evaluation = _evaluate(arguments, lm, progress=not arguments.json and is_process_zero())
     failed = FAILED if evaluation.failures else DONE

@@ -10,6 +10,7 @@ from mythos_jax.commands.arguments import (
     add_storage,
     add_tokenizer,
     generation_options,
+    load_named,
     path,
 )
 from mythos_jax.errors import DONE, ConfigError
@@ -40,19 +41,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for flag, value in [("--system", arguments.system), ("--chat-template", arguments.chat_template)]:
         if value is not None and not arguments.chat:
             raise ConfigError(f"{flag}: got {value!r}, allowed only with --chat")
-    from mythos_jax.language_model import load
     from mythos_jax.runs.checkpoints import quiet_background_errors
 
     if not arguments.debug:
         quiet_background_errors()
-    lm = load(
-        arguments.model,
-        step=arguments.step,
-        tokenizer=arguments.tokenizer,
-        dtype=arguments.dtype,
-        weights=arguments.weights,
-        overrides=overrides,
-    )
+    lm = load_named(arguments, overrides)
     options = generation_options(arguments)
     if arguments.chat:
         pieces = lm.chat(
