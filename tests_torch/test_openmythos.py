@@ -184,7 +184,7 @@ def test_common_ways_to_save_a_state_dict(tmp_path):
 
     low = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
     torch.save(low, tmp_path / "low.pt")
-    _, variables = load_pretrained(tmp_path / "low.pt", config=fields, host=True)
+    _, variables = load_pretrained(tmp_path / "low.pt", config=fields)
     np.testing.assert_array_equal(variables["params"]["embedding"], low["embed.weight"].float().numpy())
 
 
