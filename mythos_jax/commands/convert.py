@@ -4,7 +4,7 @@ import argparse
 import json
 
 from mythos_jax.commands.arguments import add_json, path
-from mythos_jax.errors import DONE, FAILED, WRONG_INPUT
+from mythos_jax.errors import DONE, FAILED, WRONG_INPUT, ConfigError
 
 SUMMARY = "Convert a model to another format, with a report on every tensor."
 
@@ -42,12 +42,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.porting.convert import convert, format_report, report_as_json
     from mythos_jax.porting.reading import FileSource
     from mythos_jax.runs.checkpoints import quiet_background_errors
-    from mythos_jax.runs.load import open_source
+    from mythos_jax.runs.load import is_run, open_source
 
     if not arguments.debug:
         quiet_background_errors()
     if arguments.weights_key is None:
         source = open_source(arguments.source, arguments.config, overrides)
+    elif overrides or is_run(arguments.source):
+        raise ConfigError(
+            f"--weights-key: got {arguments.weights_key!r}, allowed only with a checkpoint of PyTorch and no overrides"
+        )
     else:
         source = FileSource(arguments.source, arguments.config, weights_key=arguments.weights_key)
     report = convert(

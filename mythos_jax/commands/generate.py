@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.chat and arguments.special_tokens:
+        raise ConfigError("--special-tokens: allowed only without --chat, which always reads them")
     for flag, value in [("--system", arguments.system), ("--chat-template", arguments.chat_template)]:
         if value is not None and not arguments.chat:
             raise ConfigError(f"{flag}: got {value!r}, allowed only with --chat")

@@ -162,6 +162,7 @@ def describe_model(loaded: LoadedModel) -> ModelInfo:
         seed=None if loaded.step is None else loaded.config.training.seed,
         loops=loaded.config.model.loops,
         parameters=count_parameters(loaded.config.model),
+        weights=str(loaded.storage),
     )
 
 

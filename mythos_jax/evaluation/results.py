@@ -84,13 +84,15 @@ class LoopTrace:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model that was evaluated. step, seed: None for a pretrained model. loops: the depth it was trained at."""
+    """The model that was evaluated. step, seed: None for a pretrained model. loops: the depth it was trained at.
+    weights: how they were stored."""
 
     name: str
     step: int | None
     seed: int | None
     loops: int
     parameters: int
+    weights: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class Chat:
     def stream(self, messages: Sequence[Message], **options: Unpack[RowOptions]) -> TextStream[str]:
         """The answer to a conversation, in pieces, up to a token that ends it; that one is no part of the text.
 
+        It ends the answer before it, whose cache it takes over.
+
         messages: mappings with `role` and `content`, the last of them the question. Keywords: as in
         `inference.text.stream_texts`; max_new_tokens: default: as many as fit, at most 512.
 

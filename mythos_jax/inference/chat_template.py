@@ -55,10 +55,15 @@ class ChatTemplate:
         Raises ConfigError for a conversation that the template refuses, such as two questions in a row.
         """
         # As transformers does: a missing name instead of None, and nothing but plain data.
-        plain = [{key: _plain(value) for key, value in message.items() if value is not None} for message in messages]
         return self._run(
             lambda: self._template.render(
-                messages=plain, tools=None, documents=None, add_generation_prompt=prompt, **self._tokens
+                messages=[
+                    {key: _plain(value) for key, value in message.items() if value is not None} for message in messages
+                ],
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self._tokens,
             )
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.gather import SCALES, Weight
 from mythos_jax.ops.narrow import INT8_MAX
@@ -23,7 +24,7 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 
 @dataclass(frozen=True)
 class Storage:
-    """dtype: of everything with two axes or more, but the routers', whose rounding would send tokens to other experts.
+    """dtype: of everything with two axes or more, but the routers' and gates', whose rounding would change decisions.
     int8: the matrices that activations are multiplied with, embedding and head too, are int8 with a float32 scale per
     output channel."""
 
@@ -39,14 +40,21 @@ class Storage:
         check_field(weights in (None, "int8"), "weights", weights, "int8, or none")
         return cls(dtype, int8=weights is not None)
 
+    def __str__(self) -> str:
+        return self.dtype if not self.int8 else "int8" if self.dtype == "float32" else f"int8 and {self.dtype}"
+
     def store(self, path: str, array: Array, box: Any) -> dict[str, Array]:
         """The variables that hold a variable of the model, by dotted path. box: of `abstract_variables`."""
-        collection, _, name = path.partition(".")
+        collection, name = path.split(".", 1)
         if self.int8 and isinstance(box, Weight):
             values, scale = quantize(array, box.inputs)
             return {path: values, f"{SCALES}.{name}": scale}
-        narrow = collection == "params" and array.ndim >= 2 and "router" not in name.split(".")
-        return {path: array.astype(DTYPES[self.dtype] if narrow else np.float32)}
+        decides = {"router", "halt_kernel"} & set(name.split("."))
+        if collection != "params" or array.ndim < 2 or decides:
+            return {path: array.astype(np.float32)}
+        if self.dtype == "float16" and array.size and float(abs(array).max()) > float(np.finfo(np.float16).max):
+            raise ConfigError(f"{path}: has numbers beyond float16's largest, 65504; allowed: bfloat16")
+        return {path: array.astype(DTYPES[self.dtype])}
 
     def store_all(self, config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
         """All variables of a model, wherever they are; collections that are not its weights are kept."""

@@ -15,8 +15,8 @@ def cross_entropy(
     """Cross-entropy of each target in nats, float32 [B, T], under logits = features table^T.
 
     targets_BT: int32. chunk_length: positions per row whose logits exist at a time (default: see `map_chunks`); the
-    backward pass recomputes them. The table's gradient is accumulated in the table's own dtype, float32. On a mesh,
-    each device first sums the gradient over its own tokens, so it is reduced across devices only once.
+    backward pass recomputes them. The table's gradient is accumulated in the table's own dtype, float32 in training. On
+    a mesh, each device first sums the gradient over its own tokens, so it is reduced across devices only once.
     """
     if not in_use():
         return _local_cross_entropy(features_BTD, table_VD, targets_BT, chunk_length)

@@ -12,6 +12,7 @@ import numpy as np
 from mythos_jax.config import ModelConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.porting import native
 from mythos_jax.porting.pretrained import load_variables
 from mythos_jax.porting.reading import Source
 
@@ -44,10 +45,11 @@ class Check:
 
 def require_original(source_format: str, target_format: str) -> None:
     """Raises ConfigError if the PyTorch original cannot be run."""
-    if "openmythos" not in (source_format, target_format):
+    formats = source_format, target_format
+    if "openmythos" not in formats or native.INT8_FAMILY.name in formats:
         raise ConfigError(
-            f"--check: got {source_format} to {target_format}, allowed: openmythos on one side (no package has the "
-            "originals of huginn and parcae; tests/golden has data that was made with them)"
+            f"--check: got {source_format} to {target_format}, allowed: openmythos on one side, and no int8 weights on "
+            "the other (no package has the originals of huginn and parcae; tests/golden has data made with them)"
         )
     missing = [name for name in ("torch", "transformers", "open_mythos") if importlib.util.find_spec(name) is None]
     if missing:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.porting.layouts import Shape
-from mythos_jax.porting.pickles import Inert, unpickle
+from mythos_jax.porting.pickles import Inert, Name, unpickle
 from mythos_jax.porting.tensor_info import UNKNOWN, TensorInfo
 from mythos_jax.porting.torch_archives import ZipArchive
 from mythos_jax.porting.torch_objects import StoredTensor, TorchObjects, dtype_of, shape_of
@@ -108,7 +108,8 @@ class DcpDirectory:
 
     def _piece(self, name: Any, start: Any, length: Any) -> _Piece:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ConfigError(f"{self.path / METADATA}: names file {name!r}, allowed: files in the same directory")
+            got = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise ConfigError(f"{self.path / METADATA}: names file {got}, allowed: files in the same directory")
         if not (self.path / name).is_file():
             raise ConfigError(f"{self.path / METADATA}: names file {name}, which is missing")
         start, length = shape_of((start, length))
@@ -123,7 +124,7 @@ def _tensor(name: str, described: Inert, pieces: dict[tuple[str, Shape], _Piece]
     dtype = properties.state[0] if isinstance(properties.state, tuple) else properties.attributes.get("dtype")
     known = dtype_of(dtype)
     if known is None:
-        return TensorInfo(shape, UNKNOWN, f"a tensor of {dtype}")
+        return TensorInfo(shape, UNKNOWN, f"a tensor of {dtype if isinstance(dtype, Name) else 'an unknown dtype'}")
     placed = []
     for chunk in described.attributes["chunks"]:
         offsets, sizes = shape_of(chunk.attributes["offsets"]), shape_of(chunk.attributes["sizes"])

@@ -29,7 +29,7 @@ def compare_table(name: str, table: np.ndarray, config: ModelConfig) -> str | No
         return None
     dtype = np.dtype(np.float32) if table.dtype.kind == "c" else table.dtype
     width = config.rope_dim // 2
-    positions = _positions(table, width)
+    positions = _positions(name, table, width)
     parts = list(_parts(name, table, width, positions))
     if not parts or (dtype.kind != "f" and dtype.name != "bfloat16"):
         shape = list(table.shape)
@@ -59,9 +59,10 @@ def compare_table(name: str, table: np.ndarray, config: ModelConfig) -> str | No
     )
 
 
-def _positions(table: np.ndarray, width: int) -> np.ndarray:
+def _positions(name: str, table: np.ndarray, width: int) -> np.ndarray:
     """The positions of the table that are compared."""
-    per_position = width if table.dtype.kind == "c" or table.ndim == 2 else 2 * width
+    both_halves = name.endswith(("cos_cached", "sin_cached"))
+    per_position = width if table.dtype.kind == "c" or (table.ndim == 2 and not both_halves) else 2 * width
     count = table.size // per_position
     half = MOST_POSITIONS // 2
     return np.arange(count) if count <= MOST_POSITIONS else np.r_[:half, count - half : count]

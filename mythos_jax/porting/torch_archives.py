@@ -6,6 +6,7 @@ Both hold one pickle, which names the storages of its tensors, and the bytes of 
 import io
 import math
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,10 @@ from mythos_jax.porting.torch_objects import StoredTensor, TorchObjects
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of an old file
+
+
+# What `zipfile` raises for records that are damaged, encrypted, or compressed in a way that it does not know.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 
 
 class Archive(ABC):
@@ -54,7 +59,7 @@ class Archive(ABC):
         self._last_record = None  # frees its memory before the next storage is read
         try:
             record = self._read_record(storage)
-        except (KeyError, ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+        except (KeyError, *UNREADABLE, OSError) as error:
             raise self._damaged(f"storage {storage}: {error}") from None
         self._last_record = storage, record
         return record
@@ -88,7 +93,7 @@ class ZipArchive(Archive):
                     del info.CRC
             self._root = self._find_root()
             pickled = self._zip.read(f"{self._root}data.pkl")
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        except UNREADABLE as error:
             if isinstance(error, ConfigError):
                 raise
             raise self._damaged(one_line(error)) from None
@@ -126,7 +131,8 @@ class OldArchive(Archive):
             raise self._big_endian()
         self.value = self._unpickle(file)
         keys = self._unpickle(file)
-        if not isinstance(keys, list) or not {str(key) for key in keys} <= self._objects.storages.keys():
+        plain = isinstance(keys, list) and all(isinstance(key, str | int) for key in keys)
+        if not plain or not {str(key) for key in keys} <= self._objects.storages.keys():
             raise self._damaged("no list of its storages")
         self._places: dict[str, tuple[int, int]] = {}  # where the bytes of each storage start, and how many there are
         place = file.tell()

@@ -66,7 +66,9 @@ def _warnings(evaluation: Evaluation) -> list[str]:
 def _facts(evaluation: Evaluation) -> list[str]:
     """What was evaluated, on what."""
     model = evaluation.model
-    facts = [f"{model.parameters:,} parameters", f"trained with {model.loops} loop{'' if model.loops == 1 else 's'}"]
+    stored = "" if model.weights == "float32" else f" as {model.weights}"
+    depth = f"trained with {model.loops} loop{'' if model.loops == 1 else 's'}"
+    facts = [f"{model.parameters:,} parameters{stored}", depth]
     if model.step is not None:
         facts += [f"step {model.step:,}", f"seed {model.seed}"]
     match evaluation.data:

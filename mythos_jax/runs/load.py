@@ -49,6 +49,7 @@ class LoadedModel:
     step: of the checkpoint; None for a pretrained model.
     tokenizer_spec: as for `load_tokenizer`; None if there is no tokenizer.
     trained_on: what the checkpoint remembers of its data; nothing for a pretrained model.
+    storage: how the weights are stored.
     family: the format that a pretrained model was published in; None for a run.
     """
 
@@ -60,6 +61,7 @@ class LoadedModel:
     mesh: Mesh
     tokenizer_spec: str | None
     trained_on: TrainedOn = field(default_factory=TrainedOn)
+    storage: Storage = FLOAT32
     family: str | None = None
 
     @cached_property
@@ -139,6 +141,7 @@ def load_model(
     overrides: Sequence[str] = (),
     with_predictor: bool = True,
     storage: Storage = FLOAT32,
+    keep_int8: bool = True,
 ) -> LoadedModel:
     """A run at its newest checkpoint (or that of `step`), or a pretrained model (see `load_pretrained`).
 
@@ -147,13 +150,13 @@ def load_model(
     mesh: device mesh. Default: the run's own if it fits the devices that are here, else the default one.
     overrides: command-line words that set fields of the config, such as `--mesh.tensor 2`.
     with_predictor: also load the run's depth predictor, if it has one.
-    storage: how the weights are stored.
+    storage: how the weights are stored. keep_int8: those of a directory of int8 weights stay as they are.
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
     if is_run(path):
         run = _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor)
-        return replace(run, variables=storage.store_all(run.config.model, run.variables))
+        return replace(run, variables=storage.store_all(run.config.model, run.variables), storage=storage)
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
@@ -161,7 +164,7 @@ def load_model(
     source = FileSource(str(path), config)
     run_config = config_from_words(overrides, name=source.path.stem)
     device_mesh = make_mesh(mesh or (run_config.mesh if sets_mesh(overrides) else default_mesh()))
-    if source.family is native.INT8_FAMILY:  # whose values and scales stay as they are
+    if source.family is native.INT8_FAMILY and keep_int8:
         storage = replace(storage, int8=True)
     model_config, variables = load_variables(source, storage, placer(source.config, device_mesh))
     return LoadedModel(
@@ -171,6 +174,7 @@ def load_model(
         variables={"balance": {}, **variables},
         step=None,
         mesh=device_mesh,
+        storage=storage,
         tokenizer_spec=_spec(tokenizer or source.tokenizer),
         family=source.origin.family if source.origin else source.family.name,
     )
@@ -197,6 +201,7 @@ def placer(config: ModelConfig, mesh: Mesh) -> Callable[[str, Any], jax.Array]:
 def place_variables(config: ModelConfig, mesh: Mesh, variables: dict[str, Any]) -> dict[str, Any]:
     """Puts the variables of a model on the mesh; `balance` is {} if the model has no router."""
     put, boxes = placer(config, mesh), boxes_by_path(config)
+    assert SCALES not in variables, "weights that are trained are not int8"
     flat = flatten_dict(variables, sep=".")
     return {"balance": {}, **unflatten_dict({path: put(path, flat[path]) for path in boxes}, sep=".")}
 

@@ -102,7 +102,7 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | No
     """
     if path is None or newest_folder(run_dir / "checkpoints") is not None:
         return None
-    loaded = load_model(path)
+    loaded = load_model(path, keep_int8=False)
     _check_tokenizers(config, loaded, path)
     theirs = loaded.config.model
     gate_is_new = config.model.exit_gate and not theirs.exit_gate and theirs.readout != "act"

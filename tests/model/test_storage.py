@@ -94,8 +94,11 @@ def test_what_is_stored_how():
     assert {path.rsplit(".", 1)[-1] for path in left if int8[path].ndim > 1} == {"kernel", "scale", "halt_kernel"}
     assert [path for path in left if path.endswith(".kernel")] == ["params.recurrence.cell.layer_0.moe.router.kernel"]
     half = flatten_dict(Storage("float16").store_all(config, variables(config)), sep=".")
-    assert {half[path].dtype.name for path in half if half[path].ndim > 1 and "router" not in path} == {"float16"}
-    assert {half[path].dtype.name for path in half if half[path].ndim == 1 or "router" in path} == {"float32"}
+    exact = {path for path in half if half[path].ndim == 1 or "router" in path or "halt_kernel" in path}
+    assert {half[path].dtype.name for path in exact} == {"float32"}
+    assert {half[path].dtype.name for path in half.keys() - exact} == {"float16"}
+    with pytest.raises(ConfigError, match=r"params\.embedding: has numbers beyond float16's largest, 65504"):
+        Storage("float16").store("params.embedding", np.full((2, 2), 7e4, np.float32), None)
 
 
 def test_the_head_of_losses_has_the_stored_values():
@@ -130,6 +133,9 @@ def test_an_int8_directory_is_read_as_it_is(tmp_path):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "int8" / "model.safetensors"
     ).read_bytes()
+    assert load_model(tmp_path / "int8").storage == INT8
+    whole = load_model(tmp_path / "int8", keep_int8=False).variables  # as training starts from it
+    jax.tree.map(np.testing.assert_array_equal, whole, exact(made))
     convert(tmp_path / "int8", tmp_path / "back", "mythos_jax", progress=False)
     jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "back").variables, exact(made))
 

@@ -349,3 +349,24 @@ def test_pickles_that_want_memory_or_time(tmp_path):
         write_checkpoint(tmp_path / f"{name}.pt", b"\x80\x04" + data)
         with pytest.raises(ConfigError, match=rf"{name}\.pt: (holds no tensors|its pickle cannot be read)"):
             TorchFile(tmp_path / f"{name}.pt")
+
+
+@pytest.mark.parametrize(("offset", "value"), [(10, 8), (10, 1), (8, 1), (8, 32)], ids=["8", "1", "encrypted", "32"])
+def test_records_that_zipfile_cannot_read(tmp_path, offset, value):
+    """A byte of the directory entry of a storage: its method of compression, or its flags."""
+    data = bytearray((SAVED / "beside_2.pt").read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"data/0"))
+    data[entry + offset] = value
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"x\.pt: damaged checkpoint \(storage "):
+        assert_weights(TorchFile(tmp_path / "x.pt"))
+
+
+def test_an_old_file_whose_list_of_storages_grows_when_it_is_printed(tmp_path):
+    head = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + pickle.dumps({}, 2)
+    shared: list = []
+    for _ in range(60):
+        shared = [shared, shared]
+    (tmp_path / "x.pt").write_bytes(head + pickle.dumps([shared], 2))
+    with no_hang(), pytest.raises(ConfigError, match=r"x\.pt: damaged checkpoint \(no list of its storages\)"):
+        TorchFile(tmp_path / "x.pt")

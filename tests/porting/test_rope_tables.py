@@ -56,6 +56,12 @@ def test_the_same_table(name):
         assert compare_table(name.strip(), TABLES[name](base), replace(CONFIG, rope_theta=base)) is None
 
 
+def test_tables_of_positions_and_channels_alone():
+    for name in ("rotary_emb.cos_cached", "rotary_emb.sin_cached"):
+        table = (np.cos if "cos" in name else np.sin)(np.concatenate([angles(50_000.0)] * 2, -1))
+        assert compare_table(name, table, CONFIG) is None
+
+
 @pytest.mark.parametrize("positions", [131_072, 300_001])
 def test_long_tables(positions):
     """Their angles are rounded in float32, by more the later the position; another base is still seen."""
