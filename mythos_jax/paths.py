@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_jax.errors import ConfigError
+from mythos_jax.json_text import parse_json
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -74,3 +75,18 @@ def is_lfs_pointer(path: Any) -> bool:
             return file.read(len(start)) == start
     except OSError:
         return False
+
+
+def read_json(path: Any) -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError."""
+    if is_lfs_pointer(path):
+        raise ConfigError(f"{path}: is a Git LFS pointer, not JSON; run `git lfs pull` in its repository")
+    try:
+        tree = parse_json(path.read_bytes(), unique_keys=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: got {type(tree).__name__}, allowed: an object with fields")
+    return tree

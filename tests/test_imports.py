@@ -34,7 +34,8 @@ FLOORS = (
     ("config",),
     ("typed",),
     ("progress",),
-    ("chips", "interrupts", "json_text", "paths", "streams"),
+    ("chips", "interrupts", "paths", "streams"),
+    ("json_text",),
     ("errors", "version"),
 )
 FLOOR = {room: -i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -14,8 +14,7 @@ from typing import Any
 from mythos_jax.data.gguf import open_gguf, tokenizer_json
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
-from mythos_jax.json_text import parse_json
-from mythos_jax.paths import to_path
+from mythos_jax.paths import read_json, to_path
 
 # Beginnings of text that tokenizers without any other file are known by: Huginn's and Parcae's.
 BEGIN_NAMES = ("<|begin_text|>", "<|bos|>")
@@ -212,17 +211,7 @@ def _id_of(special: Mapping[str, str], name: str, tokenizer: Tokenizer) -> int |
 
 def _read(file: Any) -> dict[str, Any] | None:
     """The fields of a JSON file; None if there is no such file."""
-    try:
-        fields = parse_json(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{file}: got {type(fields).__name__}, allowed: an object with fields")
-    return fields
+    return read_json(file) if file.is_file() else None
 
 
 def _special_tokens(fields: Mapping[str, Any] | None, file: Any) -> dict[str, str]:

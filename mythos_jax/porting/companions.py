@@ -76,7 +76,7 @@ def local_modules(auto_map: Any) -> list[str]:
     """The files that an `auto_map` expects beside it; a class of another repository is written `repository--…`."""
     values = auto_map.values() if isinstance(auto_map, Mapping) else ()
     classes = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    local = [name for name in classes if isinstance(name, str) and "--" not in name and "." in name]
+    local = [name for name in classes if isinstance(name, str) and not re.search(r"--|[/\\]", name) and "." in name]
     return sorted({f"{name.split('.')[0]}.py" for name in local})
 
 

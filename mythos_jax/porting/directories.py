@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 from mythos_jax.errors import ConfigError
-from mythos_jax.json_text import parse_json
-from mythos_jax.paths import is_lfs_pointer
+from mythos_jax.paths import read_json
 from mythos_jax.porting.dcp import METADATA
 
 # In order of preference; the first that a directory has is read.
@@ -73,21 +71,6 @@ def _weight_files(directory: Path, notes: list[str]) -> list[Path]:
         raise ConfigError(f"{directory}: got weight files: {got}, allowed: one of them (name it), or an index")
     _note_others(directory, preferred[0].name, preferred[1:], notes)
     return preferred[:1]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ConfigError."""
-    if is_lfs_pointer(path):
-        raise ConfigError(f"{path}: is a Git LFS pointer, not JSON; run `git lfs pull` in its repository")
-    try:
-        tree = parse_json(path.read_bytes(), unique_keys=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: got {type(tree).__name__}, allowed: an object with the model's fields")
-    return tree
 
 
 def _is_trainers(name: str) -> bool:

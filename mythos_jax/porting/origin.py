@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mythos_jax.errors import ConfigError
-from mythos_jax.porting.directories import read_json
+from mythos_jax.paths import read_json
 from mythos_jax.porting.safetensors_files import SafetensorsFile
 
 FIELDS_FILE = "source_config.json"

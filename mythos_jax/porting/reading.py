@@ -19,10 +19,10 @@ from mythos_jax.data.conventions import TextConventions
 from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.gather import SCALES
-from mythos_jax.paths import is_lfs_pointer, to_path
+from mythos_jax.paths import is_lfs_pointer, read_json, to_path
 from mythos_jax.porting import native
 from mythos_jax.porting.dcp import DcpDirectory
-from mythos_jax.porting.directories import files_of, read_json
+from mythos_jax.porting.directories import files_of
 from mythos_jax.porting.embedded import embedded_fields
 from mythos_jax.porting.families import detect, has_signature
 from mythos_jax.porting.family import Family, own_fields
