@@ -80,7 +80,8 @@ def test_history(capsys, monkeypatch, folder, echoes):
         "system Be kind. | user /c",
         "user d",
     ]
-    assert err == ["mythos: system Be kind.", "mythos: system Be kind.", "mythos: system off"]
+    system, undone = ["system Be kind.", "system Be kind.", "system off"], ["forgotten: /c", "nothing to undo"]
+    assert err == [f"mythos: {line}" for line in ["forgotten: a", *system, *undone]]
 
 
 def test_settings(capsys, monkeypatch, folder, echoes):

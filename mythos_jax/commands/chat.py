@@ -195,8 +195,11 @@ class Talk:
 
     def _undo(self) -> None:
         """Forgets the last question and what followed it."""
-        while self._turns and self._turns.pop()["role"] != "user":
-            pass
+        question = None
+        while self._turns and question is None:
+            turn = self._turns.pop()
+            question = turn["content"] if turn["role"] == "user" else None
+        say("mythos: nothing to undo" if question is None else f"mythos: forgotten: {one_line(question, 60)}")
 
 
 def _dim(text: str) -> str:

@@ -33,13 +33,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _name_and_config(source: str, overrides: list[str]) -> "tuple[str, ModelConfig]":
     from mythos_jax.config import load_config, load_run_config, named_config
+    from mythos_jax.porting.hub import PACKAGED
     from mythos_jax.porting.reading import FileSource
 
     directory = Path(source)
     if directory.is_dir() and (directory / "config.yaml").is_file():
         config = load_run_config(directory / "config.yaml", overrides)
         return config.name, config.model
-    is_word = "/" not in source and not directory.exists()
+    is_word = "/" not in source and not directory.exists() and source not in PACKAGED
     if directory.suffix in (".yaml", ".yml") or named_config(source) or is_word:
         config = load_config(source, overrides)
         return config.name, config.model

@@ -43,7 +43,8 @@ def evaluate_model(
     Raises ConfigError: no data, rows of another tokenizer, a policy that the model cannot follow, no exit gate.
     """
     if data is None and loaded.step is None:
-        raise ConfigError(f"{loaded.directory}: a pretrained model has no data of its own; allowed: --data DIR")
+        allowed = "--data DIR (made by mythos data), or --tasks"
+        raise ConfigError(f"{loaded.directory}: a pretrained model has no data of its own; allowed: {allowed}")
     settings = choose_settings(loaded, loops, halting, expected)
     _announce_batch(loaded)
     if loaded.config.data.task.name and data is None:

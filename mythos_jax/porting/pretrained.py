@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.model.gather import SCALES
 from mythos_jax.model.storage import FLOAT32, Dtype, Storage, boxes_by_path
 from mythos_jax.porting import native
 from mythos_jax.porting.coverage import require_tensors
@@ -58,18 +59,19 @@ def save_pretrained(
     path: str | Path,
     model_config: ModelConfig,
     variables: Mapping[str, Any],
-    format: str = native.NAME,
+    format: str | None = None,
     *,
     tokenizer: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model as a new directory: `config.json`, `model.safetensors`, and a copy of `tokenizer` if given.
 
-    format: "mythos_jax", or the name of a family (docs/weights.md). Weights of more than `shard_bytes` are written as
+    format: the name of a format (docs/weights.md); default: ours, "mythos_jax", or "mythos_jax_int8" for variables that
+    are int8. Weights of more than `shard_bytes` are written as
     several files with an index. Raises ConfigError: the directory exists; the format cannot express the model (every
     reason is listed); the variables do not fit the config.
     """
-    family = get_family(format)
+    family = get_family(format or (native.INT8_FAMILY if SCALES in variables else native.FAMILY).name)
     refuse_existing(path)
     family.require_expressible(model_config)
     source = VariablesSource(model_config, variables, "variables", tokenizer)

@@ -64,7 +64,9 @@ def write_directory(
     if missing and family not in native.FAMILIES:
         del fields["auto_map"]
         where = "the published code" if family.auto_map else "no code"
-        notes.append(f"config.json: {', '.join(missing)} is not in {source.path}; auto_map names {where} instead")
+        notes.append(f"config.json: not in {source.path}: {', '.join(missing)}; auto_map names {where} instead")
+    if family is native.INT8_FAMILY and source.family is not native.INT8_FAMILY:
+        notes.append(f"rounded to int8: {len(family.table(source.config).int8)} matrices")
     config_json = family.config_json(source.config, _dtype(source), fields)
     with new_directory(path) as directory:
         _write_json(directory / "config.json", config_json)

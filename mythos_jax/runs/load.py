@@ -164,6 +164,8 @@ def load_model(
     source = FileSource(str(path), config)
     run_config = config_from_words(overrides, name=source.path.stem)
     device_mesh = make_mesh(mesh or (run_config.mesh if sets_mesh(overrides) else default_mesh()))
+    if tokenizer is not None and source.tokenizer is not None:
+        log0(f"tokenizer {tokenizer}: used in place of the model's own, {source.tokenizer}")
     if source.family is native.INT8_FAMILY and keep_int8:
         storage = replace(storage, int8=True)
     model_config, variables = load_variables(source, storage, placer(source.config, device_mesh))
@@ -308,11 +310,11 @@ def _tokenizer_of(directory: Path, config: Config, trained_on: TrainedOn) -> str
 def _check_vocabulary(tokenizer: Tokenizer, spec: str, vocab_size: int) -> None:
     """Raises ConfigError if the model lacks a token that a text may have; not for special ones, such as a padding that
     somebody added to the tokenizer only."""
-    for number in range(vocab_size, tokenizer.vocab_size):
-        text = tokenizer.token_text(number)
-        if text is not None and tokenizer.special_token(text) is None:
-            allowed = f"at most {vocab_size}, the model's vocabulary"
-            raise ConfigError(f"tokenizer {spec}: got {tokenizer.vocab_size} tokens, allowed: {allowed}")
+    missing = [tokenizer.token_text(number) for number in range(vocab_size, tokenizer.vocab_size)]
+    lacks = any(text is not None and tokenizer.special_token(text) is None for text in missing)
+    if lacks or vocab_size <= tokenizer.end_of_document:
+        allowed = f"at most {vocab_size}, the model's vocabulary"
+        raise ConfigError(f"tokenizer {spec}: got {tokenizer.vocab_size} tokens, allowed: {allowed}")
 
 
 def _spec(tokenizer: str | Path | None) -> str | None:

@@ -87,7 +87,7 @@ def test_without_its_code_the_published_one_is_named(huginn, tmp_path):
     assert fields_of(tmp_path / "back")["auto_map"]["AutoModelForCausalLM"] == name
     assert "raven_config_minimal.py" not in report.written.copied  # nothing imports it
     assert report.written.notes == [
-        f"config.json: raven_modeling_minimal.py is not in {huginn}; auto_map names the published code instead"
+        f"config.json: not in {huginn}: raven_modeling_minimal.py; auto_map names the published code instead"
     ]
 
 
