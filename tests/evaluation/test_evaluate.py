@@ -176,7 +176,8 @@ def evaluation(measured):
 def test_the_json_of_an_evaluation(evaluation):
     tree = json.loads(json.dumps(evaluation.to_json()))
     results, inside = tree.pop("results"), tree.pop("inside")
-    assert tree == {"name": "<tiny>", "step": 7, "seed": 3, "loops": 2, "parameters": 1234, "data": "data/x"}
+    model = {"name": "<tiny>", "step": 7, "seed": 3, "loops": 2, "parameters": 1234, "weights": "float32"}
+    assert tree == {**model, "data": "data/x"}
     assert [(row["loops"], row["threshold"]) for row in results] == [(s.loops, s.threshold) for s in SETTINGS]
     assert results[4] == {
         "loops": 5,
