@@ -61,10 +61,8 @@ def training_flops(config: Config, loops: float | None = None) -> int:
     exit gate runs coda and head after each loop with gradients; the gate's own gradients cost nothing. Attention is
     causal.
     """
-    flops, exit_loss = (
-        forward_flops(config.model, max(config.data.seq_len // 2, 1)),
-        config.training.objectives.exit_loss,
-    )
+    flops = forward_flops(config.model, max(config.data.seq_len // 2, 1))
+    exit_loss = config.training.objectives.exit_loss
     mean = mean_loops(config) if loops is None else loops
     traced = min(mean, backprop_loops(config))
     read_outs = 1 if exit_loss == "none" else traced

@@ -15,7 +15,7 @@ from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.results import LoopUsage, Measurement, Sample
 from mythos_jax.model.halting import Halting
-from mythos_jax.model.likelihood import expected_forward, forward, token_loss
+from mythos_jax.model.likelihood import Forward, token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.progress import Progress
 from mythos_jax.sharding import replicate, use_mesh
@@ -26,18 +26,17 @@ SAMPLE_TOKENS = 600  # those of them that the heat map shows
 PerToken = tuple[np.ndarray, np.ndarray]  # nats_BT, loops_BT
 
 
-@partial(jax.jit, static_argnames=("model", "expected"))
+@partial(jax.jit, static_argnames=("model", "run"))
 def _evaluate_batch(
     model: Mythos,
     variables: Any,
     batch: dict[str, jax.Array],
     loops: jax.Array,
     halting: Halting | None,
-    expected: bool,
+    run: Forward,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Per-batch sums of nats, scored tokens and their loops; and per-token nats_BT and loops_BT."""
     rngs = {"state": jax.random.key(0)}  # models that start from noise: the same noise at every depth
-    run = expected_forward if expected else forward
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs, run=run)
     totals = nats_BT.sum(), batch["mask"].sum(), (out.loops * batch["mask"]).sum()
     return totals, replicate((nats_BT, out.loops))
@@ -73,7 +72,7 @@ def evaluate_depths(
         for i, batch in enumerate(batches):
             placed = place_batch(mesh, batch)
             for setting in settings:
-                how = jnp.int32(setting.loops), setting.halting, setting.expected
+                how = jnp.int32(setting.loops), setting.halting, setting.forward
                 sums, per_token = _evaluate_batch(model, variables, placed, *how)
                 totals[setting] += np.asarray(jax.device_get(sums), np.float64)
                 if setting in recorded and i < recorded_batches:

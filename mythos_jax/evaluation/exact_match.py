@@ -14,26 +14,25 @@ from mythos_jax.data.placement import place_batch
 from mythos_jax.evaluation.policies import Setting
 from mythos_jax.evaluation.results import LoopUsage, Measurement, Sample
 from mythos_jax.model.halting import Halting
-from mythos_jax.model.likelihood import expected_forward, forward, token_loss
+from mythos_jax.model.likelihood import Forward, token_loss
 from mythos_jax.model.mythos import Mythos, output_table
 from mythos_jax.ops.chunked_argmax import chunked_argmax
 from mythos_jax.progress import Progress
 from mythos_jax.sharding import replicate, use_mesh
 
 
-@partial(jax.jit, static_argnames=("model", "expected"))
+@partial(jax.jit, static_argnames=("model", "run"))
 def _evaluate_batch(
     model: Mythos,
     variables: Any,
     batch: dict[str, jax.Array],
     loops: jax.Array,
     halting: Halting | None,
-    expected: bool,
+    run: Forward,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Per-batch sums of exact matches, problems, nats, answer tokens and their loops; per problem the mean loops of
     its answer tokens, float32 [B]; and per token its loops, int32 [B, T]."""
     rngs = {"state": jax.random.key(0)}  # models that start from noise: the same noise at every depth
-    run = expected_forward if expected else forward
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs, run=run)
     best_BT = chunked_argmax(out.features, output_table(variables))
     # A problem counts as solved if each of its answer tokens is the most likely one: greedy decoding would be right.
@@ -70,7 +69,7 @@ def evaluate_problems(
             for batch in batches_of_difficulty:
                 placed = place_batch(mesh, batch)
                 for setting in settings:
-                    how = jnp.int32(setting.loops), setting.halting, setting.expected
+                    how = jnp.int32(setting.loops), setting.halting, setting.forward
                     sums, loops = _evaluate_batch(model, variables, placed, *how)
                     totals[setting] += np.asarray(jax.device_get(sums), np.float64)
                     if setting in recorded:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.halting import Halting, check_expected, check_halting
+from mythos_jax.model.likelihood import Forward, expected_forward, forward
 
 # Thresholds for a policy given without one, from "nearly every loop runs" to "nearly none does".
 SWEEPS: dict[str, tuple[float, ...]] = {
@@ -33,6 +34,11 @@ class Setting:
     def is_fixed_depth(self) -> bool:
         """Whether this is a point of the line that everything else is compared with."""
         return self.halting is None and not self.expected
+
+    @property
+    def forward(self) -> Forward:
+        """The way to run the model; `loops` and `halting` are its arguments."""
+        return expected_forward if self.expected else forward
 
     @property
     def criterion(self) -> str | None:

@@ -13,7 +13,7 @@ from mythos_jax.model.layers import FeedForward, matrix_init
 from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
 from mythos_jax.ops.experts import experts_on_one_device
 from mythos_jax.ops.matmul import matmul
-from mythos_jax.ops.narrow import Narrow
+from mythos_jax.ops.narrow import wide
 from mythos_jax.sharding import in_use
 
 
@@ -90,7 +90,7 @@ class MoE(nn.Module):
         )
         if in_use():
             width = width_axis(self, "gate")
-            gate, up, down = (w.widened(x_BTD.dtype) if isinstance(w, Narrow) else w for w in (gate, up, down))
+            gate, up, down = (wide(w, x_BTD.dtype) for w in (gate, up, down))
             y_BTD = experts_on_mesh(x_BTD, gates_BTK, experts_BTK, (gate, up, down), width, c.expert_exchange)
         else:
             y_BTD = experts_on_one_device(x_BTD, gates_BTK, experts_BTK, (gate, up, down))

@@ -51,10 +51,10 @@ class Storage:
             return {path: values, f"{SCALES}.{name}": scale}
         decides = {"router", "halt_kernel"} & set(name.split("."))
         if collection != "params" or array.ndim < 2 or decides:
-            return {path: array.astype(np.float32)}
+            return {path: array.astype(np.float32, copy=False)}
         if self.dtype == "float16" and array.size and float(abs(array).max()) > float(np.finfo(np.float16).max):
             raise ConfigError(f"{path}: has numbers beyond float16's largest, 65504; allowed: bfloat16")
-        return {path: array.astype(DTYPES[self.dtype])}
+        return {path: array.astype(DTYPES[self.dtype], copy=False)}
 
     def store_all(self, config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
         """All variables of a model, wherever they are; collections that are not its weights are kept."""
@@ -80,7 +80,7 @@ def quantize(array: Array, inputs: tuple[int, ...]) -> tuple[Array, Array]:
     bits, so that values * scale is exact, and its own quantization gives the same values and scales.
     """
     if isinstance(array, jax.Array):
-        scale = _scale(jnp, array.astype(jnp.float32), inputs)
+        scale = _scale(jnp, array, inputs)
         return jnp.round(array.astype(jnp.float32) / scale).astype(jnp.int8), scale
     scale = _scale(np, array, inputs)
     values = np.empty(array.shape, np.int8)

@@ -6,7 +6,6 @@ its own: `blocked_experts`, and `dense_over_all_experts` for a handful of tokens
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,8 +29,9 @@ def experts_on_one_device(
     depends on the platform compiled for, on the number of tokens, and on how the weights are stored.
     """
     few_tokens = x_BTD.size // x_BTD.shape[-1] <= MAX_DENSE_TOKENS
-    if isinstance(weights[0], Narrow) and platform() == "cpu" and few_tokens:
-        return narrow_experts(x_BTD, gates_BTK, experts_BTK, weights)
+    narrow = [w for w in weights if isinstance(w, Narrow)]
+    if narrow and platform() == "cpu" and few_tokens:
+        return narrow_experts(x_BTD, gates_BTK, experts_BTK, narrow)
     gate, up, down = (wide(w, x_BTD.dtype) for w in weights)
     if platform() != "cpu":
         return grouped_experts(x_BTD, gates_BTK, experts_BTK, (gate, up, down))
@@ -42,11 +42,11 @@ def experts_on_one_device(
 
 
 def narrow_experts(
-    x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: Sequence[Matrix]
+    x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: Sequence[Narrow]
 ) -> jax.Array:
-    """For a handful of tokens and weights that are all `Narrow`: the weights of each choice, or all of them if there
-    are as many choices as experts, are multiplied as they are stored."""
-    E, K, D = jax.tree.leaves(weights)[0].shape[0], experts_BTK.shape[-1], x_BTD.shape[-1]
+    """For a handful of tokens: the weights of each choice, or all of them if there are as many choices as experts, are
+    multiplied as they are stored."""
+    E, K, D = weights[0].values.shape[0], experts_BTK.shape[-1], x_BTD.shape[-1]
     x_ND, gates_NK, experts_NK = x_BTD.reshape(-1, D), gates_BTK.reshape(-1, K), experts_BTK.reshape(-1, K)
     if experts_NK.size < E:
         weights = [jax.tree.map(lambda part: part[experts_NK.reshape(-1)], w) for w in weights]
@@ -59,7 +59,7 @@ def narrow_experts(
     return out_ND.reshape(x_BTD.shape).astype(x_BTD.dtype)
 
 
-def narrow_swiglu(x_GND: jax.Array, weights: Any) -> jax.Array:
+def narrow_swiglu(x_GND: jax.Array, weights: Sequence[Narrow]) -> jax.Array:
     """A SwiGLU feed-forward for each group, float32 [G, N, D]."""
     gate_GDF, up_GDF, down_GFD = weights
     hidden_GNF = nn.silu(narrow_product(x_GND, gate_GDF, "GIO")) * narrow_product(x_GND, up_GDF, "GIO")

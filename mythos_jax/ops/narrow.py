@@ -58,12 +58,7 @@ def narrow_product(x: jax.Array, w: Narrow, axes: str) -> jax.Array:
     axes: the letters of the axes of the weight, such as "IO" or "GIO".
     """
     y = _product(x, w.values, axes)
-    if w.scale is None:
-        return y
-    # Along the axes that the result has, in its order.
-    order = sorted((letter for letter in axes if letter != "I"), key="GO".index)
-    scale = jnp.squeeze(w.scale, axes.index("I"))
-    return y * jnp.expand_dims(jnp.einsum(f"{axes.replace('I', '')}->{''.join(order)}", scale), -2)
+    return y if w.scale is None else y * jnp.squeeze(w.scale, axes.index("I"))[..., None, :]
 
 
 def _product(x: jax.Array, values: jax.Array, axes: str) -> jax.Array:
@@ -72,8 +67,9 @@ def _product(x: jax.Array, values: jax.Array, axes: str) -> jax.Array:
     # XLA's CPU backend cannot multiply groups of bfloat16 matrices into float32.
     kinds = (jnp.int8,) if "G" in axes else (jnp.int8, jnp.bfloat16)
     halves = values.dtype in kinds and x.dtype == jnp.float32 and x.shape[-2] <= MAX_SPLIT_ROWS
-    if not halves or platform() != "cpu" or in_use():
-        values = _widen_late(values, x) if platform() == "cpu" and not in_use() else values
+    on_one_cpu = platform() == "cpu" and not in_use()
+    if not (halves and on_one_cpu):
+        values = _widen_late(values, x) if on_one_cpu else values
         return jnp.einsum(f"{rows},{axes}->{result}", x, values.astype(x.dtype), preferred_element_type=jnp.float32)
     if values.dtype == jnp.int8:
         size = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny) / INT8_MAX
@@ -111,7 +107,7 @@ def linear(x: jax.Array, w: Matrix, axes: int = 1) -> jax.Array:
 
 def linear_to_heads(x_BTI: jax.Array, w_IHO: Matrix) -> jax.Array:
     """Every head's channels, [B, T, H, O], from what all heads share."""
-    if not isinstance(w_IHO, Narrow):
+    if not isinstance(w_IHO, Narrow):  # as a product that rematerialisation may save, which `linear` hides from it
         return jnp.einsum("BTI,IHO->BTHO", x_BTI, w_IHO)
     return linear(x_BTI, w_IHO)
 

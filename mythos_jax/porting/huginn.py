@@ -114,7 +114,6 @@ def to_model(fields: Fields) -> dict[str, Any]:
 
 def from_model(config: ModelConfig) -> dict[str, Any]:
     """Fields of `RavenConfig`; correct only if `to_model` restores the config, which the caller checks."""
-    depth = config.prelude_layers + config.loop_layers * config.loops + config.coda_layers
     return {
         **UNUSED,
         **SUPPORTED,
@@ -126,7 +125,7 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
         "mean_backprop_depth": min(8, config.loops),
         "qk_bias": config.qk_bias,
         "rope_base": config.rope_theta,
-        "effective_expected_depth": depth,
+        "effective_expected_depth": recurrent_gpt.effective_depth(config),
         "init_values": init_values(config, math.sqrt(config.dim)),
     }
 
@@ -144,12 +143,11 @@ def initial_state(fields: Fields, common: Mapping[str, Any]) -> dict[str, Any]:
 
 def init_values(config: ModelConfig, embed_scale: float) -> dict[str, float]:
     """The field of this name. `std` is also how far the initial state is from zeros."""
-    depth = config.prelude_layers + config.loop_layers * config.loops + config.coda_layers
     std = _usual_std(config.dim)
     noise = config.initial_noise_std or std
     return {
         "std": 0.0 if config.initial_state == "zeros" else noise,
-        "out_proj": std / math.sqrt(2 * depth),
+        "out_proj": std / math.sqrt(2 * recurrent_gpt.effective_depth(config)),
         "embedding": std,
         "embed_scale": embed_scale,
     }

@@ -74,7 +74,6 @@ def olmo_to_model(fields: Fields) -> dict[str, Any]:
 
 
 def from_model(config: ModelConfig) -> dict[str, Any]:
-    depth = config.prelude_layers + config.loop_layers * config.loops + config.coda_layers
     state = {ours: theirs for theirs, ours in STATES.items()}.get(config.initial_state)
     return {
         **huginn.UNUSED,
@@ -89,7 +88,7 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
         "n_layers": config.prelude_layers + config.loop_layers + config.coda_layers,
         "padding_multiple": math.gcd(config.vocab_size, 4096),
         "mean_backprop_depth": min(8, config.loops),
-        "effective_expected_depth": depth,
+        "effective_expected_depth": recurrent_gpt.effective_depth(config),
         "init_values": huginn.init_values(config, config.embedding_scale),
     }
 

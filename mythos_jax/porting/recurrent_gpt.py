@@ -69,6 +69,11 @@ def from_model(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def effective_depth(config: ModelConfig) -> int:
+    """Layers that a token passes through at the config's loops, by which the originals scale initial weights."""
+    return config.prelude_layers + config.loop_layers * config.loops + config.coda_layers
+
+
 def stored_buffers(config: ModelConfig) -> dict[str, np.ndarray]:
     """Cosines and sines of RoPE's angles, float32 [1, T, 1, k / 2, 2], as the originals compute and store them.
 

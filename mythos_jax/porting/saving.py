@@ -65,16 +65,16 @@ def write_directory(
         del fields["auto_map"]
         where = "the published code" if family.auto_map else "no code"
         notes.append(f"config.json: not in {source.path}: {', '.join(missing)}; auto_map names {where} instead")
-    if family is native.INT8_FAMILY and source.family is not native.INT8_FAMILY:
-        notes.append(f"rounded to int8: {len(family.table(source.config).int8)} matrices")
     config_json = family.config_json(source.config, _dtype(source), fields)
+    table = family.table(source.config)
+    if family is native.INT8_FAMILY and source.family is not native.INT8_FAMILY:
+        notes.append(f"rounded to int8: {len(table.int8)} matrices")
     with new_directory(path) as directory:
         _write_json(directory / "config.json", config_json)
         companions.write(directory)
         buffers = _buffers(source, family, origin)
         if family in native.FAMILIES:
             _keep_origin(directory, source.origin, text)
-        table = family.table(source.config)
         if family.pytorch_bin:
             tensors = write_pytorch_bin(directory, table, source.parameter, buffers, progress)
         else:
