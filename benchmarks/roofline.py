@@ -43,6 +43,7 @@ from mythos_jax.model.layers import RMSNorm, compute_dtype, rope_tables
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.attention import Mask
 from mythos_jax.ops.cross_entropy import cross_entropy
+from mythos_jax.runs.state import Constants
 from mythos_jax.sharding import make_mesh, use_mesh
 from mythos_jax.training.optimizer import make_optimizer
 from mythos_jax.training.step import abstract_state, jitted_step
@@ -208,7 +209,7 @@ def compile_time(arguments: argparse.Namespace) -> dict[str, Any]:
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(config))
         with use_mesh(mesh):
-            jitted_step(config).lower(abstract_state(config, mesh), batch).compile()
+            jitted_step(config).lower(abstract_state(config, mesh), batch, Constants()).compile()
 
     times, _ = time_in_turns({str(n): partial(compile_at, n) for n in (4, 64)}, min(arguments.repeats, 5))
     print_header("compiling a train step", "4 loops, s", "64 loops, s", "ratio, at most 1.2")

@@ -21,7 +21,7 @@ from mythos_jax.inference.generate import GenerateResult, generate
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.porting.pretrained import load_pretrained
-from mythos_jax.runs.state import TrainState
+from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import init_state, make_train_step
 
@@ -147,7 +147,7 @@ class Ours:
                 lambda x, initial: jax.device_put(np.array(x), initial.sharding), self._variables, state.variables
             )
             self._state = state.replace(variables=copies)
-        self._state, metrics = self._step(self._state, self._batch)
+        self._state, metrics = self._step(self._state, self._batch, Constants())
         jax.block_until_ready((self._state, metrics))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mythos_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from mythos_jax.data.batch import Batch
+from mythos_jax.runs.state import Constants
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import init_state, make_train_step
 
@@ -39,7 +40,7 @@ def train_step(config: Config) -> Callable[[], None]:
 
     def call() -> None:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, Constants())
         jax.block_until_ready((state, metrics))
 
     return call

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig
 from mythos_jax.data.placement import batch_sharding, to_global
 from mythos_jax.ops import attention
-from mythos_jax.runs.state import TrainState
+from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import abstract_state, make_train_step
 from tests.tiny import SHARDED_GQA, SHARDED_MLA, moe_fields
@@ -75,7 +75,7 @@ def loss_and_gradients(
     placed = to_global(batch_sharding(mesh), B, np.arange(B), batch)
     # For so few tokens attention would be dense. One device keeps that, as the reference; a mesh attends by blocks.
     with mock.patch.object(attention, "MAX_DENSE_QUERIES", T if mesh.size == 1 else 0):
-        state, metrics = make_train_step(config, mesh)(random_state(config, mesh), placed)
+        state, metrics = make_train_step(config, mesh)(random_state(config, mesh), placed, Constants())
     gradients = jax.tree.map(lambda m: np.asarray(m) / (1 - config.training.b1), state.optimizer[1][0].mu)
     return {"loss": metrics["loss"], "expert_load": metrics.get("expert_load"), "gradients": gradients}
 

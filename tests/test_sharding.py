@@ -19,6 +19,7 @@ from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.ops.cross_entropy import cross_entropy
+from mythos_jax.runs.state import Constants
 from mythos_jax.sharding import check_sharded, make_mesh, shardings, split_into_slices, use_mesh
 from mythos_jax.training.step import abstract_state, init_state, jitted_step
 from tests import parallelism
@@ -131,7 +132,7 @@ def test_loop_weights_are_gathered_once_or_in_every_loop():
             for name, dtype in [("tokens", np.int32), ("targets", np.int32), ("mask", bool)]
         }
         with use_mesh(mesh):
-            hlo = jitted_step(config).lower(abstract_state(config, mesh), batch).compile().as_text()
+            hlo = jitted_step(config).lower(abstract_state(config, mesh), batch, Constants()).compile().as_text()
         counts[gather] = in_loops(hlo)
     matrices = 6  # q, k, v, out, up, down
     assert counts["once"][0] == 0

@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workdir", type=path, metavar="DIR", help="the run directory (default runs/NAME)")
     parser.add_argument(
-        "--init-from", type=path, metavar="MODEL", help="start from the weights of a run or of a pretrained model"
+        "--init-from",
+        type=path,
+        metavar="MODEL",
+        help="start from the weights of a run or of a pretrained model; the same as --training.init_from MODEL",
     )
     add_processes(parser)
     parser.set_defaults(takes_overrides=True)
@@ -36,11 +39,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if not arguments.debug:
         quiet_background_errors()
+    if arguments.init_from:
+        overrides = [*overrides, "--training.init_from", arguments.init_from]
     config = load_config(arguments.config, overrides)
     with _restart_on_signals():
         connect(arguments)
         workdir = to_path(arguments.workdir or Path("runs") / config.name)
-        last = train(config, workdir, init_from=arguments.init_from)
+        last = train(config, workdir)
     if is_process_zero():
         print_result(_summary(last))
         print_result(f"checkpoints: {workdir / 'checkpoints'}\nlog: {workdir / 'metrics.jsonl'}")

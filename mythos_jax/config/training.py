@@ -10,6 +10,7 @@ from mythos_jax.typed import (
     NonNegativeFloat,
     NonNegativeInt,
     Or,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -64,6 +65,8 @@ class TrainingConfig(Section, section="training"):
     steps: PositiveInt = 1000  #: length of the run
     batch_size: PositiveInt = 16  #: rows of the global batch
     seed: Seed = 0  #: seed of the initial weights, of the order of the data, and of every other random draw
+    #: a run or a pretrained model whose weights the run starts from; empty: weights drawn from the seed
+    init_from: PathText = ""
     #: parts that the batch is split into, one after the other, to save memory; a divisor of batch_size
     grad_accumulation_steps: Annotated[PositiveInt, Formerly("accumulation")] = 1
     depth: DepthConfig = field(default_factory=DepthConfig)

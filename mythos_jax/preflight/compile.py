@@ -23,6 +23,7 @@ from mythos_jax.inference.state import GenerateResult, Setup, State
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.preflight.topology import Topology
+from mythos_jax.runs.state import Constants
 from mythos_jax.sharding import RULES, make_mesh, partition_spec, use_mesh
 from mythos_jax.training.step import abstract_state, jitted_step
 
@@ -105,7 +106,7 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
         for name, dtype in {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.bool_}.items()
     }
     with use_mesh(mesh):
-        lowered = jitted_step(config).lower(state, batch)
+        lowered = jitted_step(config).lower(state, batch, Constants())
     parts = {"parameters": state.variables, "optimizer": state.optimizer, "average": state.average, "batch": batch}
     return _compile(lowered, mesh, parts, quick)
 

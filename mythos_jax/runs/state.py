@@ -1,4 +1,4 @@
-"""The state of training: what a step replaces and a checkpoint stores."""
+"""The state of training: what a step replaces and a checkpoint stores, and what a step only reads."""
 
 from typing import Any
 
@@ -20,6 +20,17 @@ class TrainState(struct.PyTreeNode):
     average: Any
     loss_mean: jax.Array
     skipped: jax.Array
+
+
+class Constants(struct.PyTreeNode):
+    """Variables that a step reads and does not replace: they are not donated to it, and no checkpoint has them.
+
+    base: those beside the ones that are trained, {"params", "balance"}; None where all of them are trained.
+    teacher: those of the model whose predictions the run learns from, or None.
+    """
+
+    base: Any = None
+    teacher: Any = None
 
 
 def eval_variables(variables: dict[str, Any], average: Any) -> dict[str, Any]:

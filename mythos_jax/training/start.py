@@ -4,7 +4,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -94,13 +93,14 @@ def _is_left_over(path: Any) -> bool:
     return path.name == LOCK_FILE or path.name.startswith((".config.yaml.", f".{LOCK_FILE}."))
 
 
-def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | None) -> dict[str, Any] | None:
-    """The weights of `--init-from` on the mesh; None without it, and for a run that has checkpoints of its own.
+def load_initial(config: Config, mesh: Mesh, run_dir: Any) -> dict[str, Any] | None:
+    """The weights of `training.init_from` on the mesh; None without it, and for a run that has checkpoints of its own.
 
     The other model must have the same shapes, but for an exit gate, which a model can be given; other fields that
     differ are announced.
     """
-    if path is None or newest_folder(run_dir / "checkpoints") is not None:
+    path = config.training.init_from
+    if not path or newest_folder(run_dir / "checkpoints") is not None:
         return None
     loaded = load_model(path, keep_int8=False)
     _check_tokenizers(config, loaded, path)
@@ -119,7 +119,7 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any, path: str | Path | No
     return place_variables(loaded.config.model, mesh, loaded.variables)
 
 
-def _check_tokenizers(config: Config, loaded: LoadedModel, path: str | Path) -> None:
+def _check_tokenizers(config: Config, loaded: LoadedModel, path: str) -> None:
     """Raises ConfigError if the model to start from reads text with another tokenizer than this config's data."""
     spec, end = loaded.tokenizer_spec, config.data.end_of_document
     if config.data.task.name or spec is None:

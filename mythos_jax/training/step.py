@@ -17,7 +17,7 @@ from mythos_jax.model.likelihood import exit_losses, forward, token_loss
 from mythos_jax.model.moe import balanced
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import Output
-from mythos_jax.runs.state import TrainState
+from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
 from mythos_jax.training.depth import draw_depths, truncated_forward
 from mythos_jax.training.objectives import TokenLosses, exit_objective, extra_objectives
@@ -58,20 +58,23 @@ def _fresh_state(config: Config) -> Callable[[jax.Array], TrainState]:
     return make
 
 
-def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+Step = Callable[[TrainState, Batch, Constants], tuple[TrainState, Metrics]]
+
+
+def make_train_step(config: Config, mesh: Mesh) -> Step:
     """`jitted_step` on a mesh."""
     jitted = jitted_step(config)
 
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def run(state: TrainState, batch: Batch, constants: Constants) -> tuple[TrainState, Metrics]:
         with use_mesh(mesh):
-            return jitted(state, batch)
+            return jitted(state, batch, constants)
 
     return run
 
 
 def jitted_step(config: Config) -> Any:
-    """The jitted step, (state, batch) -> (state, metrics), to be called or lowered inside `use_mesh`. The state is
-    donated.
+    """The jitted step, (state, batch, constants) -> (state, metrics), to be called or lowered inside `use_mesh`. The
+    state is donated, the constants are not.
 
     Metrics, float32: loss (nats per token), learning_rate, gradient_norm, tokens, mean_loops, bad (whether this step
     was), skipped (updates left out so far, where bad steps are skipped), each objective that is on; for an exit gate
@@ -82,8 +85,8 @@ def jitted_step(config: Config) -> Any:
     optimizer, rate = make_optimizer(t), schedule(t, t.learning_rate)
     gradients_of = _make_gradients(config)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, sums = gradients_of(state, batch)
+    def step(state: TrainState, batch: Batch, constants: Constants) -> tuple[TrainState, Metrics]:
+        gradients, sums = gradients_of(state, batch, constants)
         gradient_norm = optax.tree.norm(gradients)
         loss = sums["nats"] / sums["tokens"]
         # Clipping is part of the optimizer; the norm that is reported is the one before it.
@@ -121,8 +124,8 @@ def jitted_step(config: Config) -> Any:
     return jax.jit(step, donate_argnums=0)
 
 
-# (params, state, rows, index of the part, tokens of the batch) -> loss and sums, or gradients and sums.
-LossFunction = Callable[[Any, TrainState, Batch, jax.Array, jax.Array], tuple[Any, dict[str, Any]]]
+# (params, state, constants, rows, index of the part, tokens of the batch) -> loss and sums, or gradients and sums.
+LossFunction = Callable[[Any, TrainState, Constants, Batch, jax.Array, jax.Array], tuple[Any, dict[str, Any]]]
 
 
 def _make_loss(config: Config) -> LossFunction:
@@ -130,7 +133,7 @@ def _make_loss(config: Config) -> LossFunction:
     model, t = Mythos(config.model, gather_per_loop=config.mesh.gather == "per_loop"), config.training
 
     def loss_of(
-        params: Any, state: TrainState, part: Batch, part_index: jax.Array, tokens: jax.Array
+        params: Any, state: TrainState, constants: Constants, part: Batch, part_index: jax.Array, tokens: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
         params = map_trained(t, lambda x: x, jax.lax.stop_gradient, params)
         variables = {**state.variables, "params": params}
@@ -173,35 +176,38 @@ def _token_losses(
     return exit_objective(objectives, loss_LBT, out.aux, out.loops, part["mask"]), out
 
 
-def _make_gradients(config: Config) -> Callable[[TrainState, Batch], tuple[Any, dict[str, Any]]]:
-    """(state, batch) -> gradients of the mean loss over the batch, and sums over it."""
+def _make_gradients(config: Config) -> Callable[[TrainState, Batch, Constants], tuple[Any, dict[str, Any]]]:
+    """(state, batch, constants) -> gradients of the mean loss over the batch, and sums over it."""
     gradient, parts = jax.grad(_make_loss(config), has_aux=True), config.training.grad_accumulation_steps
 
-    def gradients(state: TrainState, batch: Batch) -> tuple[Any, dict[str, Any]]:
+    def gradients(state: TrainState, batch: Batch, constants: Constants) -> tuple[Any, dict[str, Any]]:
         tokens = jnp.maximum(batch["mask"].sum(), 1)  # a batch of padding alone has loss 0, not NaN
         if not has_static_depth(config):
             # Drawn for the whole batch before it is split, so that a row's depth does not depend on the split.
             batch = {**batch, "loops": draw_depths(config, state.step, batch["tokens"].shape[0])}
         params = state.variables["params"]
         if parts == 1:
-            total, sums = gradient(params, state, batch, jnp.int32(0), tokens)
+            total, sums = gradient(params, state, constants, batch, jnp.int32(0), tokens)
         else:
-            total, sums = _accumulated(gradient, params, state, batch, tokens, parts)
+            total, sums = _accumulated(partial(gradient, params, state, constants), batch, tokens, parts)
         return total, {**sums, "tokens": tokens}
 
     return gradients
 
 
 def _accumulated(
-    gradient: LossFunction, params: Any, state: TrainState, batch: Batch, tokens: jax.Array, n: int
+    gradient: Callable[[Batch, jax.Array, jax.Array], Any], batch: Batch, tokens: jax.Array, n: int
 ) -> tuple[Any, dict[str, Any]]:
-    """Gradients and sums of n parts of the batch, one after the other, which needs the memory of one part."""
+    """Gradients and sums of n parts of the batch, one after the other, which needs the memory of one part.
+
+    gradient: (rows, index of the part, tokens of the batch) -> gradients and sums.
+    """
     # Part i takes rows i, i + n, i + 2 n, …: each device then splits the rows that it holds.
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
     indices = jnp.arange(n)
 
     def of_part(index: jax.Array, rows: Batch) -> Any:
-        return gradient(params, state, rows, index, tokens)
+        return gradient(rows, index, tokens)
 
     def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, of_part(*part)), None

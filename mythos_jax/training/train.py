@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ from mythos_jax.paths import to_path
 from mythos_jax.processes import StopSignal, is_process_zero, process_zero_first, raise_together
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.lock import RunLock
-from mythos_jax.runs.state import TrainState, eval_variables
+from mythos_jax.runs.state import Constants, TrainState, eval_variables
 from mythos_jax.training.metrics import RunLog, to_json
 from mythos_jax.training.profile import Profiler
 from mythos_jax.training.resume import checkpoint_metadata
@@ -46,18 +47,20 @@ def train(
     Prepares the data first if it is missing. Writes config.yaml, metrics.jsonl and checkpoints/ into `workdir`, which
     may be remote (gs://…). When all processes of a run call it, it trains on all their devices, and process 0
     prepares, prints and logs.
-    init_from: a run or a pretrained model whose weights a run without checkpoints starts from.
+    init_from: replaces `training.init_from`.
     Returns the metrics of the last step; of a finished run those that its log has. Raises ConfigError (something the
     user can correct), BadStepError, SaveError, LockError (another process trains in `workdir`), Interrupted.
     """
     run_dir = to_path(workdir)
+    if init_from is not None:
+        config = replace(config, training=replace(config.training, init_from=str(init_from)))
     mesh = check_config(config)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(hold_run_dir(run_dir))
         if (step := finished_without_data(config, run_dir)) is not None:
             return finished(config, run_dir, step)
         # Everything that can be refused is refused before data is prepared, which can take hours.
-        initial = load_initial(config, mesh, run_dir, init_from)
+        initial = load_initial(config, mesh, run_dir)
         data = open_run_data(config, run_dir, progress)
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(run_dir / "checkpoints", config.training.keep_checkpoints))
@@ -72,7 +75,8 @@ def train(
             save_config(config, run_dir / "config.yaml")
             if data.tokenizer is not None:
                 data.tokenizer.save(run_dir)
-        return _Loop(config, mesh, data, checkpoints, run_dir, lock, progress and is_process_zero()).run(state)
+        loop = _Loop(config, mesh, data, checkpoints, run_dir, lock, Constants(), progress and is_process_zero())
+        return loop.run(state)
 
 
 # Steps that were dispatched, with their metrics.
@@ -90,10 +94,11 @@ class _Loop:
         checkpoints: Checkpoints,
         run_dir: Any,
         lock: RunLock | None,
+        constants: Constants,
         progress: bool,
     ) -> None:
         self.config, self.mesh, self.data, self.checkpoints = config, mesh, data, checkpoints
-        self.run_dir, self.lock, self.progress = run_dir, lock, progress
+        self.run_dir, self.lock, self.constants, self.progress = run_dir, lock, constants, progress
         self.metadata = checkpoint_metadata(config, data)
         self.bad_in_a_row = 0
 
@@ -110,7 +115,7 @@ class _Loop:
             # Not strict: the batches are endless.
             for step, batch in zip(range(start + 1, t.steps + 1), self._batches(start), strict=False):
                 with profiler.step(step):
-                    state, metrics = train_step(state, batch)
+                    state, metrics = train_step(state, batch, self.constants)
                 waiting.append((step, metrics))
                 # All processes are told to stop after the same step, whichever of them received the signal.
                 stopped = stop.reached(step)

@@ -12,6 +12,7 @@ from mythos_jax.config import Config, DepthConfig, MeshConfig, ObjectivesConfig,
 from mythos_jax.data.placement import batch_sharding, to_global
 from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.runs.state import Constants
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.depth import draw_depths
 from mythos_jax.training.objectives import contraction, ponder_cost, ponder_prior
@@ -44,7 +45,7 @@ def run(config, steps, devices=1):
     state, step = init_state(config, mesh), make_train_step(config, mesh)
     states, metrics = [jax.device_get(state)], []
     for batch in batches(steps):
-        state, found = step(state, to_global(batch_sharding(mesh), 16, np.arange(16), batch))
+        state, found = step(state, to_global(batch_sharding(mesh), 16, np.arange(16), batch), Constants())
         states.append(jax.device_get(state))
         metrics.append(jax.device_get(found))
     return states, metrics
@@ -93,7 +94,7 @@ def test_documents_in_one_row_are_as_if_alone():
     alone = np.asarray(nats_of(split, jnp.repeat(loops, 2))).reshape(16, 12)
     np.testing.assert_allclose(nats_of(batch, loops), alone, atol=1e-5)
     assert np.abs(nats_of({**batch, "segment_ids": np.ones((16, 12), np.int32)}, loops) - alone)[:, 6:].max() > 1e-3
-    _, metrics = step(state, to_global(batch_sharding(mesh), 16, np.arange(16), batch))
+    _, metrics = step(state, to_global(batch_sharding(mesh), 16, np.arange(16), batch), Constants())
     assert metrics["loss"] == pytest.approx(alone.sum() / batch["mask"].sum(), abs=1e-5)
 
 
