@@ -123,7 +123,8 @@ def test_weights_of_another_tokenizer_are_no_start(here, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
     message = refusal(train.train, other, "next", progress=False, init_from="run")
     assert message.startswith("data.tokenizer: got other.json, allowed: the tokenizer of run, run/tokenizer.json")
-    assert start.load_initial(config_of(), make_mesh(MeshConfig()), here / "next", "run") is not None
+    same = replace(config_of(), training=replace(config_of().training, init_from="run"))
+    assert start.load_initial(same, make_mesh(MeshConfig()), here / "next") is not None
 
 
 def test_a_run_on_bytes_remembers_them(here):
