@@ -72,6 +72,13 @@ def peak_flops(devices: Iterable[jax.Device]) -> float | None:
     return sum(known) if len(known) == len(peaks) else None
 
 
+def flops_of(kind: str) -> float:
+    """Peak bfloat16 FLOP/s of a kind of device that is in the tables."""
+    peak = _peak_flops(kind)
+    assert peak is not None, f"{kind} is in no table"
+    return peak
+
+
 def _peak_flops(kind: str) -> float | None:
     if kind in _TPU_FLOPS:
         return _TPU_FLOPS[kind]

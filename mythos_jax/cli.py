@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from mythos_jax import interrupts
-from mythos_jax.commands import chat, compile, convert, data, eval, generate, info, train, train_predictor
+from mythos_jax.commands import chat, compile, convert, data, eval, generate, info, retrofit, train, train_predictor
 from mythos_jax.commands.words import find_parser, split_overrides
 from mythos_jax.errors import (
     CLOSED_PIPE,
@@ -44,6 +44,7 @@ COMMANDS: dict[str, ModuleType] = {
     "info": info,
     "compile": compile,
     "convert": convert,
+    "retrofit": retrofit,
     "data": data,
 }
 RENAMED = {"predictor": "train-predictor"}

@@ -22,7 +22,7 @@ FLOORS = (
     ("training",),
     ("evaluation",),
     ("inference",),
-    ("runs",),
+    ("runs", "retrofit"),
     ("porting",),
     ("flops",),
     ("model",),

@@ -15,8 +15,8 @@ from flax.traverse_util import flatten_dict
 
 from mythos_jax.config import ModelConfig, load_run_config, named_config
 from mythos_jax.config.files import read_yaml
-from mythos_jax.data.conventions import TextConventions
-from mythos_jax.data.tokenizer import Tokenizer
+from mythos_jax.data.conventions import TextConventions, read_conventions
+from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.gather import SCALES
 from mythos_jax.paths import is_lfs_pointer, read_json, to_path
@@ -30,6 +30,7 @@ from mythos_jax.porting.gguf_file import GgufFile
 from mythos_jax.porting.hub import resolve
 from mythos_jax.porting.origin import Origin, json_fields, read_origin
 from mythos_jax.porting.safetensors_files import SafetensorsFile
+from mythos_jax.porting.tables import common_dtype
 from mythos_jax.porting.tensor_info import TensorInfo
 from mythos_jax.porting.torch_files import TorchFile
 from mythos_jax.porting.wrappers import unwrap
@@ -37,6 +38,7 @@ from mythos_jax.porting.wrappers import unwrap
 # A ModelConfig, a reference's own fields, or the path of a `config.json` or of one of our YAML files.
 ConfigLike = ModelConfig | Mapping[str, Any] | str | Path
 TensorFile = SafetensorsFile | TorchFile | GgufFile | DcpDirectory
+Text = tuple[Tokenizer, TextConventions]
 
 
 class Source(ABC):
@@ -55,7 +57,7 @@ class Source(ABC):
     origin: Origin | None = None
     directory: Path | None = None
     weight_paths: Sequence[Path] = ()
-    text: tuple[Tokenizer, TextConventions] | None = None
+    text: Text | None = None
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class Source(ABC):
     def parameter_dtype(self, path: str) -> np.dtype:
         """The dtype of `parameter(path)`, without reading it."""
         names = [self._stored_name(name) for name in self.table.tensors_of(path)]
-        return np.result_type(*(np.float32 if name is None else self.tensors[name].dtype for name in names))
+        return common_dtype(np.dtype(np.float32) if name is None else self.tensors[name].dtype for name in names)
 
     def _stored_name(self, name: str) -> str | None:
         """None for a tensor that is zeros because the file lacks it."""
@@ -172,6 +174,15 @@ class VariablesSource(Source):
 
     def _read(self, stored_name: str) -> np.ndarray:
         return np.asarray(self._arrays[stored_name])
+
+
+def text_of(source: Source) -> Text | None:
+    """How a model reads and writes text; None if it has no tokenizer. Raises ConfigError for a damaged file."""
+    if source.text is not None or source.tokenizer is None:
+        return source.text
+    tokenizer, vocab_size = load_tokenizer(source.tokenizer), source.config.vocab_size
+    family = source.origin.family if source.origin else source.family.name
+    return tokenizer, read_conventions(source.tokenizer, tokenizer, source.directory, vocab_size, family)
 
 
 def _accompanying_fields(

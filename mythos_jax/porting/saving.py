@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 
 from mythos_jax.data.conventions import (
-    TextConventions,
     gguf_files,
-    read_conventions,
     settings_files,
     token_ids,
 )
-from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from mythos_jax.data.tokenizer import TOKENIZER_FILE
 from mythos_jax.porting import native
 from mythos_jax.porting.companions import Companions, companions_of, local_modules
 from mythos_jax.porting.family import Family
 from mythos_jax.porting.origin import BUFFERS_FILE, FIELDS_FILE, Origin
-from mythos_jax.porting.reading import Source
+from mythos_jax.porting.reading import Source, Text, text_of
 from mythos_jax.porting.writing import (
     SHARD_BYTES,
     WrittenTensors,
@@ -30,8 +28,6 @@ from mythos_jax.porting.writing import (
     write_pytorch_bin,
     write_tensors,
 )
-
-Text = tuple[Tokenizer, TextConventions]
 
 
 @dataclass
@@ -114,10 +110,8 @@ def _companions(source: Source, family: Family) -> Companions:
 
 def _text(source: Source) -> Text | None:
     """How the model reads text, if that is known otherwise than by files that are copied."""
-    if source.tokenizer is not None and source.tokenizer.suffix == ".gguf":
-        tokenizer = load_tokenizer(source.tokenizer)
-        return tokenizer, read_conventions(source.tokenizer, tokenizer, None, source.config.vocab_size)
-    return source.text
+    is_gguf = source.tokenizer is not None and source.tokenizer.suffix == ".gguf"
+    return text_of(source) if is_gguf else source.text
 
 
 def _buffers(source: Source, family: Family, origin: Origin | None) -> dict[str, np.ndarray]:

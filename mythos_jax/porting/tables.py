@@ -27,6 +27,20 @@ from mythos_jax.porting.layouts import SAME, Shape, their_shape, to_ours, to_the
 ReadArray = Callable[[str], np.ndarray]  # an array by its name
 
 
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds the numbers of all."""
+    try:
+        return np.result_type(*dtypes)
+    except TypeError:  # float16 and bfloat16: neither holds the other
+        return np.dtype(np.float32)
+
+
+def join(pieces: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Concatenates arrays of any dtypes."""
+    dtype = common_dtype(piece.dtype for piece in pieces)
+    return np.concatenate([piece.astype(dtype, copy=False) for piece in pieces], axis)
+
+
 @dataclass(frozen=True)
 class Row(ABC):
     """Tensors and parameters that hold the same numbers: `theirs` by name, `ours` by dotted path."""
@@ -79,7 +93,7 @@ class _Split(Row):
     def write(self, read_ours: ReadArray) -> Iterator[tuple[str, np.ndarray]]:
         layouts = zip(self.layouts, self.ours, strict=True)
         pieces = [to_theirs(layout, read_ours(path)) for layout, path in layouts]
-        yield self.theirs[0], np.concatenate(pieces, self.axis)
+        yield self.theirs[0], join(pieces, self.axis)
 
     def _sizes(self, our_shapes: Mapping[str, Shape]) -> list[int]:
         """The size of each parameter along the axis of their tensor."""
@@ -98,7 +112,7 @@ class _Concat(Row):
 
     def read(self, path: str, our_shapes: Mapping[str, Shape], read_theirs: ReadArray) -> np.ndarray:
         pieces = zip(self.theirs, self._piece_shapes(our_shapes), strict=True)
-        return np.concatenate([to_ours(self.layout, read_theirs(name), piece) for name, piece in pieces], self.axis)
+        return join([to_ours(self.layout, read_theirs(name), piece) for name, piece in pieces], self.axis)
 
     def write(self, read_ours: ReadArray) -> Iterator[tuple[str, np.ndarray]]:
         ends = list(accumulate(self.widths))
@@ -119,7 +133,7 @@ class _Stack(Row):
         return dict.fromkeys(self.theirs, shape)
 
     def read(self, path: str, our_shapes: Mapping[str, Shape], read_theirs: ReadArray) -> np.ndarray:
-        return np.stack([to_ours(self.layout, read_theirs(name), our_shapes[path][1:]) for name in self.theirs])
+        return join([to_ours(self.layout, read_theirs(name), our_shapes[path][1:])[None] for name in self.theirs], 0)
 
     def write(self, read_ours: ReadArray) -> Iterator[tuple[str, np.ndarray]]:
         for name, piece in zip(self.theirs, read_ours(self.ours[0]), strict=True):
