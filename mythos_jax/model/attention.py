@@ -9,11 +9,11 @@ from flax import struct
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.cache import KV, LayerCache, update_cache
-from mythos_jax.model.gather import sharded_weight
+from mythos_jax.model.gather import adaptable_weight
 from mythos_jax.model.layers import Linear, RMSNorm, apply_rope, matrix_init, rms_norm, rope_tables
 from mythos_jax.model.state import TokenInputs
 from mythos_jax.ops.attention import Mask, attend
-from mythos_jax.ops.narrow import linear_per_head, linear_to_heads, some_outputs
+from mythos_jax.ops.products import linear_per_head, linear_to_heads, some_outputs
 from mythos_jax.sharding import constrain
 
 # Parcae's QK norm uses float32's machine epsilon, not the model's norm_eps.
@@ -132,7 +132,7 @@ class MultiHeadLatentAttention(nn.Module):
         seen = constrain(seen, "batch", positions, "latent")
 
         shape, axes = (R, H, nope + V), ("latent", "heads", "head_dim")
-        kv_up = sharded_weight(self, "kv_up", shape, axes, c.std, x_BTD.dtype, inputs=(0,))
+        kv_up = adaptable_weight(self, "kv_up", shape, axes, c.std, x_BTD.dtype, inputs=1)
         k_up_RHK, v_up_RHV = some_outputs(kv_up, slice(nope)), some_outputs(kv_up, slice(nope, None))
         scale = (nope + rope) ** -0.5
         absorb = self.absorb

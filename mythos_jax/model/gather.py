@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mythos_jax.ops.narrow import Matrix, Narrow
+from mythos_jax.ops.narrow import Narrow, Stored
+from mythos_jax.ops.products import LowRank, Matrix
 from mythos_jax.sharding import axis_size, constrain
 
 # The collection of gathered copies of the loop's weights in the compute dtype.
 GATHERED = "gathered"
 # The collection of the scales of weights that are stored as int8, under the names of those weights.
 SCALES = "scales"
+# The collection of low-rank weights {"a", "b"} beside frozen matrices, under their names (model/low_rank.py).
+LOW_RANK = "low_rank"
 
 
 class Weight(nn.LogicallyPartitioned):
@@ -37,7 +40,7 @@ def weight_init(std: float, axes: tuple[str | None, ...], inputs: tuple[int, ...
     return init
 
 
-def stored_weight(module: nn.Module, name: str, stored: jax.Array, dtype: jnp.dtype) -> Matrix:
+def stored_weight(module: nn.Module, name: str, stored: jax.Array, dtype: jnp.dtype) -> Stored:
     """A weight as it is stored, if that is narrower than `dtype`; else in `dtype`."""
     if module.has_variable(SCALES, name):
         return Narrow(stored, module.get_variable(SCALES, name))
@@ -55,7 +58,7 @@ def sharded_weight(
     dtype: jnp.dtype,
     inputs: tuple[int, ...],
     gather: bool = True,
-) -> Matrix:
+) -> Stored:
     """A normally initialised matrix parameter, made in float32; returned in `dtype`, or as it is stored if that is
     narrower, and gathered along `embed`.
 
@@ -64,7 +67,8 @@ def sharded_weight(
     """
     stored = module.param(name, weight_init(std, axes, inputs), shape, jnp.float32)
     if module.has_variable(GATHERED, name):
-        return copy_with_gradient(stored, module.get_variable(GATHERED, name))
+        copy = module.get_variable(GATHERED, name)
+        return copy_with_gradient(stored, copy) if copy.dtype == dtype else stored_weight(module, name, copy, dtype)
 
     def gathered(part: jax.Array) -> jax.Array:
         cut = constrain(part, *axes)
@@ -72,6 +76,25 @@ def sharded_weight(
 
     # Cast before it is gathered, so that half the bytes travel.
     return jax.tree.map(gathered, stored_weight(module, name, stored, dtype))
+
+
+def adaptable_weight(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    std: float,
+    dtype: jnp.dtype,
+    inputs: int,
+) -> Matrix:
+    """`sharded_weight` of a matrix that products sum over the first `inputs` axes of, with its low-rank weights in
+    `dtype` if there are any."""
+    base = sharded_weight(module, name, shape, axes, std, dtype, tuple(range(inputs)))
+    if not module.has_variable(LOW_RANK, name):
+        return base
+    parts = module.get_variable(LOW_RANK, name)
+    names = low_rank_axes(axes, inputs)
+    return LowRank(base, **{part: constrain(x.astype(dtype), *_gathered(names[part])) for part, x in parts.items()})
 
 
 def width_axis(module: nn.Module, name: str) -> str:
@@ -82,31 +105,48 @@ def width_axis(module: nn.Module, name: str) -> str:
 def gather_loop_weights(variables: dict[str, Any], boxed: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
     """Variables whose loop weights are gathered once, before the first loop, where the mesh in use cuts their width.
 
-    boxed: the model's abstract variables, with logical axes. Products use a copy in `dtype` (collection `gathered`).
-    The gathered float32 weight only accumulates the gradients of all loops, so that they are reduced over devices once.
+    boxed: the model's abstract variables, with logical axes. Products use a copy in `dtype`, or as it is stored if that
+    is narrower (collection `gathered`). The gathered float32 weight only accumulates the gradients of all loops, so
+    that they are reduced over devices once; so do low-rank weights, where there are any.
     """
     if axis_size("fsdp") * axis_size("expert") == 1:
         return variables
     # Only the loop: prelude and coda use each weight once, so gathering early would save nothing.
-    params = variables["params"]
+    params, boxes = variables["params"], boxed["params"]["recurrence"]["cell"]
     loop = nn.unbox(params["recurrence"]["cell"])
 
     def gather(box: Any, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         axes = box.names if isinstance(box, nn.LogicallyPartitioned) else (None,) * x.ndim
-        return constrain(x.astype(dtype), *_gathered(axes))
+        return constrain(x.astype(dtype) if x.dtype.itemsize > dtype.itemsize else x, *_gathered(axes))
 
     def all_as(dtype: jnp.dtype) -> Any:
         is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-        boxes = boxed["params"]["recurrence"]["cell"]
-        return jax.tree.map(lambda box, x: gather(box, x, dtype), boxes, loop, is_leaf=is_box)
+        return jax.tree.map(lambda box, x: gather(box, x, jnp.dtype(dtype)), boxes, loop, is_leaf=is_box)
 
     # The copy carries no gradient; `copy_with_gradient` sends it to the float32 weight.
     copies = jax.lax.stop_gradient(all_as(dtype))
-    return {
+    gathered = {
         **variables,
         "params": {**params, "recurrence": {**params["recurrence"], "cell": all_as(jnp.float32)}},
         GATHERED: {"recurrence": {"cell": copies}},
     }
+    low_rank = variables.get(LOW_RANK, {})
+    if cell := low_rank.get("recurrence", {}).get("cell"):
+        gathered[LOW_RANK] = {**low_rank, "recurrence": {"cell": _gather_low_rank(boxes, cell)}}
+    return gathered
+
+
+def _gather_low_rank(boxes: Any, tree: Any) -> Any:
+    if isinstance(boxes, Weight):
+        axes = low_rank_axes(boxes.names, len(boxes.inputs))
+        return {name: constrain(x, *_gathered(axes[name])) for name, x in tree.items()}
+    return {name: _gather_low_rank(boxes[name], part) for name, part in tree.items()}
+
+
+def low_rank_axes(axes: tuple[str | None, ...], inputs: int) -> dict[str, tuple[str | None, ...]]:
+    """Logical names of the axes of a and b beside a matrix whose first `inputs` axes are summed over: each is cut as
+    the matrix is."""
+    return {"a": (*axes[:inputs], "lora"), "b": ("lora", *axes[inputs:])}
 
 
 def prevent_hoisting(call: Callable[..., Any]) -> Callable[..., Any]:

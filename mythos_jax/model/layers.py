@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.gather import sharded_weight
-from mythos_jax.ops.narrow import linear
+from mythos_jax.model.gather import adaptable_weight
+from mythos_jax.ops.products import linear
 from mythos_jax.sharding import constrain, platform
 
 
@@ -25,7 +25,7 @@ def matrix_init(std: float, *axes: str | None) -> Any:
 
 class Linear(nn.Module):
     """y = x W, no bias, over the last `inputs` axes of x. W, [*in, *features], is float32 and cast to x's dtype, or
-    stored in fewer bits (`Narrow`)."""
+    stored in fewer bits (`Narrow`); it can have low-rank weights beside it (`LowRank`)."""
 
     features: tuple[int, ...]
     axes: tuple[str, ...]  # logical names of W's axes
@@ -35,8 +35,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
-        summed = tuple(range(self.inputs))
-        kernel = sharded_weight(self, "kernel", shape, self.axes, self.std, x.dtype, summed)
+        kernel = adaptable_weight(self, "kernel", shape, self.axes, self.std, x.dtype, self.inputs)
         return linear(x, kernel, self.inputs)
 
 

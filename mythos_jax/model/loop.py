@@ -16,7 +16,7 @@ from mythos_jax.config import ModelConfig
 from mythos_jax.model.attention import AttentionContext, make_attention_context
 from mythos_jax.model.cache import Cache, LayerCache, broadcast_mask, empty_kv
 from mythos_jax.model.exit_probe import LogitProbe
-from mythos_jax.model.gather import GATHERED, SCALES, prevent_hoisting
+from mythos_jax.model.gather import GATHERED, LOW_RANK, SCALES, prevent_hoisting
 from mythos_jax.model.halting import Halting, check_halting
 from mythos_jax.model.moe import RouterStats
 from mythos_jax.model.predictor import predicted_loops
@@ -37,8 +37,8 @@ REMAT_POLICIES = {
 }
 
 # The collections that all loops read: parameters, router biases, gathered copies of parameters, scales of parameters
-# that are stored as int8 (model/gather.py).
-SHARED = ("params", "balance", GATHERED, SCALES)
+# that are stored as int8, low-rank weights beside parameters (model/gather.py).
+SHARED = ("params", "balance", GATHERED, SCALES, LOW_RANK)
 
 # Which tokens a loop carries unchanged: none; those that have halted; or those in rows that have run all their loops.
 Freeze = Literal["none", "halted", "finished"]

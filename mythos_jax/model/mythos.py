@@ -31,7 +31,8 @@ from mythos_jax.model.state import (
     start_tokens,
     take_remainder,
 )
-from mythos_jax.ops.narrow import Matrix, Narrow, logits
+from mythos_jax.ops.narrow import Narrow, Stored
+from mythos_jax.ops.products import logits
 from mythos_jax.sharding import constrain
 
 Loops = int | jax.Array
@@ -249,7 +250,7 @@ class Mythos(nn.Module):
             return jax.tree.map(lambda part: jnp.take(part, tokens_BT, axis=0), table_VD).widened(dtype)
         return jnp.take(table_VD, tokens_BT, axis=0)
 
-    def _table(self, name: str, dtype: jnp.dtype) -> Matrix:
+    def _table(self, name: str, dtype: jnp.dtype) -> Stored:
         """The embedding or the unembedding [V, D]."""
         table = stored_weight(self, name, getattr(self, name), dtype)
         return jax.tree.map(lambda part: constrain(part, "vocab", "act_embed"), table)

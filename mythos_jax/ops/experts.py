@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mythos_jax.ops.blocked_experts import blocked_experts
 from mythos_jax.ops.grouped_matmul import ExpertWeights, grouped_matmul
-from mythos_jax.ops.narrow import Matrix, Narrow, narrow_product, wide
+from mythos_jax.ops.narrow import Narrow, Stored, narrow_product, wide
 from mythos_jax.sharding import platform
 
 # Up to this many tokens, a matrix product on a CPU costs about as much as reading the matrix from memory.
@@ -21,7 +21,7 @@ MAX_DENSE_TOKENS = 16
 
 
 def experts_on_one_device(
-    x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: Sequence[Matrix]
+    x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: Sequence[Stored]
 ) -> jax.Array:
     """Each token's chosen experts, weighted by its gates, [B, T, D].
 

@@ -19,6 +19,15 @@ def matmul(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
     return jnp.tensordot(x, w, axes) if in_use() else _flat_matmul(x, w, axes)
 
 
+def frozen_matmul(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
+    """`matmul` with a weight that gets no gradient: the backward pass needs the weight alone, so x is not kept."""
+    w = jax.lax.stop_gradient(w)
+    if in_use():
+        return jnp.tensordot(x, w, axes)
+    x_NI, w_IO = _flatten(x, w, axes)
+    return (x_NI @ w_IO).reshape(*x.shape[: x.ndim - axes], *w.shape[axes:])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _flat_matmul(x: jax.Array, w: jax.Array, axes: int) -> jax.Array:
     x_NI, w_IO = _flatten(x, w, axes)

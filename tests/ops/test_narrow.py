@@ -10,7 +10,8 @@ import pytest
 
 from mythos_jax.model.storage import quantize
 from mythos_jax.ops import narrow
-from mythos_jax.ops.narrow import MAX_SPLIT_ROWS, Narrow, linear, linear_per_head, logits
+from mythos_jax.ops.narrow import MAX_SPLIT_ROWS, Narrow
+from mythos_jax.ops.products import linear, linear_per_head, logits
 
 RANDOM = np.random.default_rng(0)
 
