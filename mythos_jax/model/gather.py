@@ -67,7 +67,7 @@ def sharded_weight(
     """
     stored = module.param(name, weight_init(std, axes, inputs), shape, jnp.float32)
     if module.has_variable(GATHERED, name):
-        copy = module.get_variable(GATHERED, name)
+        copy: jax.Array = module.get_variable(GATHERED, name)
         return copy_with_gradient(stored, copy) if copy.dtype == dtype else stored_weight(module, name, copy, dtype)
 
     def gathered(part: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ def adaptable_weight(
     base = sharded_weight(module, name, shape, axes, std, dtype, tuple(range(inputs)))
     if not module.has_variable(LOW_RANK, name):
         return base
-    parts = module.get_variable(LOW_RANK, name)
+    parts: dict[str, jax.Array] = module.get_variable(LOW_RANK, name)
     names = low_rank_axes(axes, inputs)
     return LowRank(base, **{part: constrain(x.astype(dtype), *_gathered(names[part])) for part, x in parts.items()})
 
