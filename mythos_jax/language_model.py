@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mythos_jax.config import Config, MeshConfig
+from mythos_jax.data.chat_template import Message
 from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.evaluation.evaluate import evaluate_model, evaluate_on_tasks
 from mythos_jax.evaluation.results import Evaluation
 from mythos_jax.inference.chat import Chat, as_messages
-from mythos_jax.inference.chat_template import Message
 from mythos_jax.inference.text import RowOptions, Seed, TextOptions, TextStream, stream_texts, text_logits
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos

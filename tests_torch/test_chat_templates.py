@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from mythos_jax.data.chat_template import ChatTemplate
 from mythos_jax.data.conventions import read_conventions
 from mythos_jax.data.tokenizer import load_tokenizer
 from mythos_jax.errors import ConfigError
-from mythos_jax.inference.chat_template import ChatTemplate
 from mythos_jax.porting.hub import resolve
 
 FOLDER = Path(__file__).parents[1] / "tests" / "golden" / "chat_templates"

@@ -73,8 +73,17 @@ class Tokenizer(Protocol):
         """`encode` for each text; faster if the tokenizer is multithreaded."""
         ...
 
+    def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The ids of a text in which the spellings of special tokens stand for them, and the characters of the text,
+        from the first up to one past the last, that each of them stands for: int32 [n] each. Threads may call it."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Special tokens and unknown ids are skipped."""
+        ...
+
+    def spell(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens as they are written."""
         ...
 
     def visible(self, ids: Iterable[int]) -> list[int]:
@@ -135,9 +144,18 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
+    def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        lengths = [len(character.encode("utf-8", "surrogateescape")) for character in text]
+        starts = np.repeat(np.arange(len(text), dtype=np.int32), lengths)
+        return self.encode(text), starts, starts + 1
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Invalid UTF-8, such as a generated text that ends inside a character, becomes U+FFFD."""
         return bytes(self.visible(ids)).decode("utf-8", "replace")
+
+    def spell(self, ids: Iterable[int]) -> str:
+        special = {self.end_of_document: b"<end of document>", self.padding: b"<padding>"}
+        return b"".join(special.get(int(i)) or bytes(self.visible([i])) for i in ids).decode("utf-8", "replace")
 
     def visible(self, ids: Iterable[int]) -> list[int]:
         return [int(i) for i in ids if 0 <= int(i) < 256]
@@ -236,8 +254,23 @@ class HuggingFaceTokenizer:
             raise ConfigError(f"tokenizer {self.name}: cannot encode the text ({one_line(error)})") from None
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        try:
+            encoding = self._spans.encode(text, add_special_tokens=False)
+        except Exception as error:
+            raise ConfigError(f"tokenizer {self.name}: cannot encode the text ({one_line(error)})") from None
+        spans = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        return np.array(encoding.ids, np.int32), spans[:, 0], spans[:, 1]
+
     def decode(self, ids: Iterable[int]) -> str:
-        return self._backend.decode([int(i) for i in ids if 0 <= int(i) < self.vocab_size], skip_special_tokens=True)
+        return self._decode(ids, skip_special_tokens=True)
+
+    def spell(self, ids: Iterable[int]) -> str:
+        return self._decode(ids, skip_special_tokens=False)
+
+    def _decode(self, ids: Iterable[int], skip_special_tokens: bool) -> str:
+        known = [int(i) for i in ids if 0 <= int(i) < self.vocab_size]
+        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def visible(self, ids: Iterable[int]) -> list[int]:
         return [int(i) for i in ids if int(i) in self._spelling]
@@ -278,6 +311,16 @@ class HuggingFaceTokenizer:
         if "ByteFallback" not in self._decoders:
             return frozenset()
         return frozenset(i for i, token in self._spelling.items() if FALLBACK_BYTE.fullmatch(token))
+
+    @cached_property
+    def _spans(self) -> Any:
+        """One that recognises special tokens, and has no post-processor, which could take white space off the spans."""
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(json.dumps({**json.loads(self._json), "post_processor": None}))
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     @cached_property
     def _added(self) -> dict[int, Any]:

@@ -35,10 +35,12 @@ def _evaluate_batch(
     halting: Halting | None,
     run: Forward,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Per-batch sums of nats, scored tokens and their loops; and per-token nats_BT and loops_BT."""
+    """Per-batch sums over the scored tokens: their number, and by weight the nats, the loops, and the weight itself;
+    and per-token nats_BT and loops_BT."""
     rngs = {"state": jax.random.key(0)}  # models that start from noise: the same noise at every depth
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs, run=run)
-    totals = nats_BT.sum(), batch["mask"].sum(), (out.loops * batch["mask"]).sum()
+    weight_BT = batch["mask"]
+    totals = (weight_BT != 0).sum(), (nats_BT * weight_BT).sum(), (out.loops * weight_BT).sum(), weight_BT.sum()
     return totals, replicate((nats_BT, out.loops))
 
 
@@ -55,7 +57,7 @@ def evaluate_depths(
     """Measures bits per byte and loss on the same batches under each setting, and the loops of the first 2^18 tokens
     under each halting policy.
 
-    batches: NumPy dicts of tokens and targets, int32 [B, T], mask [B, T] and optionally segment_ids, all of one shape.
+    batches: as in data/batch.py, all of one shape. Means are weighted by the mask.
     bytes_per_token: UTF-8 bytes of the text of these targets, per target.
     """
     recorded_batches = max(1, RECORDED_TOKENS // batches[0]["tokens"].size)
@@ -65,7 +67,7 @@ def evaluate_depths(
     recorded: dict[Setting, list[PerToken]] = {setting: [] for setting in policies}
     if policies and deepest is not None:
         recorded[deepest] = []
-    totals = {setting: np.zeros(3) for setting in settings}
+    totals = {setting: np.zeros(4) for setting in settings}
 
     n_calls = len(settings) * len(batches)
     with use_mesh(mesh), Progress(n_calls, "eval", "measurement", show=progress) as bar:
@@ -91,15 +93,17 @@ def evaluate_depths(
     return measurements, usage
 
 
-def _measurement(setting: Setting, nats: float, tokens: float, loops: float, *, bytes_per_token: float) -> Measurement:
-    loss = nats / tokens
+def _measurement(
+    setting: Setting, tokens: float, nats: float, loops: float, weight: float, *, bytes_per_token: float
+) -> Measurement:
+    loss = nats / weight
     bits = loss / math.log(2)
     return Measurement(
         setting=setting,
         metric="bits_per_byte",
         value=bits / bytes_per_token if bytes_per_token else math.nan,  # targets may have no text
         higher_is_better=False,
-        mean_loops=loops / tokens,
+        mean_loops=loops / weight,
         n=int(tokens),
         loss=loss,
     )

@@ -36,7 +36,7 @@ def _evaluate_batch(
     nats_BT, out = token_loss(model, variables, batch, loops=loops, halting=halting, rngs=rngs, run=run)
     best_BT = chunked_argmax(out.features, output_table(variables))
     # A problem counts as solved if each of its answer tokens is the most likely one: greedy decoding would be right.
-    correct_BT = (best_BT == batch["targets"]) | ~batch["mask"]
+    correct_BT = (best_BT == batch["targets"]) | (batch["mask"] == 0)
     is_problem_B = batch["mask"].any(-1)  # the last batch is padded with rows without an answer
     solved_B = correct_BT.all(-1) & is_problem_B
     answer_tokens_B = batch["mask"].sum(-1)

@@ -24,7 +24,7 @@ def _change_quantiles(model: Mythos, variables: Any, batch: dict[str, jax.Array]
     """Quantiles over the scored tokens of the relative change of the state in each loop, float32 [L, 3]."""
     change_LBT = _aux(model, variables, batch, loops).change_LBT
     assert change_LBT is not None  # loops is static, so the loop is a scan, which records every loop
-    scored_LBT = jnp.where(batch["mask"], change_LBT, jnp.nan)
+    scored_LBT = jnp.where(batch["mask"] != 0, change_LBT, jnp.nan)
     return replicate(jnp.nanquantile(scored_LBT, jnp.array(QUANTILES), axis=(1, 2)).T)
 
 
@@ -53,4 +53,4 @@ def trace_loops(model: Mythos, variables: Any, batch: dict[str, np.ndarray], loo
             )
             load_LGE = np.diff(total_LGE.astype(np.float64), axis=0, prepend=0)
             expert_share_LGE = load_LGE / load_LGE.sum(-1, keepdims=True)
-    return LoopTrace(int(batch["mask"].sum()), change_L3, expert_share_LGE)
+    return LoopTrace(int(np.count_nonzero(batch["mask"])), change_L3, expert_share_LGE)

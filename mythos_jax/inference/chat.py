@@ -7,8 +7,8 @@ from typing import Any, Unpack
 
 import jax.numpy as jnp
 
+from mythos_jax.data.chat_template import ChatTemplate, Message
 from mythos_jax.errors import ConfigError
-from mythos_jax.inference.chat_template import ChatTemplate, Message
 from mythos_jax.inference.request import prepare
 from mythos_jax.inference.speculative import check_drafts
 from mythos_jax.inference.text import RowOptions, TextStream, stream_rows, text_tokenizer

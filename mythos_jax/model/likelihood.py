@@ -64,15 +64,21 @@ def token_loss(
 ) -> tuple[jax.Array, Output]:
     """Cross-entropy of each target in nats, float32 [B, T], 0 where the mask is 0; and what the model returned.
 
-    batch: int32 tokens and targets [B, T], mask [B, T] with 1 where the target counts, and int32 segment_ids [B, T]
-    where tokens attend to their own segment only. rngs: {"state": key} for models that start from noise.
+    batch: int32 tokens and targets [B, T], mask [B, T], and int32 segment_ids [B, T] where tokens attend to their own
+    segment only. The mask is the weight of each target, as a bool or float32; the loss is not multiplied by it, which
+    is for those to do who take means. rngs: {"state": key} for models that start from noise.
     """
     arguments = batch["tokens"], batch.get("segment_ids"), loops, halting
     out = apply(run, model, variables, *arguments, rngs=rngs)
     # The loss contains the head: for a large vocabulary, logits exist for a few positions at a time.
     table_VD = output_table(variables)
     loss_BT = cross_entropy(out.features, table_VD, batch["targets"])
-    return loss_BT * batch["mask"], out
+    return counted(loss_BT, batch), out
+
+
+def counted(values_BT: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    """The values of the targets that count, and 0 for the others, whose own values reach no gradient."""
+    return jnp.where(batch["mask"] != 0, values_BT, 0)
 
 
 def exit_losses(
@@ -95,6 +101,6 @@ def exit_losses(
     def loss_of(state_BTD: jax.Array) -> jax.Array:
         tokens = TokenState(inputs, state_BTD, jnp.zeros(state_BTD.shape[:2], bool), out.loops)
         read_out: Any = model.apply(variables, tokens, logits=False, method="finish")
-        return cross_entropy(read_out.features, table_VD, batch["targets"]) * batch["mask"]
+        return counted(cross_entropy(read_out.features, table_VD, batch["targets"]), batch)
 
     return jax.lax.map(jax.checkpoint(loss_of), out.aux.state_LBTD), out

@@ -1,6 +1,7 @@
 """Objectives that training can add to the next-token loss (which is in `model/likelihood.py`), and those that train an
 exit gate."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,20 +11,37 @@ import jax.numpy as jnp
 from mythos_jax.config import ObjectivesConfig
 from mythos_jax.model.state import Aux
 
+# A part's share of a mean over the tokens of a batch, weighted by the mask, [B, T] -> []; the shares of all parts add
+# up to the mean.
+Mean = Callable[[jax.Array], jax.Array]
 
-def extra_objectives(config: ObjectivesConfig, aux: Aux, mask_BT: jax.Array) -> dict[str, jax.Array]:
-    """Every objective with a non-zero weight, float32 []: its mean over the tokens in the mask, not yet weighted."""
+
+def token_mean(mask_BT: jax.Array, weight: jax.Array) -> Mean:
+    """weight: the sum of the masks of all parts."""
+    return lambda x_BT: (x_BT * mask_BT).sum() / weight
+
+
+def total_weight(mask_BT: jax.Array) -> jax.Array:
+    """The sum of the mask of a batch; 1 for padding alone, so that means over it are 0, not NaN."""
+    total = mask_BT.sum()
+    return jnp.where(total > 0, total, 1)
+
+
+def extra_objectives(config: ObjectivesConfig, aux: Aux, mean: Mean, parts: int) -> dict[str, jax.Array]:
+    """Every objective with a non-zero weight, float32 []: a part's share of it, not yet multiplied by its weight.
+    parts: how many the batch has."""
     objectives = {}
     if config.ponder_cost:
-        objectives["ponder_cost"] = _token_mean(ponder_cost(_computed(aux.act_weight_LBT)), mask_BT)
+        objectives["ponder_cost"] = mean(ponder_cost(_computed(aux.act_weight_LBT)))
     if config.ponder_prior:
         prior_BT = ponder_prior(_computed(aux.act_weight_LBT), config.ponder_prior_rate)
-        objectives["ponder_prior"] = _token_mean(prior_BT, mask_BT)
+        objectives["ponder_prior"] = mean(prior_BT)
     if config.contraction:
-        objectives["contraction"] = _token_mean(contraction(_computed(aux.change_LBT)), mask_BT)
+        objectives["contraction"] = mean(contraction(_computed(aux.change_LBT)))
     if config.router_z:
         # A dense model has no router.
-        objectives["router_z"] = jnp.mean(aux.router_z) if aux.router_z is not None else jnp.float32(0)
+        router_z = jnp.mean(aux.router_z) if aux.router_z is not None else jnp.float32(0)
+        objectives["router_z"] = router_z / parts
     return objectives
 
 
@@ -48,8 +66,8 @@ def contraction(change_LBT: jax.Array) -> jax.Array:
 
 
 class TokenLosses(NamedTuple):
-    """minimised_BT: what training minimises. nats_BT: the next-token loss that it reports, in nats. metrics: means over
-    tokens, to be logged."""
+    """minimised_BT: what training minimises. nats_BT: the next-token loss that it reports, in nats. metrics: shares of
+    means over tokens, to be logged."""
 
     minimised_BT: jax.Array
     nats_BT: jax.Array
@@ -57,7 +75,7 @@ class TokenLosses(NamedTuple):
 
 
 def exit_objective(
-    config: ObjectivesConfig, loss_LBT: jax.Array, aux: Aux, loops_BT: jax.Array, mask_BT: jax.Array
+    config: ObjectivesConfig, loss_LBT: jax.Array, aux: Aux, loops_BT: jax.Array, mean: Mean
 ) -> TokenLosses:
     """The two stages of Ouro (arXiv 2510.25741, sections 3.3 and 3.4).
 
@@ -70,14 +88,14 @@ def exit_objective(
     log_p_LBT, exists_LBT = log_exits(logit_LBT, steps_BT)
     p_LBT = jnp.where(exists_LBT, jnp.exp(log_p_LBT), 0)
     first_BT, index_L11 = loops_BT - steps_BT, jnp.arange(1, len(logit_LBT) + 1)[:, None, None]
-    metrics = {"mean_exit": _token_mean((p_LBT * (first_BT + index_L11)).sum(0), mask_BT)}
+    metrics = {"mean_exit": mean((p_LBT * (first_BT + index_L11)).sum(0))}
     if config.exit_loss == "gain":
         gate_BT = gain_loss(loss_LBT, logit_LBT, steps_BT, config.exit_gain, config.exit_slope)
         last_BT = jnp.take_along_axis(loss_LBT, steps_BT[None] - 1, axis=0)[0]
-        return TokenLosses(gate_BT, last_BT, metrics | {"exit_loss": _token_mean(gate_BT, mask_BT)})
+        return TokenLosses(gate_BT, last_BT, metrics | {"exit_loss": mean(gate_BT)})
     entropy_BT = -jnp.where(exists_LBT, p_LBT * log_p_LBT, 0).sum(0)
     nats_BT = (p_LBT * loss_LBT).sum(0)
-    metrics["exit_entropy"] = _token_mean(entropy_BT, mask_BT)
+    metrics["exit_entropy"] = mean(entropy_BT)
     return TokenLosses(nats_BT - config.exit_entropy * entropy_BT, nats_BT, metrics)
 
 
@@ -111,7 +129,3 @@ def _computed(values: jax.Array | None) -> jax.Array:
     # A config that asks for an objective of a model that does not compute it has been refused (`Config`).
     assert values is not None
     return values
-
-
-def _token_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    return (x_BT * mask_BT).sum() / jnp.maximum(mask_BT.sum(), 1)

@@ -20,7 +20,14 @@ from mythos_jax.model.state import Output
 from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
 from mythos_jax.training.depth import draw_depths, truncated_forward
-from mythos_jax.training.objectives import TokenLosses, exit_objective, extra_objectives
+from mythos_jax.training.objectives import (
+    Mean,
+    TokenLosses,
+    exit_objective,
+    extra_objectives,
+    token_mean,
+    total_weight,
+)
 from mythos_jax.training.optimizer import make_optimizer, map_trained, schedule, trains_gate_alone
 
 # Decay of the running mean of the loss, against which spikes are detected.
@@ -76,10 +83,11 @@ def jitted_step(config: Config) -> Any:
     """The jitted step, (state, batch, constants) -> (state, metrics), to be called or lowered inside `use_mesh`. The
     state is donated, the constants are not.
 
-    Metrics, float32: loss (nats per token), learning_rate, gradient_norm, tokens, mean_loops, bad (whether this step
-    was), skipped (updates left out so far, where bad steps are skipped), each objective that is on; for an exit gate
-    that is trained also mean_exit, the mean loop that it exits after; with a mixture of experts also expert_load
-    [loop_layers, E], fractions that sum to 1 per layer, and load_imbalance, the largest fraction times E.
+    Metrics, float32: loss (nats per token, weighted by the mask), learning_rate, gradient_norm, tokens (that have a
+    weight), mean_loops, bad (whether this step was), skipped (updates left out so far, where bad steps are skipped),
+    each objective that is on; for an exit gate that is trained also mean_exit, the mean loop that it exits after; with
+    a mixture of experts also expert_load [loop_layers, E], fractions that sum to 1 per layer, and load_imbalance, the
+    largest fraction times E.
     """
     t = config.training
     optimizer, rate = make_optimizer(t), schedule(t, t.learning_rate)
@@ -88,7 +96,7 @@ def jitted_step(config: Config) -> Any:
     def step(state: TrainState, batch: Batch, constants: Constants) -> tuple[TrainState, Metrics]:
         gradients, sums = gradients_of(state, batch, constants)
         gradient_norm = optax.tree.norm(gradients)
-        loss = sums["nats"] / sums["tokens"]
+        loss = sums["nats"] / sums["weight"]
         # Clipping is part of the optimizer; the norm that is reported is the one before it.
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.variables["params"])
         params = _pick_trained(t, optax.apply_updates(state.variables["params"], updates), state.variables["params"])
@@ -96,9 +104,9 @@ def jitted_step(config: Config) -> Any:
             "loss": loss,
             "learning_rate": rate(state.step),
             "gradient_norm": gradient_norm,
-            "tokens": sums["tokens"],
-            "mean_loops": sums["loops"] / sums["tokens"],
-            **{name: value / t.grad_accumulation_steps for name, value in sums["extra"].items()},
+            "tokens": (batch["mask"] != 0).sum(),
+            "mean_loops": sums["loops"] / sums["weight"],
+            **sums["extra"],
         }
         load = sums["expert_load"]
         if load is not None:
@@ -124,7 +132,7 @@ def jitted_step(config: Config) -> Any:
     return jax.jit(step, donate_argnums=0)
 
 
-# (params, state, constants, rows, index of the part, tokens of the batch) -> loss and sums, or gradients and sums.
+# (params, state, constants, rows, index of the part, weight of the batch) -> loss and sums, or gradients and sums.
 LossFunction = Callable[[Any, TrainState, Constants, Batch, jax.Array, jax.Array], tuple[Any, dict[str, Any]]]
 
 
@@ -133,7 +141,7 @@ def _make_loss(config: Config) -> LossFunction:
     model, t = Mythos(config.model, gather_per_loop=config.mesh.gather == "per_loop"), config.training
 
     def loss_of(
-        params: Any, state: TrainState, constants: Constants, part: Batch, part_index: jax.Array, tokens: jax.Array
+        params: Any, state: TrainState, constants: Constants, part: Batch, part_index: jax.Array, weight: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
         params = map_trained(t, lambda x: x, jax.lax.stop_gradient, params)
         variables = {**state.variables, "params": params}
@@ -143,14 +151,15 @@ def _make_loss(config: Config) -> LossFunction:
             variables = gather_loop_weights(variables, abstract_variables(config.model), dtype)
         # A key of its own for each step and part: noise must not repeat, and a resumed run must draw it again.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(t.seed), state.step), part_index)
-        losses, out = _token_losses(config, model, variables, part, key)
+        # Divided by the weight of the whole batch, not of the part: parts may have different numbers of tokens.
+        mean = token_mean(part["mask"], weight)
+        losses, out = _token_losses(config, model, variables, part, key, mean)
 
-        # Divided by the tokens of the whole batch, not of the part: parts may have different numbers of them.
-        loss = (losses.minimised_BT * part["mask"]).sum() / tokens
-        extra = extra_objectives(t.objectives, out.aux, part["mask"])
-        loss += sum(getattr(t.objectives, name) * value for name, value in extra.items()) / t.grad_accumulation_steps
+        loss = mean(losses.minimised_BT)
+        extra = extra_objectives(t.objectives, out.aux, mean, t.grad_accumulation_steps)
+        loss += sum(getattr(t.objectives, name) * value for name, value in extra.items())
         sums = {
-            "nats": losses.nats_BT.sum(),
+            "nats": (losses.nats_BT * part["mask"]).sum(),
             "loops": (out.loops * part["mask"]).sum(),
             "expert_load": out.aux.expert_load,
             "extra": extra | losses.metrics,
@@ -161,7 +170,7 @@ def _make_loss(config: Config) -> LossFunction:
 
 
 def _token_losses(
-    config: Config, model: Mythos, variables: Any, part: Batch, key: jax.Array
+    config: Config, model: Mythos, variables: Any, part: Batch, key: jax.Array, mean: Mean
 ) -> tuple[TokenLosses, Output]:
     """What each token contributes to the loss, and what the model returned. key: for models that start from noise."""
     objectives, rngs = config.training.objectives, {"state": key}
@@ -173,7 +182,7 @@ def _token_losses(
         return TokenLosses(loss_BT, loss_BT, {}), out
     run = partial(run, trace_states=True)
     loss_LBT, out = exit_losses(model, variables, part, loops=loops, rngs=rngs, run=run)
-    return exit_objective(objectives, loss_LBT, out.aux, out.loops, part["mask"]), out
+    return exit_objective(objectives, loss_LBT, out.aux, out.loops, mean), out
 
 
 def _make_gradients(config: Config) -> Callable[[TrainState, Batch, Constants], tuple[Any, dict[str, Any]]]:
@@ -181,33 +190,33 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch, Constants], 
     gradient, parts = jax.grad(_make_loss(config), has_aux=True), config.training.grad_accumulation_steps
 
     def gradients(state: TrainState, batch: Batch, constants: Constants) -> tuple[Any, dict[str, Any]]:
-        tokens = jnp.maximum(batch["mask"].sum(), 1)  # a batch of padding alone has loss 0, not NaN
+        weight = total_weight(batch["mask"])
         if not has_static_depth(config):
             # Drawn for the whole batch before it is split, so that a row's depth does not depend on the split.
             batch = {**batch, "loops": draw_depths(config, state.step, batch["tokens"].shape[0])}
         params = state.variables["params"]
         if parts == 1:
-            total, sums = gradient(params, state, constants, batch, jnp.int32(0), tokens)
+            total, sums = gradient(params, state, constants, batch, jnp.int32(0), weight)
         else:
-            total, sums = _accumulated(partial(gradient, params, state, constants), batch, tokens, parts)
-        return total, {**sums, "tokens": tokens}
+            total, sums = _accumulated(partial(gradient, params, state, constants), batch, weight, parts)
+        return total, {**sums, "weight": weight}
 
     return gradients
 
 
 def _accumulated(
-    gradient: Callable[[Batch, jax.Array, jax.Array], Any], batch: Batch, tokens: jax.Array, n: int
+    gradient: Callable[[Batch, jax.Array, jax.Array], Any], batch: Batch, weight: jax.Array, n: int
 ) -> tuple[Any, dict[str, Any]]:
     """Gradients and sums of n parts of the batch, one after the other, which needs the memory of one part.
 
-    gradient: (rows, index of the part, tokens of the batch) -> gradients and sums.
+    gradient: (rows, index of the part, weight of the batch) -> gradients and sums.
     """
     # Part i takes rows i, i + n, i + 2 n, …: each device then splits the rows that it holds.
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
     indices = jnp.arange(n)
 
     def of_part(index: jax.Array, rows: Batch) -> Any:
-        return gradient(rows, index, tokens)
+        return gradient(rows, index, weight)
 
     def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, of_part(*part)), None

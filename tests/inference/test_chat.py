@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from mythos_jax.data.chat_template import ChatTemplate
 from mythos_jax.errors import ConfigError
 from mythos_jax.inference import generate as generation
 from mythos_jax.inference.chat import Chat, as_messages
-from mythos_jax.inference.chat_template import ChatTemplate
 from mythos_jax.language_model import load
 from mythos_jax.runs.load import load_model
 from tests import talker

@@ -16,7 +16,7 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import Aux
 from mythos_jax.runs.load import load_model
 from mythos_jax.training.depth import truncated_forward
-from mythos_jax.training.objectives import exit_objective
+from mythos_jax.training.objectives import exit_objective, token_mean, total_weight
 from mythos_jax.training.train import train
 from tests import reference
 from tests.tiny import GQA_LAST, OURO, TRAINED, exact, some_tokens, variables
@@ -25,6 +25,11 @@ from tests.training.test_step import RANDOM, config_with, run
 GATED = dataclasses.replace(GQA_LAST, exit_gate=True)  # with a prelude and a coda
 EXPECTED = ObjectivesConfig(exit_loss="expected", exit_entropy=0.3)
 GAIN = ObjectivesConfig(exit_loss="gain", exit_gain=0.1, exit_slope=5.0)
+
+
+def mean_over(mask):
+    mask = jnp.asarray(mask)
+    return token_mean(mask, total_weight(mask))
 
 
 def formula(config, losses_L, gates_L):
@@ -50,7 +55,7 @@ def test_objectives_are_the_formulas_of_the_paper(config):
     loops, mask = np.array([[1, 2, 3, 4], [4, 4, 6, 9]]), np.array([[1, 1, 1, 1], [1, 0, 1, 1]], bool)
     aux = Aux(*[None] * 8)
     aux = aux.replace(halt_logit_LBT=jnp.asarray(logits, jnp.float32))
-    found = exit_objective(config, jnp.asarray(losses, jnp.float32), aux, jnp.asarray(loops), jnp.asarray(mask))
+    found = exit_objective(config, jnp.asarray(losses, jnp.float32), aux, jnp.asarray(loops), mean_over(mask))
     gates, exits = 1 / (1 + np.exp(-logits)), []
     for b, t in np.ndindex(2, 4):
         n = min(loops[b, t], 4)
@@ -63,7 +68,9 @@ def test_objectives_are_the_formulas_of_the_paper(config):
         exits += [p @ np.arange(loops[b, t] - n + 1, loops[b, t] + 1)] if mask[b, t] else []
     np.testing.assert_allclose(found.metrics["mean_exit"], np.mean(exits), rtol=1e-5)
     sure = aux.replace(halt_logit_LBT=jnp.full((4, 2, 4), 60.0))
-    slope = jax.grad(lambda x: exit_objective(config, losses, sure.replace(halt_logit_LBT=x), loops, mask)[0].sum())
+    slope = jax.grad(
+        lambda x: exit_objective(config, losses, sure.replace(halt_logit_LBT=x), loops, mean_over(mask))[0].sum()
+    )
     assert np.isfinite(slope(sure.halt_logit_LBT)).all()
 
 
@@ -124,7 +131,7 @@ def test_objective_and_gradient_of_a_model(case):
     @jax.value_and_grad
     def ours(params):
         loss_LBT, out = exit_losses(model, {"params": params}, batch, loops=loops, run=run)
-        losses = exit_objective(objectives, loss_LBT, out.aux, out.loops, batch["mask"])
+        losses = exit_objective(objectives, loss_LBT, out.aux, out.loops, mean_over(batch["mask"]))
         return (losses.minimised_BT * batch["mask"]).sum() / batch["mask"].sum()
 
     value, gradient = ours(params)

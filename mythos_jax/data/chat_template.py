@@ -5,8 +5,10 @@ only, and every error in it becomes one line.
 """
 
 import contextlib
+import itertools
 import json
 import re
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -25,47 +27,69 @@ from mythos_jax.paths import to_path
 
 Message = Mapping[str, Any]
 
+# What stands around the model's own words while a text is made, in place of `{% generation %}` and its end. No
+# conversation contains it: it is drawn anew in every process.
+_MARK = f"<{uuid.uuid4().hex}>"
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
 _PROBE = "What is that?", "An answer, 1."  # a question, and an answer that no template changes
 
 
 class ChatTemplate:
     """A Jinja template with the names of the special tokens that it may write.
 
-    name: what errors call it. tokens: such as {"bos_token": "<s>"}.
+    name: what errors call it. tokens: such as {"bos_token": "<s>"}. clock: what it takes for the present time.
+    marks_answers: whether it says itself which passages are the model's own words.
     Raises ConfigError if it is not a template.
     """
 
-    def __init__(self, source: str, name: str, tokens: Mapping[str, str]):
-        self.name, self._tokens = name, dict(tokens)
-        self._template = self._run(lambda: _environment().from_string(source))
+    def __init__(self, source: str, name: str, tokens: Mapping[str, str], clock: Callable[[], datetime] = datetime.now):
+        self.source, self.name, self._tokens = source, name, dict(tokens)
+        self.marks_answers = bool(_GENERATION.search(source))
+        self._template = self._run(lambda: _environment(clock).from_string(source))
 
     @classmethod
-    def from_file(cls, path: str | Path, tokens: Mapping[str, str]) -> "ChatTemplate":
+    def from_file(
+        cls, path: str | Path, tokens: Mapping[str, str], clock: Callable[[], datetime] = datetime.now
+    ) -> "ChatTemplate":
         try:
             source = to_path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"chat template {path}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:
             raise ConfigError(f"chat template {path}: not text in UTF-8; allowed: a Jinja template") from None
-        return cls(source, str(path), tokens)
+        return cls(source, str(path), tokens, clock)
 
-    def render(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
-        """The text of a conversation. prompt: end with what stands before an answer.
+    def render(self, messages: Sequence[Message], *, prompt: bool = True, tools: Sequence[Message] = ()) -> str:
+        """The text of a conversation. prompt: end with what stands before an answer. tools: those that the model may
+        call, as JSON has them.
 
         Raises ConfigError for a conversation that the template refuses, such as two questions in a row.
         """
+        return self.render_marked(messages, prompt=prompt, tools=tools)[0]
+
+    def render_marked(
+        self, messages: Sequence[Message], *, prompt: bool = False, tools: Sequence[Message] = ()
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and the start and end of each passage that the template marks as the model's own
+        words; none if it has no such marks."""
         # As transformers does: a missing name instead of None, and nothing but plain data.
-        return self._run(
+        marked = self._run(
             lambda: self._template.render(
                 messages=[
                     {key: _plain(value) for key, value in message.items() if value is not None} for message in messages
                 ],
-                tools=None,
+                tools=_plain(list(tools)) or None,
                 documents=None,
                 add_generation_prompt=prompt,
                 **self._tokens,
             )
         )
+        parts = marked.split(_MARK)
+        ends = [0, *itertools.accumulate(map(len, parts))]
+        # Every second part stands between two marks.
+        passages = [(ends[i], ends[i + 1]) for i in range(1, len(parts) - 1, 2)]
+        return "".join(parts), [(start, end) for start, end in passages if start < end]
 
     @cached_property
     def answer_role(self) -> str:
@@ -107,7 +131,7 @@ class ChatTemplate:
             ) from None
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment(clock: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
     """What transformers' templates are written for."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -115,7 +139,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _raise,
-        "strftime_now": lambda form: datetime.now().strftime(form),
+        "strftime_now": lambda form: clock().strftime(form),
         "dict": _Dict(),
         "namespace": _Namespace,
     }
@@ -123,14 +147,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what training learns; for rendering it is only its content."""
+    """`{% generation %}…{% endgeneration %}` marks what training learns."""
 
     tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return [nodes.Scope(body, lineno=line)]
+        mark = nodes.Output([nodes.TemplateData(_MARK)], lineno=line)
+        return [mark, nodes.Scope(body, lineno=line), mark]
 
 
 class _Dict:
