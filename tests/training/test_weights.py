@@ -11,6 +11,7 @@ from mythos_jax.data.placement import batch_sharding, to_global
 from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.runs.state import Constants
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import init_state, make_train_step
 from tests.tiny import GQA_LAST
@@ -47,7 +48,7 @@ def step(request):
 
     def run(weighted):
         state = init_state(config, MESH)
-        return jax.device_get(train_step(state, to_global(batch_sharding(MESH), ROWS, rows, weighted)))
+        return jax.device_get(train_step(state, to_global(batch_sharding(MESH), ROWS, rows, weighted), Constants()))
 
     return run
 
