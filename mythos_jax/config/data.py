@@ -16,7 +16,7 @@ from mythos_jax.typed import (
     check_field,
 )
 
-TASKS = ("p_hop", "addition", "parity", "boolean")
+TASKS = ("p_hop", "addition", "parity", "boolean", "chain")
 Bytes = Annotated[int, Ge(0), Wide()]
 HeldOutFraction = Annotated[float, Between(0, 1, "[)", "a fraction")]
 Difficulty = Annotated[int, Between(1, 1000)]

@@ -12,6 +12,7 @@ import numpy as np
 from mythos_jax.config import TaskConfig
 
 PADDING = 0  # the token id of padding in every problem
+LETTERS = 26
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the increment of SplitMix64
 
 
@@ -212,11 +213,55 @@ class Boolean:
         return ProblemRows(tokens, targets, answer_mask, answer_mask, np.ones(n, bool))
 
 
+class Chain:
+    """Difficulty d: the value of a variable that is d references away from plain digits. Row: `c=3+1,x=c+2,a=1+1,b=x+1=`.
+
+    `length` assignments, each of a digit or an earlier variable plus a digit, modulo `alphabet`; the answer, at the
+    last `=`, is the value of the last variable (in the spirit of LEGO, arXiv 2206.04301). Its d ancestors are at random
+    places; the other assignments are distractors, at most d references deep, and also refer to ancestors. All rows have
+    equal length, and names and places say nothing about the depth. With answers "every", each assignment has an answer,
+    at its last token: its variable's value.
+    """
+
+    def __init__(self, config: TaskConfig):
+        self.config = config
+        self.symbols = ("", "=", "+", ",", *"0123456789"[: config.alphabet], *map(_letter, range(LETTERS)))
+
+    def width(self, difficulty: int) -> int:
+        return 6 * self.config.length
+
+    def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
+        n, length, modulus = len(random.keys), self.config.length, self.config.alphabet
+        names = _shuffled(random, LETTERS)[:, :length]
+        on_chain = np.ones((n, length), bool)  # the last variable and its ancestors
+        on_chain[:, :-1] = _shuffled(random, length - 1) < difficulty
+        digits, added = random.integers(modulus, length), random.integers(modulus, length)
+        depths, values, first = (np.zeros((n, length), int) for _ in range(3))
+        rows, newest = np.arange(n), np.full(n, -1)  # newest: of the chain so far; -1: none
+        for i in range(length):
+            drawn = random.integers(i + 1, 1)[:, 0]  # i: no reference
+            drawn = np.where((drawn == i) | (depths[rows, drawn] == difficulty), -1, drawn)
+            parent = np.where(on_chain[:, i], newest, drawn)
+            refers = parent >= 0
+            depths[:, i] = np.where(refers, depths[rows, parent] + 1, 0)
+            values[:, i] = (np.where(refers, values[rows, parent], digits[:, i]) + added[:, i]) % modulus
+            first[:, i] = np.where(refers, 4 + modulus + names[rows, parent], 4 + digits[:, i])
+            newest = np.where(on_chain[:, i], i, newest)
+        ends = np.full((n, length), 3)
+        ends[:, -1] = 1
+        equals, plus = np.full((n, length), 1), np.full((n, length), 2)
+        tokens = np.stack([4 + modulus + names, equals, first, plus, 4 + added, ends], axis=2).reshape(n, -1)
+        targets, every = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+        targets[:, 5::6], every[:, 5::6] = 4 + values, True
+        return _select_answers(self.config, tokens, targets, every, valid=depths[:, -1] == difficulty)
+
+
 PROBLEMS: dict[str, Callable[[TaskConfig], Problem]] = {
     "p_hop": PHop,
     "addition": Addition,
     "parity": Parity,
     "boolean": Boolean,
+    "chain": Chain,
 }
 
 
@@ -227,6 +272,11 @@ def _select_answers(
     last = np.zeros_like(every)
     last[:, -1] = True
     return ProblemRows(tokens, targets, every if config.answers == "every" else last, last, valid)
+
+
+def _shuffled(random: RowRandom, count: int) -> np.ndarray:
+    """A permutation of 0 … count - 1 for each row, int64 [n, count]."""
+    return np.argsort(random.integers(2**16, count), axis=1, kind="stable")
 
 
 def _letter(index: int) -> str:
