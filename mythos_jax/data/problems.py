@@ -214,28 +214,30 @@ class Boolean:
 
 
 class Chain:
-    """Difficulty d: the value of a variable that is d references away from plain digits. Row: `c=3+1,x=c+2,a=1+1,b=x+1=`.
+    """Difficulty d: the value of a variable that is d references away from a digit. Row: `c=3+1,x=c+2,a=1+1,b=x+1=`, or
+    without `adds` `c=3,x=c,a=1,b=x=`.
 
-    `length` assignments, each of a digit or an earlier variable plus a digit, modulo `alphabet`; the answer, at the
-    last `=`, is the value of the last variable (in the spirit of LEGO, arXiv 2206.04301). Its d ancestors are at random
-    places; the other assignments are distractors, at most d references deep, and also refer to ancestors. All rows have
-    equal length, and names and places say nothing about the depth. With answers "every", each assignment has an answer,
-    at its last token: its variable's value.
+    `length` assignments, each of a digit or an earlier variable, plus a digit if it `adds`, modulo `alphabet`; the
+    answer, at the last `=`, is the value of the last variable (in the spirit of LEGO, arXiv 2206.04301). Its d
+    ancestors are at random places; the other assignments are distractors, at most d references deep, and also refer to
+    ancestors. All rows have equal length, and names and places say nothing about the depth. With answers "every", each
+    assignment has an answer, at its last token: its variable's value.
     """
 
     def __init__(self, config: TaskConfig):
         self.config = config
         self.symbols = ("", "=", "+", ",", *"0123456789"[: config.alphabet], *map(_letter, range(LETTERS)))
+        self._statement = 6 if config.adds else 4  # tokens of an assignment
 
     def width(self, difficulty: int) -> int:
-        return 6 * self.config.length
+        return self._statement * self.config.length
 
     def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
         n, length, modulus = len(random.keys), self.config.length, self.config.alphabet
         names = _shuffled(random, LETTERS)[:, :length]
         on_chain = np.ones((n, length), bool)  # the last variable and its ancestors
         on_chain[:, :-1] = _shuffled(random, length - 1) < difficulty
-        digits, added = random.integers(modulus, length), random.integers(modulus, length)
+        digits, added = random.integers(modulus, length), random.integers(modulus, length) * self.config.adds
         depths, values, first = (np.zeros((n, length), int) for _ in range(3))
         rows, newest = np.arange(n), np.full(n, -1)  # newest: of the chain so far; -1: none
         for i in range(length):
@@ -247,12 +249,12 @@ class Chain:
             values[:, i] = (np.where(refers, values[rows, parent], digits[:, i]) + added[:, i]) % modulus
             first[:, i] = np.where(refers, 4 + modulus + names[rows, parent], 4 + digits[:, i])
             newest = np.where(on_chain[:, i], i, newest)
-        ends = np.full((n, length), 3)
+        equals, plus, ends = (np.full((n, length), symbol) for symbol in (1, 2, 3))
         ends[:, -1] = 1
-        equals, plus = np.full((n, length), 1), np.full((n, length), 2)
-        tokens = np.stack([4 + modulus + names, equals, first, plus, 4 + added, ends], axis=2).reshape(n, -1)
-        targets, every = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
-        targets[:, 5::6], every[:, 5::6] = 4 + values, True
+        sums = [plus, 4 + added] if self.config.adds else []
+        tokens = np.stack([4 + modulus + names, equals, first, *sums, ends], axis=2).reshape(n, -1)
+        targets, every, last = np.zeros_like(tokens), np.zeros(tokens.shape, bool), self._statement - 1
+        targets[:, last :: last + 1], every[:, last :: last + 1] = 4 + values, True
         return _select_answers(self.config, tokens, targets, every, valid=depths[:, -1] == difficulty)
 
 

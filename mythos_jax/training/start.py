@@ -122,7 +122,7 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any) -> dict[str, Any] | N
 def _check_tokenizers(config: Config, loaded: LoadedModel, path: str) -> None:
     """Raises ConfigError if the model to start from reads text with another tokenizer than this config's data."""
     spec, end = loaded.tokenizer_spec, config.data.end_of_document
-    if config.data.task.name or spec is None:
+    if not config.data.uses_tokenizer or spec is None:
         return
     if loaded.trained_on.tokenizer is not None:
         theirs = loaded.trained_on.tokenizer["fingerprint"]
