@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from mythos_jax.config import TaskConfig
+from mythos_jax.typed import check_field
 
 PADDING = 0  # the token id of padding in every problem
 LETTERS = 26
@@ -76,7 +77,7 @@ class Problem(Protocol):
     symbols: tuple[str, ...]  # what each token id means; padding first
 
     def width(self, difficulty: int) -> int:
-        """Tokens per row."""
+        """Tokens per row. Raises ConfigError if there are no problems of this difficulty, as far as that is plain."""
         ...
 
     def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
@@ -230,7 +231,9 @@ class Chain:
         self._statement = 6 if config.adds else 4  # tokens of an assignment
 
     def width(self, difficulty: int) -> int:
-        return self._statement * self.config.length
+        length = self.config.length
+        check_field(difficulty < length, "data.task.length", length, f"above {difficulty}, a difficulty of this chain")
+        return self._statement * length
 
     def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
         n, length, modulus = len(random.keys), self.config.length, self.config.alphabet
@@ -255,7 +258,7 @@ class Chain:
         tokens = np.stack([4 + modulus + names, equals, first, *sums, ends], axis=2).reshape(n, -1)
         targets, every, last = np.zeros_like(tokens), np.zeros(tokens.shape, bool), self._statement - 1
         targets[:, last :: last + 1], every[:, last :: last + 1] = 4 + values, True
-        return _select_answers(self.config, tokens, targets, every, valid=depths[:, -1] == difficulty)
+        return _select_answers(self.config, tokens, targets, every, valid=np.ones(n, bool))
 
 
 PROBLEMS: dict[str, Callable[[TaskConfig], Problem]] = {

@@ -171,8 +171,8 @@ def examples(
         else:
             raise ConfigError(
                 f"data.task: {MAX_ATTEMPTS} consecutive draws gave no {split} example of {data.task.name} at "
-                f"difficulty {difficulty}; allowed: a lower difficulty, for p_hop and chain a larger "
-                "data.task.length, or data.held_out_fraction 0"
+                f"difficulty {difficulty}; allowed: a lower difficulty, for p_hop a larger data.task.length, or "
+                "data.held_out_fraction 0"
             )
     batch["targets"][~batch["mask"]] = PADDING
     return batch
