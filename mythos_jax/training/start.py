@@ -24,6 +24,7 @@ from mythos_jax.runs.load import LoadedModel, load_model, place_variables
 from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
 from mythos_jax.runs.state import TrainState
 from mythos_jax.sharding import check_sharded, make_mesh
+from mythos_jax.training.groups import rate_factors
 from mythos_jax.training.loggers import check_loggers, read_log
 from mythos_jax.training.resume import announce_changes, check_resume, checkpoint_metadata
 from mythos_jax.training.step import abstract_state, init_state
@@ -34,6 +35,7 @@ def check_config(config: Config) -> Mesh:
     """The mesh of a run. Raises ConfigError for whatever the config and the devices alone show to be wrong."""
     t = config.training
     check_loggers(t.loggers)
+    rate_factors(config)  # checks the names of parameters, frozen ones included
     if problem := t.schedule_problem():
         log0(f"warning: {problem}", logging.WARNING)
     span = t.profile_steps
