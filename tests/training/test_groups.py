@@ -13,6 +13,7 @@ from mythos_jax.config import MeshConfig, ObjectivesConfig, TrainingConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.abstract import weight_shapes
 from mythos_jax.model.names import parameter_paths, select
+from mythos_jax.runs.state import Constants
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.groups import frozen_paths, rate_factors, trained_part, with_part
 from mythos_jax.training.optimizer import make_optimizer, schedule
@@ -72,7 +73,7 @@ def test_the_program_has_no_gradients_of_what_is_frozen():
     def products(*frozen):
         config = config_with(model, frozen=frozen)
         with jax.set_mesh(mesh):
-            text = jitted_step(config).lower(abstract_state(config, mesh), batch).as_text()
+            text = jitted_step(config).lower(abstract_state(config, mesh), batch, Constants()).as_text()
         return text.count("stablehlo.dot_general")
 
     coda, loop = products("embedding", "prelude", "loop"), products("embedding", "prelude")
