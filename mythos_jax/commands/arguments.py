@@ -98,7 +98,10 @@ def add_seed(parser: argparse.ArgumentParser, use: str, default: int | None = 0)
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tokenizer", type=path, metavar="FILE", help='for a model that has none: a tokenizer.json, or "bytes"'
+        "--tokenizer",
+        type=path,
+        metavar="FILE",
+        help='for a model without one: a tokenizer.json, a model, or "bytes"',
     )
 
 

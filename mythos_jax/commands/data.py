@@ -1,19 +1,28 @@
-"""`mythos data`: so far `mythos data prepare`."""
+"""`mythos data prepare` and `mythos data show`."""
 
 import argparse
+import json
+import os
+import sys
 from typing import Annotated
 
-from mythos_jax.commands.arguments import of_type, path
+from mythos_jax.commands.arguments import add_json, of_type, path
 from mythos_jax.config.data import Bytes, HeldOutFraction
-from mythos_jax.errors import DONE
-from mythos_jax.typed import Between, PositiveInt
+from mythos_jax.errors import DONE, ConfigError
+from mythos_jax.typed import Between, NonNegativeInt, PositiveInt
 
-SUMMARY = "Prepare text for training."
+SUMMARY = "Prepare text or conversations for training, and look at what came out."
 PREPARE = "Turn text files, folders, JSON, CSV and Parquet into token rows."
+SHOW = "Show one row of a prepared folder: its text, with what is trained on in [[ ]], conversation by conversation."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    _add_prepare(subparsers)
+    _add_show(subparsers)
+
+
+def _add_prepare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     prepare = subparsers.add_parser("prepare", help=PREPARE, description=PREPARE, allow_abbrev=False)
     # Suppressed default: a subparser's default would overwrite a --debug before `prepare`.
     prepare.add_argument(
@@ -25,9 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=path,
         default="bytes",
-        metavar="FILE",
-        help='a tokenizer.json, or its folder (default: "bytes")',
+        metavar="MODEL",
+        help='a tokenizer.json, its folder, or a model: a directory, GGUF file, hub id or "smollm2" (default: "bytes")',
     )
+    _add_chat(prepare)
     prepare.add_argument(
         "--end-of-document", metavar="NAME", help="the tokenizer's end-of-document token, if it has an unusual name"
     )
@@ -73,23 +83,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.data.prepare import prepare
+def _add_chat(prepare: argparse.ArgumentParser) -> None:
+    prepare.add_argument(
+        "--chat",
+        action="store_true",
+        help="the records are conversations (messages, or prompt and completion): train on the answers alone",
+    )
+    prepare.add_argument(
+        "--chat-template", type=path, metavar="FILE", help="a Jinja template (default: the model's own)"
+    )
 
+
+def _add_show(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    show = subparsers.add_parser("show", help=SHOW, description=SHOW, allow_abbrev=False)
+    show.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    show.add_argument("folder", type=path, metavar="DIR", help="a folder made by `mythos data prepare`")
+    show.add_argument(
+        "--row", type=of_type(NonNegativeInt), default=0, metavar="N", help="number of the row, from 0 (the default)"
+    )
+    show.add_argument("--split", choices=["train", "held_out"], default="train", help="default train")
+    show.add_argument("--tokens", action="store_true", help="a line for each token: place, id, weight, segment, text")
+    add_json(show)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    return _show(arguments) if arguments.data_command == "show" else _prepare(arguments)
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from mythos_jax.data.show import show_row
+
+    row = show_row(arguments.folder, arguments.split, arguments.row)
+    if arguments.json:
+        print(json.dumps(row.to_json(), ensure_ascii=False))
+        return DONE
+    counts = f"{row.trained:,} trained on, {len(row.ids) - row.trained:,} not, {row.padding:,} padding"
+    print(f"{row.folder}, {row.split} row {row.number} of {row.rows:,}: {len(row.ids):,} tokens: {counts}")
+    if arguments.tokens:
+        print(f"{'place':>6} {'id':>7} {'weight':>6} {'segment':>7}  text")
+        for place, (number, text, weight, segment) in enumerate(row.tokens()):
+            print(f"{place:6} {number:7} {weight:6g} {segment:7}  {json.dumps(text, ensure_ascii=False)}")
+        return DONE
+    segment = 0
+    for run_segment, weight, text in row.runs():
+        if run_segment != segment:
+            print(f"{'' if segment == 0 else chr(10)}--- {'conversation' if row.chat else 'document'} {run_segment}")
+        segment = run_segment
+        print(_marked(text, weight), end="")
+    print()
+    return DONE
+
+
+def _marked(text: str, weight: float) -> str:
+    """In double brackets, and green on a terminal with colours, if it is trained on."""
+    if not weight:
+        return text
+    marked = f"[[{'' if weight == 1 else f'{weight:g}: '}{text}]]"
+    return f"\x1b[32m{marked}\x1b[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else marked
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from mythos_jax.data.chat_counts import describe
+    from mythos_jax.data.prepare import prepare
+    from mythos_jax.porting.hub import local_tokenizer
+
+    if arguments.chat_template and not arguments.chat:
+        raise ConfigError(f"--chat-template: got {arguments.chat_template}, allowed: only with --chat")
     manifest = prepare(
         arguments.sources,
         arguments.out,
-        tokenizer=arguments.tokenizer,
+        tokenizer=local_tokenizer(arguments.tokenizer),
         end_of_document=arguments.end_of_document,
         seq_len=arguments.seq_len,
         held_out_fraction=arguments.held_out_fraction,
         max_bytes=arguments.max_bytes,
         text_column=arguments.text_column,
+        chat=arguments.chat,
+        chat_template=arguments.chat_template or "",
         on_error=arguments.on_error,
         workers=arguments.workers,
     )
     for name, split in manifest.splits.items():
-        print(f"{name}: {split.rows:,} rows, {split.tokens:,} tokens, {split.documents:,} documents")
+        if manifest.chat is None:
+            print(f"{name}: {split.rows:,} rows, {split.tokens:,} tokens, {split.documents:,} documents")
+        else:
+            counts = describe(manifest.chat.splits[name])
+            print(f"{name}: {split.rows:,} rows, {split.documents:,} conversations, {counts}")
     if manifest.left_out_count:
         print(f"left out: {manifest.left_out_count:,} files and records, see {arguments.out}/manifest.json")
     print(f"prepared: {arguments.out}")

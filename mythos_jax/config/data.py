@@ -16,7 +16,7 @@ from mythos_jax.typed import (
     check_field,
 )
 
-TASKS = ("p_hop", "addition", "parity", "boolean", "chain")
+TASKS = ("p_hop", "addition", "parity", "boolean")
 Bytes = Annotated[int, Ge(0), Wide()]
 HeldOutFraction = Annotated[float, Between(0, 1, "[)", "a fraction")]
 Difficulty = Annotated[int, Between(1, 1000)]
@@ -26,28 +26,20 @@ Difficulty = Annotated[int, Between(1, 1000)]
 class TaskConfig(Section, section="data.task"):
     """A reasoning task, generated on the fly instead of read from text (docs/data.md)."""
 
-    name: str = ""  #: p_hop, addition, parity, boolean or chain; empty: train on text
-    #: difficulties that examples are drawn from: hops (p_hop), numbers (addition), bits (parity), levels (boolean),
-    #: references to follow (chain)
+    name: str = ""  #: p_hop, addition, parity or boolean; empty: train on text
+    #: difficulties that examples are drawn from: hops (p_hop), numbers (addition), bits (parity), levels (boolean)
     difficulty: tuple[Difficulty, ...] = ()
-    #: p_hop, parity, chain: train on the answers at every position, or only at the last
+    #: p_hop, parity: train on the answers at every position, or only at the last
     answers: Literal["every", "last"] = "every"
-    length: Annotated[int, Between(2, 10_000)] = 32  #: p_hop: symbols in the sequence; chain: assignments
-    #: p_hop: number of different symbols; chain: numbers are calculated modulo this
-    alphabet: Annotated[int, Between(3, 10_000)] = 4
+    length: Annotated[int, Between(2, 10_000)] = 32  #: p_hop: symbols in the sequence
+    alphabet: Annotated[int, Between(3, 10_000)] = 4  #: p_hop: number of different symbols
     digits: Annotated[int, Between(1, 15)] = 3  #: addition: digits of each number
-    adds: bool = True  #: chain: each assignment adds a digit; false: it only copies
-    #: a row consists of the task's `own` tokens, or of those of `data.tokenizer`, for a model that was trained on text
-    tokens: Literal["own", "tokenizer"] = "own"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name:
             self.check(self.name in TASKS, "name", ", ".join(TASKS))
             check_field(len(self.difficulty) > 0, "data.task.difficulty", [], "a list such as [4] or [1, 2, 3]")
-        if self.name == "chain":  # one letter per variable, one digit per number
-            self.check(self.length <= 26, "length", "an integer from 2 to 26 with chain")
-            self.check(self.alphabet <= 10, "alphabet", "an integer from 3 to 10 with chain")
 
 
 @dataclass(frozen=True)
@@ -57,13 +49,16 @@ class DataConfig(Section, section="data"):
     path: PathText = ""  #: folder of prepared rows (default: data/NAME)
     #: files and folders to prepare from; `stdlib`: the source code of Python's library
     sources: tuple[PathText, ...] = ()
-    tokenizer: PathText = "bytes"  #: `bytes`, or the path of a Hugging Face tokenizer.json or of the folder it is in
+    #: `bytes`, or a Hugging Face tokenizer.json, or where one is: a model's directory, GGUF file, hub id or word
+    tokenizer: PathText = "bytes"
     #: name of the tokenizer's end-of-document token; null: the first of the usual names that it has, such as `</s>`
     end_of_document: str | None = None
     seq_len: PositiveInt = 128  #: target tokens per row, at most model.max_seq_len
     #: fraction of the documents kept for evaluation; a hash of a document's name decides (of a single one, its end)
     held_out_fraction: Annotated[HeldOutFraction, Formerly("held_out")] = 0.05
     text_column: str = "text"  #: the field or column of JSON, CSV and Parquet records that holds their text
+    chat: bool = False  #: the sources are conversations (JSON, CSV, Parquet), trained on in what the model says itself
+    chat_template: PathText = ""  #: chat: a Jinja file that says how they are written (default: the model's own)
     max_bytes: Bytes = 0  #: stop preparing after this many bytes of text; 0: all of it
     document_mask: bool = False  #: tokens attend only to their own document, not to the others in their row
     #: several prepared folders with their sampling weights, instead of path and sources
@@ -73,17 +68,13 @@ class DataConfig(Section, section="data"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_field("" not in self.sources, "data.sources", "", "files and folders")
+        self.check(self.chat or not self.chat_template, "chat_template", "nothing without data.chat true")
         if self.task.name:
-            for name in ["path", "sources", "mixture", "document_mask"]:
+            for name in ["path", "sources", "mixture", "document_mask", "chat"]:
                 self.check(not getattr(self, name), name, f"nothing, with data.task.name {self.task.name}")
         if self.mixture:
-            for name in ["path", "sources"]:
+            for name in ["path", "sources", "chat"]:
                 self.check(not getattr(self, name), name, "nothing, with data.mixture")
-
-    @property
-    def uses_tokenizer(self) -> bool:
-        """Whether token ids are those of `tokenizer`: in text, and in a task that is written in its tokens."""
-        return not self.task.name or self.task.tokens == "tokenizer"
 
 
 @dataclass(frozen=True)

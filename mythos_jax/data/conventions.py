@@ -7,14 +7,14 @@ answer; their beginning of text is used only where no tokenizer file names one. 
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mythos_jax.data.gguf import open_gguf, tokenizer_json
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
-from mythos_jax.paths import read_json, to_path
+from mythos_jax.paths import read_json, to_path, write_whole
 
 # Beginnings of text that tokenizers without any other file are known by: Huginn's and Parcae's.
 BEGIN_NAMES = ("<|begin_text|>", "<|bos|>")
@@ -103,6 +103,27 @@ def settings_files(tokenizer: Tokenizer, conventions: TextConventions) -> dict[s
     ids = {**token_ids(tokenizer, conventions), "eos_token_id": list(conventions.stop_tokens)}
     trees = {"tokenizer_config.json": settings, "generation_config.json": ids}
     return {name: json.dumps(tree, indent=1, ensure_ascii=False).encode() + b"\n" for name, tree in trees.items()}
+
+
+def save_conventions(directory: str | Path, tokenizer: Tokenizer, conventions: TextConventions) -> None:
+    """Writes them beside a tokenizer, where `stored_conventions` finds them."""
+    for name, content in settings_files(tokenizer, conventions).items():
+        write_whole(to_path(directory) / name, content)
+
+
+def stored_conventions(directory: str | Path, tokenizer: Tokenizer, vocab_size: int) -> TextConventions | None:
+    """Those of prepared conversations, or of a run that was trained on them; None for a directory of neither.
+
+    Raises ConfigError if a file is damaged.
+    """
+    folder = to_path(directory)
+    settings_file = folder / "tokenizer_config.json"
+    if not settings_file.is_file():
+        return None
+    if tokenizer.fingerprint == ByteTokenizer.fingerprint:
+        template = _template(read_json(settings_file).get("chat_template"), settings_file, "chat_template")
+        return replace(documents(tokenizer), chat_template=template)
+    return _of_files(folder, tokenizer, folder, vocab_size, None)
 
 
 def token_ids(tokenizer: Tokenizer, conventions: TextConventions) -> dict[str, int]:

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from mythos_jax.config import Config, DataConfig
+from mythos_jax.data.chat_encoder import make_chat_encoder
 from mythos_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest
-from mythos_jax.data.prepare import check_request, check_tokenizer, have_changed, prepare, with_inputs
-from mythos_jax.data.sources import find_inputs
-from mythos_jax.data.tokenizer import load_tokenizer
+from mythos_jax.data.prepare import check_chat, check_request, check_tokenizer, have_changed, prepare, with_inputs
+from mythos_jax.data.sources import RECORD_SUFFIXES, SUFFIXES, find_inputs
+from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.streams import log
 from mythos_jax.typed import check_field
@@ -36,6 +37,8 @@ def ensure_prepared(
     if (folder / MANIFEST_FILE).exists():
         manifest = load_manifest(folder)
         check_tokenizer(manifest, folder, tokenizer, "data.tokenizer")
+        if data.sources or data.chat:
+            check_chat(manifest, folder, data.chat, _chat_template(data, tokenizer), prefix="data.")
         requested: dict[str, object] = {"seq_len": data.seq_len}
         if data.sources:
             requested |= {
@@ -63,14 +66,23 @@ def ensure_prepared(
         held_out_fraction=data.held_out_fraction,
         max_bytes=data.max_bytes,
         text_column=data.text_column,
+        chat=data.chat,
+        chat_template=data.chat_template,
         progress=progress,
     )
+
+
+def _chat_template(data: DataConfig, tokenizer: Tokenizer) -> str | None:
+    """The hash of what conversations are written with; None for data of text."""
+    if not data.chat:
+        return None
+    return make_chat_encoder(data.tokenizer, tokenizer, data.chat_template, data.seq_len).fingerprint
 
 
 def _check_sources(manifest: Manifest, data: DataConfig, folder: Path, resumes: bool) -> None:
     """Raises ConfigError, or says so, if the files behind `data.sources` are not those that `folder` was made from."""
     try:
-        found = find_inputs(data.sources, skip_errors=True)
+        found = find_inputs(data.sources, True, RECORD_SUFFIXES if data.chat else SUFFIXES)
     except ConfigError:
         return  # the sources are not on this machine, and are not needed
     current = with_inputs(manifest, found)

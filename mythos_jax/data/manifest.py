@@ -5,10 +5,11 @@ import hashlib
 import json
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer
+from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.json_text import parse_json
 
@@ -28,13 +29,38 @@ _FILE_KEYS = {"held_out_fraction": "held_out"}  # fields whose key in manifest.j
 class Split:
     """One file of rows. The field names are keys in manifest.json."""
 
-    documents: int
+    documents: int  # or conversations
     text_bytes: int  # UTF-8 bytes of the documents: the denominator of bits per byte
-    tokens: int  # targets: every token of every document, and the end of each document
+    tokens: int  # targets: every token of every document, and its end; of conversations, those trained on
     rows: int
     content: str  # sha256 of the rows' tokens, independent of how the file is compressed
     file_bytes: int
     sha256: str  # of the file
+
+
+@dataclass(frozen=True)
+class ChatSplit:
+    """What the rows of conversations of one split hold. The field names are keys in manifest.json."""
+
+    samples: int  # conversations, parts of those that are too long, and answers that have a text of their own
+    answers: int  # trained on
+    trained: int  # targets with a weight
+    masked: int  # targets without: prompts, headers, the first token of a sample
+    padding: int  # at the ends of rows
+    cut: int  # conversations that are cut at turns
+    by_answer: int  # conversations whose template needs a text of its own for each answer
+    truncated: int  # samples whose end is cut off
+    dropped: int  # tokens that this takes
+    without_answer: int  # samples that are left out, because a row has no room for an answer in them
+    unended: int  # answers without a token that ends them
+
+
+@dataclass(frozen=True)
+class Chats:
+    """How conversations are written. template: hash of the chat template and of the tokens that it may write."""
+
+    template: str
+    splits: dict[str, ChatSplit] = field(default_factory=dict)  # "train" and "held_out"
 
 
 @dataclass(frozen=True)
@@ -60,6 +86,7 @@ class Manifest:
     text_column: str = "text"  # of records
     left_out: tuple[str, ...] = ()  # what folders have that is not read; of what could not be read the first thousand
     left_out_count: int = 0  # of files and records that could not be read
+    chat: Chats | None = None  # of rows of conversations; manifests of text have no such key
     version: int = VERSION
 
     @property
@@ -70,14 +97,30 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Identifies the rows, independently of their sources, their creation time and the compression of the files."""
-        content = {name: value for name, value in dataclasses.asdict(self).items() if name not in _REQUEST_FIELDS}
+        content = {name: value for name, value in self._fields().items() if name not in _REQUEST_FIELDS}
         for split in content["splits"].values():
             del split["file_bytes"], split["sha256"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def load_tokenizer(self, folder: str | Path) -> Tokenizer:
+        """The tokenizer in the folder that this describes."""
+        if self.in_bytes:
+            return ByteTokenizer()
+        from tokenizers import Tokenizer as Backend
+
+        # Its end of document may have a name that has to be given.
+        end = Backend.from_file(str(Path(folder) / TOKENIZER_FILE)).id_to_token(self.end_of_document)
+        return load_tokenizer(folder, end)
+
+    def _fields(self) -> dict[str, Any]:
+        tree = dataclasses.asdict(self)
+        if self.chat is None:
+            del tree["chat"]
+        return tree
+
     def save(self, folder: str | Path) -> None:
         """Writes manifest.json into `folder`, in one step."""
-        fields = {_FILE_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        fields = {_FILE_KEYS.get(name, name): value for name, value in self._fields().items()}
         fields["fingerprint"] = self.fingerprint
         file = Path(folder) / MANIFEST_FILE
         partial = file.with_name(f"{MANIFEST_FILE}.{uuid.uuid4().hex[:8]}")
@@ -116,7 +159,7 @@ def _read(path: Path) -> Manifest:
         if version == VERSION:  # the fields of other versions are unknown
             splits = {name: Split(**fields["splits"][name]) for name in SPLITS}
             lists = {name: tuple(fields.get(name, ())) for name in ("sources", "left_out")}
-            manifest = Manifest(**fields | {"splits": splits} | lists)
+            manifest = Manifest(**fields | {"splits": splits} | lists | {"chat": _chats(fields.get("chat"))})
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -126,6 +169,12 @@ def _read(path: Path) -> Manifest:
     if manifest.fingerprint != fingerprint:
         raise ConfigError(f"{path}: has changed since it was written; prepare the folder again")
     return manifest
+
+
+def _chats(tree: dict[str, Any] | None) -> Chats | None:
+    if tree is None:
+        return None
+    return Chats(**tree | {"splits": {name: ChatSplit(**tree["splits"][name]) for name in SPLITS}})
 
 
 def verify(folder: str | Path) -> Manifest:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from mythos_jax.config import Config, DataConfig
 from mythos_jax.data.batch import Batch, RowSelection
+from mythos_jax.data.conventions import save_conventions, stored_conventions
 from mythos_jax.data.ensure import ensure_prepared
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import Manifest
@@ -26,6 +27,11 @@ class Data(Protocol):
     @property
     def tokenizer(self) -> Tokenizer | None:
         """What its text was tokenized with; None if its tokens are not text."""
+        ...
+
+    def save_text(self, directory: str | Path) -> None:
+        """Writes what belongs to the text that a run learns into its directory: the tokenizer, and how conversations
+        are written, if it has any."""
         ...
 
     def train_batches(
@@ -48,6 +54,20 @@ class PreparedData:
         self.weights, self.manifests = weights, manifests
         self.document_mask, self._end_of_document = data.document_mask, data.end_of_document
         self.identity = identity
+
+    @property
+    def _weighted(self) -> bool:
+        """Whether batches have the form of those of conversations."""
+        return any(manifest.chat is not None for manifest in self.manifests.values())
+
+    def save_text(self, directory: str | Path) -> None:
+        self.tokenizer.save(directory)
+        for folder, manifest in self.manifests.items():
+            if manifest.chat is not None:
+                found = stored_conventions(folder, self.tokenizer, manifest.vocab_size)
+                if found is not None:
+                    save_conventions(directory, self.tokenizer, found)
+                return
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -85,7 +105,11 @@ class PreparedData:
             batch
             for folder in folders
             for batch in eval_batches(
-                folder, batch_size=batch_size, max_rows=max_rows, document_mask=self.document_mask
+                folder,
+                batch_size=batch_size,
+                max_rows=max_rows,
+                document_mask=self.document_mask,
+                weighted=self._weighted,
             )
         )
 

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from mythos_jax.data.batch import Batch, RowSelection, row_numbers
+from mythos_jax.data.manifest import load_manifest
 from mythos_jax.data.rows import TokenRows
 from mythos_jax.errors import ConfigError
 
@@ -34,7 +35,8 @@ def train_batches(
     """The endless batches of a run, from `start_step` on.
 
     folders: a prepared folder, or several and their weights. They take turns according to the weights, each shuffled
-    and repeated in epochs of its own, and must have the same tokenizer and seq_len.
+    and repeated in epochs of its own, and must have the same tokenizer and seq_len. If one of them holds conversations,
+    all batches have the form of theirs.
     batch_size: of the global batch. rows: the rows of each batch that this process reads.
     document_mask: include segment_ids (see `TokenRows`).
     threads: readers; 0: read when a batch is requested. prefetch: batches read ahead.
@@ -42,7 +44,8 @@ def train_batches(
     Raises ConfigError: no rows, a damaged file, a weight too small for `MixtureOrder`.
     """
     weights = dict(folders) if isinstance(folders, Mapping) else {folders: 1.0}
-    sources = [open_rows(folder, "train", document_mask) for folder in weights]
+    weighted = any(load_manifest(folder).chat is not None for folder in weights)
+    sources = [open_rows(folder, "train", document_mask, weighted) for folder in weights]
     for source in sources:
         if not len(source):
             raise ConfigError(f"{source.file}: has no rows to train on")
@@ -61,15 +64,16 @@ def eval_batches(
     max_rows: int = 0,
     rows: RowSelection = None,
     document_mask: bool = False,
+    weighted: bool = False,
 ) -> Iterator[Batch]:
     """The first `max_rows` (0: all) rows of a split, once, in order.
 
-    The last batch is filled up with rows of padding (mask False), so that all batches have the same shape. `rows` and
-    `document_mask` are as in `train_batches`.
+    The last batch is filled up with rows of padding (mask 0), so that all batches have the same shape. `rows` and
+    `document_mask` are as in `train_batches`, `weighted` as in `TokenRows`.
 
     Raises ConfigError: no rows, a damaged file.
     """
-    source = open_rows(folder, split, document_mask)
+    source = open_rows(folder, split, document_mask, weighted)
     if not len(source):
         raise ConfigError(f"{source.file}: has no rows to evaluate on")
     count = min(len(source), max_rows) if max_rows else len(source)
@@ -77,12 +81,12 @@ def eval_batches(
     return (_read_padded(source, start + local_rows, count) for start in range(0, count, batch_size))
 
 
-def open_rows(folder: str | Path, split: str, document_mask: bool = False) -> TokenRows:
+def open_rows(folder: str | Path, split: str, document_mask: bool = False, weighted: bool = False) -> TokenRows:
     """The rows of a split, "train" or "held_out", of a prepared folder.
 
     Raises ConfigError: not a prepared folder, or a damaged one.
     """
-    return TokenRows(folder, split, document_mask)
+    return TokenRows(folder, split, document_mask, weighted)
 
 
 def row_order(rows: int, seed: int | Sequence[int]) -> grain.MapDataset:
@@ -171,7 +175,7 @@ def _read_padded(source: TokenRows, numbers: np.ndarray, count: int) -> Batch:
     is_real = numbers < count
     batch: Batch = {}
     for name, array in source.read(numbers[is_real]).items():
-        fill = {"mask": False, "segment_ids": 0}.get(name, source.manifest.end_of_document)
+        fill = {"mask": 0, "segment_ids": 0}.get(name, source.manifest.end_of_document)
         batch[name] = np.full((len(numbers), source.manifest.seq_len), fill, array.dtype)
         batch[name][is_real] = array
     return batch

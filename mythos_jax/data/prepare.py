@@ -11,15 +11,20 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from mythos_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest
+from mythos_jax.data.chat_counts import say_chats
+from mythos_jax.data.chat_encoder import ChatEncoder, make_chat_encoder
+from mythos_jax.data.chat_units import ChatUnitEncoder
+from mythos_jax.data.conventions import save_conventions
+from mythos_jax.data.manifest import MANIFEST_FILE, Chats, Manifest, load_manifest
 from mythos_jax.data.readers import Reading
-from mythos_jax.data.sources import Found, InputFile, find_inputs, one_line_path
+from mythos_jax.data.sources import RECORD_SUFFIXES, SUFFIXES, Found, InputFile, find_inputs, one_line_path
 from mythos_jax.data.split import Division, find_division
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mythos_jax.data.units import UNIT_BYTES, TextStream, TokenUnit, UnitTokenizer, tokenize_units
+from mythos_jax.data.units import UNIT_BYTES, TextEncoder, TextStream, TokenUnit, UnitTokenizer, tokenize_units
 from mythos_jax.data.work_folder import work_folder
 from mythos_jax.data.workers import Workers
 from mythos_jax.data.write_rows import Written, check_not_empty, write_rows
@@ -40,6 +45,8 @@ def prepare(
     held_out_fraction: float,
     max_bytes: int = 0,
     text_column: str = "text",
+    chat: bool = False,
+    chat_template: str | Path = "",
     on_error: Literal["stop", "skip"] = "stop",
     workers: int = 0,
     progress: bool = True,
@@ -48,9 +55,10 @@ def prepare(
 
     end_of_document: the name of that token in the tokenizer, if it is none of the usual ones. seq_len: targets per row.
     held_out_fraction: of the documents, chosen by a hash of their names; of a single document, its end. max_bytes: of
-    text; 0: all. text_column: of records. on_error: whether a file or record that cannot be read stops everything or is
-    left out and listed in the manifest. workers: threads that tokenize; 0: one per core; the result does not depend on
-    it. progress: show a progress bar on a terminal.
+    text; 0: all. text_column: of records. chat: the records are conversations (chat_record.py), and written as the
+    model that the tokenizer is from does it, or as a Jinja file `chat_template` says. on_error: whether a file or
+    record that cannot be read stops everything or is left out and listed in the manifest. workers: threads that
+    tokenize; 0: one per core; the result does not depend on it. progress: show a progress bar on a terminal.
 
     `out` appears only when it is complete; after a kill or an error, the same call resumes. An existing `out` is never
     overwritten: it is returned if it holds the same data.
@@ -59,6 +67,7 @@ def prepare(
     """
     _check_arguments(sources, out, seq_len, held_out_fraction, max_bytes, workers, on_error)
     out, encoder = Path(out), load_tokenizer(tokenizer, end_of_document)
+    chats = make_chat_encoder(tokenizer, encoder, chat_template, seq_len) if chat else None
     request = Manifest(
         seq_len=seq_len,
         dtype="<u2" if encoder.vocab_size <= 1 << 16 else "<u4",
@@ -71,10 +80,11 @@ def prepare(
         held_out_fraction=held_out_fraction,
         max_bytes=max_bytes,
         text_column=text_column,
+        chat=None if chats is None else Chats(chats.fingerprint),
     )
     existing = _existing_manifest(out, request, encoder)
-    reading = Reading(text_column, skip_errors=on_error == "skip")
-    found = find_inputs(request.sources, reading.skip_errors)
+    reading = Reading(text_column, on_error == "skip", chat)
+    found = find_inputs(request.sources, reading.skip_errors, RECORD_SUFFIXES if chat else SUFFIXES)
     for line in found.left_out:
         log(line)
     request = with_inputs(request, found)
@@ -82,31 +92,43 @@ def prepare(
         return existing
     if existing is not None and have_changed(existing, request):
         raise _holds_other_data(out)
-    division = find_division(found.files, reading, max_bytes, held_out_fraction)
+    division = None if chat else find_division(found.files, reading, max_bytes, held_out_fraction)
     stream = TextStream(found.files, reading, max_bytes, division)
-    return _prepare(stream, out, encoder, request, workers or _available_cores(), progress)
+    return _prepare(stream, out, encoder, chats, request, workers or _available_cores(), progress)
 
 
 def _prepare(
-    stream: TextStream, out: Path, encoder: Tokenizer, request: Manifest, threads: int, progress: bool
+    stream: TextStream,
+    out: Path,
+    encoder: Tokenizer,
+    chats: ChatEncoder | None,
+    request: Manifest,
+    threads: int,
+    progress: bool,
 ) -> Manifest:
     absolute = Path(os.path.abspath(out))  # "." has no name for the work folder to derive its own from
     if absolute.is_mount():
         raise ConfigError(f"{out}: cannot be replaced, a disk is mounted there; allowed: a folder below it")
     try:
-        with work_folder(absolute, _hash_request(request)) as folder, Workers(threads) as pool:
+        with work_folder(absolute, _hash_request(request, chats)) as folder, Workers(threads) as pool:
             (folder / "units").mkdir(exist_ok=True)
-            tokenize = UnitTokenizer(encoder, request.dtype, folder / "units", pool.stopped)
+            skip = stream.reading.skip_errors
+            encode = ChatUnitEncoder(chats, request.dtype, skip) if chats else TextEncoder(encoder, request.dtype)
+            tokenize = UnitTokenizer(encode, folder / "units", skip, pool.stopped)
             units = _with_progress(tokenize_units(stream, tokenize, pool), stream, progress)
             written = write_rows(units, folder / "rows", request)
             check_not_empty(written, request)
-            if (empty := written.empty_split()) and request.held_out_fraction:
+            empty = written.empty_split()
+            alone = written.documents == 1 and empty == "held_out"  # a conversation is not divided, as a text is
+            if empty and request.held_out_fraction and not alone:
                 # Again from the stored units: which document moves is known only when all have been seen.
                 _, moved = written.nearest[empty]
                 written = write_rows(tokenize_units(stream, tokenize, pool), folder / "rows", request, moved)
             _say_split(stream.division, empty, written, request)
             manifest = _complete(request, written)
             encoder.save(folder / "rows")
+            if chats:
+                save_conventions(folder / "rows", encoder, chats.conventions)
             manifest.save(folder / "rows")
             return _publish(folder / "rows", out, manifest)
     except OSError as error:  # of writing: reading raises ConfigError
@@ -118,6 +140,9 @@ def _complete(request: Manifest, written: Written) -> Manifest:
         log(f"left out: {item.text}")
     if written.left_out_count > 10:
         log(f"left out: {written.left_out_count:,} files and records in all; {MANIFEST_FILE} lists them")
+    if request.chat is not None:
+        say_chats(written.chats, request)
+        request = replace(request, chat=replace(request.chat, splits=written.chats))
     return replace(
         request,
         splits=written.splits,
@@ -132,10 +157,13 @@ def _say_split(division: Division | None, empty: str, written: Written, request:
     if division:
         size = written.splits["held_out"].text_bytes
         log(f"{one_line_path(division.name)} is the only document; its last {size:,} bytes ({share}) are held out")
+    elif empty and request.held_out_fraction and written.documents == 1:
+        log("there is only one conversation; it is trained on, and nothing is held out")
     elif empty and request.held_out_fraction:
         what = "held out" if empty == "held_out" else "trained on"
+        documents = "documents" if request.chat is None else "conversations"
         log(
-            f"held_out_fraction {share} leaves none of {written.documents:,} documents to be {what}; the one that is "
+            f"held_out_fraction {share} leaves none of {written.documents:,} {documents} to be {what}; the one that is "
             f"nearest by its hash is {what}"
         )
 
@@ -167,6 +195,7 @@ def _existing_manifest(out: Path, request: Manifest, tokenizer: Tokenizer) -> Ma
     if (out / MANIFEST_FILE).exists():
         manifest = load_manifest(out)
         check_tokenizer(manifest, out, tokenizer, "tokenizer")
+        check_chat(manifest, out, request.chat is not None, None if request.chat is None else request.chat.template)
         names = ("seq_len", "sources", "held_out_fraction", "max_bytes", "text_column")
         check_request(manifest, out, {name: getattr(request, name) for name in names})
         return manifest
@@ -185,6 +214,16 @@ def check_tokenizer(manifest: Manifest, folder: Path, tokenizer: Tokenizer, name
         field = f"{name.removesuffix('tokenizer')}end_of_document"
         got, allowed = f"token {tokenizer.end_of_document}", f"token {manifest.end_of_document}"
         raise ConfigError(f"{field}: got {got} of {tokenizer.name}, allowed: {allowed}, {_remedy(folder)}")
+
+
+def check_chat(manifest: Manifest, folder: Path, chat: bool, template: str | None, prefix: str = "") -> None:
+    """Raises ConfigError if `folder` does not hold conversations although it should, or the other way round, or holds
+    them as another chat template writes them. template: its hash; None: whatever it is."""
+    holds = manifest.chat is not None
+    check_field(chat == holds, f"{prefix}chat", chat, f"{holds}, {_remedy(folder)}")
+    if manifest.chat is not None and template not in (None, manifest.chat.template):
+        got = f"another chat template (or other special tokens) than that {_remedy(folder)}"
+        raise ConfigError(f"{prefix}chat_template: got {got}")
 
 
 def check_request(manifest: Manifest, folder: Path, requested: Mapping[str, object], prefix: str = "") -> None:
@@ -220,9 +259,14 @@ def have_changed(manifest: Manifest, current: Manifest) -> bool:
     return bool(manifest.files) and manifest.files != current.files and not manifest.max_bytes
 
 
-def _hash_request(request: Manifest) -> str:
+def _hash_request(request: Manifest, chats: ChatEncoder | None) -> str:
     """Identifies what the units in a work folder depend on, besides the text."""
-    text = json.dumps([request.tokenizer_fingerprint, request.dtype, UNIT_BYTES, "units 2"])
+    parts = [request.tokenizer_fingerprint, request.dtype, UNIT_BYTES, "units 2"]
+    if chats is not None:
+        # What was written on another day is not mixed with this if the template writes the date.
+        day = date.today().isoformat() if chats.asks_the_time else ""
+        parts += [chats.fingerprint, request.seq_len, request.end_of_document, day]
+    text = json.dumps(parts)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

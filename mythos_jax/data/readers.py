@@ -6,33 +6,41 @@
 - `.parquet`: one document per row, in the text column;
 - anything else: one document, UTF-8.
 
+Where conversations are read, every record is one (chat_record.py), and a file of text is refused.
+
 Documents are streamed (a `.json` array is read whole), and long texts are split into pieces, so a corpus may exceed
 memory.
 """
 
 import csv
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from mythos_jax.data.chat_record import COLUMNS, RecordError, canonical, parse_record
 from mythos_jax.data.compressed import DAMAGED, open_bytes, open_text
-from mythos_jax.data.sources import SUFFIXES, InputFile
+from mythos_jax.data.sources import RECORD_SUFFIXES, SUFFIXES, InputFile
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 
 PIECE_CHARACTERS = 1 << 20  # a longer text file is read, and tokenized, in pieces of about this size
-_SKIP_HINT = "`mythos data prepare --on-error skip` leaves it out"
+SKIP_HINT = "`mythos data prepare --on-error skip` leaves it out"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A document, or one part of a long one."""
+    """A document, or one part of a long one; or a conversation (see `chat_record.canonical`), which is never divided.
 
-    name: str  # of the document
+    location: where a conversation is, for errors; empty for text.
+    """
+
+    name: str  # of the document; for a conversation a hash of it
     text: str
     begins: bool = True  # whether the document starts here
     held_out: bool | None = None  # None: its name decides
+    location: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,19 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are read. skip_errors: leave out what cannot be read, instead of refusing it."""
+    """How documents are read. skip_errors: leave out what cannot be read, instead of refusing it. chat: records are
+    conversations."""
 
     text_column: str = "text"
     skip_errors: bool = False
+    chat: bool = False
+
+    def wanted(self, columns: Sequence[str]) -> list[str]:
+        """Those of a table's columns that are read; none if it lacks one that is needed."""
+        if not self.chat:
+            return [self.text_column] if self.text_column in columns else []
+        is_chat = "messages" in columns or {"prompt", "completion"} <= set(columns)
+        return [name for name in COLUMNS if name in columns] if is_chat else []
 
 
 class _NotReadable(Exception):
@@ -66,19 +83,22 @@ def read_pieces(inputs: Sequence[InputFile], reading: Reading) -> Iterator[Piece
         try:
             for item in _read(file, reading):
                 if isinstance(item, LeftOut) and item.is_error and not reading.skip_errors:
-                    raise ConfigError(f"{item.text}; {_SKIP_HINT}")
+                    raise ConfigError(f"{item.text}; {SKIP_HINT}")
                 documents += isinstance(item, Piece) and item.begins
                 yield item
         except (OSError, _NotReadable, *DAMAGED) as error:
             reason = str(error) if isinstance(error, _NotReadable) else _cannot_be_read(file, error)
             if not reading.skip_errors:
-                raise ConfigError(f"{file}: {reason}; {_SKIP_HINT}") from None
+                raise ConfigError(f"{file}: {reason}; {SKIP_HINT}") from None
             kept = f"; its first {documents:,} documents are kept" if documents else ""
             yield LeftOut(f"{file}: {reason}{kept}")
 
 
 def truncate_piece(piece: Piece, max_bytes: int) -> Piece:
-    """The first `max_bytes` UTF-8 bytes of a piece, without a character that would be cut in two."""
+    """The first `max_bytes` UTF-8 bytes of a piece, without a character that would be cut in two; nothing of a
+    conversation that has more."""
+    if piece.location:
+        return piece if len(piece.text.encode()) <= max_bytes else replace(piece, text="")
     text = piece.text.encode()[:max_bytes].decode(errors="ignore")
     return Piece(piece.name, text, piece.begins, piece.held_out)
 
@@ -100,6 +120,8 @@ def _read(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
             return _read_csv(file, reading)
         case ".parquet":
             return _read_parquet(file, reading)
+    if reading.chat:
+        raise _NotReadable(f"not a file of records; allowed: {' '.join(RECORD_SUFFIXES)}")
     return _read_text(file, reading)
 
 
@@ -164,11 +186,12 @@ def _read_json(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
     except ValueError as error:
         raise _NotReadable(_not_json(error)) from None
     records = tree if isinstance(tree, list) else [tree]
-    if records and not file.given and not isinstance(records[0], str) and _missing(records[0], reading):
+    is_text = bool(records) and isinstance(records[0], str) and not reading.chat
+    if records and not file.given and not is_text and _missing(records[0], reading):
         yield LeftOut(f"{file}: {_missing(records[0], reading)}", is_error=False)  # such as package.json
         return
     for number, record in enumerate(records, start=1):
-        value = {reading.text_column: record} if isinstance(record, str) else record
+        value = {reading.text_column: record} if isinstance(record, str) and not reading.chat else record
         yield from _document(value, f"{file.name}:{number}", f"{file}, record {number}", reading)
 
 
@@ -198,7 +221,7 @@ def _read_csv(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
             # Strict: text with a stray quotation mark is refused, not merged with the rows that follow.
             rows = csv.reader(stream, delimiter=delimiter, strict=True)
             columns = next((row for row in rows if row), [])
-            if reading.text_column not in columns:
+            if not (wanted := reading.wanted(columns)):
                 if columns:
                     problem = _no_column(columns, reading)
                     yield LeftOut(f"{file}: {problem}", is_error=file.given)
@@ -210,11 +233,11 @@ def _read_csv(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
                 if len(row) != len(columns):
                     yield LeftOut(f"{location}: has {len(row)} columns, the first row has {len(columns)}")
                     continue
-                text = row[columns.index(reading.text_column)]
-                if "\0" in text:
+                record = {name: row[columns.index(name)] for name in wanted}
+                if any("\0" in text for text in record.values()):
                     yield LeftOut(f"{location}: contains zero bytes")
                     continue
-                yield from _document({reading.text_column: text}, f"{file.name}:{number}", location, reading)
+                yield from _document(record, f"{file.name}:{number}", location, reading)
     except UnicodeDecodeError:
         raise _NotReadable("not UTF-8") from None
     except csv.Error as error:
@@ -225,17 +248,17 @@ def _read_parquet(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut
     import pyarrow
     import pyarrow.parquet
 
-    number, column = 0, reading.text_column
+    number = 0
     try:
         # An open file, because pyarrow takes no path that is not UTF-8.
         with open_bytes(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
             columns = table.schema_arrow.names
-            if column not in columns:
+            if not (wanted := reading.wanted(columns)):
                 raise _NotReadable(_no_column(columns, reading))
-            for batch in table.iter_batches(batch_size=256, columns=[column]):
-                for value in batch.column(0).to_pylist():
+            for batch in table.iter_batches(batch_size=256, columns=wanted):
+                for record in batch.to_pylist():
                     number += 1
-                    yield from _document({column: value}, f"{file.name}:{number}", f"{file}, row {number}", reading)
+                    yield from _document(record, f"{file.name}:{number}", f"{file}, row {number}", reading)
     except pyarrow.ArrowException as error:
         raise _NotReadable(f"not a Parquet file ({one_line(error, limit=200)})") from None
     except UnicodeDecodeError:
@@ -243,7 +266,10 @@ def _read_parquet(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut
 
 
 def _document(record: Any, name: str, location: str, reading: Reading) -> Iterator[Piece | LeftOut]:
-    """The document in the text column of a record; nothing if it is empty or null."""
+    """The document in the text column of a record, nothing if it is empty or null; or the conversation that it is."""
+    if reading.chat:
+        yield _conversation(record, location)
+        return
     if problem := _missing(record, reading):
         yield LeftOut(f"{location}: {problem}")
         return
@@ -263,13 +289,25 @@ def _document(record: Any, name: str, location: str, reading: Reading) -> Iterat
         yield Piece(name, text)
 
 
+def _conversation(record: Any, location: str) -> Piece | LeftOut:
+    try:
+        text = canonical(parse_record(record))
+    except RecordError as error:
+        return LeftOut(f"{location}: {error}")
+    except RecursionError:
+        return LeftOut(f"{location}: nested too deeply")
+    return Piece(hashlib.sha256(text.encode()).hexdigest(), text, location=location)
+
+
 def one_line_name(name: str, limit: int = 60) -> str:
     """The name of a column as it can be shown."""
     return ascii(name)[1:-1][:limit] if not name.isprintable() else name[:limit]
 
 
 def _missing(record: Any, reading: Reading) -> str:
-    """Why a record has no text column; empty if it has one."""
+    """Why a record has no text column, or is no conversation; empty if it has one, or is one."""
+    if reading.chat:
+        return "" if isinstance(record, dict) and reading.wanted(list(record)) else _no_column(record, reading)
     if not isinstance(record, dict):
         return (
             f'no {one_line_name(reading.text_column)} column; allowed: {{"{one_line_name(reading.text_column)}": "…"}}'
@@ -277,7 +315,11 @@ def _missing(record: Any, reading: Reading) -> str:
     return "" if reading.text_column in record else _no_column(list(record), reading)
 
 
-def _no_column(columns: Sequence[str], reading: Reading) -> str:
+def _no_column(columns: Any, reading: Reading) -> str:
+    """columns: those that there are; or what is there in place of an object."""
+    columns = [name for name in columns if isinstance(name, str)] if isinstance(columns, list | dict) else []
     shown = ", ".join(map(one_line_name, columns[:10])) + (", …" if len(columns) > 10 else "")
+    if reading.chat:
+        return f"no messages, and not both prompt and completion; it has {shown or 'none'}"
     has = f"it has {shown or 'none'}" + (" (--text-column or data.text_column names one)" if columns else "")
     return f"no {one_line_name(reading.text_column)} column; {has}"

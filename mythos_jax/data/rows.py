@@ -5,34 +5,31 @@ The tokens of a split are one stream, with an end-of-document token E before, be
 but the first E is a target exactly once. The last row may be shorter. A row is one ArrayRecord record: its tokens as
 little-endian uint16 or uint32.
 
-`array_record` is imported where it is used: it is not built for every system, and `mythos_jax.data` must import on all.
+Rows of conversations are packed (pack.py).
 """
 
-import contextlib
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mythos_jax.data.batch import Batch
-from mythos_jax.data.manifest import SPLITS, Split, file_sha256, load_manifest, rows_file
+from mythos_jax.data.manifest import SPLITS, Split, load_manifest, rows_file
+from mythos_jax.data.pack import unpack
+from mythos_jax.data.row_file import RowFile, first_part
 from mythos_jax.errors import ConfigError
 from mythos_jax.typed import check_field
 
 
-class RowWriter:
+class RowWriter(RowFile):
     """Cuts the token stream of one split into rows and writes them to an ArrayRecord file."""
 
     def __init__(self, path: Path, seq_len: int, dtype: str, end_of_document: int):
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        self.path, self.seq_len = path, seq_len
-        self.documents = self.text_bytes = self.rows = self.tokens_written = 0
+        super().__init__(path)
+        self.seq_len = seq_len
+        self.documents = self.text_bytes = self.tokens_written = 0
         self._end_of_document = np.array([end_of_document], dtype)
         self._pending = np.array([], dtype)  # the stream from the start of the next row
-        self._content = hashlib.sha256()
-        self._writer = ArrayRecordWriter(str(path), "group_size:1")  # 1: each row can be read by itself
 
     def add(self, tokens: np.ndarray, text_bytes: int, begins: bool) -> None:
         """Appends the start of a document (`begins`) or the next part of the current one."""
@@ -49,22 +46,16 @@ class RowWriter:
             self._append([self._end_of_document])
         if len(self._pending) > 1:
             self._write(self._pending)
-        self._close()
-        self._read_back()
+        content, file_bytes, sha256 = self.finish()
         return Split(
             documents=self.documents,
             text_bytes=self.text_bytes,
             tokens=self.tokens_written - self.rows,  # the first token of a row is not a target in it
             rows=self.rows,
-            content=self._content.hexdigest(),
-            file_bytes=self.path.stat().st_size,
-            sha256=file_sha256(self.path),
+            content=content,
+            file_bytes=file_bytes,
+            sha256=sha256,
         )
-
-    def abandon(self) -> None:
-        """Closes the file after a failure. Raises nothing: the failure is the error to report."""
-        with contextlib.suppress(RuntimeError):
-            self._writer.close()
 
     def _append(self, parts: list[np.ndarray]) -> None:
         stream = np.concatenate([self._pending, *(part.astype(self._pending.dtype) for part in parts)])
@@ -74,38 +65,8 @@ class RowWriter:
         self._pending = stream[complete_rows * self.seq_len :]
 
     def _write(self, row: np.ndarray) -> None:
-        record = row.tobytes()
-        self._content.update(record)
-        self.rows += 1
         self.tokens_written += len(row)
-        try:
-            self._writer.write(record)
-        except RuntimeError as error:
-            raise self._write_error(error) from None
-
-    def _close(self) -> None:
-        try:
-            self._writer.close()
-        except RuntimeError as error:
-            raise self._write_error(error) from None
-
-    def _read_back(self) -> None:
-        """Compares the file on disk with what was written. Raises ConfigError if they differ."""
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        content, reader = hashlib.sha256(), ArrayRecordReader(str(self.path))
-        count = reader.num_records()
-        try:
-            for start in range(0, count, 1024):
-                for record in reader.read(start, min(start + 1024, count)):
-                    content.update(record)
-        except RuntimeError as error:
-            raise ConfigError(f"{self.path}: cannot be read back ({_first_part(error)})") from None
-        if count != self.rows or content.digest() != self._content.digest():
-            raise ConfigError(f"{self.path}: the rows read back differ from those written; is the disk faulty?")
-
-    def _write_error(self, error: RuntimeError) -> ConfigError:
-        return ConfigError(f"{self.path}: cannot be written ({_first_part(error)})")
+        self.write(row.tobytes())
 
 
 class TokenRows:
@@ -117,15 +78,19 @@ class TokenRows:
     With `document_mask` also "segment_ids", int32 [T]: the document that the target belongs to, counted from 1 in the
     row; 0 on padding. An end-of-document token belongs to the document it ends when it is a target, and to the next
     document when it is an input. A document in the middle of a row thus sees the same context as a prompt does.
+
+    Rows of conversations always have segment_ids, the number of the sample that the token belongs to, and their mask,
+    float32, is the weight of the target. `weighted` gives rows of text the same form: with a mask of float32, and, if
+    documents are not kept apart, one segment.
     """
 
-    def __init__(self, folder: str | Path, split: str, document_mask: bool = False):
+    def __init__(self, folder: str | Path, split: str, document_mask: bool = False, weighted: bool = False):
         from array_record.python.array_record_module import ArrayRecordReader
 
         check_field(split in SPLITS, "split", split, ", ".join(SPLITS))
         self.manifest = load_manifest(folder)
         self.file = rows_file(folder, split)
-        self._document_mask = document_mask
+        self._document_mask, self._weighted = document_mask, weighted
         self._split = self.manifest.splits[split]
         self._dtype = np.dtype(self.manifest.dtype)
         # Rows are read in random order, so reading ahead would be wasted.
@@ -152,16 +117,58 @@ class TokenRows:
         for number in numbers:
             if not 0 <= number < len(self):
                 raise IndexError(f"row {number} of {self.file}, which has {len(self)} rows")
-        width = self.manifest.seq_len + 1
-        stream = np.full((len(numbers), width), self.manifest.end_of_document, np.int32)
+        return self._read_packed(numbers) if self.manifest.chat is not None else self._read_text(numbers)
+
+    def stream(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A row without its padding: its ids, int32 [n], what each of them weighs as a target, float32 (the first is
+        none), and the document or sample that each belongs to, int32. Raises as `read` does."""
+        if self.manifest.chat is not None:
+            return self._unpack(number, self._records([number])[0])
+        batch = self._read_text([number])
+        length = int(batch["mask"].sum())
+        segments = self._segment_ids(batch)[0, :length]
+        ids = np.concatenate([batch["tokens"][0, :1], batch["targets"][0, :length]])
+        return ids, np.arange(length + 1, dtype=np.float32).clip(max=1), np.concatenate([segments[:1], segments])
+
+    def _read_text(self, numbers: list[int]) -> Batch:
+        stream = self._padding(len(numbers))
         lengths = np.array([self._length(number) for number in numbers], np.int32)
         for i, record in enumerate(self._records(numbers)):
             if len(record) != lengths[i] * self._dtype.itemsize:
                 raise self._damaged(numbers[i], f"got {len(record)} bytes")
             stream[i, : lengths[i]] = np.frombuffer(record, self._dtype)
-        mask = np.arange(width - 1) < lengths[:, None] - 1
+        mask = np.arange(self.manifest.seq_len) < lengths[:, None] - 1
         batch = {"tokens": stream[:, :-1], "targets": stream[:, 1:], "mask": mask}
-        return batch | {"segment_ids": self._segment_ids(batch)} if self._document_mask else batch
+        if self._document_mask:
+            batch["segment_ids"] = self._segment_ids(batch)
+        elif self._weighted:
+            batch["segment_ids"] = mask.astype(np.int32)
+        return batch | {"mask": mask.astype(np.float32)} if self._weighted else batch
+
+    def _read_packed(self, numbers: list[int]) -> Batch:
+        stream = self._padding(len(numbers))
+        weights, samples = np.zeros(stream.shape, np.float32), np.zeros(stream.shape, np.int32)
+        for i, record in enumerate(self._records(numbers)):
+            ids, row_weights, row_samples = self._unpack(numbers[i], record)
+            stream[i, : len(ids)], weights[i, : len(ids)], samples[i, : len(ids)] = ids, row_weights, row_samples
+        return {
+            "tokens": stream[:, :-1],
+            "targets": stream[:, 1:],
+            "mask": weights[:, 1:],
+            "segment_ids": samples[:, :-1],
+        }
+
+    def _unpack(self, number: int, record: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        try:
+            ids, weights, samples = unpack(record, self._dtype)
+            if len(ids) > self.manifest.seq_len + 1:
+                raise ValueError(f"got {len(ids)} tokens")
+        except ValueError as error:
+            raise self._damaged(number, str(error)) from None
+        return ids.astype(np.int32), weights.astype(np.float32), samples.astype(np.int32)
+
+    def _padding(self, rows: int) -> np.ndarray:
+        return np.full((rows, self.manifest.seq_len + 1), self.manifest.end_of_document, np.int32)
 
     def _segment_ids(self, batch: Batch) -> np.ndarray:
         starts = batch["tokens"] == self.manifest.end_of_document
@@ -182,14 +189,8 @@ class TokenRows:
                 try:
                     self._reader.read([number])
                 except RuntimeError as error:
-                    raise self._damaged(number, _first_part(error)) from None
+                    raise self._damaged(number, first_part(error)) from None
             raise
 
     def _damaged(self, number: int, reason: str) -> ConfigError:
         return ConfigError(f"{self.file}, row {number}: damaged ({reason}); prepare the folder again")
-
-
-def _first_part(error: RuntimeError) -> str:
-    """What ArrayRecord says went wrong. "write() failed: No space left on device; writing PATH; at byte 0; …": the
-    first part is enough."""
-    return str(error).split(";")[0]

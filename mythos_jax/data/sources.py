@@ -16,6 +16,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mythos_jax.errors import ConfigError
@@ -71,8 +72,9 @@ class Found:
     skipped: int
 
 
-def find_inputs(sources: Sequence[str], skip_errors: bool = False) -> Found:
-    """The files behind `sources`. skip_errors: count what cannot be looked at, instead of refusing it.
+def find_inputs(sources: Sequence[str], skip_errors: bool = False, suffixes: Collection[str] = SUFFIXES) -> Found:
+    """The files behind `sources`. skip_errors: count what cannot be looked at, instead of refusing it. suffixes: of the
+    files that are read in folders; without those of text, the standard library is no source.
 
     Raises ConfigError: a source that does not exist, a folder without readable files, a folder that cannot be read.
     """
@@ -81,13 +83,13 @@ def find_inputs(sources: Sequence[str], skip_errors: bool = False) -> Found:
     skipped = 0
     for source in sources:
         path = Path(source)
-        if source == STDLIB:
+        if source == STDLIB and ".py" in suffixes:
             library, skipped = _standard_library()
             files += library
         elif path.is_dir():
-            walk = _Walk(path, skip_errors)
+            walk = _Walk(path, skip_errors, partial(_is_read, suffixes=suffixes))
             if not walk.files:
-                raise ConfigError(_nothing_in(source, walk.left_out))
+                raise ConfigError(_nothing_in(source, walk.left_out, suffixes))
             files += walk.files
             if walk.left_out:
                 left_out.append(f"source {one_line_path(source)}: left out {_counts(walk.left_out)}")
@@ -107,10 +109,10 @@ def one_line_path(path: str | Path) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
-def _is_read(path: Path) -> bool:
+def _is_read(path: Path, suffixes: Collection[str]) -> bool:
     """Whether a file in a folder is one of those that are read."""
     suffix, compression = split_suffix(path)
-    return suffix in SUFFIXES and not (compression and suffix == ".parquet")
+    return suffix in suffixes and not (compression and suffix == ".parquet")
 
 
 def _given_file(source: str) -> InputFile:
@@ -136,8 +138,8 @@ class _Walk:
     def __init__(
         self,
         folder: Path,
-        skip_errors: bool = False,
-        wanted: Callable[[Path], bool] = _is_read,
+        skip_errors: bool,
+        wanted: Callable[[Path], bool],
         excluded: Collection[str] = (),
     ):
         self.files: list[InputFile] = []
@@ -230,9 +232,9 @@ def _plural(noun: str, count: int) -> str:
     return " ".join([f"{first}s", *rest])
 
 
-def _nothing_in(source: str, left_out: Counter[str]) -> str:
+def _nothing_in(source: str, left_out: Counter[str], suffixes: Collection[str]) -> str:
     found = f" (it has {_counts(left_out)})" if left_out else ""
-    allowed = f"{' '.join(SUFFIXES)}, also with {' '.join(COMPRESSIONS)}"
+    allowed = f"{' '.join(suffixes)}, also with {' '.join(COMPRESSIONS)}"
     return f"source {one_line_path(source)}: nothing to read in this folder{found}; allowed: {allowed}"
 
 

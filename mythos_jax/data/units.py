@@ -16,11 +16,12 @@ import os
 import threading
 import zipfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,8 +86,9 @@ class TextUnit:
 
 @dataclass(frozen=True)
 class TokenUnit:
-    """A tokenized unit of n pieces. The field names are keys in the .npz file, where `next_input` and `text_end` (see
-    `TextUnit`) are int64 scalars, `state` and `text` hashes as ASCII text, and `left_out` JSON."""
+    """A tokenized unit of n pieces; of conversations, n samples. The field names are keys in the .npz file, where
+    `next_input` and `text_end` (see `TextUnit`) are int64 scalars, `state` and `text` hashes as ASCII text, and
+    `left_out` JSON."""
 
     tokens: np.ndarray  # of all pieces, in the dtype of the rows
     lengths: np.ndarray  # int64 [n]: tokens per piece
@@ -98,25 +100,41 @@ class TokenUnit:
     state: np.ndarray
     text: np.ndarray
     left_out: np.ndarray
+    # Of conversations only.
+    weights: np.ndarray | None = None  # float32, of each token as a target
+    counts: np.ndarray | None = None  # int64 [n, len(COUNTS)], see chat_units.py
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int, bool, int]]:
-        """The tokens, text bytes, begins and draw of each piece."""
+    def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """The draw of each piece, and what a writer of rows adds: its tokens, text bytes and begins; for conversations
+        also the weights of its tokens and its counts."""
         ends = np.cumsum(self.lengths)
         for i, end in enumerate(ends):
-            tokens = self.tokens[end - self.lengths[i] : end]
-            yield tokens, int(self.text_bytes[i]), bool(self.begins[i]), int(self.draws[i])
+            span = slice(end - self.lengths[i], end)
+            piece: tuple[Any, ...] = self.tokens[span], int(self.text_bytes[i]), bool(self.begins[i])
+            if self.weights is not None and self.counts is not None:
+                piece = (*piece, self.weights[span], self.counts[i])
+            yield int(self.draws[i]), piece
 
     def leaves_out(self) -> list[LeftOut]:
         return [LeftOut(**item) for item in json.loads(str(self.left_out))]
 
+    def has_errors(self) -> bool:
+        return any(item.is_error for item in self.leaves_out())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is stored."""
+        fields_and_values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in fields_and_values if value is not None}
+
 
 @dataclass(frozen=True)
 class UnitTokenizer:
-    """Tokenizes units into tokens of `dtype`, and stores them in `folder`. stopped: when it is set, no longer."""
+    """Tokenizes units, and stores them in `folder`. encode: makes those fields of a `TokenUnit` that say no place.
+    skip_errors: a stored unit without what could not be read is used. stopped: when it is set, no longer."""
 
-    tokenizer: Tokenizer
-    dtype: str
+    encode: Callable[[TextUnit, threading.Event], dict[str, np.ndarray]]
     folder: Path
+    skip_errors: bool = False
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, unit: TextUnit) -> TokenUnit:
@@ -128,8 +146,9 @@ class UnitTokenizer:
             "state": np.array(unit.state),
         }
         text = unit.text
-        if stored is None or str(stored.text) != text:
-            tokenized = TokenUnit(**self._tokenize(unit), **position, text=np.array(text))
+        usable = stored is not None and str(stored.text) == text and (self.skip_errors or not stored.has_errors())
+        if stored is None or not usable:
+            tokenized = TokenUnit(**self.encode(unit, self.stopped), **position, text=np.array(text))
         elif str(stored.state) == unit.state:
             return stored
         else:
@@ -139,10 +158,18 @@ class UnitTokenizer:
         _store_unit(self.folder, unit.number, tokenized)
         return tokenized
 
-    def _tokenize(self, unit: TextUnit) -> dict[str, np.ndarray]:
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Tokenizes documents into tokens of `dtype`."""
+
+    tokenizer: Tokenizer
+    dtype: str
+
+    def __call__(self, unit: TextUnit, stopped: threading.Event) -> dict[str, np.ndarray]:
         encoded: list[np.ndarray] = []
         for batch in _encode_batches(unit.pieces):
-            if self.stopped.is_set():
+            if stopped.is_set():
                 raise CancelledError
             token_lists = self.tokenizer.encode_batch([piece.text for piece in batch])
             encoded += [tokens.astype(self.dtype) for tokens in token_lists]
@@ -166,7 +193,7 @@ def tokenize_units(stream: TextStream, tokenize: UnitTokenizer, workers: Workers
     stored_count, resume_at = 0, (0, 0, 0)
     states = set(stream.states)
     while (stored := load_unit(tokenize.folder, stored_count)) is not None and str(stored.state) in states:
-        if not stream.reading.skip_errors and any(item.is_error for item in stored.leaves_out()):
+        if not stream.reading.skip_errors and stored.has_errors():
             break  # made by a run that skipped errors
         yield stored
         stored_count += 1
@@ -205,7 +232,7 @@ def cut_units(stream: TextStream, number: int = 0, first_input: int = 0, text_en
         spans_units, state = False, stream.states[index + 1]
         for piece in _pieces(stream, index, text_end):
             if isinstance(piece, LeftOut):
-                _list(left_out, piece)
+                add_left_out(left_out, piece)
                 continue
             if unit_bytes >= UNIT_BYTES:
                 yield finish(-1, state)
@@ -236,7 +263,8 @@ def _pieces(stream: TextStream, index: int, offset: int) -> Iterator[Piece | Lef
         offset += len(piece.text.encode())
 
 
-def _list(left_out: list[LeftOut], item: LeftOut) -> None:
+def add_left_out(left_out: list[LeftOut], item: LeftOut) -> None:
+    """Lists an item, or counts it if enough are listed."""
     if len(left_out) <= LISTED:
         left_out.append(item)
     else:
@@ -249,10 +277,10 @@ def load_unit(folder: Path, number: int) -> TokenUnit | None:
     file = _unit_file(folder, number)
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return TokenUnit(**{field.name: arrays[field.name] for field in fields(TokenUnit)})
+            return TokenUnit(**{name: arrays[name] for name in arrays.files})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
         with contextlib.suppress(OSError):
             file.unlink()
         return None
@@ -264,7 +292,7 @@ def _store_unit(folder: Path, number: int, unit: TokenUnit) -> None:
     partial = file.with_suffix(".part")
     try:
         with open(partial, "wb") as stream:
-            np.savez(stream, **{field.name: getattr(unit, field.name) for field in fields(TokenUnit)})
+            np.savez(stream, allow_pickle=False, **unit.arrays())
         os.replace(partial, file)
     except OSError:  # such as a full disk
         partial.unlink(missing_ok=True)

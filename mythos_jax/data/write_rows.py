@@ -4,8 +4,10 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mythos_jax.data.manifest import SPLITS, Manifest, Split, rows_file
+from mythos_jax.data.manifest import SPLITS, ChatSplit, Manifest, Split, rows_file
+from mythos_jax.data.pack import PackedWriter
 from mythos_jax.data.readers import LeftOut
 from mythos_jax.data.rows import RowWriter
 from mythos_jax.data.sources import one_line_path
@@ -20,6 +22,7 @@ class Written:
     document of the other split whose draw is nearest to it."""
 
     splits: dict[str, Split] = field(default_factory=dict)
+    chats: dict[str, ChatSplit] = field(default_factory=dict)
     nearest: dict[str, tuple[int, int]] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
     left_out_count: int = 0
@@ -48,21 +51,25 @@ def write_rows(units: Iterable[TokenUnit], folder: Path, request: Manifest, move
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     written, number, held_out_below = Written(), -1, request.held_out_fraction * DRAWS
-    writers: dict[str, RowWriter] = {}
+    writers: dict[str, Any] = {}  # RowWriter, or PackedWriter
     try:
         for split in SPLITS:
             file = rows_file(folder, split)
-            writers[split] = RowWriter(file, request.seq_len, request.dtype, request.end_of_document)
+            writer = RowWriter if request.chat is None else PackedWriter
+            writers[split] = writer(file, request.seq_len, request.dtype, request.end_of_document)
         for unit in units:
             written.note(unit.leaves_out())
-            for tokens, text_bytes, begins, draw in unit:
+            for draw, piece in unit:
+                _, _, begins, *_ = piece
                 number += begins
                 held_out = (draw < held_out_below) != (number == moved)
-                writers["held_out" if held_out else "train"].add(tokens, text_bytes, begins)
+                writers["held_out" if held_out else "train"].add(*piece)
                 other, distance = ("train", -draw) if held_out else ("held_out", draw)
                 if begins and (other not in written.nearest or distance < written.nearest[other][0]):
                     written.nearest[other] = (distance, number)
         written.splits = {split: writer.close() for split, writer in writers.items()}
+        if request.chat is not None:
+            written.chats = {split: writer.counts() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
             writer.abandon()
@@ -77,7 +84,14 @@ def check_not_empty(written: Written, request: Manifest) -> None:
         f" ({written.left_out_count:,} left out, the first: {written.left_out[0].text})" if written.left_out else ""
     )
     if not written.documents:
-        allowed = "at least one document that is not empty"
-        raise ConfigError(f"sources: no text in {sources}{left_out}; allowed: {allowed}")
+        what, one = (
+            ("text", "document that is not empty") if request.chat is None else ("conversations", "conversation")
+        )
+        raise ConfigError(f"sources: no {what} in {sources}{left_out}; allowed: at least one {one}")
+    if request.chat is not None:
+        if not any(split.rows for split in written.splits.values()):
+            allowed = f"more than {request.seq_len}, so that at least one answer has room"
+            raise ConfigError(f"seq_len: got {request.seq_len}, allowed for {sources}: {allowed}")
+        return
     if sum(split.tokens for split in written.splits.values()) == written.documents:  # only the ends of documents
         raise ConfigError(f"sources: the tokenizer produces no tokens from the text in {sources}")

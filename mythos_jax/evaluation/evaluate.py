@@ -55,19 +55,20 @@ def evaluate_model(
 def _evaluate_on_problems(
     loaded: LoadedModel, settings: Sequence[Setting], with_loop_trace: bool, progress: bool
 ) -> Evaluation:
-    config, task = loaded.config, TaskData(loaded.data_config)
+    config, task = loaded.config, TaskData(loaded.config)
     size, max_rows = loaded.evaluation_batch, config.evaluation.max_rows
     batches = {d: list(task.eval_batches(d, batch_size=size, max_rows=max_rows)) for d in task.difficulties}
     measurements, usage = evaluate_problems(
         loaded.model, loaded.variables, batches, settings, mesh=loaded.mesh, progress=progress
     )
+    symbols = task.problem.symbols
     return Evaluation(
         describe_model(loaded),
         ReasoningTask(config.data.task.name, list(config.data.task.difficulty)),
         measurements,
         usage,
         _trace(loaded, batches[task.difficulties[-1]][0], settings) if with_loop_trace else None,
-        decode=task.text,
+        decode=lambda tokens: " ".join(symbols[token] for token in tokens),
     )
 
 
@@ -177,7 +178,7 @@ def held_out_batches(loaded: LoadedModel, data: str | None) -> tuple[list[Batch]
     folders = [local_folder(data)] if data else loaded.own_folders()
     manifests = {folder: _readable(loaded, folder, seq_len) for folder in folders}
     batches: list[Batch] = []
-    text_bytes = 0
+    text_bytes, weighted = 0, any(manifest.chat is not None for manifest in manifests.values())
     for folder, manifest in manifests.items():
         if not manifest.splits["held_out"].rows:
             continue  # a part of a mixture may have none
@@ -187,13 +188,14 @@ def held_out_batches(loaded: LoadedModel, data: str | None) -> tuple[list[Batch]
                 batch_size=loaded.evaluation_batch,
                 max_rows=config.evaluation.max_rows,
                 document_mask=config.data.document_mask,
+                weighted=weighted,
             )
         )
         batches += part
         text_bytes += measured_bytes(part, folder, manifest, loaded.tokenizer)
     if not batches:
         raise ConfigError(f"{', '.join(names)}: no held-out rows to evaluate on")
-    return batches, text_bytes / sum(int(batch["mask"].sum()) for batch in batches)
+    return batches, text_bytes / sum(np.count_nonzero(batch["mask"]) for batch in batches)
 
 
 def _readable(loaded: LoadedModel, folder: Path, seq_len: int | None) -> Manifest:

@@ -16,17 +16,24 @@ PACKAGED = {
 }
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, weights: bool = True) -> Path:
     """The local file or directory; a string `owner/name` that is not a local path is downloaded from the hub, and a
-    word of `PACKAGED` is a file in an installed package."""
+    word of `PACKAGED` is a file in an installed package. weights: download these too."""
     local = Path(path)
     if local.exists():
         return local
     if path in PACKAGED:
         return _packaged(str(path))
     if isinstance(path, str) and HUB_ID.fullmatch(path) and not local.parent.exists():
-        return _download(path)
+        return _download(path, weights)
     raise ConfigError(f"{path}: no such file or directory, and not a Hugging Face id (owner/name)")
+
+
+def local_tokenizer(spec: str) -> str:
+    """Where `load_tokenizer` finds the tokenizer of a model that is named by a word or a hub id; other names are as
+    they are."""
+    is_hub_id = HUB_ID.fullmatch(spec) and not Path(spec).parent.exists()
+    return str(resolve(spec, weights=False)) if spec in PACKAGED or is_hub_id else spec
 
 
 def _packaged(name: str) -> Path:
@@ -40,7 +47,7 @@ def _packaged(name: str) -> Path:
     return path
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, with_weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import logging
 
@@ -50,7 +57,7 @@ def _download(repository: str) -> Path:
         names = [file.rfilename for file in HfApi().model_info(repository).siblings or []]
         has_safetensors = any(name.endswith(".safetensors") for name in names)
         weights = ["*.safetensors"] if has_safetensors else ["*.bin", "*.pt", "*.pth", "*.ckpt"]
-        return Path(snapshot_download(repository, allow_patterns=[*HUB_PATTERNS, *weights]))
+        return Path(snapshot_download(repository, allow_patterns=[*HUB_PATTERNS, *(weights if with_weights else [])]))
     except Exception as error:  # of many types: no network, no such repository, no permission to see it
         try:
             return Path(snapshot_download(repository, local_files_only=True))  # downloaded earlier

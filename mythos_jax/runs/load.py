@@ -17,7 +17,7 @@ from safetensors.numpy import load
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_run_config
 from mythos_jax.config.files import config_from_words, sets_mesh
 from mythos_jax.config.model import SPEED_FIELDS
-from mythos_jax.data.conventions import TextConventions, documents, read_conventions
+from mythos_jax.data.conventions import TextConventions, documents, read_conventions, stored_conventions
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import MANIFEST_FILE, load_manifest
 from mythos_jax.data.placement import fitting_batch
@@ -31,6 +31,7 @@ from mythos_jax.model.predictor import PREDICTOR
 from mythos_jax.model.storage import FLOAT32, Storage, boxes_by_path
 from mythos_jax.paths import to_path
 from mythos_jax.porting import native
+from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.porting.pretrained import load_variables
 from mythos_jax.porting.reading import FileSource, Source, VariablesSource
 from mythos_jax.processes import log0
@@ -82,9 +83,9 @@ class LoadedModel:
         Raises ConfigError if a file is damaged, or if there is no tokenizer.
         """
         tokenizer = self.require_tokenizer()
-        if self.step is not None or self.tokenizer_spec is None:
-            return documents(tokenizer)
         vocab_size = self.config.model.vocab_size
+        if self.step is not None or self.tokenizer_spec is None:
+            return stored_conventions(self.directory, tokenizer, vocab_size) or documents(tokenizer)
         return read_conventions(self.tokenizer_spec, tokenizer, self.directory, vocab_size, self.family)
 
     def require_tokenizer(self) -> Tokenizer:
@@ -105,7 +106,7 @@ class LoadedModel:
     @property
     def data_config(self) -> Config:
         """The run's config with the run's own tokenizer, wherever the one that its data was prepared with is now."""
-        if self.tokenizer_spec is None or not self.config.data.uses_tokenizer:
+        if self.tokenizer_spec is None or self.config.data.task.name:
             return self.config
         return replace(self.config, data=replace(self.config.data, tokenizer=self.tokenizer_spec))
 
@@ -154,6 +155,7 @@ def load_model(
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
+    tokenizer = None if tokenizer is None else local_tokenizer(str(tokenizer))
     if is_run(path):
         run = _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor)
         return replace(run, variables=storage.store_all(run.config.model, run.variables), storage=storage)
@@ -214,7 +216,7 @@ def open_source(path: str | Path, config: str | Path | None = None, overrides: S
         return FileSource(str(path), config)
     run = _load_run(to_path(path), overrides=overrides)
     tokenizer = run.tokenizer  # which is checked by reading it
-    if tokenizer is None and run.config.data.uses_tokenizer:
+    if tokenizer is None and not run.config.data.task.name:
         log0(f"{path}: has no {TOKENIZER_FILE}, so the converted model gets none")
     has_file = tokenizer is not None and tokenizer.fingerprint != ByteTokenizer.fingerprint
     source = VariablesSource(run.config.model, run.variables, path, run.tokenizer_spec if has_file else None)
@@ -286,9 +288,9 @@ def _mesh_of(directory: Path, config: MeshConfig) -> Mesh:
 def _tokenizer_of(directory: Path, config: Config, trained_on: TrainedOn) -> str | Path | None:
     """The tokenizer of a run: its own copy; for a run of 0.1.0, which has none, that of its data if it is still there.
 
-    None for a task with tokens of its own, and if there is no such file.
+    None for a task, whose tokens are not text, and if there is no such file.
     """
-    if not config.data.uses_tokenizer:
+    if config.data.task.name:
         return None
     # Training refuses data with another tokenizer than the config's, so that the config is right about bytes.
     if trained_on.in_bytes or (trained_on.tokenizer is None and config.data.tokenizer == ByteTokenizer.name):

@@ -20,6 +20,7 @@ from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.paths import to_path
+from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.processes import StopSignal, is_process_zero, process_zero_first, raise_together
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.lock import RunLock
@@ -60,8 +61,9 @@ def train(
         if (step := finished_without_data(config, run_dir)) is not None:
             return finished(config, run_dir, step)
         # Everything that can be refused is refused before data is prepared, which can take hours.
-        initial = load_initial(config, mesh, run_dir)
-        data = open_run_data(config, run_dir, progress)
+        local = replace(config, data=replace(config.data, tokenizer=local_tokenizer(config.data.tokenizer)))
+        initial = load_initial(local, mesh, run_dir)
+        data = open_run_data(local, run_dir, progress)
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(run_dir / "checkpoints", config.training.keep_checkpoints))
         )
@@ -73,8 +75,7 @@ def train(
         # Only now: a resume that is refused leaves the run's config as it was.
         if is_process_zero():
             save_config(config, run_dir / "config.yaml")
-            if data.tokenizer is not None:
-                data.tokenizer.save(run_dir)
+            data.save_text(run_dir)
         loop = _Loop(config, mesh, data, checkpoints, run_dir, lock, Constants(), progress and is_process_zero())
         return loop.run(state)
 

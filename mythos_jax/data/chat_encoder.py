@@ -1,0 +1,289 @@
+"""Conversations as tokens with a weight each: 1 on the model's own words, 0 on all else.
+
+The whole text of a conversation is made by the chat template and tokenized at once, so that its tokens are those that
+`mythos chat` and transformers give it. What the model says itself is found in one of three ways, in characters, and its
+tokens are those that contain one of these characters:
+
+1. The template marks it with `{% generation %}`.
+2. It is what follows the prompt: the text of the messages before an answer, with what the template writes before an
+   answer, must be the beginning of the text with the answer, and that the beginning of the whole text. What is only
+   white space after the token that ends an answer is no part of it.
+3. If the whole text does not begin so, because the template writes earlier messages otherwise than the last one (it
+   leaves out their thinking, for example), every answer gets a text of its own, which ends with it, and is trained on
+   in that one alone. This is what the model sees when it answers.
+
+A template of which none of these is true is refused for the record, because any mask would be a guess.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from mythos_jax.data.chat_record import ANSWER, Completion, Conversation, RecordError
+from mythos_jax.data.chat_template import ChatTemplate
+from mythos_jax.data.conventions import TextConventions, read_conventions
+from mythos_jax.data.tokenizer import Tokenizer
+from mythos_jax.errors import ConfigError, one_line
+from mythos_jax.paths import to_path
+
+
+def make_chat_encoder(spec: str | Path, tokenizer: Tokenizer, template: str | Path, seq_len: int) -> "ChatEncoder":
+    """spec: where the tokenizer is from, as for `load_tokenizer`; what a model's files say is beside it. template: a
+    Jinja file; empty: the model's own, if it has one.
+
+    Raises ConfigError for a damaged file, and for a template that is none.
+    """
+    path = to_path(spec)
+    directory = path if path.is_dir() else path.parent
+    conventions = read_conventions(spec, tokenizer, directory, tokenizer.vocab_size)
+    found, now = None, datetime.now()  # one time for all, so that it does not change on the way
+    if template:
+        found = ChatTemplate.from_file(template, conventions.special_tokens, clock=lambda: now)
+    elif conventions.chat_template is not None:
+        own = conventions.chat_template
+        found = ChatTemplate(own, f"of {spec}", conventions.special_tokens, clock=lambda: now)
+    source = None if found is None else found.source
+    return ChatEncoder(tokenizer, replace(conventions, chat_template=source), found, seq_len + 1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model sees at once. tokens: int32 [n]. weights: float32 [n], of each token as a target, so that the
+    first one has none. dropped: tokens at its end that a row has no room for. unended: answers without a token that
+    ends them."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    answers: int
+    unended: int = 0
+    dropped: int = 0
+
+    def fit(self, room: int) -> "Sample":
+        dropped = max(len(self.tokens) - room, 0)
+        return Sample(self.tokens[:room], self.weights[:room], self.answers, self.unended, dropped)
+
+
+@dataclass
+class Encoded:
+    """The samples of one conversation. cut: whether it is divided at turns because it is too long. by_answer: whether
+    every answer has a text of its own. text_bytes: of all texts, UTF-8."""
+
+    samples: list[Sample] = field(default_factory=list)
+    text_bytes: int = 0
+    cut: bool = False
+    by_answer: bool = False
+
+
+@dataclass(frozen=True)
+class ChatEncoder:
+    """template: None for a tokenizer without one, which can only continue texts. room: tokens of the longest sample."""
+
+    tokenizer: Tokenizer
+    conventions: TextConventions
+    template: ChatTemplate | None
+    room: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies what the tokens and weights of a conversation depend on, besides the tokenizer and the time."""
+        c = self.conventions
+        parts = [c.chat_template, dict(c.special_tokens), list(c.first_tokens), list(c.stop_tokens)]
+        return hashlib.sha256(json.dumps([*parts, "chats 1"]).encode()).hexdigest()
+
+    @property
+    def asks_the_time(self) -> bool:
+        return "strftime_now" in (self.conventions.chat_template or "")
+
+    def encode(self, parsed: Conversation | Completion) -> Encoded:
+        """Raises RecordError: the template refuses the conversation, or shows nowhere where an answer begins."""
+        try:
+            if isinstance(parsed, Completion):
+                return self._completion(parsed)
+            return self._conversation(parsed)
+        except ConfigError as error:
+            raise RecordError(str(error)) from None
+
+    def _completion(self, pair: Completion) -> Encoded:
+        text = pair.prompt + pair.completion
+        tokens, _, ends = self.tokenizer.encode_spans(text)
+        row = self.conventions.begin(tokens)
+        # All before the first token that reaches into the continuation.
+        prompt = len(row) - int((ends > len(pair.prompt)).sum())
+        name = self.conventions.special_tokens.get("eos_token")
+        named = None if name is None else self.tokenizer.token_id(name)
+        end = self.tokenizer.end_of_document if named is None else named
+        if row[-1] != end:
+            row.append(end)
+        weights = np.ones(len(row), np.float32)
+        weights[: max(prompt, 1)] = 0
+        sample = Sample(np.array(row, np.int32), weights, answers=1)
+        return Encoded([sample.fit(self.room)], len(text.encode()))
+
+    def _conversation(self, conversation: Conversation) -> Encoded:
+        encoded = Encoded()
+        whole = self._whole(conversation, encoded)
+        if whole is None:
+            encoded.by_answer = True
+            self._by_answer(conversation, encoded)
+        elif len(whole.tokens) <= self.room:
+            encoded.samples.append(whole)
+        else:
+            encoded.cut = True
+            self._cut(conversation, encoded)
+        return encoded
+
+    def _cut(self, conversation: Conversation, encoded: Encoded) -> None:
+        """As many turns as fit after the system messages that the conversation starts with, and so on with the rest."""
+        head, turns = conversation.turns()
+        encoded.text_bytes = 0
+        first = 0
+        while first < len(turns):
+
+            def sample(count: int, first: int = first) -> Sample:
+                part = conversation.part(slice(head), *turns[first : first + count])
+                found = self._whole(part, Encoded()) if any(part.weights) else _without_answer()
+                if found is None:
+                    raise RecordError("is too long, and the chat template writes its parts otherwise than the whole")
+                return found
+
+            count = _most(len(turns) - first, partial(self._fits, sample))
+            encoded.samples.append(sample(count).fit(self.room))
+            first += count
+
+    def _by_answer(self, conversation: Conversation, encoded: Encoded) -> None:
+        """Every answer in a text of its own, without the oldest turns where it would be too long."""
+        for i, weight in enumerate(conversation.weights):
+            if not weight:
+                continue
+            before = Conversation(conversation.messages[: i + 1], (0.0,) * i + (weight,), conversation.tools)
+            head, turns = before.turns()
+
+            def sample(
+                count: int, before: Conversation = before, head: int = head, turns: list[slice] = turns
+            ) -> Sample:
+                """With the last `count` turns."""
+                return self._last_answer(before.part(slice(head), *turns[len(turns) - count :]))
+
+            whole = sample(len(turns))
+            if len(whole.tokens) > self.room:
+                encoded.cut = True
+                count = _most(len(turns), partial(self._fits, sample))
+                whole = sample(count).fit(self.room)
+            encoded.samples.append(whole)
+
+    def _fits(self, sample: Callable[[int], Sample], count: int) -> bool:
+        return len(sample(count).tokens) <= self.room
+
+    def _whole(self, conversation: Conversation, encoded: Encoded) -> Sample | None:
+        """The conversation in one text; None if the whole text does not begin as that up to one of its answers does."""
+        if self._template.marks_answers:
+            text, passages = self._marked(conversation)
+        else:
+            text = self._render(conversation, len(conversation.messages))
+            passages = []
+            for i, weight in enumerate(conversation.weights):
+                if weight:
+                    start, upto = self._answer(conversation, i)
+                    if not text.startswith(upto):
+                        return None
+                    passages.append((start, len(upto), weight))
+        encoded.text_bytes = len(text.encode())
+        return self._sample(text, passages)
+
+    def _last_answer(self, conversation: Conversation) -> Sample:
+        start, text = self._answer(conversation, len(conversation.messages) - 1)
+        return self._sample(text, [(start, len(text), conversation.weights[-1])])
+
+    def _answer(self, conversation: Conversation, i: int) -> tuple[int, str]:
+        """Where message i begins in the text up to its end, and that text."""
+        prompt = self._render(conversation, i, prompt=True)
+        upto = self._render(conversation, i + 1)
+        if not upto.startswith(prompt) or len(prompt) == len(upto):
+            tail = one_line(repr(prompt[-40:]))
+            raise RecordError(
+                f"the chat template ends a prompt with {tail}, but writes message {i + 1} otherwise, so where the "
+                "model's own words begin is not known; allowed: a template with {% generation %}, or another "
+                "(--chat-template, data.chat_template)"
+            )
+        return len(prompt), upto
+
+    def _marked(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, float]]]:
+        text, marked = self._template.render_marked(self._messages(conversation), tools=conversation.tools)
+        weights = [
+            w for message, w in zip(conversation.messages, conversation.weights, strict=True) if _is_answer(message)
+        ]
+        if not marked:
+            raise RecordError("the chat template marks no words of this conversation with {% generation %}")
+        if len(marked) != len(weights):
+            if len(set(weights)) > 1:
+                raise RecordError(
+                    f"the chat template marks {len(marked)} passages of {len(weights)} messages of the role {ANSWER}, "
+                    "so which weight each has is not known; allowed: the same weight for all of them"
+                )
+            weights = weights[:1] * len(marked)
+        return text, [(*passage, weight) for passage, weight in zip(marked, weights, strict=True)]
+
+    def _sample(self, text: str, passages: list[tuple[int, int, float]]) -> Sample:
+        tokens, starts, ends = self.tokenizer.encode_spans(text)
+        weights, unended = np.zeros(len(tokens), np.float32), 0
+        for start, end, weight in passages:
+            inside = np.flatnonzero((starts < end) & (ends > start))
+            stops = np.flatnonzero(np.isin(tokens[inside], self._stop_tokens))
+            unended += not len(stops)
+            if len(stops) and not self._template.marks_answers:
+                rest = tokens[inside[stops[-1] + 1 :]].tolist()
+                if not self.tokenizer.spell(rest).strip():
+                    inside = inside[: stops[-1] + 1]
+            weights[inside] = weight
+        weights[:1] = 0
+        return Sample(tokens, weights, sum(weight > 0 for *_, weight in passages), unended)
+
+    @property
+    def _template(self) -> ChatTemplate:
+        if self.template is None:
+            raise RecordError(
+                "has messages, and the tokenizer has no chat template; allowed: a model's directory, GGUF file or hub "
+                "id that has one, or a template (--chat-template, data.chat_template)"
+            )
+        return self.template
+
+    @cached_property
+    def _stop_tokens(self) -> list[int]:
+        """What ends an answer: what the model's files say, and what the template writes after one."""
+        end, _, _ = self.tokenizer.encode_spans(self._template.answer_end)
+        special = [token for token in end.tolist() if not self.tokenizer.visible([token])]
+        return [*self.conventions.stop_tokens, *special[:1]]
+
+    def _render(self, conversation: Conversation, count: int, prompt: bool = False) -> str:
+        messages = self._messages(conversation)[:count]
+        return self._template.render(messages, prompt=prompt, tools=conversation.tools)
+
+    def _messages(self, conversation: Conversation) -> list[dict[str, object]]:
+        """With the name that this template has for the model's role."""
+        return [
+            {**message, "role": self._template.answer_role} if _is_answer(message) else dict(message)
+            for message in conversation.messages
+        ]
+
+
+def _is_answer(message: object) -> bool:
+    return isinstance(message, dict) and message["role"] == ANSWER
+
+
+def _without_answer() -> Sample:
+    return Sample(np.zeros(0, np.int32), np.zeros(0, np.float32), answers=0)
+
+
+def _most(count: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `count` that fits, at least 1; if one fits, all smaller ones do."""
+    low, high = 1, count
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

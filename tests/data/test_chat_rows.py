@@ -1,0 +1,323 @@
+"""Rows of packed conversations: nothing is lost, nothing is seen twice, and the same at every start."""
+
+import gzip
+import json
+import re
+import shutil
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from mythos_jax.data import units
+from mythos_jax.data.chat_encoder import make_chat_encoder
+from mythos_jax.data.chat_record import parse_record
+from mythos_jax.data.manifest import load_manifest
+from mythos_jax.data.pipeline import eval_batches, train_batches
+from mythos_jax.data.rows import TokenRows
+from mythos_jax.data.tokenizer import load_tokenizer
+from tests.chats import CHATML, dialogue, golden_template, prepare, run, samples, turn, write_chats, write_model
+
+
+def many(n, seed=0):
+    """Dialogues of 1 to 3 turns."""
+    rng = np.random.default_rng(seed)
+    return [
+        dialogue(*(f"{'ab '[j % 2]}{i} " * rng.integers(1, 8) for j in range(2 * rng.integers(1, 4)))) for i in range(n)
+    ]
+
+
+def encoded(model, records, room):
+    encoder = make_chat_encoder(model, load_tokenizer(model), "", room - 1)
+    found = [sample for record in records for sample in encoder.encode(parse_record(record)).samples]
+    return [(sample.tokens.tolist(), sample.weights.tolist()) for sample in found]
+
+
+def test_every_conversation_is_in_one_row_as_it_is(tmp_path):
+    records, model = many(60), write_model(tmp_path / "model")
+    folder = prepare(tmp_path, records, model=model, seq_len=400)
+    assert sorted(samples(folder)) == sorted(encoded(model, records, 401))
+    manifest = load_manifest(folder)
+    rows, counts = TokenRows(folder, "train"), manifest.chat.splits["train"]
+    batch = rows.read(range(len(rows)))
+    assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
+        "tokens": (np.int32, (len(rows), 400)),
+        "targets": (np.int32, (len(rows), 400)),
+        "mask": (np.float32, (len(rows), 400)),
+        "segment_ids": (np.int32, (len(rows), 400)),
+    }
+    # A target that counts belongs to the conversation of the token before it.
+    for row in range(len(rows)):
+        ids, weights, numbers = rows.stream(row)
+        real = len(ids) - 1
+        assert (batch["mask"][row, :real] == weights[1:]).all()
+        assert (numbers[1:][weights[1:] > 0] == batch["segment_ids"][row, :real][weights[1:] > 0]).all()
+        assert not batch["mask"][row, real:].any()
+        assert not batch["segment_ids"][row, len(ids) :].any()
+    assert (batch["mask"] > 0).sum() == counts.trained == manifest.splits["train"].tokens
+    assert counts.trained + counts.masked + counts.padding == batch["mask"].size
+    assert manifest.splits["train"].documents == counts.samples == 60
+    # Best fit wastes little: what one conversation per row, or the order of the file, would not.
+    assert counts.padding / batch["mask"].size < 0.1
+
+
+def test_the_rows_do_not_depend_on_workers_nor_on_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    records, model = many(40), write_model(tmp_path / "model")
+    whole = prepare(tmp_path, records, "--workers", 1, model=model, seq_len=150, out="whole")
+    assert (
+        load_manifest(whole).fingerprint
+        == load_manifest(prepare(tmp_path, records, "--workers", 3, model=model, seq_len=150, out="three")).fingerprint
+    )
+
+    store, stored = units._store_unit, []
+
+    def store_two(folder, number, unit):
+        store(folder, number, unit)
+        stored.append(number)
+        if len(stored) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(units, "_store_unit", store_two)
+    words = ["data", "prepare", tmp_path / "chats.jsonl", "--chat", "--tokenizer", model, "--seq-len", 150]
+    words += ["--held-out-fraction", 0, "--workers", 1]
+    assert run(*words, "--out", tmp_path / "killed") == 130
+    monkeypatch.setattr(units, "_store_unit", lambda *a: stored.append(a[1]) or store(*a))
+    stored.clear()
+    assert run(*words, "--out", tmp_path / "killed") == 0
+    assert 0 not in stored  # the first unit was not tokenized again
+    for name in ["train.array_record", "tokenizer.json", "tokenizer_config.json"]:
+        assert (tmp_path / "killed" / name).read_bytes() == (whole / name).read_bytes()
+    assert run(*words, "--out", tmp_path / "killed") == 0  # nothing to do
+
+
+def test_long_conversations_are_cut_at_turns_and_keep_their_system_message(tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    record = dialogue(*(text for i in range(6) for text in (f"question {i}", f"answer {i}")), system="Be brief.")
+    folder = prepare(tmp_path, [record], model=model, seq_len=110)
+    tokenizer = load_tokenizer(model)
+    texts = [tokenizer.spell(ids) for ids, _ in samples(folder)]
+    assert len(texts) > 1
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert all(text.startswith(f"{system}<|im_start|>user\n") for text in texts)
+    whole = system + "".join(sorted(text.removeprefix(system) for text in texts))
+    assert whole == tokenizer.spell(encoded(model, [record], 10**6)[0][0])
+    # Each is as long as it may be: the first question of the next part would not have fitted with its answer.
+    trained = "".join(
+        tokenizer.spell(i for i, w in zip(*sample, strict=True) if w) for sample in sorted(samples(folder))
+    )
+    assert sorted(trained.split("<|im_end|>")[:-1]) == [f"answer {i}" for i in range(6)]
+    counts = load_manifest(folder).chat.splits["train"]
+    assert (counts.cut, counts.truncated, counts.answers, counts.samples) == (1, 0, 6, len(texts))
+    assert "1 conversations are longer than a row of 110 targets, and are cut at turns" in capsys.readouterr().err
+
+
+def test_a_turn_that_is_too_long_loses_its_end_and_is_counted(tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    records = [dialogue("q", "word " * 100), dialogue("word " * 100, "lost"), dialogue("q", "a")]
+    folder = prepare(tmp_path, records, model=model, seq_len=63)
+    counts = load_manifest(folder).chat.splits["train"]
+    (long, _), _ = encoded(model, records[:1], 10**6)[0], None
+    found = sorted(samples(folder), key=lambda sample: len(sample[0]))
+    assert found[1][0] == long[:64]
+    assert (counts.truncated, counts.without_answer, counts.samples, counts.answers) == (2, 1, 2, 2)
+    dropped = sum(len(ids) - 64 for ids, _ in encoded(model, records[:2], 10**6))
+    assert counts.dropped == dropped
+    err = capsys.readouterr().err
+    assert f"2 turns are longer than a row; their ends, {dropped:,} tokens, are cut off" in err
+    assert "1 parts of conversations are left out" in err
+
+
+def test_a_rewriting_template_keeps_the_newest_turns_of_a_long_conversation(tmp_path):
+    model = write_model(tmp_path / "model", golden_template("qwen3"))
+    record = dialogue(*(f"<think>\n{i}\n</think>\n\n{i}" if i % 2 else f"question {i}" for i in range(8)), system="s")
+    folder = prepare(tmp_path, [record], model=model, seq_len=120)
+    counts = load_manifest(folder).chat.splits["train"]
+    assert (counts.by_answer, counts.cut, counts.answers, counts.samples) == (1, 1, 4, 4)
+    tokenizer = load_tokenizer(model)
+    for ids, weights in samples(folder):
+        text, trained = tokenizer.spell(ids), tokenizer.spell(i for i, w in zip(ids, weights, strict=True) if w)
+        assert text.startswith("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n")
+        number = trained[-len("7<|im_end|>")]
+        assert trained == f"<think>\n{number}\n</think>\n\n{number}<|im_end|>"
+        assert text.endswith(trained + "\n")
+
+
+def test_equal_conversations_are_on_the_same_side(tmp_path):
+    """A hash of what they say decides, not where they are; a copy of what is held out is not trained on."""
+    model = write_model(tmp_path / "model")
+    records = many(40)
+    folder = prepare(tmp_path, [*records, *records[::-1]], "--held-out-fraction", 0.3, model=model, seq_len=300)
+    train, held_out = ({str(sample) for sample in samples(folder, split)} for split in ("train", "held_out"))
+    assert len(train) + len(held_out) == 40
+    assert len(held_out) > 4
+    assert not train & held_out
+    moved = prepare(tmp_path, records[5:], "--held-out-fraction", 0.3, model=model, seq_len=300, out="fewer")
+    assert {str(sample) for sample in samples(moved, "held_out")} <= held_out
+
+
+def test_a_single_conversation_is_trained_on(tmp_path, capsys):
+    folder = prepare(tmp_path, many(1), "--held-out-fraction", 0.05)
+    assert load_manifest(folder).splits["held_out"].rows == 0
+    assert "there is only one conversation; it is trained on, and nothing is held out" in capsys.readouterr().err
+
+
+def test_files_of_all_kinds(tmp_path):
+    records, model = many(9), write_model(tmp_path / "model")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    write_chats(corpus / "a.jsonl", records[:3])
+    (corpus / "b.json").write_text(json.dumps(records[3:5]))
+    write_chats(tmp_path / "c", records[5:6])
+    (corpus / "c.jsonl.gz").write_bytes(gzip.compress((tmp_path / "c").read_bytes()))
+    table = [{**record, "prompt": None, "completion": None} for record in records[6:]]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), corpus / "d.parquet")
+    (corpus / "e.csv").write_text('prompt,completion,note\n"The sky, is"," blue.",x\n')
+    (corpus / "readme.md").write_text("left out")
+    (corpus / "package.json").write_text('{"name": "left out"}')
+    records.append({"prompt": "The sky, is", "completion": " blue."})
+    words = ["data", "prepare", corpus, "--chat", "--tokenizer", model, "--seq-len", 300, "--held-out-fraction", 0]
+    assert run(*words, "--out", tmp_path / "out") == 0
+    assert sorted(samples(tmp_path / "out")) == sorted(encoded(model, records, 301))
+    assert any("1 .md" in line for line in load_manifest(tmp_path / "out").left_out)
+
+
+def test_max_bytes_leaves_whole_conversations(tmp_path):
+    records, model = many(30), write_model(tmp_path / "model")
+    folder = prepare(tmp_path, records, "--max-bytes", 1500, model=model, seq_len=300)
+    found = samples(folder)
+    assert 1 < len(found) < 20
+    assert sorted(found) == sorted(encoded(model, records[: len(found)], 301))
+
+
+def test_a_mixture_with_text_has_weights_and_segments_everywhere(tmp_path):
+    model = write_model(tmp_path / "model")
+    chats = prepare(tmp_path, many(20), model=model, seq_len=100, out="chats")
+    (tmp_path / "text.jsonl").write_text('{"text": "some text, and more of it"}\n' * 20)
+    words = ["data", "prepare", tmp_path / "text.jsonl", "--tokenizer", model, "--seq-len", 100]
+    assert run(*words, "--out", tmp_path / "text") == 0
+    batches = train_batches({chats: 1.0, tmp_path / "text": 1.0}, batch_size=2, seed=0, threads=0)
+    batch = next(batches)
+    assert (batch["mask"].dtype, batch["segment_ids"].dtype) == (np.float32, np.int32)
+    plain = next(train_batches(tmp_path / "text", batch_size=1, seed=0, threads=0))
+    assert set(plain) == {"tokens", "targets", "mask"}
+    text = next(row for row in range(2) if batch["mask"][row, 0])  # a conversation does not begin with an answer
+    assert (batch["mask"][text] == batch["segment_ids"][text]).all()
+    padded = list(eval_batches(chats, "train", batch_size=7))[-1]
+    assert not padded["mask"][-1].any()
+    assert not padded["segment_ids"][-1].any()
+
+
+def test_text_is_read_as_it_was(tmp_path):
+    """The manifest of text has no new key, and its fingerprint is that of 0.1.0: its fields, hashed."""
+    (tmp_path / "text.txt").write_text("some text\n" * 50)
+    assert run("data", "prepare", tmp_path / "text.txt", "--seq-len", 32, "--out", tmp_path / "out") == 0
+    tree = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert "chat" not in tree
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+WRONG = {
+    "no answer": ({"messages": [turn("user", "a")]}, "no message of the role assistant"),
+    "unknown role": ({"messages": [turn("bot", "a")]}, r"messages\[0\].role: got 'bot', allowed: system, user"),
+    "empty": (dialogue("a", " "), r"messages\[1\].content: is empty"),
+    "null": ({"messages": [turn("user", None), turn("assistant", "b")]}, r"messages\[0\].content: is empty"),
+    "picture": ({"messages": [turn("user", [{"type": "image_url"}])]}, r"content\[0\]: got image_url, allowed: a text"),
+    "weight": ({"messages": [turn("user", "a"), turn("assistant", "b", weight=2)]}, "weight: got 2, allowed: a number"),
+    "weight of a question": (
+        {"messages": [turn("user", "a", weight=1), turn("assistant", "b")]},
+        "weight: got 1, allowed: 0 for the role user",
+    ),
+    "no weight": ({"messages": [turn("user", "a"), turn("assistant", "b", weight=0)]}, "has the weight 0"),
+    "no messages": ({"text": "a"}, "no messages, and not both prompt and completion; it has text"),
+    "text": ({"messages": "hello"}, "messages: got a text, allowed: a list of messages"),
+    "mixed": ({"prompt": "a", "completion": [turn("assistant", "b")]}, "got a text and a list, allowed: two texts"),
+    "both": ({**dialogue("a", "b"), "prompt": "a", "completion": "b"}, "has messages, and prompt or completion too"),
+    "no completion": ({"prompt": "a", "completion": ""}, "completion: is empty"),
+    "surrogate": ({"prompt": "a", "completion": "\ud800"}, "text is not valid Unicode"),
+    "tools": ({**dialogue("a", "b"), "tools": "x"}, "tools: not JSON"),
+    "calls": ({"messages": [{"role": "assistant", "tool_calls": 1}]}, r"tool_calls: got a number, allowed: a list"),
+    "not an object": ([1], "got a list, allowed: an object"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_record_that_is_no_conversation(case, tmp_path, capsys):
+    """One line, nothing written; or it is left out and counted."""
+    record, reason = WRONG[case]
+    model = write_model(tmp_path / "model")
+    source = write_chats(tmp_path / "chats.jsonl", [dialogue("a", "b"), record])
+    words = ["data", "prepare", source, "--chat", "--tokenizer", model, "--seq-len", 64, "--out", tmp_path / "out"]
+    before = sorted(tmp_path.iterdir())
+    assert run(*words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"mythos: source {source}, line 2: ")
+    assert re.search(reason, line)
+    assert sorted(tmp_path.iterdir()) == before
+    assert run(*words, "--on-error", "skip", "--held-out-fraction", 0) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert (manifest.left_out_count, manifest.splits["train"].documents) == (1, 1)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_conversation_that_the_template_refuses(skips, tmp_path, capsys):
+    """As a bad record; and a run that stops is not content with what one that skips has left."""
+    model = write_model(tmp_path / "model", golden_template("mistral"))
+    records = [dialogue("a", "b"), dialogue("a", "b", system="not with this one"), dialogue("c", "d")]
+    source = write_chats(tmp_path / "chats.jsonl", records)
+    words = ["data", "prepare", source, "--chat", "--tokenizer", model, "--seq-len", 64, "--out", tmp_path / "out"]
+    if skips:
+        assert run(*words, "--on-error", "skip") == 0
+        assert load_manifest(tmp_path / "out").left_out_count == 1
+        shutil.rmtree(tmp_path / "out")
+    before = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    assert run(*words) == 2
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith(f"mythos: source {source}, line 2: chat template of {model}: Roles must alternate")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--tokenizer", "MODEL", "--seq-len", 1], "seq_len: got 1, allowed for .*: more than 1"),
+        (["--chat-template", "nowhere"], "chat template nowhere: cannot be read"),
+        (["--chat-template", "BROKEN"], "chat template .*: line 1: "),
+        (["--tokenizer", "bytes"], "line 1: has messages, and the tokenizer has no chat template; allowed: "),
+        (["SOURCE", "stdlib"], "source stdlib: no such file; allowed"),
+        (["SOURCE", "TEXT"], r"not a file of records; allowed: \.jsonl"),
+    ],
+)
+def test_what_cannot_be_asked_for(words, reason, tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "broken").write_text("{% if")
+    source = write_chats(tmp_path / "chats.jsonl", [dialogue("a", "b")])
+    names = {"MODEL": model, "BROKEN": tmp_path / "broken", "TEXT": tmp_path / "text.txt"}
+    words = [names.get(word, word) for word in words]
+    if words[0] == "SOURCE":
+        source, words = words[1], []
+    flags = {"--tokenizer": model, "--seq-len": 64} | dict(zip(words[::2], words[1::2], strict=True))
+    before = sorted(tmp_path.iterdir())
+    flat = [word for pair in flags.items() for word in pair]
+    assert run("data", "prepare", source, "--chat", "--out", tmp_path / "out", *flat) == 2
+    err = capsys.readouterr().err
+    assert re.search(reason, err), err
+    # Where all was tokenized, and only then was found to be too long, that is kept.
+    assert [path for path in sorted(tmp_path.iterdir()) if ".partial-" not in path.name] == before
+
+
+def test_another_template_or_text_in_place_of_conversations_is_refused(tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    folder = prepare(tmp_path, many(3), model=model, seq_len=300)
+    words = ["data", "prepare", tmp_path / "chats.jsonl", "--tokenizer", model, "--seq-len", 300, "--out", folder]
+    words += ["--held-out-fraction", 0]
+    assert run(*words) == 2
+    assert "chat: got False, allowed: True, with which" in capsys.readouterr().err
+    (tmp_path / "other.jinja").write_text(CHATML + " ")
+    assert run(*words, "--chat", "--chat-template", tmp_path / "other.jinja") == 2
+    assert "chat_template: got another chat template" in capsys.readouterr().err
