@@ -16,7 +16,7 @@ from mythos_jax.typed import (
     check_field,
 )
 
-TASKS = ("p_hop", "addition", "parity", "boolean")
+TASKS = ("p_hop", "addition", "parity", "boolean", "chain")
 Bytes = Annotated[int, Ge(0), Wide()]
 HeldOutFraction = Annotated[float, Between(0, 1, "[)", "a fraction")]
 Difficulty = Annotated[int, Between(1, 1000)]
@@ -26,20 +26,28 @@ Difficulty = Annotated[int, Between(1, 1000)]
 class TaskConfig(Section, section="data.task"):
     """A reasoning task, generated on the fly instead of read from text (docs/data.md)."""
 
-    name: str = ""  #: p_hop, addition, parity or boolean; empty: train on text
-    #: difficulties that examples are drawn from: hops (p_hop), numbers (addition), bits (parity), levels (boolean)
+    name: str = ""  #: p_hop, addition, parity, boolean or chain; empty: train on text
+    #: difficulties that examples are drawn from: hops (p_hop), numbers (addition), bits (parity), levels (boolean),
+    #: references to follow (chain)
     difficulty: tuple[Difficulty, ...] = ()
-    #: p_hop, parity: train on the answers at every position, or only at the last
+    #: p_hop, parity, chain: train on the answers at every position, or only at the last
     answers: Literal["every", "last"] = "every"
-    length: Annotated[int, Between(2, 10_000)] = 32  #: p_hop: symbols in the sequence
-    alphabet: Annotated[int, Between(3, 10_000)] = 4  #: p_hop: number of different symbols
+    length: Annotated[int, Between(2, 10_000)] = 32  #: p_hop: symbols in the sequence; chain: assignments
+    #: p_hop: number of different symbols; chain: numbers are calculated modulo this
+    alphabet: Annotated[int, Between(3, 10_000)] = 4
     digits: Annotated[int, Between(1, 15)] = 3  #: addition: digits of each number
+    adds: bool = True  #: chain: each assignment adds a digit; false: it only copies
+    #: a row consists of the task's `own` tokens, or of those of `data.tokenizer`, for a model that was trained on text
+    tokens: Literal["own", "tokenizer"] = "own"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name:
             self.check(self.name in TASKS, "name", ", ".join(TASKS))
             check_field(len(self.difficulty) > 0, "data.task.difficulty", [], "a list such as [4] or [1, 2, 3]")
+        if self.name == "chain":  # one letter per variable, one digit per number
+            self.check(self.length <= 26, "length", "an integer from 2 to 26 with chain")
+            self.check(self.alphabet <= 10, "alphabet", "an integer from 3 to 10 with chain")
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,11 @@ class DataConfig(Section, section="data"):
         if self.mixture:
             for name in ["path", "sources", "chat"]:
                 self.check(not getattr(self, name), name, "nothing, with data.mixture")
+
+    @property
+    def uses_tokenizer(self) -> bool:
+        """Whether token ids are those of `tokenizer`: in text, and in a task that is written in its tokens."""
+        return not self.task.name or self.task.tokens == "tokenizer"
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,9 @@ class Config(Section):
         truncated = depth.backprop_loops is not None and depth.backprop_loops < max_loops(self)
         allowed = "null with readout act, which needs the output of every loop"
         depth.check(not (act and truncated), "backprop_loops", allowed)
+        every_exit = act or objectives.exit_loss != "none"
+        allowed = "false with readout act and with an exit_loss, which need the output of every loop"
+        depth.check(not (every_exit and depth.backprop_up_to_mean), "backprop_up_to_mean", allowed)
         for name in ["ponder_cost", "ponder_prior"]:
             objectives.check(act or not getattr(objectives, name), name, "0 unless model.readout is act")
 
@@ -105,5 +108,5 @@ def has_static_depth(config: Config) -> bool:
     The number of loops can then be a constant of the compiled step instead of a traced value.
     """
     depth = config.training.depth
-    constant = depth.distribution == "fixed" and not depth.curriculum_steps
+    constant = depth.distribution == "fixed" and not config.training.curriculum_length
     return constant and backprop_loops(config) == max_loops(config) == mean_loops(config)

@@ -1,5 +1,6 @@
 """`TrainingConfig`: depth, objectives, optimizer and schedule, checkpoints, logs."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from mythos_jax.typed import (
 )
 
 DepthDistribution = Literal["fixed", "uniform", "poisson", "lognormal_poisson"]
+Curriculum = Literal["linear", "1-sqrt"]
 DepthUnit = Literal["sequence", "batch"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -35,8 +37,19 @@ class DepthConfig(Section, section="training.depth"):
     mean_loops: PositiveInt | None = None  #: mean of the distribution (default: model.loops)
     max_loops: PositiveInt | None = None  #: upper bound of every draw (default: twice the mean; for `fixed`, the mean)
     backprop_loops: PositiveInt | None = None  #: gradients flow through the last N loops of a row (default: all)
+    #: and through no more than the mean of the step, rounded up, even in rows that run more loops (arXiv 2511.07384)
+    backprop_up_to_mean: bool = False
     sample_per: Annotated[DepthUnit, Formerly("per")] = "sequence"  #: one draw per row, or one for the whole batch
-    curriculum_steps: NonNegativeInt = 0  #: the mean rises linearly from 1 over the first N steps; 0: constant
+    #: how the mean rises from 1, as a function of the share p of its steps: `linear`: p, or `1-sqrt`: 1 - sqrt(1 - p)
+    curriculum: Curriculum = "linear"
+    curriculum_steps: NonNegativeInt = 0  #: the mean rises from 1 over the first N steps; 0: constant
+    #: the same as a fraction of training.steps; 0: by curriculum_steps
+    curriculum_fraction: Annotated[float, Between(0, 1, noun="a fraction")] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        both = self.curriculum_steps and self.curriculum_fraction
+        self.check(not both, "curriculum_fraction", "0 with curriculum_steps, which says the same in steps")
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,8 @@ class TrainingConfig(Section, section="training"):
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
 
     # Optimizer and schedule.
+    #: names of the parameters that stay as they are (docs/training.md): parts of the model, or components of a path
+    frozen: tuple[str, ...] = ()
     optimizer: Optimizer = "adamw"  #: `muon`: Muon for the matrices inside the layers, AdamW for everything else
     #: after the warm-up: `cosine`, `constant`, or `wsd`: constant, then linear over the last `decay_fraction` of steps
     schedule: Schedule = "cosine"
@@ -80,6 +95,10 @@ class TrainingConfig(Section, section="training"):
     decay_fraction: Annotated[float, Between(0, 1, "(]", "a fraction"), Formerly("decay_share")] = 0.2
     learning_rate: PositiveFloat = 1e-3  #: peak learning rate of AdamW
     muon_learning_rate: PositiveFloat = 0.02  #: muon: peak learning rate of Muon, with the same schedule
+    #: muon: a matrix with more outputs than inputs moves sqrt(outputs / inputs) times as far (Jordan's code)
+    muon_shape_scaling: bool = False
+    #: factors on the learning rate by the name of parameters, as in `frozen`; the last name of a parameter counts
+    learning_rate_factors: dict[str, PositiveFloat] = field(default_factory=dict, hash=False)
     #: cosine, wsd: learning rate at the last step, as a fraction of the peak
     final_learning_rate_fraction: Annotated[
         float,
@@ -111,6 +130,10 @@ class TrainingConfig(Section, section="training"):
     profile_steps: tuple[int, ...] = ()  #: [first, last]: steps to trace with the profiler, into the run directory
 
     def __post_init__(self) -> None:
+        if isinstance(self.learning_rate_factors, dict):
+            for name, factor in self.learning_rate_factors.items():
+                allowed = "a number > 0; parameters in training.frozen are not trained"
+                check_field(factor != 0, f"training.learning_rate_factors {name}", factor, allowed)
         super().__post_init__()
         divides = self.batch_size % self.grad_accumulation_steps == 0
         self.check(divides, "grad_accumulation_steps", f"a divisor of batch_size {self.batch_size}")
@@ -122,6 +145,11 @@ class TrainingConfig(Section, section="training"):
     def decay_steps(self) -> int:
         """wsd: the number of last steps over which the learning rate decays."""
         return max(round(self.decay_fraction * self.steps), 1)
+
+    @property
+    def curriculum_length(self) -> int:
+        """The number of first steps over which the mean depth rises; 0: it is constant."""
+        return self.depth.curriculum_steps or math.ceil(self.depth.curriculum_fraction * self.steps - 1e-6)
 
     def schedule_problem(self) -> str:
         """Why the run is too short for its learning rate schedule, as an error says it; empty if it is not."""

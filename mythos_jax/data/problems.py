@@ -10,8 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from mythos_jax.config import TaskConfig
+from mythos_jax.typed import check_field
 
 PADDING = 0  # the token id of padding in every problem
+LETTERS = 26
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the increment of SplitMix64
 
 
@@ -75,7 +77,7 @@ class Problem(Protocol):
     symbols: tuple[str, ...]  # what each token id means; padding first
 
     def width(self, difficulty: int) -> int:
-        """Tokens per row."""
+        """Tokens per row. Raises ConfigError if there are no problems of this difficulty, as far as that is plain."""
         ...
 
     def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
@@ -212,11 +214,59 @@ class Boolean:
         return ProblemRows(tokens, targets, answer_mask, answer_mask, np.ones(n, bool))
 
 
+class Chain:
+    """Difficulty d: the value of a variable that is d references away from a digit. Row: `c=3+1,x=c+2,a=1+1,b=x+1=`, or
+    without `adds` `c=3,x=c,a=1,b=x=`.
+
+    `length` assignments, each of a digit or an earlier variable, plus a digit if it `adds`, modulo `alphabet`; the
+    answer, at the last `=`, is the value of the last variable (in the spirit of LEGO, arXiv 2206.04301). Its d
+    ancestors are at random places; the other assignments are distractors, at most d references deep, and also refer to
+    ancestors. All rows have equal length, and names and places say nothing about the depth. With answers "every", each
+    assignment has an answer, at its last token: its variable's value.
+    """
+
+    def __init__(self, config: TaskConfig):
+        self.config = config
+        self.symbols = ("", "=", "+", ",", *"0123456789"[: config.alphabet], *map(_letter, range(LETTERS)))
+        self._statement = 6 if config.adds else 4  # tokens of an assignment
+
+    def width(self, difficulty: int) -> int:
+        length = self.config.length
+        check_field(difficulty < length, "data.task.length", length, f"above {difficulty}, a difficulty of this chain")
+        return self._statement * length
+
+    def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
+        n, length, modulus = len(random.keys), self.config.length, self.config.alphabet
+        names = _shuffled(random, LETTERS)[:, :length]
+        on_chain = np.ones((n, length), bool)  # the last variable and its ancestors
+        on_chain[:, :-1] = _shuffled(random, length - 1) < difficulty
+        digits, added = random.integers(modulus, length), random.integers(modulus, length) * self.config.adds
+        depths, values, first = (np.zeros((n, length), int) for _ in range(3))
+        rows, newest = np.arange(n), np.full(n, -1)  # newest: of the chain so far; -1: none
+        for i in range(length):
+            drawn = random.integers(i + 1, 1)[:, 0]  # i: no reference
+            drawn = np.where((drawn == i) | (depths[rows, drawn] == difficulty), -1, drawn)
+            parent = np.where(on_chain[:, i], newest, drawn)
+            refers = parent >= 0
+            depths[:, i] = np.where(refers, depths[rows, parent] + 1, 0)
+            values[:, i] = (np.where(refers, values[rows, parent], digits[:, i]) + added[:, i]) % modulus
+            first[:, i] = np.where(refers, 4 + modulus + names[rows, parent], 4 + digits[:, i])
+            newest = np.where(on_chain[:, i], i, newest)
+        equals, plus, ends = (np.full((n, length), symbol) for symbol in (1, 2, 3))
+        ends[:, -1] = 1
+        sums = [plus, 4 + added] if self.config.adds else []
+        tokens = np.stack([4 + modulus + names, equals, first, *sums, ends], axis=2).reshape(n, -1)
+        targets, every, last = np.zeros_like(tokens), np.zeros(tokens.shape, bool), self._statement - 1
+        targets[:, last :: last + 1], every[:, last :: last + 1] = 4 + values, True
+        return _select_answers(self.config, tokens, targets, every, valid=np.ones(n, bool))
+
+
 PROBLEMS: dict[str, Callable[[TaskConfig], Problem]] = {
     "p_hop": PHop,
     "addition": Addition,
     "parity": Parity,
     "boolean": Boolean,
+    "chain": Chain,
 }
 
 
@@ -227,6 +277,11 @@ def _select_answers(
     last = np.zeros_like(every)
     last[:, -1] = True
     return ProblemRows(tokens, targets, every if config.answers == "every" else last, last, valid)
+
+
+def _shuffled(random: RowRandom, count: int) -> np.ndarray:
+    """A permutation of 0 … count - 1 for each row, int64 [n, count]."""
+    return np.argsort(random.integers(2**16, count), axis=1, kind="stable")
 
 
 def _letter(index: int) -> str:

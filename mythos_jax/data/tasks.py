@@ -4,6 +4,8 @@ Global batch s of a run holds examples s B … s B + B - 1 of its seed: the orde
 each process generates only its own rows. A hash of a problem's tokens decides whether it is held out (a fraction
 `data.held_out_fraction` of all problems is), so no training example is ever an evaluation example. If the fraction is
 0, the two are drawn independently and may coincide.
+
+The problems are the same in whatever tokens they are written: their own, or those of a tokenizer (data.task.tokens).
 """
 
 import sys
@@ -25,6 +27,7 @@ from mythos_jax.data.problems import (
     fold_in,
     unit_interval,
 )
+from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.typed import check_field, to_dict
 
@@ -36,19 +39,23 @@ MAX_ATTEMPTS = 10_000  # consecutive rejected draws before giving up
 class TaskData:
     """The data of a run on a task (see `open.Data`).
 
-    difficulties: those evaluated at.
+    difficulties: those evaluated at. tokenizer: whose tokens the rows consist of; None: the problem's own.
 
-    Raises ConfigError: rows longer than data.seq_len, more symbols than model.vocab_size, no problems of a difficulty.
+    Raises ConfigError: rows longer than data.seq_len, more tokens than model.vocab_size, no problems of a difficulty, a
+    symbol that is not one token of the tokenizer.
     """
-
-    tokenizer = None
 
     def __init__(self, config: Config):
         self.data = config.data
         self.problem = open_problem(config.data)
         self.difficulties = config.evaluation.difficulties or tuple(sorted(set(config.data.task.difficulty)))
-        vocabulary = len(self.problem.symbols)
-        allowed = f"at least {vocabulary}, the vocabulary of task {config.data.task.name}"
+        self.tokenizer = None
+        vocabulary, owner = len(self.problem.symbols), f"task {config.data.task.name}"
+        if config.data.uses_tokenizer:
+            self.tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+            vocabulary, owner = self.tokenizer.vocab_size, f"tokenizer {config.data.tokenizer}"
+        self._ids = symbol_ids(config.data, self.problem, self.tokenizer)
+        allowed = f"at least {vocabulary}, the vocabulary of {owner}"
         check_field(config.model.vocab_size >= vocabulary, "model.vocab_size", config.model.vocab_size, allowed)
         for difficulty in (*config.data.task.difficulty, *self.difficulties):
             check_width(self.data, self.problem, difficulty)
@@ -62,8 +69,15 @@ class TaskData:
             "version": VERSION,
         }
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens of a batch say, as symbols of the problem."""
+        symbols = {int(number): symbol for number, symbol in zip(self._ids, self.problem.symbols, strict=True)}
+        return " ".join(symbols[int(token)] for token in tokens)
+
     def save_text(self, directory: str | Path) -> None:
-        """Nothing: these tokens are not text."""
+        """Writes the tokenizer whose tokens the problems are written in, if there is one."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(directory)
 
     def train_batches(
         self, *, batch_size: int, seed: int, start_step: int = 0, rows: RowSelection = None
@@ -71,7 +85,7 @@ class TaskData:
         """The endless batches of a run; arguments as in `pipeline.train_batches`."""
         from mythos_jax.data.pipeline import prefetched  # here, because importing Grain takes long
 
-        batches = _TaskBatches(self.data, self.problem, seed, batch_size, row_numbers(rows, batch_size))
+        batches = _TaskBatches(self.data, self.problem, self._ids, seed, batch_size, row_numbers(rows, batch_size))
         return prefetched(batches, start_step)
 
     def held_out_batches(self, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
@@ -89,12 +103,37 @@ class TaskData:
         for start in range(0, count, batch_size):
             size = min(batch_size, count - start)
             batch = examples(self.data, self.problem, "held_out", 0, np.arange(start, start + size), (difficulty,))
-            yield {name: np.pad(array, ((0, batch_size - size), (0, 0))) for name, array in batch.items()}
+            padded = {name: np.pad(array, ((0, batch_size - size), (0, 0))) for name, array in batch.items()}
+            yield spelled(padded, self._ids)
 
 
 def open_problem(data: DataConfig) -> Problem:
     """The problem that a config names."""
     return PROBLEMS[data.task.name](data.task)
+
+
+def symbol_ids(data: DataConfig, problem: Problem, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The token of each symbol of a problem, int32: its own number, or what it is in a tokenizer; there, padding is the
+    end of a document.
+
+    Raises ConfigError: a symbol that is not one token of the tokenizer, or two that are the same one.
+    """
+    symbols = problem.symbols
+    if tokenizer is None:
+        return np.arange(len(symbols), dtype=np.int32)
+    spellings = tokenizer.encode_batch(symbols[1:])
+    for symbol, ids in zip(symbols[1:], spellings, strict=True):
+        allowed = f"a tokenizer in which {symbol!r} of task {data.task.name} is one token, not {len(ids)}"
+        check_field(len(ids) == 1, "data.tokenizer", data.tokenizer, allowed)
+    numbers = np.array([tokenizer.end_of_document, *(ids[0] for ids in spellings)], np.int32)
+    allowed = f"a tokenizer in which the symbols of task {data.task.name} are different tokens"
+    check_field(len(np.unique(numbers)) == len(numbers), "data.tokenizer", data.tokenizer, allowed)
+    return numbers
+
+
+def spelled(batch: Batch, ids: np.ndarray) -> Batch:
+    """A batch of `examples` with the token `ids[i]` for symbol i."""
+    return {**batch, "tokens": ids[batch["tokens"]], "targets": ids[batch["targets"]]}
 
 
 def check_width(data: DataConfig, problem: Problem, difficulty: int) -> None:
@@ -156,12 +195,16 @@ def _accepted(data: DataConfig, split: str, drawn: ProblemRows) -> np.ndarray:
 class _TaskBatches:
     """A Grain source of batches: element s is this process's rows of global batch s."""
 
-    def __init__(self, data: DataConfig, problem: Problem, seed: int, batch_size: int, rows: np.ndarray):
-        self._data, self._problem, self._seed, self._batch_size, self._rows = data, problem, seed, batch_size, rows
+    def __init__(
+        self, data: DataConfig, problem: Problem, ids: np.ndarray, seed: int, batch_size: int, rows: np.ndarray
+    ):
+        self._data, self._problem, self._ids = data, problem, ids
+        self._seed, self._batch_size, self._rows = seed, batch_size, rows
 
     def __len__(self) -> int:
         return sys.maxsize // self._batch_size  # as endless as Grain can count
 
     def __getitem__(self, step: int) -> Batch:
         indices = step * self._batch_size + self._rows
-        return examples(self._data, self._problem, "train", self._seed, indices, self._data.task.difficulty)
+        difficulties = self._data.task.difficulty
+        return spelled(examples(self._data, self._problem, "train", self._seed, indices, difficulties), self._ids)

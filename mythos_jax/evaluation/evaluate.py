@@ -55,20 +55,19 @@ def evaluate_model(
 def _evaluate_on_problems(
     loaded: LoadedModel, settings: Sequence[Setting], with_loop_trace: bool, progress: bool
 ) -> Evaluation:
-    config, task = loaded.config, TaskData(loaded.config)
+    config, task = loaded.config, TaskData(loaded.data_config)
     size, max_rows = loaded.evaluation_batch, config.evaluation.max_rows
     batches = {d: list(task.eval_batches(d, batch_size=size, max_rows=max_rows)) for d in task.difficulties}
     measurements, usage = evaluate_problems(
         loaded.model, loaded.variables, batches, settings, mesh=loaded.mesh, progress=progress
     )
-    symbols = task.problem.symbols
     return Evaluation(
         describe_model(loaded),
         ReasoningTask(config.data.task.name, list(config.data.task.difficulty)),
         measurements,
         usage,
         _trace(loaded, batches[task.difficulties[-1]][0], settings) if with_loop_trace else None,
-        decode=lambda tokens: " ".join(symbols[token] for token in tokens),
+        decode=task.text,
     )
 
 

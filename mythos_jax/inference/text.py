@@ -176,8 +176,9 @@ def stream_rows(
 
 
 def text_tokenizer(loaded: LoadedModel) -> Tokenizer:
-    """Raises ConfigError for a model of a reasoning task, or one without a tokenizer."""
-    if task := loaded.config.data.task.name:
+    """Raises ConfigError for a model of a reasoning task with tokens of its own, or one without a tokenizer."""
+    if not loaded.config.data.uses_tokenizer:
+        task = loaded.config.data.task.name
         raise ConfigError(f"{loaded.directory}: was trained on task {task}, not on text; allowed: `mythos eval`")
     return loaded.require_tokenizer()
 

@@ -106,7 +106,7 @@ class LoadedModel:
     @property
     def data_config(self) -> Config:
         """The run's config with the run's own tokenizer, wherever the one that its data was prepared with is now."""
-        if self.tokenizer_spec is None or self.config.data.task.name:
+        if self.tokenizer_spec is None or not self.config.data.uses_tokenizer:
             return self.config
         return replace(self.config, data=replace(self.config.data, tokenizer=self.tokenizer_spec))
 
@@ -216,7 +216,7 @@ def open_source(path: str | Path, config: str | Path | None = None, overrides: S
         return FileSource(str(path), config)
     run = _load_run(to_path(path), overrides=overrides)
     tokenizer = run.tokenizer  # which is checked by reading it
-    if tokenizer is None and not run.config.data.task.name:
+    if tokenizer is None and run.config.data.uses_tokenizer:
         log0(f"{path}: has no {TOKENIZER_FILE}, so the converted model gets none")
     has_file = tokenizer is not None and tokenizer.fingerprint != ByteTokenizer.fingerprint
     source = VariablesSource(run.config.model, run.variables, path, run.tokenizer_spec if has_file else None)
@@ -288,9 +288,9 @@ def _mesh_of(directory: Path, config: MeshConfig) -> Mesh:
 def _tokenizer_of(directory: Path, config: Config, trained_on: TrainedOn) -> str | Path | None:
     """The tokenizer of a run: its own copy; for a run of 0.1.0, which has none, that of its data if it is still there.
 
-    None for a task, whose tokens are not text, and if there is no such file.
+    None for a task with tokens of its own, and if there is no such file.
     """
-    if config.data.task.name:
+    if not config.data.uses_tokenizer:
         return None
     # Training refuses data with another tokenizer than the config's, so that the config is right about bytes.
     if trained_on.in_bytes or (trained_on.tokenizer is None and config.data.tokenizer == ByteTokenizer.name):

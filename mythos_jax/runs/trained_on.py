@@ -29,7 +29,8 @@ class TrainedOn:
     """The data of a checkpoint.
 
     rows: fingerprints of its prepared folders; none for a reasoning task.
-    tokenizer: see `tokenizer_record`; None for a task, and in checkpoints of 0.1.0, which did not store it.
+    tokenizer: see `tokenizer_record`; None for a task with tokens of its own, and in checkpoints of 0.1.0, which did
+    not store it.
     """
 
     rows: tuple[str, ...] = ()

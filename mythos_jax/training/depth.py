@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mythos_jax.config import Config, DepthConfig, backprop_loops, max_loops, mean_loops
+from mythos_jax.config import Config, backprop_loops, max_loops, mean_loops
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import Output
@@ -16,7 +16,7 @@ def draw_depths(config: Config, step: jax.Array, rows: int) -> jax.Array:
     The random bits depend on (seed, step) only, so every host, mesh and accumulation sees the same depths.
     """
     depth = config.training.depth
-    mean = curriculum_mean(depth, mean_loops(config), step)
+    mean = curriculum_mean(config, step)
     # A stream of its own, apart from the keys that initialise the weights.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.training.seed), 0x6465), step)
     drawn = _DRAWS[depth.distribution](key, mean, (rows if depth.sample_per == "sequence" else 1,))
@@ -33,17 +33,19 @@ def truncated_forward(
     halting: Halting | None,
     *,
     backprop_loops: int,
+    limit: int | jax.Array | None = None,
     trace_states: bool = False,
 ) -> Output:
     """The forward pass with gradients through each row's last `backprop_loops` loops only (truncated backpropagation
     through depth: Huginn, arXiv 2502.05171, section 3.3). loops: int32 [B], traced: any depth is the same program.
 
     First the loops without gradient, under a while loop, then the others, under a scan; rows that are done are carried
-    unchanged. With ACT the output of every loop counts, so all have gradients and `backprop_loops` must bound them.
+    unchanged. limit: a smaller number of loops with gradients, which may be traced. With ACT the output of every loop
+    counts, so all have gradients and `backprop_loops` must bound them.
     trace_states: the trace has the states after the loops with gradients.
     """
     tokens, _ = model.begin(tokens_BT, segment_ids=segment_ids)
-    start_B = jnp.maximum(loops - backprop_loops, 0)
+    start_B = jnp.maximum(loops - (backprop_loops if limit is None else limit), 0)
     router = None
     if tokens.act is None:
         before, _, trace = model.loop(tokens, loops=loops, halting=halting, count=start_B)
@@ -65,16 +67,36 @@ def loops_without_gradient(config: Config, steps: int = 32) -> float:
     A step runs as many as the row with the deepest draw.
     """
     rows = config.training.batch_size // config.training.grad_accumulation_steps
-    late = config.training.depth.curriculum_steps + jnp.arange(steps)
-    drawn = jax.vmap(lambda step: draw_depths(config, step, rows).max())(late)
-    return float(jnp.maximum(drawn - backprop_loops(config), 0).mean())
+    late = config.training.curriculum_length + jnp.arange(steps)
+
+    def without(step: jax.Array) -> jax.Array:
+        return draw_depths(config, step, rows).max() - loops_with_gradient(config, step)
+
+    return float(jnp.maximum(jax.vmap(without)(late), 0).mean())
 
 
-def curriculum_mean(depth: DepthConfig, mean: int, step: jax.Array) -> jax.Array:
-    """The mean at a step, float32: rises linearly from 1 over `curriculum_steps` (arXiv 2511.07384), else constant."""
-    if not depth.curriculum_steps:
+def loops_with_gradient(config: Config, step: jax.Array) -> int | jax.Array:
+    """Through how many last loops of a row gradients flow at most: `backprop_loops`, and where the config says so no
+    more than the mean of the step, rounded up. Then it is traced, int32 []."""
+    most = backprop_loops(config)
+    if not config.training.depth.backprop_up_to_mean:
+        return most
+    # The mean is rounded in float32: 4 that came out as 4.0000005 is 4.
+    return jnp.minimum(jnp.ceil(curriculum_mean(config, step) - 1e-5).astype(jnp.int32), most)
+
+
+def curriculum_mean(config: Config, step: jax.Array) -> jax.Array:
+    """The mean depth at a step, float32: 1 at first, the full mean after the curriculum, and a constant without one.
+
+    1 + (mean - 1) f(p) with p the share of the curriculum's steps that are done, and f(p) = p or 1 - sqrt(1 - p), which
+    rises late (arXiv 2511.07384, whose code rounds mean f(p) up to a whole number).
+    """
+    mean, length = mean_loops(config), config.training.curriculum_length
+    if not length:
         return jnp.float32(mean)
-    return 1 + (mean - 1) * jnp.minimum(step / depth.curriculum_steps, 1)
+    done = jnp.minimum(step / length, 1)
+    risen = done if config.training.depth.curriculum == "linear" else 1 - jnp.sqrt(1 - done)
+    return 1 + (mean - 1) * risen
 
 
 def _fixed(key: jax.Array, mean: jax.Array, shape: tuple[int, ...]) -> jax.Array:

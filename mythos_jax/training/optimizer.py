@@ -1,6 +1,7 @@
 """AdamW and Muon, their learning-rate schedule, and which weights decay."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,9 +9,6 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mythos_jax.config import TrainingConfig
-
-# The parameters of an exit gate.
-GATE = frozenset({"halt_kernel", "halt_bias"})
 
 # Parameters that are not matrices of the network: norm gains and LoRA scales, biases, the injection's dynamics.
 NO_DECAY = frozenset({"scale", "q_bias", "k_bias", "v_bias", "halt_bias", "log_a", "log_dt", "dt_bias", "b"})
@@ -45,10 +43,12 @@ def decay_start(config: TrainingConfig) -> int:
     return max(config.warmup_steps, max(config.steps, config.warmup_steps + 1) - config.decay_steps)
 
 
-def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainingConfig, factors: Mapping[str, float] | None = None) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (arXiv 1711.05101), or Muon (Jordan et al., 2024) for the layers' matrices
-    and AdamW for the rest. Weight decay is decoupled and acts on matrices only. Weights that are not trained have no
-    state."""
+    and AdamW for the rest. Weight decay is decoupled and acts on matrices only.
+
+    factors: by dotted path, what the learning rate of a parameter is multiplied by (`groups.rate_factors`).
+    """
     adamw = optax.adamw(
         schedule(config, config.learning_rate),
         b1=config.b1,
@@ -59,31 +59,38 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
     )
     update = adamw
     if config.optimizer == "muon":
+        orthogonal = scale_by_muon(weight_dimension_numbers=_dimension_numbers)
         muon = optax.chain(
-            scale_by_muon(weight_dimension_numbers=_dimension_numbers),
+            _scaled(orthogonal, _shape_factor) if config.muon_shape_scaling else orthogonal,
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(schedule(config, config.muon_learning_rate)),
         )
         update = optax.multi_transform({"muon": muon, "adamw": adamw}, optimizer_groups)
     optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip or float("inf")), update)
-    if not trains_gate_alone(config):
+    if not factors:
         return optimizer
-    groups = lambda params: map_trained(config, lambda _: "trained", lambda _: "frozen", params)  # noqa: E731
-    return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, groups)
+    return _scaled(optimizer, lambda path, _: factors.get(".".join(path_names(path)), 1.0))
 
 
-def trains_gate_alone(config: TrainingConfig) -> bool:
-    return config.objectives.exit_loss == "gain"
+def _scaled(
+    transform: optax.GradientTransformation, factor_of: Callable[[tuple[Any, ...], jax.Array], float]
+) -> optax.GradientTransformation:
+    """The transformation with each update multiplied by `factor_of` its path and shape. The state is the same with and
+    without the factors, so a resume may change them."""
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = transform.update(gradients, state, params)
+        return jax.tree_util.tree_map_with_path(lambda path, x: x * factor_of(path, x), updates), state
+
+    return optax.GradientTransformation(transform.init, update)
 
 
-def map_trained(config: TrainingConfig, trained: Callable[..., Any], frozen: Callable[..., Any], *params: Any) -> Any:
-    """Maps weights that training changes with one function, and those that it leaves as they are with the other."""
-
-    def mapped(path: tuple[Any, ...], *leaves: Any) -> Any:
-        is_trained = not trains_gate_alone(config) or path_names(path)[-1] in GATE
-        return (trained if is_trained else frozen)(*leaves)
-
-    return jax.tree_util.tree_map_with_path(mapped, *params)
+def _shape_factor(path: tuple[Any, ...], update: jax.Array) -> float:
+    """sqrt(outputs / inputs) of a Muon matrix with more outputs than inputs, else 1 (Jordan's code)."""
+    axes = _muon_axes(path_names(path))
+    assert axes is not None, "Muon updates matrices only"
+    inputs, outputs = (math.prod(update.shape[axis] for axis in group) for group in axes)
+    return max(1.0, outputs / inputs) ** 0.5
 
 
 def decay_mask(params: Any) -> Any:

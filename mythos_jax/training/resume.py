@@ -22,7 +22,9 @@ _FIXED = (
     "training.seed",
     "training.optimizer",
     "training.ema_decay",
-    "training.objectives.exit_loss",  # of which weights there is a state of the optimizer
+    # Of which weights there is a state of the optimizer.
+    "training.frozen",
+    "training.objectives.exit_loss",
 )
 # Fields among them that affect only speed and memory.
 _FREE = tuple(f"model.{name}" for name in SPEED_FIELDS)

@@ -24,6 +24,7 @@ from mythos_jax.runs.load import LoadedModel, load_model, place_variables
 from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
 from mythos_jax.runs.state import TrainState
 from mythos_jax.sharding import check_sharded, make_mesh
+from mythos_jax.training.groups import rate_factors
 from mythos_jax.training.loggers import check_loggers, read_log
 from mythos_jax.training.resume import announce_changes, check_resume, checkpoint_metadata
 from mythos_jax.training.step import abstract_state, init_state
@@ -34,6 +35,7 @@ def check_config(config: Config) -> Mesh:
     """The mesh of a run. Raises ConfigError for whatever the config and the devices alone show to be wrong."""
     t = config.training
     check_loggers(t.loggers)
+    rate_factors(config)  # checks the names of parameters, frozen ones included
     if problem := t.schedule_problem():
         log0(f"warning: {problem}", logging.WARNING)
     span = t.profile_steps
@@ -122,7 +124,7 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any) -> dict[str, Any] | N
 def _check_tokenizers(config: Config, loaded: LoadedModel, path: str) -> None:
     """Raises ConfigError if the model to start from reads text with another tokenizer than this config's data."""
     spec, end = loaded.tokenizer_spec, config.data.end_of_document
-    if config.data.task.name or spec is None:
+    if not config.data.uses_tokenizer or spec is None:
         return
     if loaded.trained_on.tokenizer is not None:
         theirs = loaded.trained_on.tokenizer["fingerprint"]

@@ -19,7 +19,8 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import Output
 from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
-from mythos_jax.training.depth import draw_depths, truncated_forward
+from mythos_jax.training.depth import draw_depths, loops_with_gradient, truncated_forward
+from mythos_jax.training.groups import frozen_paths, rate_factors, trained_part, with_part
 from mythos_jax.training.objectives import (
     Mean,
     TokenLosses,
@@ -28,7 +29,7 @@ from mythos_jax.training.objectives import (
     token_mean,
     total_weight,
 )
-from mythos_jax.training.optimizer import make_optimizer, map_trained, schedule, trains_gate_alone
+from mythos_jax.training.optimizer import make_optimizer, schedule
 
 # Decay of the running mean of the loss, against which spikes are detected.
 LOSS_MEMORY = 0.95
@@ -48,7 +49,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def _fresh_state(config: Config) -> Callable[[jax.Array], TrainState]:
-    model, optimizer = Mythos(config.model), make_optimizer(config.training)
+    model, optimizer, frozen = Mythos(config.model), make_optimizer(config.training), frozen_paths(config)
 
     def make(key: jax.Array) -> TrainState:
         # The weights do not depend on the shape of the tokens, so the smallest call makes them.
@@ -56,7 +57,7 @@ def _fresh_state(config: Config) -> Callable[[jax.Array], TrainState]:
         return TrainState(
             step=jnp.int32(0),
             variables={"balance": {}, **variables},
-            optimizer=optimizer.init(variables["params"]),
+            optimizer=optimizer.init(trained_part(variables["params"], frozen)),
             average=variables["params"] if config.training.ema_decay else None,
             loss_mean=jnp.float32(0),
             skipped=jnp.int32(0),
@@ -90,7 +91,8 @@ def jitted_step(config: Config) -> Any:
     largest fraction times E.
     """
     t = config.training
-    optimizer, rate = make_optimizer(t), schedule(t, t.learning_rate)
+    optimizer, rate = make_optimizer(t, rate_factors(config)), schedule(t, t.learning_rate)
+    frozen = frozen_paths(config)
     gradients_of = _make_gradients(config)
 
     def step(state: TrainState, batch: Batch, constants: Constants) -> tuple[TrainState, Metrics]:
@@ -98,8 +100,9 @@ def jitted_step(config: Config) -> Any:
         gradient_norm = optax.tree.norm(gradients)
         loss = sums["nats"] / sums["weight"]
         # Clipping is part of the optimizer; the norm that is reported is the one before it.
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.variables["params"])
-        params = _pick_trained(t, optax.apply_updates(state.variables["params"], updates), state.variables["params"])
+        before = trained_part(state.variables["params"], frozen)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, before)
+        trained = optax.apply_updates(before, updates)
         metrics = {
             "loss": loss,
             "learning_rate": rate(state.step),
@@ -114,9 +117,12 @@ def jitted_step(config: Config) -> Any:
             metrics |= {"expert_load": fraction, "load_imbalance": fraction.max() * fraction.shape[-1]}
         new = TrainState(
             step=state.step + 1,
-            variables={"params": params, "balance": _balance(t, state.variables["balance"], load)},
+            variables={
+                "params": with_part(state.variables["params"], trained),
+                "balance": _balance(state.variables["balance"], load, t.balance_rate, frozen),
+            },
             optimizer=optimizer_state,
-            average=state.average and _pick_trained(t, _average(state.average, params, t.ema_decay), state.average),
+            average=state.average and _average(state.average, trained, t.ema_decay, frozen),
             loss_mean=jnp.where(state.step == 0, loss, LOSS_MEMORY * state.loss_mean + (1 - LOSS_MEMORY) * loss),
             skipped=state.skipped,
         )
@@ -132,7 +138,8 @@ def jitted_step(config: Config) -> Any:
     return jax.jit(step, donate_argnums=0)
 
 
-# (params, state, constants, rows, index of the part, weight of the batch) -> loss and sums, or gradients and sums.
+# (parameters that train, state, constants, rows, index of the part, weight of the batch) -> loss and sums, or gradients
+# and sums.
 LossFunction = Callable[[Any, TrainState, Constants, Batch, jax.Array, jax.Array], tuple[Any, dict[str, Any]]]
 
 
@@ -141,10 +148,10 @@ def _make_loss(config: Config) -> LossFunction:
     model, t = Mythos(config.model, gather_per_loop=config.mesh.gather == "per_loop"), config.training
 
     def loss_of(
-        params: Any, state: TrainState, constants: Constants, part: Batch, part_index: jax.Array, weight: jax.Array
+        trained: Any, state: TrainState, constants: Constants, part: Batch, part_index: jax.Array, weight: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        params = map_trained(t, lambda x: x, jax.lax.stop_gradient, params)
-        variables = {**state.variables, "params": params}
+        # Nothing is differentiated for frozen parameters: they come from the state, which is constant here.
+        variables = {**state.variables, "params": with_part(state.variables["params"], trained)}
         if config.mesh.gather == "once":
             # Inside the loss, so that the gradients of all loops add up before they are reduced over devices.
             dtype = compute_dtype(config.model)
@@ -153,7 +160,7 @@ def _make_loss(config: Config) -> LossFunction:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(t.seed), state.step), part_index)
         # Divided by the weight of the whole batch, not of the part: parts may have different numbers of tokens.
         mean = token_mean(part["mask"], weight)
-        losses, out = _token_losses(config, model, variables, part, key, mean)
+        losses, out = _token_losses(config, model, variables, part, state.step, key, mean)
 
         loss = mean(losses.minimised_BT)
         extra = extra_objectives(t.objectives, out.aux, mean, t.grad_accumulation_steps)
@@ -170,13 +177,15 @@ def _make_loss(config: Config) -> LossFunction:
 
 
 def _token_losses(
-    config: Config, model: Mythos, variables: Any, part: Batch, key: jax.Array, mean: Mean
+    config: Config, model: Mythos, variables: Any, part: Batch, step: jax.Array, key: jax.Array, mean: Mean
 ) -> tuple[TokenLosses, Output]:
     """What each token contributes to the loss, and what the model returned. key: for models that start from noise."""
     objectives, rngs = config.training.objectives, {"state": key}
     # Where all rows of all steps run the same loops, depth is a constant and one scan runs them all.
-    run = forward if has_static_depth(config) else partial(truncated_forward, backprop_loops=backprop_loops(config))
-    loops = part.get("loops", backprop_loops(config))
+    most, run = backprop_loops(config), forward
+    if not has_static_depth(config):
+        run = partial(truncated_forward, backprop_loops=most, limit=loops_with_gradient(config, step))
+    loops = part.get("loops", most)
     if objectives.exit_loss == "none":
         loss_BT, out = token_loss(model, variables, part, loops=loops, rngs=rngs, run=run)
         return TokenLosses(loss_BT, loss_BT, {}), out
@@ -188,17 +197,18 @@ def _token_losses(
 def _make_gradients(config: Config) -> Callable[[TrainState, Batch, Constants], tuple[Any, dict[str, Any]]]:
     """(state, batch, constants) -> gradients of the mean loss over the batch, and sums over it."""
     gradient, parts = jax.grad(_make_loss(config), has_aux=True), config.training.grad_accumulation_steps
+    frozen = frozen_paths(config)
 
     def gradients(state: TrainState, batch: Batch, constants: Constants) -> tuple[Any, dict[str, Any]]:
         weight = total_weight(batch["mask"])
         if not has_static_depth(config):
             # Drawn for the whole batch before it is split, so that a row's depth does not depend on the split.
             batch = {**batch, "loops": draw_depths(config, state.step, batch["tokens"].shape[0])}
-        params = state.variables["params"]
+        trained = trained_part(state.variables["params"], frozen)
         if parts == 1:
-            total, sums = gradient(params, state, constants, batch, jnp.int32(0), weight)
+            total, sums = gradient(trained, state, constants, batch, jnp.int32(0), weight)
         else:
-            total, sums = _accumulated(partial(gradient, params, state, constants), batch, weight, parts)
+            total, sums = _accumulated(partial(gradient, trained, state, constants), batch, weight, parts)
         return total, {**sums, "weight": weight}
 
     return gradients
@@ -235,23 +245,22 @@ def _is_bad(t: TrainingConfig, state: TrainState, loss: jax.Array, gradient_norm
     return bad
 
 
-def _pick_trained(t: TrainingConfig, new: Any, old: Any) -> Any:
-    """The new value of what is trained, the old one of the rest, bit for bit."""
-    return map_trained(t, lambda a, b: a, lambda a, b: b, new, old)
+def _average(average: Any, trained: Any, decay: float, frozen: frozenset[str]) -> Any:
+    """The moving average after one more step; that of frozen parameters keeps its bits."""
+    moved = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, trained_part(average, frozen), trained)
+    return with_part(average, moved)
 
 
-def _average(average: Any, params: Any, decay: float) -> Any:
-    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
-
-
-def _balance(t: TrainingConfig, balance: dict[str, Any], expert_load: jax.Array | None) -> dict[str, Any]:
-    """Moves every router's bias towards equal load; row i of `expert_load` is layer i of the loop."""
-    if expert_load is None or trains_gate_alone(t):
+def _balance(
+    balance: dict[str, Any], expert_load: jax.Array | None, rate: float, frozen: frozenset[str]
+) -> dict[str, Any]:
+    """Moves the bias of every router that trains towards equal load; row i of `expert_load` is layer i of the loop."""
+    if expert_load is None:
         return balance
-    cell = {
-        f"layer_{i}": {"moe": {"router": {"bias": balanced(_bias(balance, i), load_E, t.balance_rate)}}}
-        for i, load_E in enumerate(expert_load)
-    }
+    cell = {}
+    for i, load_E in enumerate(expert_load):
+        bias_E, is_frozen = _bias(balance, i), f"recurrence.cell.layer_{i}.moe.router.kernel" in frozen
+        cell[f"layer_{i}"] = {"moe": {"router": {"bias": bias_E if is_frozen else balanced(bias_E, load_E, rate)}}}
     return {"recurrence": {"cell": cell}}
 
 

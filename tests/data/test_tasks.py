@@ -20,7 +20,9 @@ DATA = {
     "addition": DataConfig(task=TaskConfig("addition", (1, 2, 7), digits=4), seq_len=40),
     "parity": DataConfig(task=TaskConfig("parity", (14, 21, 40)), seq_len=40),
     "boolean": DataConfig(task=TaskConfig("boolean", (4, 5, 7)), seq_len=40),
+    "chain": DataConfig(task=TaskConfig("chain", (1, 2, 4), length=6, alphabet=10), seq_len=40),
 }
+IN_BYTES = replace(DATA["chain"].task, tokens="tokenizer")
 
 
 def make(name, split="train", seed=0, indices=range(200), difficulties=None, **changes):
@@ -74,7 +76,28 @@ def slow_boolean(text, every):
     return {len(text) - 1: "T" if value else "F"}
 
 
-SLOW = {"p_hop": slow_p_hop, "addition": slow_addition, "parity": slow_parity, "boolean": slow_boolean}
+def assignments(text):
+    """(variable, what it is a sum of, number) for each assignment of a chain; the number is "" where it only copies."""
+    assert re.fullmatch(r"(\w=\w\+\d,)*\w=\w\+\d=|(\w=\w,)*\w=\w=", text)
+    return re.findall(r"(\w)=(\w)(?:\+(\d))?[,=]", text)
+
+
+def slow_chain(text, every):
+    values = {}
+    for name, first, number in assignments(text):
+        assert name not in values
+        values[name] = (int(first if first.isdigit() else values[first]) + int(number or 0)) % 10
+    answers = dict(zip([m.start() for m in re.finditer(",|=$", text)], map(str, values.values()), strict=True))
+    return answers if every else {len(text) - 1: answers[len(text) - 1]}
+
+
+SLOW = {
+    "p_hop": slow_p_hop,
+    "addition": slow_addition,
+    "parity": slow_parity,
+    "boolean": slow_boolean,
+    "chain": slow_chain,
+}
 
 
 @pytest.mark.parametrize("answers", ["every", "last"])
@@ -97,19 +120,20 @@ def test_answers_agree_with_slow_python(name, split, answers):
         expected = SLOW[name](text, every=answers == "every" and split == "train")
         assert {int(i): problem.symbols[targets[i]] for i in np.flatnonzero(mask)} == expected
         assert not targets[~mask].any()
-    assert len(lengths) > 2  # the difficulties are mixed
+    assert len(lengths) > 2 or name == "chain"  # the difficulties are mixed
     assert len(set(texts)) > 185
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_answers_are_balanced(name):
     """Guessing does not help: the most common answer is little more common than chance."""
+    kinds = {"p_hop": 5, "addition": 10, "parity": 2, "boolean": 2, "chain": 10}[name]
+    rows = 400 * kinds
     for difficulty in DATA[name].task.difficulty[1:]:
-        _, batch = make(name, "held_out", indices=range(2000), difficulties=(difficulty,))
+        _, batch = make(name, "held_out", indices=range(rows), difficulties=(difficulty,))
         last = batch["mask"].shape[1] - 1 - batch["mask"][:, ::-1].argmax(1)
-        counts = np.bincount(batch["targets"][np.arange(2000), last])
-        kinds = {"p_hop": 5, "addition": 10, "parity": 2, "boolean": 2}[name]
-        assert counts.max() < 2000 / kinds * 1.15
+        counts = np.bincount(batch["targets"][np.arange(rows), last])
+        assert counts.max() < 400 * 1.15
         assert np.count_nonzero(counts) == kinds
 
 
@@ -137,10 +161,68 @@ PINNED = {
     "addition": "3643+6020=0966",
     "parity": "011001110101001011011",
     "boolean": "(T^((T&~((T^T)^F))|T))=",
+    "chain": "f=0+2,q=5+4,h=q+1,w=f+2,r=q+5,x=w+0=",
 }
 
 
-@pytest.mark.parametrize("name", DATA)
+def test_a_chain_that_only_copies():
+    problem, batch = make("chain", task=replace(DATA["chain"].task, adds=False))
+    for tokens, targets, mask in zip(*batch.values(), strict=True):
+        text = as_text(problem, tokens)
+        assert len(text) == 6 * 4
+        expected = slow_chain(text, every=True)
+        assert {int(i): problem.symbols[targets[i]] for i in np.flatnonzero(mask)} == expected
+
+
+@pytest.mark.parametrize("difficulty", [1, 3, 5])
+def test_a_chain_has_its_depth_and_does_not_show_it(difficulty):
+    problem, batch = make("chain", indices=range(300), difficulties=(difficulty,))
+    places, lengths = [], set()
+    for tokens in batch["tokens"]:
+        depths, parents = {}, {}
+        for name, first, _ in assignments(as_text(problem, tokens).strip()):
+            depths[name] = 0 if first.isdigit() else depths[first] + 1
+            parents[name] = first
+        lengths.add(len(depths))
+        ancestor = name
+        assert depths[name] == difficulty  # of the last variable
+        assert max(depths.values()) == difficulty  # also with answers at every position, none is deeper
+        while (ancestor := parents[ancestor]) in depths:
+            places.append(list(depths).index(ancestor))
+    assert lengths == {6}
+    assert len(places) == 300 * difficulty
+    counts = np.bincount(places, minlength=6)
+    assert counts[5] == 0
+    assert counts[:5].min() > 0.7 * 300 * difficulty / 5  # an ancestor is at each place equally often
+    assert counts[:5].max() < 1.3 * 300 * difficulty / 5
+
+
+@pytest.mark.parametrize("name", ["p_hop", "chain"])
+@pytest.mark.parametrize("answers", ["every", "last"])
+def test_a_task_in_the_tokens_of_a_tokenizer(name, answers):
+    """The same problems, as the text that they are; here in bytes."""
+    task = replace(DATA[name].task, answers=answers)
+    own = TaskData(Config(data=replace(DATA[name], task=task)))
+    bytes_ = TaskData(Config(data=replace(DATA[name], task=replace(task, tokens="tokenizer"))))
+    assert (own.tokenizer, bytes_.tokenizer.name) == (None, "bytes")
+    pairs = zip(own.train_batches(batch_size=8, seed=3), bytes_.train_batches(batch_size=8, seed=3), strict=True)
+    pairs = [*itertools.islice(pairs, 2), *zip(*(d.held_out_batches(8, 12) for d in (own, bytes_)), strict=True)]
+    assert len(pairs) > 4
+    for expected, batch in pairs:
+        np.testing.assert_array_equal(batch["mask"], expected["mask"])
+        assert batch["tokens"].dtype == batch["targets"].dtype == np.int32
+        for row, mask in enumerate(batch["mask"]):
+            text = as_text(own.problem, expected["tokens"][row])
+            assert bytes(batch["tokens"][row, : len(text)].astype(np.uint8)).decode() == text
+            assert (batch["tokens"][row, len(text) :] == bytes_.tokenizer.end_of_document).all()
+            wanted = [own.problem.symbols[target] for target in expected["targets"][row][mask]]
+            assert [chr(target) for target in batch["targets"][row][mask]] == wanted
+            assert (batch["targets"][row][~mask] == bytes_.tokenizer.end_of_document).all()
+            assert bytes_.text(batch["tokens"][row]) == own.text(expected["tokens"][row])
+    assert own.identity != bytes_.identity
+
+
+@pytest.mark.parametrize("name", [name for name in DATA if name != "chain"])
 def test_training_never_contains_a_held_out_example(name):
     """With so few problems that it otherwise would."""
     small = {
@@ -159,6 +241,20 @@ def test_training_never_contains_a_held_out_example(name):
     assert not seen["train", 0] & seen["held_out", 0]
     fraction = len(seen["held_out", 0]) / len(seen["held_out", 0] | seen["train", 0])
     assert 0.15 < fraction < 0.45
+
+
+def test_training_never_contains_a_held_out_chain():
+    """Of 17,550, so that two draws of 2,000 share some."""
+    task = TaskConfig("chain", (1,), length=2, alphabet=3)
+    train, again, held_out = (
+        {as_text(problem, tokens) for tokens in batch["tokens"]}
+        for problem, batch in [
+            make("chain", split, seed, range(2000), task=task, held_out_fraction=0.3)
+            for split, seed in [("train", 0), ("train", 1), ("held_out", 0)]
+        ]
+    )
+    assert len(train & again) > 100
+    assert not (train | again) & held_out
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -198,7 +294,7 @@ def test_invalid_arguments_are_named(tmp_path):
         return load_config(file)
 
     for task, message in [
-        ("{name: p_hopp}", r"data\.task\.name: got 'p_hopp', allowed: p_hop, addition, parity, boolean"),
+        ("{name: p_hopp}", r"data\.task\.name: got 'p_hopp', allowed: p_hop, addition, parity, boolean, chain"),
         ("p_hop", r"data\.task: got 'p_hop', allowed: a mapping with name"),
         ("{name: p_hop}", r"data\.task\.difficulty: got \[\], allowed: a list"),
         ("{name: p_hop, difficulty: 4}", r"data\.task\.difficulty: got 4, allowed: a list of integers"),
@@ -208,6 +304,12 @@ def test_invalid_arguments_are_named(tmp_path):
         ("{name: p_hop, difficulty: [1], length: 1}", r"data\.task\.length: got 1"),
         ("{name: addition, difficulty: [1], digits: 16}", r"data\.task\.digits: got 16, allowed: an integer from 1"),
         ("{name: p_hop, difficulty: [1], answers: all}", r"data\.task\.answers: got 'all', allowed: every, last"),
+        ("{name: chain, difficulty: [1], length: 27}", r"data\.task\.length: got 27, allowed: an integer from 2 to 26"),
+        (
+            "{name: chain, difficulty: [1], length: 8, alphabet: 11}",
+            r"data\.task\.alphabet: got 11, allowed: an integer",
+        ),
+        ("{name: p_hop, difficulty: [1], tokens: text}", r"data\.task\.tokens: got 'text', allowed: own, tokenizer"),
     ]:
         with pytest.raises(ConfigError, match=message):
             config(task=task)
@@ -226,6 +328,18 @@ def test_invalid_arguments_are_named(tmp_path):
             Config(model=ModelConfig(vocab_size=12), data=DataConfig(task=task)),
             r"model\.vocab_size: got 12, allowed: at least 13, the vocabulary of task addition",
         ),
+        (
+            Config(data=DataConfig(task=TaskConfig("parity", (2,), tokens="tokenizer"))),
+            r"data\.tokenizer: got 'bytes', allowed: a tokenizer in which 'even' of task parity is one token, not 4",
+        ),
+        (
+            Config(data=DATA["chain"], evaluation=EvaluationConfig(difficulties=(6,))),
+            r"data\.task\.length: got 6, allowed: above 6, a difficulty of this chain",
+        ),
+        (
+            Config(model=ModelConfig(vocab_size=257), data=replace(DATA["chain"], task=IN_BYTES)),
+            r"model\.vocab_size: got 257, allowed: at least 258, the vocabulary of tokenizer bytes",
+        ),
     ]:
         with pytest.raises(ConfigError, match=message):
             open_data(wrong)
@@ -233,7 +347,7 @@ def test_invalid_arguments_are_named(tmp_path):
         make("p_hop", task=TaskConfig("p_hop", (9,), length=9), difficulties=(9,), indices=[0])
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", ["p_hop", "addition", "parity", "boolean"])
 def test_the_bundled_configs(name):
     config = load_config(Path(__file__).parents[2] / "configs" / "tasks" / f"{name}.yaml")
     assert config.data.task.name == name

@@ -1,6 +1,7 @@
 """Exact match against logits computed one problem at a time, and a complete run on a task from the command line."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -167,3 +168,24 @@ def test_the_command_line(run, tmp_path, capsys):
     assert main(["train", str(tmp_path / "c.yaml"), "--data.task.name", "x", "--workdir", str(tmp_path / "w")]) == 2
     assert "data.task.name: got 'x', allowed: p_hop, addition, parity, boolean" in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
+
+
+def test_a_run_on_a_task_in_the_tokens_of_a_tokenizer(tmp_path, capsys):
+    """Its model reads and writes text, and an answer is right if it is the likeliest of the whole vocabulary."""
+    task = TaskConfig("chain", (1,), length=2, alphabet=3, tokens="tokenizer")
+    config = replace(
+        CONFIG,
+        model=replace(CONFIG.model, vocab_size=300),
+        training=replace(CONFIG.training, steps=2),
+        data=DataConfig(task=task, seq_len=12),
+        evaluation=EvaluationConfig(batch_size=8, max_rows=8, loops=(2,)),
+    )
+    train(config, tmp_path / "run", progress=False)
+    loaded = load_model(tmp_path / "run")
+    batches = list(TaskData(config).eval_batches(1, batch_size=8, max_rows=8))
+    (result,) = evaluate_model(loaded, progress=False).results
+    exact, loss, count = direct(loaded.model, jax.device_get(loaded.variables), batches, 2)
+    assert (result.value, result.n, result.loss) == (exact, count, pytest.approx(loss, abs=1e-4))
+    prompt = bytes(batches[0]["tokens"][0].astype(np.uint8)).decode()
+    assert main(["generate", str(tmp_path / "run"), prompt, "--max-new-tokens", "1"]) == 0
+    assert prompt in capsys.readouterr().out

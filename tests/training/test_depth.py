@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.config import Config, DepthConfig, ModelConfig, TrainingConfig
+from mythos_jax.config import Config, DepthConfig, ModelConfig, TrainingConfig, has_static_depth
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.training.depth import draw_depths, truncated_forward
+from mythos_jax.training.depth import curriculum_mean, draw_depths, loops_with_gradient, truncated_forward
 from tests.tiny import GQA, GQA_LAST, MLA, variables
 
 
@@ -66,6 +66,44 @@ def test_curriculum_raises_the_mean():
     config = with_depth(distribution="poisson", mean_loops=16, max_loops=100, curriculum_steps=100)
     means = [float(draw_depths(config, jnp.int32(step), 20_000).mean()) for step in (50, 100, 500)]
     assert means == pytest.approx([8.5, 16, 16], abs=0.15)
+
+
+@pytest.mark.parametrize(("kind", "at"), [("linear", lambda p: p), ("1-sqrt", lambda p: 1 - (1 - p) ** 0.5)])
+@pytest.mark.parametrize("length", [{"curriculum_steps": 40}, {"curriculum_fraction": 0.4}])
+def test_curricula_in_closed_form(kind, at, length):
+    """1 + (mean - 1) f(share of the curriculum that is done), and the full mean from its end on."""
+    training = TrainingConfig(steps=100, depth=DepthConfig(mean_loops=9, curriculum=kind, **length))
+    config = Config(model=ModelConfig(), training=training)
+    assert not has_static_depth(config)
+    for step in (0, 1, 10, 30, 39, 40, 41, 99, 1000):
+        truth = 1 + 8 * at(min(step / 40, 1))
+        assert curriculum_mean(config, jnp.int32(step)) == pytest.approx(truth, rel=1e-5)
+        # `fixed` rounds the mean; a function of (seed, step) alone.
+        depths = draw_depths(config, jnp.int32(step), 3)
+        assert set(depths.tolist()) == {round(truth)}
+        np.testing.assert_array_equal(depths, jax.jit(lambda step: draw_depths(config, step, 3))(step))
+
+
+def test_backpropagation_up_to_the_mean():
+    """min(8, mean) loops have gradients, the mean rounded up to a whole number (arXiv 2511.07384)."""
+    fields = {"distribution": "lognormal_poisson", "mean_loops": 12, "max_loops": 40, "backprop_loops": 8}
+    rising = with_depth(**fields, curriculum_steps=110, backprop_up_to_mean=True)
+    most = [int(loops_with_gradient(rising, jnp.int32(step))) for step in (0, 1, 10, 11, 60, 69, 70, 71, 110, 500)]
+    assert most == [1, 2, 2, 3, 7, 8, 8, 8, 8, 8]
+    assert loops_with_gradient(with_depth(**fields, curriculum_steps=110), jnp.int32(0)) == 8
+    constant = with_depth(**{**fields, "mean_loops": 4}, backprop_up_to_mean=True)
+    assert loops_with_gradient(constant, jnp.int32(0)) == 4
+
+
+def test_curriculum_errors():
+    with pytest.raises(ConfigError, match=r"training\.depth\.curriculum: got 'sqrt', allowed: linear, 1-sqrt"):
+        DepthConfig(curriculum="sqrt")
+    with pytest.raises(ConfigError, match=r"curriculum_fraction: got 0\.5, allowed: 0 with curriculum_steps"):
+        DepthConfig(curriculum_steps=3, curriculum_fraction=0.5)
+    with pytest.raises(ConfigError, match=r"curriculum_fraction: got 75, allowed: a fraction in \[0, 1\]"):
+        DepthConfig(curriculum_fraction=75)
+    with pytest.raises(ConfigError, match=r"backprop_up_to_mean: got True, allowed: false with readout act"):
+        with_depth(ModelConfig(readout="act"), backprop_up_to_mean=True)
 
 
 def test_act_needs_every_loop():

@@ -1,0 +1,51 @@
+"""Which parameters a run trains, and by which factors their learning rates differ."""
+
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mythos_jax.config import Config
+from mythos_jax.model.names import parameter_paths, select
+from mythos_jax.typed import check_field
+
+
+def frozen_paths(config: Config) -> frozenset[str]:
+    """The dotted paths of the parameters that training leaves as they are: those of `training.frozen`, and of a run
+    that trains an exit gate alone all others.
+
+    Raises ConfigError: a name stands for no parameter, or nothing is left to train.
+    """
+    names, everything = config.training.frozen, set(parameter_paths(config.model))
+    frozen = select(config.model, names, "training.frozen")
+    if config.training.objectives.exit_loss == "gain":
+        frozen |= everything - select(config.model, ["gate"], "training.objectives.exit_loss")
+    check_field(frozen != everything, "training.frozen", list(names), "names that leave something to train")
+    return frozen
+
+
+def rate_factors(config: Config) -> dict[str, float]:
+    """The factor on the learning rate of each parameter that `training.learning_rate_factors` has a name for, by its
+    dotted path. Where several names stand for a parameter, the last of them counts.
+
+    Raises ConfigError: a name stands for no parameter, or for frozen ones alone.
+    """
+    field, frozen = "training.learning_rate_factors", frozen_paths(config)
+    factors: dict[str, float] = {}
+    for name, factor in config.training.learning_rate_factors.items():
+        paths = select(config.model, [name], field)
+        check_field(not paths <= frozen, f"{field} {name}", factor, "names of parameters that are not frozen")
+        factors |= dict.fromkeys(paths, factor)
+    return factors
+
+
+def trained_part(params: Any, frozen: frozenset[str]) -> Any:
+    """The parameters without those that are frozen: a nested dict as theirs, with fewer entries."""
+    if not frozen:
+        return params
+    flat = flatten_dict(params, sep=".")
+    return unflatten_dict({path: leaf for path, leaf in flat.items() if path not in frozen}, sep=".")
+
+
+def with_part(params: Any, part: Any) -> Any:
+    """The parameters with other values for some of them, as `trained_part` has them."""
+    return unflatten_dict(flatten_dict(params, sep=".") | flatten_dict(part, sep="."), sep=".")
