@@ -33,10 +33,9 @@ class TaskConfig(Section, section="data.task"):
     #: p_hop, parity, chain: train on the answers at every position, or only at the last
     answers: Literal["every", "last"] = "every"
     length: Annotated[int, Between(2, 10_000)] = 32  #: p_hop: symbols in the sequence; chain: assignments
-    #: p_hop: number of different symbols; chain: numbers are calculated modulo this
+    #: p_hop: number of different symbols; chain: of different numbers
     alphabet: Annotated[int, Between(3, 10_000)] = 4
     digits: Annotated[int, Between(1, 15)] = 3  #: addition: digits of each number
-    adds: bool = True  #: chain: each assignment adds a digit; false: it only copies
     #: a row consists of the task's `own` tokens, or of those of `data.tokenizer`, for a model that was trained on text
     tokens: Literal["own", "tokenizer"] = "own"
 

@@ -215,49 +215,51 @@ class Boolean:
 
 
 class Chain:
-    """Difficulty d: the value of a variable that is d references away from a digit. Row: `c=3+1,x=c+2,a=1+1,b=x+1=`, or
-    without `adds` `c=3,x=c,a=1,b=x=`.
+    """Difficulty d: what a variable stands for that is d references away from a number. Row: `c3,xc,a1,qa,bx`: b is 3.
 
-    `length` assignments, each of a digit or an earlier variable, plus a digit if it `adds`, modulo `alphabet`; the
-    answer, at the last `=`, is the value of the last variable (in the spirit of LEGO, arXiv 2206.04301). Its d
-    ancestors are at random places; the other assignments are distractors, at most d references deep, and also refer to
-    ancestors. All rows have equal length, and names and places say nothing about the depth. With answers "every", each
-    assignment has an answer, at its last token: its variable's value.
+    Each of `length` assignments gives a variable a number or what an earlier variable stands for. Each of the
+    `alphabet` numbers is given to one variable, so that guessing is right once in `alphabet`. The answer, at the last
+    token, is the last variable's number (variable assignments as in LEGO, arXiv 2206.04301). Its d ancestors are at
+    random places; the other variables, none more than d references deep, may also refer to them. All rows have equal
+    length. With answers "every", each assignment has an answer at its second token.
     """
 
     def __init__(self, config: TaskConfig):
         self.config = config
-        self.symbols = ("", "=", "+", ",", *"0123456789"[: config.alphabet], *map(_letter, range(LETTERS)))
-        self._statement = 6 if config.adds else 4  # tokens of an assignment
+        self.symbols = ("", ",", *"0123456789"[: config.alphabet], *map(_letter, range(LETTERS)))
 
     def width(self, difficulty: int) -> int:
-        length = self.config.length
-        check_field(difficulty < length, "data.task.length", length, f"above {difficulty}, a difficulty of this chain")
-        return self._statement * length
+        length, numbers = self.config.length, self.config.alphabet
+        allowed = f"at least {difficulty + numbers}, for {numbers} numbers and difficulty {difficulty}"
+        check_field(length >= difficulty + numbers, "data.task.length", length, allowed)
+        return 3 * length - 1
 
     def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
-        n, length, modulus = len(random.keys), self.config.length, self.config.alphabet
-        names = _shuffled(random, LETTERS)[:, :length]
+        n, length, numbers = len(random.keys), self.config.length, self.config.alphabet
+        rows = np.arange(n)
+        names, digits = _shuffled(random, LETTERS)[:, :length], _shuffled(random, numbers)
         on_chain = np.ones((n, length), bool)  # the last variable and its ancestors
         on_chain[:, :-1] = _shuffled(random, length - 1) < difficulty
-        digits, added = random.integers(modulus, length), random.integers(modulus, length) * self.config.adds
-        depths, values, first = (np.zeros((n, length), int) for _ in range(3))
-        rows, newest = np.arange(n), np.full(n, -1)  # newest: of the chain so far; -1: none
+        # All others that get a number, the first variable among them, if it is not on the chain.
+        order = _shuffled(random, length) + 1
+        order[:, 0] = 0
+        order[on_chain] = length + 1
+        is_number = np.argsort(np.argsort(order, axis=1), axis=1) < numbers - 1
+        depths, values, parents = (np.full((n, length), -1) for _ in range(3))
+        newest, used = np.full(n, -1), np.zeros(n, int)  # of the chain so far; numbers that are given
         for i in range(length):
-            drawn = random.integers(i + 1, 1)[:, 0]  # i: no reference
-            drawn = np.where((drawn == i) | (depths[rows, drawn] == difficulty), -1, drawn)
-            parent = np.where(on_chain[:, i], newest, drawn)
+            drawn = random.integers(max(i, 1), 1)[:, 0]
+            drawn = np.where(depths[rows, drawn] == difficulty, parents[rows, drawn], drawn)
+            parent = np.where(on_chain[:, i], newest, np.where(is_number[:, i], -1, drawn))
             refers = parent >= 0
+            values[:, i] = np.where(refers, values[rows, parent], digits[rows, np.minimum(used, numbers - 1)])
             depths[:, i] = np.where(refers, depths[rows, parent] + 1, 0)
-            values[:, i] = (np.where(refers, values[rows, parent], digits[:, i]) + added[:, i]) % modulus
-            first[:, i] = np.where(refers, 4 + modulus + names[rows, parent], 4 + digits[:, i])
-            newest = np.where(on_chain[:, i], i, newest)
-        equals, plus, ends = (np.full((n, length), symbol) for symbol in (1, 2, 3))
-        ends[:, -1] = 1
-        sums = [plus, 4 + added] if self.config.adds else []
-        tokens = np.stack([4 + modulus + names, equals, first, *sums, ends], axis=2).reshape(n, -1)
-        targets, every, last = np.zeros_like(tokens), np.zeros(tokens.shape, bool), self._statement - 1
-        targets[:, last :: last + 1], every[:, last :: last + 1] = 4 + values, True
+            parents[:, i] = parent
+            newest, used = np.where(on_chain[:, i], i, newest), used + ~refers
+        second = np.where(parents < 0, 2 + values, 2 + numbers + np.take_along_axis(names, parents, axis=1))
+        tokens = np.stack([2 + numbers + names, second, np.ones_like(names)], axis=2).reshape(n, -1)[:, :-1]
+        targets, every = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+        targets[:, 1::3], every[:, 1::3] = 2 + values, True
         return _select_answers(self.config, tokens, targets, every, valid=np.ones(n, bool))
 
 

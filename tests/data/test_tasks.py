@@ -20,7 +20,7 @@ DATA = {
     "addition": DataConfig(task=TaskConfig("addition", (1, 2, 7), digits=4), seq_len=40),
     "parity": DataConfig(task=TaskConfig("parity", (14, 21, 40)), seq_len=40),
     "boolean": DataConfig(task=TaskConfig("boolean", (4, 5, 7)), seq_len=40),
-    "chain": DataConfig(task=TaskConfig("chain", (1, 2, 4), length=6, alphabet=10), seq_len=40),
+    "chain": DataConfig(task=TaskConfig("chain", (1, 2, 5), length=9, alphabet=4), seq_len=40),
 }
 IN_BYTES = replace(DATA["chain"].task, tokens="tokenizer")
 
@@ -76,18 +76,13 @@ def slow_boolean(text, every):
     return {len(text) - 1: "T" if value else "F"}
 
 
-def assignments(text):
-    """(variable, what it is a sum of, number) for each assignment of a chain; the number is "" where it only copies."""
-    assert re.fullmatch(r"(\w=\w\+\d,)*\w=\w\+\d=|(\w=\w,)*\w=\w=", text)
-    return re.findall(r"(\w)=(\w)(?:\+(\d))?[,=]", text)
-
-
 def slow_chain(text, every):
-    values = {}
-    for name, first, number in assignments(text):
-        assert name not in values
-        values[name] = (int(first if first.isdigit() else values[first]) + int(number or 0)) % 10
-    answers = dict(zip([m.start() for m in re.finditer(",|=$", text)], map(str, values.values()), strict=True))
+    numbers = {}
+    for name, meaning in (statement for statement in text.split(",")):
+        assert name.isalpha()
+        assert name not in numbers
+        numbers[name] = meaning if meaning.isdigit() else numbers[meaning]
+    answers = {3 * i + 1: number for i, number in enumerate(numbers.values())}
     return answers if every else {len(text) - 1: answers[len(text) - 1]}
 
 
@@ -127,7 +122,7 @@ def test_answers_agree_with_slow_python(name, split, answers):
 @pytest.mark.parametrize("name", DATA)
 def test_answers_are_balanced(name):
     """Guessing does not help: the most common answer is little more common than chance."""
-    kinds = {"p_hop": 5, "addition": 10, "parity": 2, "boolean": 2, "chain": 10}[name]
+    kinds = {"p_hop": 5, "addition": 10, "parity": 2, "boolean": 2, "chain": 4}[name]
     rows = 400 * kinds
     for difficulty in DATA[name].task.difficulty[1:]:
         _, batch = make(name, "held_out", indices=range(rows), difficulties=(difficulty,))
@@ -161,40 +156,31 @@ PINNED = {
     "addition": "3643+6020=0966",
     "parity": "011001110101001011011",
     "boolean": "(T^((T&~((T^T)^F))|T))=",
-    "chain": "f=0+2,q=5+4,h=q+1,w=f+2,r=q+5,x=w+0=",
+    "chain": "f0,q2,hf,wq,rf,xr,j1,l3,gh",
 }
-
-
-def test_a_chain_that_only_copies():
-    problem, batch = make("chain", task=replace(DATA["chain"].task, adds=False))
-    for tokens, targets, mask in zip(*batch.values(), strict=True):
-        text = as_text(problem, tokens)
-        assert len(text) == 6 * 4
-        expected = slow_chain(text, every=True)
-        assert {int(i): problem.symbols[targets[i]] for i in np.flatnonzero(mask)} == expected
 
 
 @pytest.mark.parametrize("difficulty", [1, 3, 5])
 def test_a_chain_has_its_depth_and_does_not_show_it(difficulty):
     problem, batch = make("chain", indices=range(300), difficulties=(difficulty,))
-    places, lengths = [], set()
+    places = []
     for tokens in batch["tokens"]:
-        depths, parents = {}, {}
-        for name, first, _ in assignments(as_text(problem, tokens).strip()):
-            depths[name] = 0 if first.isdigit() else depths[first] + 1
-            parents[name] = first
-        lengths.add(len(depths))
-        ancestor = name
-        assert depths[name] == difficulty  # of the last variable
+        meanings = dict(as_text(problem, tokens).split(","))
+        depths, names = {}, list(meanings)
+        for name, meaning in meanings.items():
+            depths[name] = 0 if meaning.isdigit() else depths[meaning] + 1
+        assert depths[names[-1]] == difficulty
         assert max(depths.values()) == difficulty  # also with answers at every position, none is deeper
-        while (ancestor := parents[ancestor]) in depths:
-            places.append(list(depths).index(ancestor))
-    assert lengths == {6}
+        assert sorted(filter(str.isdigit, meanings.values())) == ["0", "1", "2", "3"]  # guessing: 1 in 4
+        assert len(meanings) == 9
+        ancestor = names[-1]
+        while (ancestor := meanings[ancestor]) in meanings:
+            places.append(names.index(ancestor))
     assert len(places) == 300 * difficulty
-    counts = np.bincount(places, minlength=6)
-    assert counts[5] == 0
-    assert counts[:5].min() > 0.7 * 300 * difficulty / 5  # an ancestor is at each place equally often
-    assert counts[:5].max() < 1.3 * 300 * difficulty / 5
+    counts = np.bincount(places, minlength=9)
+    assert counts[8] == 0
+    assert counts[:8].min() > 0.6 * 300 * difficulty / 8  # an ancestor is at each place equally often
+    assert counts[:8].max() < 1.4 * 300 * difficulty / 8
 
 
 @pytest.mark.parametrize("name", ["p_hop", "chain"])
@@ -244,16 +230,16 @@ def test_training_never_contains_a_held_out_example(name):
 
 
 def test_training_never_contains_a_held_out_chain():
-    """Of 17,550, so that two draws of 2,000 share some."""
-    task = TaskConfig("chain", (1,), length=2, alphabet=3)
+    """Of some 10^6, so that two draws of 20,000 share some."""
+    task = TaskConfig("chain", (1,), length=4, alphabet=3)
     train, again, held_out = (
         {as_text(problem, tokens) for tokens in batch["tokens"]}
         for problem, batch in [
-            make("chain", split, seed, range(2000), task=task, held_out_fraction=0.3)
+            make("chain", split, seed, range(20_000), task=task, held_out_fraction=0.3)
             for split, seed in [("train", 0), ("train", 1), ("held_out", 0)]
         ]
     )
-    assert len(train & again) > 100
+    assert len(train & again) > 10
     assert not (train | again) & held_out
 
 
@@ -334,7 +320,7 @@ def test_invalid_arguments_are_named(tmp_path):
         ),
         (
             Config(data=DATA["chain"], evaluation=EvaluationConfig(difficulties=(6,))),
-            r"data\.task\.length: got 6, allowed: above 6, a difficulty of this chain",
+            r"data\.task\.length: got 9, allowed: at least 10, for 4 numbers and difficulty 6",
         ),
         (
             Config(model=ModelConfig(vocab_size=257), data=replace(DATA["chain"], task=IN_BYTES)),

@@ -172,7 +172,7 @@ def test_the_command_line(run, tmp_path, capsys):
 
 def test_a_run_on_a_task_in_the_tokens_of_a_tokenizer(tmp_path, capsys):
     """Its model reads and writes text, and an answer is right if it is the likeliest of the whole vocabulary."""
-    task = TaskConfig("chain", (1,), length=2, alphabet=3, tokens="tokenizer")
+    task = TaskConfig("chain", (1,), length=4, alphabet=3, tokens="tokenizer")
     config = replace(
         CONFIG,
         model=replace(CONFIG.model, vocab_size=300),
