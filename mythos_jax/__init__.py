@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # for editors and type checkers
         MeshConfig,
         ModelConfig,
         TrainingConfig,
-        load_config,
     )
     from mythos_jax.inference.generate import generate, stream
     from mythos_jax.inference.speculative import speculate
@@ -26,6 +25,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from mythos_jax.model.halting import Halting
     from mythos_jax.model.mythos import Mythos
     from mythos_jax.porting.pretrained import load_pretrained, save_pretrained
+    from mythos_jax.runs.configs import load_config
     from mythos_jax.training.train import train
 
 __all__ = [
@@ -65,7 +65,7 @@ _MODULES = {
     "generate": "inference.generate",
     "init_cache": "model.cache",
     "load": "language_model",
-    "load_config": "config",
+    "load_config": "runs.configs",
     "load_pretrained": "porting.pretrained",
     "save_pretrained": "porting.pretrained",
     "speculate": "inference.speculative",

@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # Set before jax is imported, so that it does not claim a local TPU, which may be in use. Programs for devices that
     # are not attached cannot be read from the compilation cache.
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    from mythos_jax.config import load_config
     from mythos_jax.preflight.report import preflight
+    from mythos_jax.runs.configs import load_config
 
     config = load_config(arguments.config, overrides)
     report = preflight(config, topology, decode=arguments.decode, quick=arguments.quick)

@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.porting.convert import convert, format_report, report_as_json
     from mythos_jax.porting.reading import FileSource
     from mythos_jax.runs.checkpoints import quiet_background_errors
-    from mythos_jax.runs.load import is_run, open_source
+    from mythos_jax.runs.configs import is_run
+    from mythos_jax.runs.load import open_source
 
     if not arguments.debug:
         quiet_background_errors()

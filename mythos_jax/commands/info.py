@@ -32,9 +32,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _name_and_config(source: str, overrides: list[str]) -> "tuple[str, ModelConfig]":
-    from mythos_jax.config import load_config, load_run_config, named_config
+    from mythos_jax.config import load_run_config, named_config
     from mythos_jax.porting.hub import PACKAGED
     from mythos_jax.porting.reading import FileSource
+    from mythos_jax.runs.configs import load_config
 
     directory = Path(source)
     if directory.is_dir() and (directory / "config.yaml").is_file():

@@ -31,20 +31,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.config import load_config
     from mythos_jax.paths import to_path
     from mythos_jax.processes import is_process_zero
     from mythos_jax.runs.checkpoints import quiet_background_errors
+    from mythos_jax.runs.configs import load_config
     from mythos_jax.training.train import train
 
     if not arguments.debug:
         quiet_background_errors()
     if arguments.init_from:
         overrides = [*overrides, "--training.init_from", arguments.init_from]
-    config = load_config(arguments.config, overrides)
+
+    def workdir_of(name: str) -> Any:
+        return to_path(arguments.workdir or Path("runs") / name)
+
     with _restart_on_signals():
-        connect(arguments)
-        workdir = to_path(arguments.workdir or Path("runs") / config.name)
+        connect(arguments)  # first, because to read a model asks jax for devices
+        config = load_config(arguments.config, overrides, workdir_of)
+        workdir = workdir_of(config.name)
         last = train(config, workdir)
     if is_process_zero():
         print_result(_summary(last))

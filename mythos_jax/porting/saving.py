@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mythos_jax.data.conventions import (
 )
 from mythos_jax.data.tokenizer import TOKENIZER_FILE
 from mythos_jax.porting import native
-from mythos_jax.porting.companions import Companions, companions_of, local_modules
+from mythos_jax.porting.companions import Companions, Content, companions_of, local_modules
 from mythos_jax.porting.family import Family
 from mythos_jax.porting.origin import BUFFERS_FILE, FIELDS_FILE, Origin
 from mythos_jax.porting.reading import Source, Text, text_of
@@ -92,10 +92,24 @@ def _usable_origin(source: Source, family: Family) -> tuple[Origin | None, list[
     return None, [f"config.json: only what our config says, because the model differs from its source in {names}"]
 
 
+def companion_files(source: Source) -> dict[str, Content]:
+    """The files of a model that our own format has besides its config, its weights and its origin."""
+    found = _companions(source, native.FAMILY)
+    return {**found.copied, **found.made}
+
+
+def origin_fields(source: Source) -> dict[str, Any] | None:
+    """What our own format has in `source_config.json`, if anything."""
+    return None if source.origin is None else _origin_fields(source.origin, _text(source))
+
+
 def _companions(source: Source, family: Family) -> Companions:
     if source.directory is not None:
         same_code = family in native.FAMILIES or (source.origin is not None and source.origin.family == family.name)
-        return companions_of(source.directory, source.weight_paths, with_code=same_code)
+        found = companions_of(source.directory, source.weight_paths, with_code=same_code)
+        if source.tokenizer is None or TOKENIZER_FILE in found.copied:
+            return found
+        return replace(found, copied={**found.copied, TOKENIZER_FILE: source.tokenizer.read_bytes})
     if source.tokenizer is None:
         return Companions()
     if source.tokenizer.suffix == ".gguf":
@@ -126,10 +140,13 @@ def _buffers(source: Source, family: Family, origin: Origin | None) -> dict[str,
 def _keep_origin(directory: Path, origin: Origin | None, text: Text | None) -> None:
     if origin is None:
         return
-    fields = {**(token_ids(*text) if text else {}), **origin.fields}
-    _write_json(directory / FIELDS_FILE, {"family": origin.family, "config": fields})
+    _write_json(directory / FIELDS_FILE, _origin_fields(origin, text))
     if origin.buffers:
         save_safetensors({name: read() for name, read in origin.buffers.items()}, directory / BUFFERS_FILE)
+
+
+def _origin_fields(origin: Origin, text: Text | None) -> dict[str, Any]:
+    return {"family": origin.family, "config": {**(token_ids(*text) if text else {}), **origin.fields}}
 
 
 def _dtype(source: Source) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load
@@ -17,7 +16,7 @@ from safetensors.numpy import load
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_run_config
 from mythos_jax.config.files import config_from_words, sets_mesh
 from mythos_jax.config.model import SPEED_FIELDS
-from mythos_jax.data.conventions import TextConventions, documents, read_conventions, stored_conventions
+from mythos_jax.data.conventions import TextConventions, read_conventions
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import MANIFEST_FILE, load_manifest
 from mythos_jax.data.placement import fitting_batch
@@ -35,7 +34,9 @@ from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.porting.pretrained import load_variables
 from mythos_jax.porting.reading import FileSource, Source, VariablesSource
 from mythos_jax.processes import log0
+from mythos_jax.runs import source as start_files
 from mythos_jax.runs.checkpoints import Checkpoints
+from mythos_jax.runs.configs import is_run
 from mythos_jax.runs.trained_on import TrainedOn
 from mythos_jax.sharding import RULES, default_mesh, make_mesh, partition_spec, shardings
 from mythos_jax.typed import differences, from_dict, to_dict, upgrade
@@ -85,7 +86,7 @@ class LoadedModel:
         tokenizer = self.require_tokenizer()
         vocab_size = self.config.model.vocab_size
         if self.step is not None or self.tokenizer_spec is None:
-            return stored_conventions(self.directory, tokenizer, vocab_size) or documents(tokenizer)
+            return start_files.conventions(self.directory, tokenizer, vocab_size)
         return read_conventions(self.tokenizer_spec, tokenizer, self.directory, vocab_size, self.family)
 
     def require_tokenizer(self) -> Tokenizer:
@@ -125,11 +126,6 @@ class LoadedModel:
     def evaluation_batch(self) -> int:
         """Rows per batch of an evaluation: `evaluation.batch_size`, rounded up to a multiple that the mesh divides."""
         return fitting_batch(self.mesh, self.config.evaluation.batch_size)
-
-
-def is_run(path: str | Path) -> bool:
-    """Whether this is the directory of a training run."""
-    return (to_path(path) / "config.yaml").is_file()
 
 
 def load_model(
@@ -202,14 +198,6 @@ def placer(config: ModelConfig, mesh: Mesh) -> Callable[[str, Any], jax.Array]:
     return put
 
 
-def place_variables(config: ModelConfig, mesh: Mesh, variables: dict[str, Any]) -> dict[str, Any]:
-    """Puts the variables of a model on the mesh; `balance` is {} if the model has no router."""
-    put, boxes = placer(config, mesh), boxes_by_path(config)
-    assert SCALES not in variables, "weights that are trained are not int8"
-    flat = flatten_dict(variables, sep=".")
-    return {"balance": {}, **unflatten_dict({path: put(path, flat[path]) for path in boxes}, sep=".")}
-
-
 def open_source(path: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Source:
     """A run or a pretrained model as a source of tensors, for `convert`. overrides: as in `load_model`."""
     if not is_run(path):
@@ -222,6 +210,7 @@ def open_source(path: str | Path, config: str | Path | None = None, overrides: S
     source = VariablesSource(run.config.model, run.variables, path, run.tokenizer_spec if has_file else None)
     if tokenizer is not None and source.tokenizer is not None:
         source.text = tokenizer, run.conventions
+    start_files.add_to(source, run.directory)
     return source
 
 

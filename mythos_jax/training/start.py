@@ -20,7 +20,8 @@ from mythos_jax.model.abstract import abstract_variables, weight_shapes
 from mythos_jax.paths import to_path
 from mythos_jax.processes import is_process_zero, log0, process_zero_first
 from mythos_jax.runs.checkpoints import Checkpoints, newest_folder
-from mythos_jax.runs.load import LoadedModel, load_model, place_variables
+from mythos_jax.runs.configs import has_begun, model_of
+from mythos_jax.runs.load import LoadedModel, load_model
 from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
 from mythos_jax.runs.state import TrainState
 from mythos_jax.sharding import check_sharded, make_mesh
@@ -95,18 +96,18 @@ def _is_left_over(path: Any) -> bool:
     return path.name == LOCK_FILE or path.name.startswith((".config.yaml.", f".{LOCK_FILE}."))
 
 
-def load_initial(config: Config, mesh: Mesh, run_dir: Any) -> dict[str, Any] | None:
-    """The weights of `training.init_from` on the mesh; None without it, and for a run that has checkpoints of its own.
+def load_initial(config: Config, run_dir: Any) -> dict[str, Any] | None:
+    """The weights of `training.init_from` on the run's mesh; None without it, and for a run that has checkpoints of its
+    own.
 
     The other model must have the same shapes, but for an exit gate, which a model can be given; other fields that
     differ are announced.
     """
     path = config.training.init_from
-    if not path or newest_folder(run_dir / "checkpoints") is not None:
+    if not path or has_begun(run_dir):
         return None
-    loaded = load_model(path, keep_int8=False)
-    _check_tokenizers(config, loaded, path)
-    theirs = loaded.config.model
+    # Shapes first: no weights are read to know them.
+    theirs = model_of(path)
     gate_is_new = config.model.exit_gate and not theirs.exit_gate and theirs.readout != "act"
     if gate_is_new:
         theirs = replace(theirs, exit_gate=True)
@@ -114,11 +115,13 @@ def load_initial(config: Config, mesh: Mesh, run_dir: Any) -> dict[str, Any] | N
     if weight_shapes(theirs) != weight_shapes(config.model):
         fields = "; ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in changed.items())
         raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
+    loaded = load_model(path, mesh=config.mesh, keep_int8=False, with_predictor=False)
+    _check_tokenizers(config, loaded, path)
     for name, (old, new) in changed.items():
         log0(f"{name} is {old!r} in {path}, {new!r} in this run")
     if gate_is_new:
         log0(f"{path}: has no exit gate; the run starts with a new one")
-    return place_variables(loaded.config.model, mesh, loaded.variables)
+    return loaded.variables
 
 
 def _check_tokenizers(config: Config, loaded: LoadedModel, path: str) -> None:
@@ -160,8 +163,7 @@ def open_run_data(config: Config, run_dir: Any, progress: bool) -> Data:
 
     def open_here() -> Data:
         first = is_process_zero()
-        has_begun = newest_folder(run_dir / "checkpoints") is not None
-        data = open_data(config, progress and first, prepare=first, resumes=has_begun)
+        data = open_data(config, progress and first, prepare=first, resumes=has_begun(run_dir))
         if every := config.training.evaluate_every:
             _check_held_out(config, data, every)
         return data

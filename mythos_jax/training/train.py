@@ -24,6 +24,7 @@ from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.processes import StopSignal, is_process_zero, process_zero_first, raise_together
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.lock import RunLock
+from mythos_jax.runs.source import keep_source
 from mythos_jax.runs.state import Constants, TrainState, eval_variables
 from mythos_jax.training.metrics import RunLog, to_json
 from mythos_jax.training.profile import Profiler
@@ -62,7 +63,7 @@ def train(
             return finished(config, run_dir, step)
         # Everything that can be refused is refused before data is prepared, which can take hours.
         local = replace(config, data=replace(config.data, tokenizer=local_tokenizer(config.data.tokenizer)))
-        initial = load_initial(local, mesh, run_dir)
+        initial = load_initial(local, run_dir)
         data = open_run_data(local, run_dir, progress)
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(run_dir / "checkpoints", config.training.keep_checkpoints))
@@ -76,6 +77,8 @@ def train(
         if is_process_zero():
             save_config(config, run_dir / "config.yaml")
             data.save_text(run_dir)
+            if initial is not None:
+                keep_source(config.training.init_from, run_dir, with_text=data.tokenizer is not None)
         loop = _Loop(config, mesh, data, checkpoints, run_dir, lock, Constants(), progress and is_process_zero())
         return loop.run(state)
 

@@ -10,7 +10,6 @@ import jax
 import pytest
 
 from mythos_jax import cli
-from mythos_jax.config import MeshConfig
 from mythos_jax.data.open import open_data
 from mythos_jax.data.prepare import prepare
 from mythos_jax.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -18,7 +17,6 @@ from mythos_jax.errors import ConfigError, DamagedError
 from mythos_jax.language_model import load
 from mythos_jax.runs.load import _tokenizer_of, load_model, open_source
 from mythos_jax.runs.trained_on import TrainedOn
-from mythos_jax.sharding import make_mesh
 from mythos_jax.training import start, train
 from mythos_jax.training.predictor import train_predictor
 from mythos_jax.training.resume import checkpoint_metadata
@@ -124,7 +122,7 @@ def test_weights_of_another_tokenizer_are_no_start(here, monkeypatch):
     message = refusal(train.train, other, "next", progress=False, init_from="run")
     assert message.startswith("data.tokenizer: got other.json, allowed: the tokenizer of run, run/tokenizer.json")
     same = replace(config_of(), training=replace(config_of().training, init_from="run"))
-    assert start.load_initial(same, make_mesh(MeshConfig()), here / "next") is not None
+    assert start.load_initial(same, here / "next") is not None
 
 
 def test_a_run_on_bytes_remembers_them(here):

@@ -1,0 +1,70 @@
+"""The files of the pretrained model that a run started from, beside its weights: kept in the run, for when the run is
+converted, or talks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save
+
+from mythos_jax.data.conventions import TextConventions, documents, read_conventions
+from mythos_jax.data.tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer, Tokenizer
+from mythos_jax.paths import copy_tree, to_path, write_whole
+from mythos_jax.porting.companions import LEGAL
+from mythos_jax.porting.origin import BUFFERS_FILE, FIELDS_FILE, read_origin
+from mythos_jax.porting.reading import FileSource, Source
+from mythos_jax.porting.saving import companion_files, origin_fields
+from mythos_jax.runs.configs import is_run
+
+FOLDER = "source"  # in the run directory
+
+
+def keep_source(init_from: str, run_dir: Any, with_text: bool) -> None:
+    """Copies what belongs to the model that a run starts from into the run: the fields of its `config.json` that our
+    config has no word for, tokenizer, chat template, settings of generation, licence. A run passes on what it has.
+
+    with_text: also the files about text, which mean nothing for tokens that are not the model's.
+    """
+    folder = run_dir / FOLDER
+    if is_run(init_from):
+        theirs = to_path(init_from) / FOLDER
+        if theirs.is_dir():
+            copy_tree(theirs, folder)
+        return
+    source = FileSource(init_from)
+    files = {
+        name: content
+        for name, content in companion_files(source).items()
+        if with_text or LEGAL.fullmatch(Path(name).name)
+    }
+    fields = origin_fields(source)
+    if not files and fields is None:
+        return
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        write_whole(folder / name, content())
+    if fields is not None:
+        write_whole(folder / FIELDS_FILE, json.dumps(fields, indent=1).encode() + b"\n")
+    if source.origin is not None and source.origin.buffers:
+        buffers = {name: read() for name, read in source.origin.buffers.items()}
+        write_whole(folder / BUFFERS_FILE, save(buffers, metadata={"format": "pt"}))
+
+
+def add_to(source: Source, run_dir: Any) -> None:
+    """Gives a run that is converted what belongs to the model that it started from."""
+    folder = run_dir / FOLDER
+    if folder.is_dir():
+        source.directory, source.origin = folder, read_origin(folder)
+
+
+def conventions(run_dir: Any, tokenizer: Tokenizer, vocab_size: int) -> TextConventions:
+    """Those of a run: a text starts as in prepared data; an answer ends, and a conversation is written, as in the model
+    that the run started from, if that had this tokenizer."""
+    own, folder = documents(tokenizer), run_dir / FOLDER
+    file = folder / TOKENIZER_FILE
+    if not file.is_file() or HuggingFaceTokenizer(file).fingerprint != tokenizer.fingerprint:
+        return own
+    origin = read_origin(folder)
+    theirs = read_conventions(file, tokenizer, folder, vocab_size, origin.family if origin else None)
+    return replace(theirs, first_tokens=own.first_tokens, prefix_token=own.prefix_token)
