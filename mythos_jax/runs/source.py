@@ -56,6 +56,8 @@ def add_to(source: Source, run_dir: Any) -> None:
     folder = run_dir / FOLDER
     if folder.is_dir():
         source.directory, source.origin = folder, read_origin(folder)
+        if (folder / TOKENIZER_FILE).is_file():
+            source.text = None  # the files beside it say that
 
 
 def conventions(run_dir: Any, tokenizer: Tokenizer, vocab_size: int) -> TextConventions:

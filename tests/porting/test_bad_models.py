@@ -12,10 +12,7 @@ from mythos_jax.runs.load import load_model
 from tests.porting import golden
 
 TINY = golden.FOLDER / "gguf_tiny" / "model.gguf"
-CONFIG = """
-model: {vocab_size: 64, dim: 16, n_heads: 2, n_kv_heads: 2}
-data: {task: {name: parity, difficulty: [8]}, seq_len: 16}
-"""
+CONFIG = "data: {task: {name: parity, difficulty: [8]}, seq_len: 16}"
 COMMANDS = [
     ["generate", "MODEL", "the rain"],
     ["eval", "MODEL", "--data", "rows"],

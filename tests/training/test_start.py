@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from mythos_jax.cli import main
-from mythos_jax.config import load_run_config, save_config
+from mythos_jax.config import save_config
 from mythos_jax.errors import ConfigError, LockError
 from mythos_jax.runs.lock import LOCK_FILE, Owner, locked
 from mythos_jax.training import train as training
@@ -95,20 +94,6 @@ def test_a_wrong_init_from_does_not_block_its_own_retry(config, uninterrupted, t
     assert not (tmp_path / "tuned").exists()
     monkeypatch.setattr(training._Loop, "run", lambda self, state: {"step": int(state.step)})
     assert train(config, tmp_path / "tuned", progress=False, init_from=run) == {"step": 0}
-
-
-def test_a_run_records_what_it_started_from_and_resumes_without_it(config, uninterrupted, tmp_path, capsys):
-    """By the flag, which sets the field; a field that changes later has no effect, which is said."""
-    run, gone = tmp_path / "tuned", uninterrupted.rename(tmp_path / "gone")
-    save_config(with_training(config, steps=1), tmp_path / "c.yaml")
-    assert main(["train", str(tmp_path / "c.yaml"), "--workdir", str(run), "--init-from", str(gone)]) == 0
-    assert load_run_config(run / "config.yaml").training.init_from == str(gone)
-    assert lines(run)[0]["loss"] < lines(gone)[0]["loss"] - 0.1  # the source is trained
-    shutil.rmtree(gone)
-    again = with_training(config, steps=2, init_from="elsewhere")
-    capsys.readouterr()
-    assert train(again, run, progress=False)["step"] == 2
-    assert f"training.init_from was '{gone}', is now 'elsewhere'\n" in capsys.readouterr().err
 
 
 def test_the_average_of_a_run_starts_from_the_same_weights(config, uninterrupted, tmp_path, monkeypatch):
