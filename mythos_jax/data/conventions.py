@@ -30,6 +30,7 @@ END_OF_TURN_NAMES = (
     "<|eot|>",
     "<|EOT|>",
 )
+SETTINGS_FILE = "tokenizer_config.json"  # of a tokenizer
 # The last is where our own format keeps the `config.json` that a model was published with.
 SETTINGS_FILES = ("generation_config.json", "config.json", "source_config.json")
 NAMED_IN_CONFIG = ("bos_token", "eos_token", "pad_token")
@@ -117,7 +118,7 @@ def stored_conventions(directory: str | Path, tokenizer: Tokenizer, vocab_size: 
     Raises ConfigError if a file is damaged.
     """
     folder = to_path(directory)
-    settings_file = folder / "tokenizer_config.json"
+    settings_file = folder / SETTINGS_FILE
     if not settings_file.is_file():
         return None
     if tokenizer.fingerprint == ByteTokenizer.fingerprint:

@@ -9,6 +9,7 @@ from typing import Any
 from mythos_jax.json_text import parse_json
 from mythos_jax.porting.origin import BUFFERS_FILE, FIELDS_FILE
 
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
 # Files of every model, whatever its family. Not README.md, which describes other files than those beside it.
 SHARED = (
     "tokenizer.json",
@@ -20,8 +21,7 @@ SHARED = (
     "merges.txt",
     "tokenizer.model",
     "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TEMPLATES,
 )
 LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)\b.*", re.IGNORECASE)
 OURS = ("config.json", FIELDS_FILE, BUFFERS_FILE)  # written anew

@@ -16,7 +16,7 @@ from mythos_jax.data.conventions import (
 )
 from mythos_jax.data.tokenizer import TOKENIZER_FILE
 from mythos_jax.porting import native
-from mythos_jax.porting.companions import Companions, Content, companions_of, local_modules
+from mythos_jax.porting.companions import TEMPLATES, Companions, Content, companions_of, local_modules
 from mythos_jax.porting.family import Family
 from mythos_jax.porting.origin import BUFFERS_FILE, FIELDS_FILE, Origin
 from mythos_jax.porting.reading import Source, Text, text_of
@@ -104,22 +104,28 @@ def origin_fields(source: Source) -> dict[str, Any] | None:
 
 
 def _companions(source: Source, family: Family) -> Companions:
+    made = _settings(source, family)
     if source.directory is not None:
         same_code = family in native.FAMILIES or (source.origin is not None and source.origin.family == family.name)
         found = companions_of(source.directory, source.weight_paths, with_code=same_code)
-        if source.tokenizer is None or TOKENIZER_FILE in found.copied:
-            return found
-        return replace(found, copied={**found.copied, TOKENIZER_FILE: source.tokenizer.read_bytes})
+        # What is made is newer; a template in a file of its own would count more.
+        copied = {name: file for name, file in found.copied.items() if not made or name not in {*made, *TEMPLATES}}
+        if source.tokenizer is not None:
+            copied.setdefault(TOKENIZER_FILE, source.tokenizer.read_bytes)
+        return replace(found, copied=copied, made=made)
     if source.tokenizer is None:
         return Companions()
     if source.tokenizer.suffix == ".gguf":
-        made = gguf_files(source.tokenizer)
-        return Companions(made={name: partial(bytes, content) for name, content in made.items()})
-    made = settings_files(*source.text) if source.text and family not in native.FAMILIES else {}
-    return Companions(
-        {TOKENIZER_FILE: source.tokenizer.read_bytes},
-        {name: partial(bytes, content) for name, content in made.items()},
-    )
+        files = gguf_files(source.tokenizer)
+        return Companions(made={name: partial(bytes, content) for name, content in files.items()})
+    return Companions({TOKENIZER_FILE: source.tokenizer.read_bytes}, made)
+
+
+def _settings(source: Source, family: Family) -> dict[str, Content]:
+    """Files that say how a model in memory reads and writes text; our own format needs them for conversations only."""
+    if source.text is None or (family in native.FAMILIES and source.text[1].chat_template is None):
+        return {}
+    return {name: partial(bytes, content) for name, content in settings_files(*source.text).items()}
 
 
 def _text(source: Source) -> Text | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.numpy import save
 
-from mythos_jax.data.conventions import TextConventions, documents, read_conventions
+from mythos_jax.data.conventions import SETTINGS_FILE, TextConventions, documents, read_conventions, stored_conventions
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer, Tokenizer
 from mythos_jax.paths import copy_tree, to_path, write_whole
 from mythos_jax.porting.companions import LEGAL
@@ -56,13 +56,15 @@ def add_to(source: Source, run_dir: Any) -> None:
     folder = run_dir / FOLDER
     if folder.is_dir():
         source.directory, source.origin = folder, read_origin(folder)
-        if (folder / TOKENIZER_FILE).is_file():
+        if (folder / TOKENIZER_FILE).is_file() and not (run_dir / SETTINGS_FILE).is_file():
             source.text = None  # the files beside it say that
 
 
 def conventions(run_dir: Any, tokenizer: Tokenizer, vocab_size: int) -> TextConventions:
-    """Those of a run: a text starts as in prepared data; an answer ends, and a conversation is written, as in the model
-    that the run started from, if that had this tokenizer."""
+    """Those of a run on conversations are its own. Of another, a text starts as in prepared data; an answer ends, and a
+    conversation is written, as in the model that the run started from, if that had this tokenizer."""
+    if stored := stored_conventions(run_dir, tokenizer, vocab_size):
+        return stored
     own, folder = documents(tokenizer), run_dir / FOLDER
     file = folder / TOKENIZER_FILE
     if not file.is_file() or HuggingFaceTokenizer(file).fingerprint != tokenizer.fingerprint:
