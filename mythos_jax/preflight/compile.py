@@ -103,12 +103,18 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
     state = abstract_state(config, mesh)
     batch = {
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))
-        for name, dtype in {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.bool_}.items()
+        for name, dtype in _batch_dtypes(config).items()
     }
     with use_mesh(mesh):
         lowered = jitted_step(config).lower(state, batch, Constants())
     parts = {"parameters": state.variables, "optimizer": state.optimizer, "average": state.average, "batch": batch}
     return _compile(lowered, mesh, parts, quick)
+
+
+def _batch_dtypes(config: Config) -> dict[str, Any]:
+    """Of the arrays of a batch, as in data/batch.py."""
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32 if config.data.chat else jnp.bool_}
+    return dtypes | ({"segment_ids": jnp.int32} if config.data.chat or config.data.document_mask else {})
 
 
 def compile_decode(config: Config, topology: Topology, quick: bool = False) -> Program:
