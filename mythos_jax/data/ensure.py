@@ -38,7 +38,9 @@ def ensure_prepared(
         manifest = load_manifest(folder)
         check_tokenizer(manifest, folder, tokenizer, "data.tokenizer")
         if data.sources or data.chat:
-            check_chat(manifest, folder, data.chat, _chat_template(data, tokenizer), prefix="data.")
+            # A run that is evaluated has the tokenizer and the template as files of its own.
+            template = _chat_template(data, tokenizer) if prepare_missing else None
+            check_chat(manifest, folder, data.chat, template, prefix="data.")
         requested: dict[str, object] = {"seq_len": data.seq_len}
         if data.sources:
             requested |= {

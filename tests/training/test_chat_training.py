@@ -18,7 +18,7 @@ from mythos_jax.training.train import train
 from tests.chats import dialogue, prepare, run, samples, write_chats, write_model
 from tests.tiny import GQA_LAST
 
-MODEL = dataclasses.replace(GQA_LAST, max_seq_len=128, loops=2)
+MODEL = dataclasses.replace(GQA_LAST, max_seq_len=128, loops=2, coda_layers=0, lora_rank=0, loop_embedding=False)
 ANSWERS = ("left", "right", "up", "down")
 
 
@@ -84,5 +84,5 @@ def test_fifty_steps_lower_the_loss_of_held_out_answers(model, tmp_path, capsys)
     loaded = load_model(tmp_path / "run")
     assert loaded.conventions.chat_template is not None
     assert loaded.tokenizer.token_id("<|im_end|>") in loaded.conventions.stop_tokens
-    assert run("generate", tmp_path / "run", "--chat", "--prompt", "up 7?", "--max-new-tokens", 12) == 0
+    assert run("generate", tmp_path / "run", "up 7?", "--chat", "--max-new-tokens", 12) == 0
     assert capsys.readouterr().out.strip() in ANSWERS
