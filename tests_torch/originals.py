@@ -2,6 +2,9 @@
 
     tests_torch/originals.sh            # makes the environments, fetches the originals' code, runs this in each
 
+A golden Llama and a golden OLMo-2 that `retrofit` has cut open with the code of the published retrofitted models, and
+give the logits of the dense models at every depth.
+
 For every original whose code is in CLONES or in the installed transformers: a directory as it is published (golden
 weights, the authors' modelling files, a tokenizer) goes to our format and back, and to its own format directly. Each
 result is opened with the original's loader. Prints a line per model and loader; exits with 1 if a difference is not 0.
@@ -24,6 +27,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mythos_jax.porting.convert import convert
+from mythos_jax.porting.reading import FileSource
+from mythos_jax.retrofit.cut import dense_layers, make_cut
+from mythos_jax.retrofit.surgery import Plan, retrofit
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 DENSE = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "olmo2")
@@ -44,6 +50,9 @@ REMOTE = {
 }
 NAMES = (*DENSE, *REMOTE, "parcae")
 FAMILY = {"llama_tied": "llama", "mistral": "llama", "raven_llama": "raven"}
+# Golden dense models, and the published retrofitted models of their kind.
+RETROFITTED = {"llama": "raven_llama", "olmo2": "raven_olmo"}
+ROUNDING = 1e-4  # of logits, between two programs for the same sums
 Logits = Callable[[Path, np.ndarray], np.ndarray]
 
 
@@ -56,6 +65,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name, loader, source, logits in cases(arguments.clones, Path(folder), arguments.only or NAMES):
             worst = max(worst, compare(name, loader, source, logits, Path(folder)))
+        for dense, raven in RETROFITTED.items():
+            if raven in (arguments.only or NAMES) and (arguments.clones / REMOTE[raven][0]).is_dir():
+                worst = max(worst, compare_retrofitted(dense, raven, arguments.clones, Path(folder)))
     return int(worst > 0)
 
 
@@ -88,6 +100,25 @@ def compare(name: str, loader: str, source: Path, logits: Logits, folder: Path) 
     return float(max(differences))
 
 
+def compare_retrofitted(dense: str, raven: str, clones: Path, folder: Path) -> float:
+    """The largest difference of logits from those of the dense model that is more than rounding, else 0."""
+    source, out = FileSource(GOLDEN / dense), folder / f"{dense}-retrofitted"
+    layers = len(dense_layers(source.config))
+    retrofit(source, out, Plan(make_cut(layers, prelude=(0,), coda=(layers - 1,))), progress=False)
+    code, modules = REMOTE[raven]
+    add_code(out, clones / code, modules)
+    model = auto_model(out)
+    with np.load(GOLDEN / dense / "golden.npz") as file:
+        tokens, expected = torch.from_numpy(file["input_ids"]).long(), file["logits"]
+    differences = []
+    for loops in (1, 2, 4, 8):
+        with torch.no_grad():
+            found = model(tokens, num_steps=torch.tensor([loops, 0])).logits.numpy()
+        differences.append(np.abs(found - expected).max())
+    print(f"{dense:12} retrofitted, {raven:9} max |Δlogits| {max(differences):.1e} at 1, 2, 4, 8 loops", flush=True)
+    return 0.0 if max(differences) <= ROUNDING else float(max(differences))
+
+
 def dense_source(name: str, folder: Path) -> Path:
     """The golden directory with a tokenizer, its config in the spelling of the installed transformers."""
     source = folder / f"{name}-source"
@@ -105,29 +136,37 @@ def remote_source(name: str, code: Path, modules: set[str], folder: Path) -> Pat
     if source.is_dir():
         return source
     shutil.copytree(GOLDEN / name, source)
-    short = {module: module.removesuffix("_llama").removesuffix("_olmo") for module in modules}
-    for module, name_on_hub in short.items():
-        text = (code / f"{module}.py").read_text()
-        for package in ("convert_pretrained_model.", "ouro_rl.modeling."):
-            text = text.replace(f"from {package}", "from .")
-        (source / f"{name_on_hub}.py").write_text(text)
     config = json.loads((source / "config.json").read_text())
     tied = config.pop("tied")
     del config["family"]
     if name in ("huginn", "raven_llama", "raven_olmo"):
-        config["auto_map"] = {
-            "AutoConfig": "raven_config_minimal.RavenConfig",
-            "AutoModelForCausalLM": "raven_modeling_minimal.RavenForCausalLM",
-        }
         config["architectures"] = ["RavenForCausalLM"]
         config["init_values"]["std"] = 0.0  # starts from zeros, so that two calls agree
     (source / "config.json").write_text(json.dumps(config))
+    add_code(source, code, modules)
     if tied:  # as `save_pretrained` of a tied model leaves it: with the buffers
         model = auto_model(source)
         tensors = load_file(source / "model.safetensors") | {"freqs_cis": model.freqs_cis}
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(source)
     return source
+
+
+def add_code(directory: Path, code: Path, modules: set[str]) -> None:
+    """Puts the authors' modules beside a model, and names them in its config."""
+    short = {module: module.removesuffix("_llama").removesuffix("_olmo") for module in modules}
+    for module, name_on_hub in short.items():
+        text = (code / f"{module}.py").read_text()
+        for package in ("convert_pretrained_model.", "ouro_rl.modeling."):
+            text = text.replace(f"from {package}", "from .")
+        (directory / f"{name_on_hub}.py").write_text(text)
+    if "raven_config_minimal" in modules:
+        config = json.loads((directory / "config.json").read_text())
+        config["auto_map"] = {
+            "AutoConfig": "raven_config_minimal.RavenConfig",
+            "AutoModelForCausalLM": "raven_modeling_minimal.RavenForCausalLM",
+        }
+        (directory / "config.json").write_text(json.dumps(config))
 
 
 def parcae_source(folder: Path) -> Path:
