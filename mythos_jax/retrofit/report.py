@@ -110,7 +110,7 @@ class RetrofitReport:
             f"GFLOPs per token, forward: {forward} loops (the source: {c.dense_forward / 1e9:.3g})",
             f"GFLOPs per token, training: {c.training / 1e9:.3g} at a mean of {c.mean_loops} loops, gradients through "
             f"the last {c.backprop_loops} (the source: {c.dense_training / 1e9:.3g})",
-            f"{self.training_file}: {c.tokens / 1e6:,.0f} million tokens, {c.training * c.tokens / 1e15:,.0f} PFLOPs: "
+            f"{self.training_file}: {c.tokens / 1e6:,.0f} million tokens, {c.training * c.tokens / 1e15:,.3g} PFLOPs: "
             f"{hours}, at {UTILISATION:.0%} of the peak",
         ]
 
@@ -122,4 +122,6 @@ def _layers(layers: tuple[int, ...]) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours"
+    if hours < 1:
+        return f"{hours * 60:.0f} minutes" if hours * 60 >= 1 else "less than a minute"
+    return f"{hours:,.1f} hours"
