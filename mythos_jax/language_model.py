@@ -35,10 +35,11 @@ def load(
     dtype: Dtype = "float32",
     weights: Literal["int8"] | None = None,
     overrides: Sequence[str] = (),
+    base: str | None = None,
 ) -> "LanguageModel":
     """A trained model, ready to use.
 
-    path: the run directory of `mythos train`, a pretrained directory or file, or a Hugging Face id.
+    path: the run directory of `mythos train`, a pretrained directory or file, a PEFT directory, or a Hugging Face id.
     step: the checkpoint of a run (default: the newest).
     config: for a pretrained file that holds only tensors: a `config.json`, or one of our YAML files.
     tokenizer: a `tokenizer.json` or "bytes", for a model that has none.
@@ -47,11 +48,14 @@ def load(
     dtype: of the stored weights; bfloat16 or float16 take half the memory. weights: "int8" stores the matrices as int8,
       with a scale per output channel: a quarter of the memory, and faster decoding (docs/speed.md).
     overrides: command-line words that set fields of the config, such as `["--evaluation.max_rows", "100"]`.
+    base: for a PEFT directory, the model to add its low-rank weights to (default: the one that it names).
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
     storage = Storage.named(dtype, weights)
-    loaded = load_model(path, step, config=config, tokenizer=tokenizer, mesh=mesh, storage=storage, overrides=overrides)
+    loaded = load_model(
+        path, step, config=config, tokenizer=tokenizer, mesh=mesh, storage=storage, overrides=overrides, base=base
+    )
     return LanguageModel(loaded)
 
 

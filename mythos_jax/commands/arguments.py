@@ -180,7 +180,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def load_named(arguments: argparse.Namespace, overrides: list[str]) -> "LanguageModel":
-    """The model that the command names, with its `--step`, `--tokenizer`, `--dtype` and `--weights`."""
+    """The model that the command names, with its `--step`, `--tokenizer`, `--base`, `--dtype` and `--weights`."""
     from mythos_jax.language_model import load
 
     return load(
@@ -190,6 +190,16 @@ def load_named(arguments: argparse.Namespace, overrides: list[str]) -> "Language
         dtype=arguments.dtype,
         weights=arguments.weights,
         overrides=overrides,
+        base=arguments.base,
+    )
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        type=path,
+        metavar="MODEL",
+        help="for a PEFT directory: the model to add it to (default: the one that it names)",
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from mythos_jax import interrupts
 from mythos_jax.commands.arguments import (
+    add_base,
     add_chat,
     add_generation,
     add_step,
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=path, metavar="RUN|MODEL")
     add_chat(parser)
     add_tokenizer(parser)
+    add_base(parser)
     add_storage(parser)
     add_step(parser)
     add_generation(parser)

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from mythos_jax.commands.arguments import add_json, path
+from mythos_jax.commands.arguments import add_base, add_json, path
 from mythos_jax.errors import DONE, FAILED, WRONG_INPUT, ConfigError
 
 SUMMARY = "Convert a model to another format, with a report on every tensor."
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=path,
         metavar="SRC",
-        help="a run, a directory, a file (.safetensors, .gguf, .pt and others), or a hub id",
+        help="a run, a directory (also PEFT's), a file (.safetensors, .gguf, .pt and others), or a hub id",
     )
     parser.add_argument("target", type=path, metavar="DST", help="a directory that does not exist yet, or is empty")
     parser.add_argument(
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="which weights to read from a checkpoint of PyTorch that holds several, such as ema",
     )
+    add_base(parser)
     parser.add_argument(
         "--check", action="store_true", help="also run the original and this implementation on the same tokens"
     )
@@ -48,10 +49,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not arguments.debug:
         quiet_background_errors()
     if arguments.weights_key is None:
-        source = open_source(arguments.source, arguments.config, overrides)
-    elif overrides or is_run(arguments.source):
+        source = open_source(arguments.source, arguments.config, overrides, arguments.base)
+    elif overrides or arguments.base or is_run(arguments.source):
         raise ConfigError(
-            f"--weights-key: got {arguments.weights_key!r}, allowed only with a checkpoint of PyTorch and no overrides"
+            f"--weights-key: got {arguments.weights_key!r}, allowed only with a checkpoint of PyTorch, without --base "
+            "and overrides"
         )
     else:
         source = FileSource(arguments.source, arguments.config, weights_key=arguments.weights_key)

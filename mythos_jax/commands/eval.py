@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mythos_jax.commands.arguments import (
+    add_base,
     add_json,
     add_processes,
     add_seed,
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_tokenizer(parser)
     add_seed(parser, "few-shot examples and sampling, for --tasks (default: the harness's own)", default=None)
+    add_base(parser)
     add_storage(parser)
     add_json(parser)
     add_processes(parser)

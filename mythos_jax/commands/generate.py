@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from mythos_jax.commands.arguments import (
+    add_base,
     add_chat,
     add_generation,
     add_step,
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_chat(parser)
     add_tokenizer(parser)
+    add_base(parser)
     add_storage(parser)
     add_step(parser)
     add_generation(parser)

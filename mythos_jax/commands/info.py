@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _name_and_config(source: str, overrides: list[str]) -> "tuple[str, ModelConfig]":
     from mythos_jax.config import load_run_config, named_config
+    from mythos_jax.porting.adapted import open_pretrained
     from mythos_jax.porting.hub import PACKAGED
-    from mythos_jax.porting.reading import FileSource
     from mythos_jax.runs.configs import load_config
 
     directory = Path(source)
@@ -47,7 +47,7 @@ def _name_and_config(source: str, overrides: list[str]) -> "tuple[str, ModelConf
         return config.name, config.model
     if overrides:
         raise ConfigError(f"{source}: is a pretrained model, got {overrides[0]}; allowed only with a config or a run")
-    pretrained = FileSource(source)
+    pretrained = open_pretrained(source)
     return pretrained.path.stem, pretrained.config
 
 

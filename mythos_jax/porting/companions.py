@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ class Companions:
     copied: Mapping[str, Content] = field(default_factory=dict)
     made: Mapping[str, Content] = field(default_factory=dict)
     left: tuple[str, ...] = ()
+
+    def with_text_of(self, directory: Path) -> "Companions":
+        """With the files of `SHARED` that another directory has in place of these ones."""
+        copied = {name: (directory / name).read_bytes for name in SHARED if (directory / name).is_file()}
+        made = {name: content for name, content in self.made.items() if name not in copied}
+        return replace(self, copied={**self.copied, **copied}, made=made)
 
     def write(self, directory: Path) -> None:
         for name, content in {**self.copied, **self.made}.items():

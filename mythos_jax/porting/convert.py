@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mythos_jax.porting.adapted import open_pretrained
 from mythos_jax.porting.check import Check, check_conversion, require_original
 from mythos_jax.porting.coverage import Coverage, check_tensors
 from mythos_jax.porting.families import get_family
@@ -50,7 +51,7 @@ def convert(
     """
     target_family = get_family(to)
     refuse_existing(dst)
-    source = src if isinstance(src, Source) else FileSource(src, config)
+    source = src if isinstance(src, Source) else open_pretrained(src, config, keep_dtype=True)
     if check:
         require_original(source.family.name, to)
     target_family.require_expressible(source.config)

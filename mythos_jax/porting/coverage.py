@@ -1,6 +1,7 @@
 """Does a model hold exactly the tensors that its config asks for?"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,12 +67,18 @@ def require_tensors(source: Source) -> Coverage:
     coverage = check_tensors(source)
     problems = coverage.problems
     if problems:
-        more = len(problems) - SHOWN_PROBLEMS
-        text = "; ".join(problems[:SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
-        raise ConfigError(f"{source.path}: its tensors do not fit its config ({source.family.name}): {text}")
+        raise ConfigError(
+            f"{source.path}: its tensors do not fit its config ({source.family.name}): {shortened(problems)}"
+        )
     for note in coverage.lines():
         log0(note)
     return coverage
+
+
+def shortened(problems: Sequence[str]) -> str:
+    """The first of them, for an error of one line."""
+    more = len(problems) - SHOWN_PROBLEMS
+    return "; ".join(problems[:SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _check_expected(source: Source, coverage: Coverage) -> set[str]:

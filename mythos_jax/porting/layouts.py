@@ -42,6 +42,34 @@ def to_theirs(layout: str, array: np.ndarray) -> np.ndarray:
     return rearrange(array, f"{our_axes} -> {their_axes}", **_fixed(layout))
 
 
+def low_rank_layouts(layout: str) -> tuple[str, str] | None:
+    """The layouts of the factors of a matrix: theirs are [R, in] and [out, R], ours [*inputs, R] and [R, *outputs].
+
+    None for a layout that is not that of a linear map stored as [out, in] there and as [*inputs, *outputs] here.
+    """
+    if layout == SAME:
+        return None
+    theirs, ours = (re.findall(r"\([^)]*\)|\w+", axes) for axes in layout.split("->"))
+    if len(theirs) != 2:
+        return None
+    outputs, inputs = theirs
+    ours_in = [group for group in ours if _atoms(group) <= _atoms(inputs)]
+    ours_out = [group for group in ours if _atoms(group) <= _atoms(outputs)]
+    if ours != ours_in + ours_out:
+        return None
+    return f"rank {inputs} -> {' '.join(ours_in)} rank", f"{outputs} rank -> rank {' '.join(ours_out)}"
+
+
+def input_axes(layout: str) -> int:
+    """How many axes of our array come before the rank, in the first of the `low_rank_layouts`."""
+    _, _, ours = layout.partition("->")
+    return len(re.findall(r"\([^)]*\)|\w+", ours)) - 1
+
+
+def _atoms(axes: str) -> set[str]:
+    return set(re.findall(r"\w+", axes))
+
+
 def _single(axes: str) -> str:
     """The axes with those that are made of several left out of account."""
     return re.sub(r"\([^)]*\)", "_", axes)

@@ -12,9 +12,10 @@ from mythos_jax.config import ModelConfig
 from mythos_jax.model.gather import SCALES
 from mythos_jax.model.storage import FLOAT32, Dtype, Storage, boxes_by_path
 from mythos_jax.porting import native
+from mythos_jax.porting.adapted import open_pretrained
 from mythos_jax.porting.coverage import require_tensors
 from mythos_jax.porting.families import get_family
-from mythos_jax.porting.reading import ConfigLike, FileSource, Source, VariablesSource
+from mythos_jax.porting.reading import ConfigLike, Source, VariablesSource
 from mythos_jax.porting.saving import write_directory
 from mythos_jax.porting.writing import SHARD_BYTES, refuse_existing
 from mythos_jax.progress import Progress
@@ -25,14 +26,14 @@ def load_pretrained(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Returns a model's config and its variables, `{"params": …, "balance": …}`, unboxed, on the default device.
 
-    path: a directory, a file of weights, or a Hugging Face id `owner/name`. The format
-    (see docs/weights.md) is detected.
+    path: a directory, a file of weights, or a Hugging Face id `owner/name`. The format (see docs/weights.md) is
+    detected; low-rank weights in PEFT's format are added to the model that they were trained on.
     config: a ModelConfig, a reference's fields, or the path of a `config.json` or of one of our YAML files. Required
     for a file that holds only tensors; elsewhere it replaces the config that comes with them.
     dtype, int8: how the weights are stored, see `Storage`; as int8, there is a collection `scales` beside the params.
     Raises ConfigError, one line: nothing there, a damaged file, tensors that do not fit the config.
     """
-    return load_variables(FileSource(path, config), Storage(dtype, int8))
+    return load_variables(open_pretrained(path, config), Storage(dtype, int8))
 
 
 def load_variables(

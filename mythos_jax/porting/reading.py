@@ -49,7 +49,8 @@ class Source(ABC):
     tensors are there. wrappers: parts of the stored names that were taken off, such as `_orig_mod.`. notes: lines that
     say what was chosen among several, such as files. origin: what the files that the model was published in say beyond
     our config, if that is known. directory: where other files are that belong to the model, if there is such a place;
-    weight_paths: those in it that hold its tensors. text: how it reads and writes text, if no file says that.
+    weight_paths: those in it that hold its tensors. overlay: where files are that replace those of `directory`. text:
+    how it reads and writes text, if no file says that; text_directory: where the files are that do, if not there.
     """
 
     wrappers: Sequence[str] = ()
@@ -57,6 +58,8 @@ class Source(ABC):
     origin: Origin | None = None
     directory: Path | None = None
     weight_paths: Sequence[Path] = ()
+    overlay: Path | None = None
+    text_directory: Path | None = None
     text: Text | None = None
 
     def __init__(
@@ -110,7 +113,7 @@ class FileSource(Source):
     def __init__(self, path: str | Path, config: ConfigLike | None = None, *, weights_key: str | None = None):
         path = resolve(path)
         notes: list[str] = []
-        files = [_open(file, weights_key) for file in files_of(path, notes)]
+        files = [open_tensors(file, weights_key) for file in files_of(path, notes)]
         file_of = {name: file for file in files for name in file.tensors}
         stored_names, self.wrappers, left = unwrap(file_of, has_signature, path)
         notes += [note for file in files for note in file.notes]
@@ -182,7 +185,8 @@ def text_of(source: Source) -> Text | None:
         return source.text
     tokenizer, vocab_size = load_tokenizer(source.tokenizer), source.config.vocab_size
     family = source.origin.family if source.origin else source.family.name
-    return tokenizer, read_conventions(source.tokenizer, tokenizer, source.directory, vocab_size, family)
+    directory = source.text_directory or source.directory
+    return tokenizer, read_conventions(source.tokenizer, tokenizer, directory, vocab_size, family)
 
 
 def _accompanying_fields(
@@ -195,7 +199,8 @@ def _accompanying_fields(
     return first.fields if isinstance(first, GgufFile) else embedded_fields(path, first.configs, tensors), path
 
 
-def _open(path: Path, weights_key: str | None) -> TensorFile:
+def open_tensors(path: Path, weights_key: str | None = None) -> TensorFile:
+    """The tensors of one file, or of a directory of torch.distributed.checkpoint."""
     if path.is_dir():
         return DcpDirectory(path, weights_key)
     if is_lfs_pointer(path):

@@ -104,6 +104,11 @@ def origin_fields(source: Source) -> dict[str, Any] | None:
 
 
 def _companions(source: Source, family: Family) -> Companions:
+    companions = _base_companions(source, family)
+    return companions if source.overlay is None else companions.with_text_of(source.overlay)
+
+
+def _base_companions(source: Source, family: Family) -> Companions:
     made = _settings(source, family)
     if source.directory is not None:
         same_code = family in native.FAMILIES or (source.origin is not None and source.origin.family == family.name)

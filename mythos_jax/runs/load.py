@@ -30,9 +30,10 @@ from mythos_jax.model.predictor import PREDICTOR
 from mythos_jax.model.storage import FLOAT32, Storage, boxes_by_path
 from mythos_jax.paths import to_path
 from mythos_jax.porting import native
+from mythos_jax.porting.adapted import open_pretrained
 from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.porting.pretrained import load_variables
-from mythos_jax.porting.reading import FileSource, Source, VariablesSource
+from mythos_jax.porting.reading import Source, Text, VariablesSource
 from mythos_jax.processes import log0
 from mythos_jax.runs import source as start_files
 from mythos_jax.runs.checkpoints import Checkpoints
@@ -53,6 +54,8 @@ class LoadedModel:
     trained_on: what the checkpoint remembers of its data; nothing for a pretrained model.
     storage: how the weights are stored.
     family: the format that a pretrained model was published in; None for a run.
+    text_directory: where the files are that say how a pretrained model reads and writes text (None: in `directory`);
+    text: that itself, if no file says it.
     """
 
     directory: Path
@@ -65,6 +68,8 @@ class LoadedModel:
     trained_on: TrainedOn = field(default_factory=TrainedOn)
     storage: Storage = FLOAT32
     family: str | None = None
+    text_directory: Path | None = None
+    text: Text | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -84,10 +89,13 @@ class LoadedModel:
         Raises ConfigError if a file is damaged, or if there is no tokenizer.
         """
         tokenizer = self.require_tokenizer()
+        if self.text is not None:
+            return self.text[1]
         vocab_size = self.config.model.vocab_size
         if self.step is not None or self.tokenizer_spec is None:
             return start_files.conventions(self.directory, tokenizer, vocab_size)
-        return read_conventions(self.tokenizer_spec, tokenizer, self.directory, vocab_size, self.family)
+        directory = self.text_directory or self.directory
+        return read_conventions(self.tokenizer_spec, tokenizer, directory, vocab_size, self.family)
 
     def require_tokenizer(self) -> Tokenizer:
         """Raises ConfigError if there is none."""
@@ -139,6 +147,7 @@ def load_model(
     with_predictor: bool = True,
     storage: Storage = FLOAT32,
     keep_int8: bool = True,
+    base: str | None = None,
 ) -> LoadedModel:
     """A run at its newest checkpoint (or that of `step`), or a pretrained model (see `load_pretrained`).
 
@@ -148,18 +157,20 @@ def load_model(
     overrides: command-line words that set fields of the config, such as `--mesh.tensor 2`.
     with_predictor: also load the run's depth predictor, if it has one.
     storage: how the weights are stored. keep_int8: those of a directory of int8 weights stay as they are.
+    base: for a PEFT directory, the model to add it to (default: the one that it names).
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
     tokenizer = None if tokenizer is None else local_tokenizer(str(tokenizer))
     if is_run(path):
+        _refuse_base(path, base)
         run = _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor)
         return replace(run, variables=storage.store_all(run.config.model, run.variables), storage=storage)
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
         raise ConfigError(f"{path}: a pretrained model has no step {step}; allowed only with a run directory")
-    source = FileSource(str(path), config)
+    source = open_pretrained(str(path), config, base=base, open_base=open_source)
     run_config = config_from_words(overrides, name=source.path.stem)
     device_mesh = make_mesh(mesh or (run_config.mesh if sets_mesh(overrides) else default_mesh()))
     if tokenizer is not None and source.tokenizer is not None:
@@ -177,7 +188,14 @@ def load_model(
         storage=storage,
         tokenizer_spec=_spec(tokenizer or source.tokenizer),
         family=source.origin.family if source.origin else source.family.name,
+        text_directory=source.text_directory,
+        text=source.text if tokenizer is None else None,
     )
+
+
+def _refuse_base(path: str | Path, base: str | None) -> None:
+    if base is not None:
+        raise ConfigError(f"--base: got {base}, allowed only with a PEFT directory, which {path} is not")
 
 
 def placer(config: ModelConfig, mesh: Mesh) -> Callable[[str, Any], jax.Array]:
@@ -198,10 +216,16 @@ def placer(config: ModelConfig, mesh: Mesh) -> Callable[[str, Any], jax.Array]:
     return put
 
 
-def open_source(path: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Source:
-    """A run or a pretrained model as a source of tensors, for `convert`. overrides: as in `load_model`."""
+def open_source(
+    path: str | Path,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    base: str | None = None,
+) -> Source:
+    """A run or a pretrained model as a source of tensors, for `convert`. overrides, base: as in `load_model`."""
     if not is_run(path):
-        return FileSource(str(path), config)
+        return open_pretrained(str(path), config, base=base, open_base=open_source, keep_dtype=True)
+    _refuse_base(path, base)
     run = _load_run(to_path(path), overrides=overrides)
     tokenizer = run.tokenizer  # which is checked by reading it
     if tokenizer is None and run.config.data.uses_tokenizer:
