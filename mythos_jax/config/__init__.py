@@ -9,7 +9,15 @@ from mythos_jax.config.data import DataConfig, EvaluationConfig, TaskConfig
 from mythos_jax.config.files import load_config, load_run_config, save_config
 from mythos_jax.config.model import ModelConfig
 from mythos_jax.config.named import named_config
-from mythos_jax.config.run import Config, MeshConfig, backprop_loops, has_static_depth, max_loops, mean_loops
+from mythos_jax.config.run import (
+    Config,
+    MeshConfig,
+    backprop_loops,
+    has_static_depth,
+    max_loops,
+    may_skip_loops,
+    mean_loops,
+)
 from mythos_jax.config.training import DepthConfig, ObjectivesConfig, TrainingConfig
 
 __all__ = [
@@ -27,6 +35,7 @@ __all__ = [
     "load_config",
     "load_run_config",
     "max_loops",
+    "may_skip_loops",
     "mean_loops",
     "named_config",
     "save_config",

@@ -99,7 +99,20 @@ def max_loops(config: Config) -> int:
 
 def backprop_loops(config: Config) -> int:
     """The number of last loops of a row that gradients flow through, a compile-time constant; by default all."""
-    return min(config.training.depth.backprop_loops or max_loops(config), max_loops(config))
+    depth, most = config.training.depth, max_loops(config)
+    if depth.backprop_up_to_mean:  # during a curriculum, `training.depth.loops_with_gradient` of each step
+        most = min(most, mean_loops(config))
+    return min(depth.backprop_loops or most, most)
+
+
+def may_skip_loops(config: Config) -> bool:
+    """Whether steps are expected in which no row runs all of the loops with gradients, so that it pays to look.
+
+    Otherwise the mean of each step's draws is at least `backprop_loops`, and of many rows one runs them all.
+    """
+    depth = config.training.depth
+    one_draw = depth.sample_per == "batch" and depth.distribution != "fixed"
+    return bool(config.training.curriculum_length) or one_draw or backprop_loops(config) > mean_loops(config)
 
 
 def has_static_depth(config: Config) -> bool:

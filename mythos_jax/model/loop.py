@@ -52,6 +52,7 @@ class LoopContext(struct.PyTreeNode):
     limit, stop: int32 [] or [B, 1]. `limit` is the depth that a row is on its way to; this call ends before loop
     `stop`. start: int32 [] or [B], the first loop of this call. count: how many loops it runs, where that is fixed and
     no token can halt, else None. same_loop: all rows are at the same loop. trace_states: the trace keeps each state.
+    skip_idle: a scan leaves out the loops that no row runs.
     """
 
     inputs: TokenInputs
@@ -66,6 +67,7 @@ class LoopContext(struct.PyTreeNode):
     freeze: Freeze = struct.field(pytree_node=False)
     same_loop: bool = struct.field(pytree_node=False)
     trace_states: bool = struct.field(pytree_node=False, default=False)
+    skip_idle: bool = struct.field(pytree_node=False, default=False)
 
 
 def make_context(
@@ -172,11 +174,21 @@ class Carry(struct.PyTreeNode):
 
 
 Cell = Any  # RecurrentCell, which is above this file
-RunLoop = Callable[[Cell, Carry, jax.Array, LoopContext], tuple[Carry, Trace]]
+# The third argument is what a scan has for each loop: the loop of each row, int32 [B], and with `skip_idle` also
+# whether any row runs it, bool [].
+RunLoop = Callable[[Cell, Carry, Any, LoopContext], tuple[Carry, Trace]]
 
 
-def loop_function(call: RunLoop, remat: str, gather_per_loop: bool) -> RunLoop:
-    """The cell's call as the drivers run it: with rematerialisation, and with weights gathered in every loop."""
+def loop_function(
+    call: RunLoop, remat: str, gather_per_loop: bool, idle: Callable[[Carry, LoopContext], Trace] | None = None
+) -> RunLoop:
+    """The cell's call as the drivers run it: with rematerialisation, and with weights gathered in every loop.
+
+    idle: the trace of a loop that no row runs; if it is given, such loops are left out.
+    """
+    # Inside the remat, which keeps only what a loop starts from; outside it, the weights would be kept once per loop.
+    if idle is not None:
+        call = _skip_idle(call, idle)
     # Tied inside the remat, so that the backward pass gathers the weights again instead of keeping them.
     if gather_per_loop:
         call = prevent_hoisting(call)
@@ -185,9 +197,27 @@ def loop_function(call: RunLoop, remat: str, gather_per_loop: bool) -> RunLoop:
     return call
 
 
+def _skip_idle(call: RunLoop, idle: Callable[[Carry, LoopContext], Trace]) -> RunLoop:
+    """The cell's call, or where no row runs the loop the carry as it is: all tokens are frozen then."""
+
+    def run(cell: Cell, carry: Carry, loop: tuple[jax.Array, jax.Array], context: LoopContext) -> tuple[Carry, Trace]:
+        loop_B, is_run = loop
+        branches = (
+            lambda cell, carry: call(cell, carry, loop_B, context),
+            lambda cell, carry: (carry, idle(carry, context)),
+        )
+        carry, trace = nn.cond(is_run, *branches, cell, carry)
+        return carry, trace
+
+    return run
+
+
 def scan_loops(run: RunLoop, cell: Cell, carry: Carry, context: LoopContext) -> tuple[Carry, Trace]:
     """`context.count` loops of every row, from `context.start` on; returns the trace stacked over loops."""
     start_B = jnp.broadcast_to(context.start, carry.tokens.halted_BT.shape[:1])
+    loops: Any = start_B + jnp.arange(context.count, dtype=jnp.int32)[:, None]
+    if context.skip_idle:  # before the scan, so that devices agree once and not in every loop
+        loops = loops, (loops < context.stop[:, 0]).any(-1)
     # Broadcasting the variables makes every loop use the same weights, and their gradients add up.
     scan = nn.scan(
         run,
@@ -196,7 +226,7 @@ def scan_loops(run: RunLoop, cell: Cell, carry: Carry, context: LoopContext) -> 
         in_axes=(0, nn.broadcast),
         length=context.count,
     )
-    return scan(cell, carry, start_B + jnp.arange(context.count, dtype=jnp.int32)[:, None], context)
+    return scan(cell, carry, loops, context)
 
 
 def while_loops(

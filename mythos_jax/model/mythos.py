@@ -147,6 +147,7 @@ class Mythos(nn.Module):
         start: int | jax.Array = 0,
         count: int | jax.Array | None = None,
         trace_states: bool = False,
+        skip_idle: bool = False,
     ) -> tuple[TokenState, Cache | None, Trace]:
         """Runs the recurrent block on tokens that have run the loops before `start`.
 
@@ -159,12 +160,15 @@ class Mythos(nn.Module):
         token at a time; a prompt of several runs all its loops. Without a cache such a policy is approximate:
         it sees a token as the coda does while the token's neighbours are still looping, not with their final states.
         trace_states: the trace of scanned loops also holds the state after each of them, [L, B, T, D].
+        skip_idle: scanned loops that no row runs, where rows have depths of their own, are left out and not computed
+        for nothing; the result is the same.
         """
         c, inputs, loops = self.config, tokens.inputs, self.config.loops if loops is None else loops
         first, predictor = c.prelude_layers, self.variables.get(PREDICTOR)
         value_embeddings = tuple(self._value_embeddings(inputs.tokens_BT, first + i) for i in range(c.loop_layers))
         context = make_context(c, inputs, value_embeddings, predictor, cache, loops, halting, start, count)
-        context = context.replace(trace_states=trace_states)
+        skip_idle = skip_idle and context.freeze == "finished" and context.count is not None
+        context = context.replace(trace_states=trace_states, skip_idle=skip_idle)
         probe = self._probe(inputs, context.halting)
         tokens, loop_caches, coda_caches, trace = self.recurrence(
             prepare_tokens(c, tokens, context, probe),

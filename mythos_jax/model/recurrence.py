@@ -95,7 +95,7 @@ class RecurrentCell(nn.Module):
         t = loop_B[0] if context.same_loop else loop_B  # one number keeps the cache's slot a slice
         attention = context.attention.replace(loop=t, frozen_BT=masks.frozen_BT)
         state_BTD, caches, stats = self.next_state(carry, loop_B, attention, context, masks.counted_BT)
-        trace = Trace(change_LBT=relative_change(state_BTD, old.state_BTD))  # also where it is undone below
+        trace = Trace(change_LBT=relative_change(state_BTD, old.state_BTD))
         if masks.frozen_BT is not None:
             state_BTD = jnp.where(masks.frozen_BT[..., None], old.state_BTD, state_BTD)
         state_BTD = constrain(state_BTD, "batch", "length", "act_embed")
@@ -108,6 +108,8 @@ class RecurrentCell(nn.Module):
             p_BT = nn.sigmoid(logit_BT)
             survival_BT = jnp.where(masks.running_BT, survival_BT * (1 - p_BT), survival_BT)
             trace = trace.replace(halt_probability_LBT=p_BT, halt_logit_LBT=logit_BT)
+        if (frozen_BT := masks.frozen_BT) is not None:  # nothing of the loop counts
+            trace = jax.tree.map(lambda x_BT: jnp.where(frozen_BT, 0, x_BT), trace)
         if context.trace_states:
             trace = trace.replace(state_LBTD=state_BTD)
         if halting is not None and act is None:
@@ -172,6 +174,17 @@ class RecurrentCell(nn.Module):
         return act, halts_BT, trace.replace(halt_probability_LBT=p_BT, act_weight_LBT=weight_BT)
 
 
+def idle_trace(carry: Carry, context: LoopContext) -> Trace:
+    """The trace of a loop that no row runs: `RecurrentCell` with all tokens frozen."""
+    tokens, zeros_BT = carry.tokens, jnp.zeros(carry.tokens.halted_BT.shape)
+    trace = Trace(change_LBT=zeros_BT, state_LBTD=tokens.state_BTD if context.trace_states else None)
+    if tokens.act is not None:
+        return trace.replace(halt_probability_LBT=zeros_BT, act_weight_LBT=zeros_BT)
+    if tokens.survival_BT is not None:
+        return trace.replace(halt_probability_LBT=zeros_BT, halt_logit_LBT=zeros_BT)
+    return trace
+
+
 class RecurrentBlock(nn.Module):
     """The cell, run any number of times."""
 
@@ -198,7 +211,8 @@ class RecurrentBlock(nn.Module):
         # In a scan the carry is saved once per loop, so the inputs, which no loop changes, stay out of it.
         carry = Carry(tokens.replace(inputs=None, exit_kv=None), caches, coda_caches, no_stats(c))
         cell = RecurrentCell(c, name="cell")  # one cell: all loops share its weights
-        run = loop_function(RecurrentCell.__call__, c.remat, self.gather_per_loop)
+        idle = idle_trace if context.skip_idle else None
+        run = loop_function(RecurrentCell.__call__, c.remat, self.gather_per_loop, idle)
 
         trace, end = Trace(), context.start
         if self.is_initializing():

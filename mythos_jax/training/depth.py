@@ -34,14 +34,16 @@ def truncated_forward(
     *,
     backprop_loops: int,
     limit: int | jax.Array | None = None,
+    skip_idle: bool = False,
     trace_states: bool = False,
 ) -> Output:
     """The forward pass with gradients through each row's last `backprop_loops` loops only (truncated backpropagation
     through depth: Huginn, arXiv 2502.05171, section 3.3). loops: int32 [B], traced: any depth is the same program.
 
     First the loops without gradient, under a while loop, then the others, under a scan; rows that are done are carried
-    unchanged. limit: a smaller number of loops with gradients, which may be traced. With ACT the output of every loop
-    counts, so all have gradients and `backprop_loops` must bound them.
+    unchanged. limit: a smaller number of loops with gradients, which may be traced. skip_idle: the scan leaves out the
+    loops that no row runs. With ACT the output of every loop counts, so all have gradients and `backprop_loops` must
+    bound them.
     trace_states: the trace has the states after the loops with gradients.
     """
     tokens, _ = model.begin(tokens_BT, segment_ids=segment_ids)
@@ -54,7 +56,13 @@ def truncated_forward(
         state_BTD = jnp.where((start_B > 0)[:, None, None], before.state_BTD, tokens.state_BTD)
         tokens = before.replace(inputs=tokens.inputs, state_BTD=state_BTD)
     tokens, _, trace = model.loop(
-        tokens, loops=loops, halting=halting, start=start_B, count=backprop_loops, trace_states=trace_states
+        tokens,
+        loops=loops,
+        halting=halting,
+        start=start_B,
+        count=backprop_loops,
+        trace_states=trace_states,
+        skip_idle=skip_idle,
     )
     if router is not None:
         trace = trace.replace(router=jax.tree.map(jnp.add, router, trace.router))
@@ -79,7 +87,7 @@ def loops_with_gradient(config: Config, step: jax.Array) -> int | jax.Array:
     """Through how many last loops of a row gradients flow at most: `backprop_loops`, and where the config says so no
     more than the mean of the step, rounded up. Then it is traced, int32 []."""
     most = backprop_loops(config)
-    if not config.training.depth.backprop_up_to_mean:
+    if not (config.training.depth.backprop_up_to_mean and config.training.curriculum_length):
         return most
     # The mean is rounded in float32: 4 that came out as 4.0000005 is 4.
     return jnp.minimum(jnp.ceil(curriculum_mean(config, step) - 1e-5).astype(jnp.int32), most)

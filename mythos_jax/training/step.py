@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mythos_jax.config import Config, TrainingConfig, backprop_loops, has_static_depth
+from mythos_jax.config import Config, TrainingConfig, backprop_loops, has_static_depth, may_skip_loops
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.gather import gather_loop_weights
 from mythos_jax.model.layers import compute_dtype
@@ -184,7 +184,8 @@ def _token_losses(
     # Where all rows of all steps run the same loops, depth is a constant and one scan runs them all.
     most, run = backprop_loops(config), forward
     if not has_static_depth(config):
-        run = partial(truncated_forward, backprop_loops=most, limit=loops_with_gradient(config, step))
+        limit, skip = loops_with_gradient(config, step), may_skip_loops(config)
+        run = partial(truncated_forward, backprop_loops=most, limit=limit, skip_idle=skip)
     loops = part.get("loops", most)
     if objectives.exit_loss == "none":
         loss_BT, out = token_loss(model, variables, part, loops=loops, rngs=rngs, run=run)

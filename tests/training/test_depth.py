@@ -10,9 +10,12 @@ import pytest
 
 from mythos_jax.config import Config, DepthConfig, ModelConfig, TrainingConfig, has_static_depth
 from mythos_jax.errors import ConfigError
+from mythos_jax.model.injection import NoInjection, register_injection
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.training.depth import curriculum_mean, draw_depths, loops_with_gradient, truncated_forward
 from tests.tiny import GQA, GQA_LAST, MLA, variables
+
+GATED = dataclasses.replace(GQA_LAST, exit_gate=True)
 
 
 def with_depth(model=None, seed=0, **fields):
@@ -176,6 +179,76 @@ def test_truncated_gradient_is_that_of_the_last_loops_from_a_constant_state(conf
 def raw_state(config, held, loops):
     """The state after some loops, which is what the coda gets if nothing comes between."""
     return jax.jit(lambda held: Mythos(config).apply(held, TOKENS, loops=loops).state)(held)
+
+
+@pytest.mark.parametrize("config", [GQA, dataclasses.replace(GATED, remat="attention")], ids=["moe_act", "gate"])
+def test_loops_that_no_row_runs_are_left_out(config):
+    """Loss, gradients, traces and router statistics are those of the scan that computes every loop."""
+    held, tokens, weights = variables(config), TOKENS[:2], jax.random.normal(jax.random.key(1), (2, 8, 40))
+
+    @partial(jax.jit, static_argnums=1)
+    @partial(jax.value_and_grad, has_aux=True)
+    def found(params, skip):
+        forward = partial(truncated_forward, backprop_loops=5, skip_idle=skip, trace_states=config is not GQA)
+        model, loops = Mythos(config), jnp.array([2, 3])
+        out = model.apply({**held, "params": params}, tokens, None, loops, None, method=forward)
+        logits = model.apply({**held, "params": params}, out.features, method="head")
+        aux = [out.aux.change_LBT, out.aux.act_weight_LBT, out.aux.router_z]
+        extra = sum((x**2).sum() for x in aux if x is not None)
+        return (logits * weights).sum() + extra, (out, logits)
+
+    value, gradient = found(held["params"], False)
+    skipped, same = found(held["params"], True)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), value, skipped)
+    assert_close(gradient, same, atol=1e-5)
+
+
+def test_a_traced_limit_is_fewer_loops_with_gradients():
+    held, weights = variables(GQA_LAST)["params"], jax.random.normal(jax.random.key(1), (3, 8, 40))
+
+    @partial(jax.jit, static_argnums=2)
+    @jax.grad
+    def gradient(params, limit, count):
+        forward = partial(truncated_forward, backprop_loops=count, limit=limit, skip_idle=True)
+        out = Mythos(GQA_LAST).apply({"params": params}, TOKENS, None, jnp.array([4, 3, 1]), None, method=forward)
+        return (Mythos(GQA_LAST).apply({"params": params}, out.features, method="head") * weights).sum()
+
+    assert_close(gradient(held, jnp.int32(2), 4), gradient(held, None, 2), atol=1e-5)
+
+
+class Counted(NoInjection):
+    """Counts the loops that are computed."""
+
+    computed = 0
+
+    def enter(self, h_BTD, e_BTD):
+        def count(_):
+            Counted.computed += 1
+
+        jax.debug.callback(count, h_BTD[0, 0, 0])
+        return h_BTD
+
+
+def test_only_the_loops_that_a_row_runs_are_computed():
+    register_injection("counted", Counted)
+    config = dataclasses.replace(GQA_LAST, injection="counted", initial_state="injected")
+    held = Mythos(config).init(jax.random.key(0), TOKENS)
+
+    @partial(jax.jit, static_argnums=1)
+    def features(loops, skip):
+        forward = partial(truncated_forward, backprop_loops=6, skip_idle=skip)
+        return Mythos(config).apply(held, TOKENS, None, loops, None, method=forward).features
+
+    def computed(depths, skip):
+        jax.effects_barrier()
+        Counted.computed = 0
+        jax.block_until_ready(features(jnp.array(depths), skip))
+        jax.effects_barrier()
+        return Counted.computed
+
+    assert computed([1, 1, 2], False) == 6
+    assert [computed([1, 1, n], True) for n in (1, 2, 6, 9)] == [1, 2, 6, 9]
+    assert features._cache_size() == 2
 
 
 def test_memory_does_not_grow_with_loops_without_gradient():

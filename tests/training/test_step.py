@@ -76,6 +76,17 @@ def test_depths_do_not_depend_on_the_devices():
         np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-5)
 
 
+def test_skipped_loops_do_not_depend_on_the_devices():
+    """During a curriculum: four devices leave out the same loops as one, experts included."""
+    depth = DepthConfig(distribution="uniform", mean_loops=3, curriculum_steps=4)
+    rising = config_with(depth=depth, grad_accumulation_steps=2)
+    one, four = (run(rising, 2, devices)[1] for devices in (1, 4))
+    for a, b in zip(one, four, strict=True):
+        for name in ("loss", "gradient_norm", "mean_loops", "expert_load"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
+    assert one[0]["mean_loops"] == 1
+
+
 def test_documents_in_one_row_are_as_if_alone():
     """Two documents of six tokens per row, at random depth, accumulated and sharded: the loss is that of the documents
     in rows of their own. Positions continue through the row: RoPE depends on their differences only."""
