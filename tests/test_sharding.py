@@ -96,17 +96,24 @@ def test_the_loss_on_a_mesh_equals_that_on_one_device():
     keys = jax.random.split(jax.random.key(0), 3)
     table = jax.random.normal(keys[1], (40, 8))
 
-    def both(features, table, targets):
-        return jax.value_and_grad(lambda f, t: jnp.sin(cross_entropy(f, t, targets, chunk_length=4)).sum(), (0, 1))(
-            features, table
-        )
+    def both(features, table, targets, mask):
+        def loss(features, table):
+            return jnp.sin(cross_entropy(features, table, targets, chunk_length=4, mask_BT=mask)).sum()
 
-    for rows, mesh in [(4, MeshConfig(fsdp=2, tensor=2, sequence=2)), (3, MeshConfig(data=2, fsdp=2, tensor=2))]:
+        return jax.value_and_grad(loss, (0, 1))(features, table)
+
+    # The mask leaves each device with another number of chunks to compute.
+    for rows, mesh, masked in [
+        (4, MeshConfig(fsdp=2, tensor=2, sequence=2), False),
+        (3, MeshConfig(data=2, fsdp=2, tensor=2), False),
+        (4, MeshConfig(fsdp=2, tensor=2, sequence=2), True),
+    ]:
         features = jax.random.normal(keys[0], (rows, 14, 8))
         targets = jax.random.randint(keys[2], (rows, 14), 0, 40)
-        expected = both(features, table, targets)
+        mask = np.arange(14) < 5 * np.arange(rows)[:, None] if masked else None
+        expected = both(features, table, targets, mask)
         with use_mesh(make_mesh(mesh)):
-            sharded = jax.jit(both)(features, table, targets)
+            sharded = jax.jit(both)(features, table, targets, mask)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), sharded, expected)
 
 

@@ -72,13 +72,7 @@ def token_loss(
     out = apply(run, model, variables, *arguments, rngs=rngs)
     # The loss contains the head: for a large vocabulary, logits exist for a few positions at a time.
     table_VD = output_table(variables)
-    loss_BT = cross_entropy(out.features, table_VD, batch["targets"])
-    return counted(loss_BT, batch), out
-
-
-def counted(values_BT: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """The values of the targets that count, and 0 for the others, whose own values reach no gradient."""
-    return jnp.where(batch["mask"] != 0, values_BT, 0)
+    return cross_entropy(out.features, table_VD, batch["targets"], mask_BT=batch["mask"]), out
 
 
 def exit_losses(
@@ -101,6 +95,6 @@ def exit_losses(
     def loss_of(state_BTD: jax.Array) -> jax.Array:
         tokens = TokenState(inputs, state_BTD, jnp.zeros(state_BTD.shape[:2], bool), out.loops)
         read_out: Any = model.apply(variables, tokens, logits=False, method="finish")
-        return counted(cross_entropy(read_out.features, table_VD, batch["targets"]), batch)
+        return cross_entropy(read_out.features, table_VD, batch["targets"], mask_BT=batch["mask"])
 
     return jax.lax.map(jax.checkpoint(loss_of), out.aux.state_LBTD), out

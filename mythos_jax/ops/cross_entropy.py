@@ -5,41 +5,50 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from mythos_jax.ops.chunked import map_chunks
+from mythos_jax.ops.chunked import map_chunks, map_counted_chunks
 from mythos_jax.sharding import axis_size, in_use, partition_spec
 
 
 def cross_entropy(
-    features_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk_length: int | None = None
+    features_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    chunk_length: int | None = None,
+    mask_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Cross-entropy of each target in nats, float32 [B, T], under logits = features table^T.
 
-    targets_BT: int32. chunk_length: positions per row whose logits exist at a time (default: see `map_chunks`); the
-    backward pass recomputes them. The table's gradient is accumulated in the table's own dtype, float32 in training. On
-    a mesh, each device first sums the gradient over its own tokens, so it is reduced across devices only once.
+    targets_BT: int32. mask_BT: where it is 0, the loss is 0, and chunks of such positions alone cost nothing
+    (`map_counted_chunks`). chunk_length: positions per row whose logits exist at a time (default: see `map_chunks`);
+    the backward pass recomputes them. The table's gradient is accumulated in the table's own dtype, float32 in
+    training. On a mesh, each device first sums the gradient over its own tokens, so it is reduced across devices only
+    once.
     """
+    counts_BT = () if mask_BT is None else (mask_BT != 0,)
     if not in_use():
-        return _local_cross_entropy(features_BTD, table_VD, targets_BT, chunk_length)
+        return _local_cross_entropy(features_BTD, table_VD, targets_BT, *counts_BT, chunk_length=chunk_length)
     tokens_spec = partition_spec(targets_BT.shape, ("batch", "length"))
     features_spec = partition_spec(features_BTD.shape, ("batch", "length", "act_embed"))
     table_spec = partition_spec(table_VD.shape, ("vocab", "embed"))
     vocab_axis, width_axes = table_spec
 
-    def per_device(features_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    def per_device(features_BTD: jax.Array, table_VD: jax.Array, *tokens: jax.Array) -> jax.Array:
         if width_axes:
             table_VD = _gather_width(width_axes, features_BTD.dtype, table_VD)
-        return _local_cross_entropy(features_BTD, table_VD, targets_BT, chunk_length, vocab_axis)
+        return _local_cross_entropy(features_BTD, table_VD, *tokens, chunk_length=chunk_length, vocab_axis=vocab_axis)
 
-    run = jax.shard_map(
-        per_device, in_specs=(features_spec, table_spec, tokens_spec), out_specs=tokens_spec, check_vma=False
-    )
-    return run(features_BTD, table_VD, targets_BT)
+    tokens = targets_BT, *counts_BT
+    in_specs = features_spec, table_spec, *[tokens_spec] * len(tokens)
+    run = jax.shard_map(per_device, in_specs=in_specs, out_specs=tokens_spec, check_vma=False)
+    return run(features_BTD, table_VD, *tokens)
 
 
 def _local_cross_entropy(
     features_BTD: jax.Array,
     table_VD: jax.Array,
     targets_BT: jax.Array,
+    counts_BT: jax.Array | None = None,
+    *,
     chunk_length: int | None,
     vocab_axis: str | None = None,
 ) -> jax.Array:
@@ -55,7 +64,10 @@ def _local_cross_entropy(
         logits_NV = jnp.einsum("ND,VD->NV", features_ND, table, preferred_element_type=jnp.float32)
         return _cross_entropy_of_logits(vocab_axis, logits_NV, targets_BC.reshape(-1)).reshape(targets_BC.shape)
 
-    return map_chunks(loss, (features_BTD, targets_BT), V, chunk_length)
+    arrays = features_BTD, targets_BT
+    if counts_BT is None:
+        return map_chunks(loss, arrays, V, chunk_length)
+    return map_counted_chunks(loss, arrays, counts_BT, V, chunk_length)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
