@@ -83,7 +83,7 @@ def test_instructions_are_counted_as_often_as_their_loops_run():
 
 
 def test_trip_counts_that_are_not_constant():
-    """The recurrence runs `traced_depth` times, other loops once: also one whose bound is the largest integer."""
+    """The recurrence runs `traced_depth` times, the head `traced_chunks` times, other loops once: also one whose bound is the largest integer."""
     bound = "  %bound.2 = s32[]{:T(128)} constant(5)\n"
     traced = PROGRAM.replace(bound, "  %bound.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0\n")
     assert traced != PROGRAM
@@ -91,6 +91,9 @@ def test_trip_counts_that_are_not_constant():
     named = traced.replace(loop, loop + ', metadata={op_name="jit(step)/jvp(Mythos.loop)/recurrence/while"}')
     assert parse(traced, traced_depth=7).runs["inner_body"] == 3
     assert parse(named, traced_depth=7).runs["inner_body"] == 3 * 7
+    for scope in ("jvp(counted_chunks)", "transpose(jvp(counted_chunks))"):
+        head = traced.replace(loop, loop + f', metadata={{op_name="jit(step)/{scope}/while"}}')
+        assert parse(head, traced_depth=7, traced_chunks=4).runs["inner_body"] == 3 * 4
     sampler = PROGRAM.replace(bound, bound.replace("(5)", "(2147483647)"))
     assert parse(sampler, traced_depth=7).runs["inner_body"] == 3
 

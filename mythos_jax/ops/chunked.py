@@ -1,6 +1,7 @@
 """Functions of logits, applied to a few positions at a time, so that the logits of a whole sequence never coexist."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ CHUNK_LENGTH = 256
 # Where only some positions count, positions of all rows per chunk on a CPU. Accelerators need large products, and read
 # and write the table's gradient once per chunk; a CPU computes small ones as fast, and leaves more of them out.
 CPU_CHUNK = 256
+COUNTED_SCOPE = "counted_chunks"  # names the loops over them in compiled programs
 
 
 def map_chunks(
@@ -55,8 +57,9 @@ def map_counted_chunks(
     """`map_chunks` of one device's arrays where only some positions count: bool [B, T]. The others get 0.
 
     The positions that count are moved to the front, over all rows, and chunks without any are not computed, neither in
-    the forward nor in the backward pass. It is the same program for any number of them. Devices may compute different
-    numbers of chunks, so collectives in `function` must be over devices that hold the same positions.
+    the forward nor in the backward pass, which costs as much as there is to count. It is the same program for any
+    number of them. Devices may compute different numbers of chunks, so collectives in `function` must be over devices
+    that hold the same positions.
     """
     B, T = counts_BT.shape
     size = B * _chunk_length(T, vocab_size, chunk_length)
@@ -76,21 +79,20 @@ def map_counted_chunks(
         return x.reshape(n_chunks, 1, size, *x.shape[1:])
 
     chunks = tuple(map(split, arrays))
-    like = jax.eval_shape(function, *(x[0] for x in chunks))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-
-    def compute(chunk: tuple[Any, ...]) -> Any:
-        is_counted, *parts = chunk
-        return jax.lax.cond(is_counted, function, lambda *_: zeros, *parts)
-
-    is_counted = jnp.arange(n_chunks) * size < counts_BT.sum()
-    results = jax.lax.map(jax.checkpoint(compute), (is_counted, *chunks))
+    # What the function closes over, a table above all, becomes arguments that gradients can flow to.
+    converted, shared = jax.closure_convert(function, *(x[0] for x in chunks))
+    results = _first_chunks(converted, -(-counts_BT.sum() // size), chunks, shared)
 
     def join(x: jax.Array) -> jax.Array:
         x_BT = _permute(x.reshape(n_chunks * size)[: B * T], place_N, order_N).reshape(B, T)
         return jnp.where(counts_BT, x_BT, 0)
 
     return jax.tree.map(join, results)
+
+
+def count_chunks(length: int, vocab_size: int) -> int:
+    """Into how many chunks an accelerator cuts rows of this length, if all positions count."""
+    return -(-length // _chunk_length(length, vocab_size, None))
 
 
 def _chunk_length(length: int, vocab_size: int, chunk_length: int | None) -> int:
@@ -106,4 +108,52 @@ def _permute(x: jax.Array, order_N: jax.Array, place_N: jax.Array) -> jax.Array:
 _permute.defvjp(
     lambda x, order_N, place_N: (jnp.take(x, order_N, axis=0), place_N),
     lambda place_N, ct: (jnp.take(ct, place_N, axis=0), None, None),
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _first_chunks(
+    function: Callable[..., Any], n: jax.Array, chunks: tuple[jax.Array, ...], shared: list[jax.Array]
+) -> Any:
+    """`function(*chunk, *shared)` of the first n chunks, stacked; 0 for the others. A loop of traced length, which runs
+    again in the backward pass."""
+
+    def add(i: jax.Array, results: Any) -> Any:
+        new = function(*(x[i] for x in chunks), *shared)
+        return jax.tree.map(lambda all_chunks, x: all_chunks.at[i].set(x), results, new)
+
+    like = jax.eval_shape(lambda *chunk: function(*chunk, *shared), *(x[0] for x in chunks))
+    zeros = jax.tree.map(lambda x: jnp.zeros((len(chunks[0]), *x.shape), x.dtype), like)
+    with jax.named_scope(COUNTED_SCOPE):
+        return jax.lax.fori_loop(0, n, add, zeros)
+
+
+_Residuals = tuple[jax.Array, tuple[jax.Array, ...], list[jax.Array]]
+
+
+def _first_chunks_backward(function: Callable[..., Any], residuals: _Residuals, ct: Any) -> tuple[None, Any, Any]:
+    n, chunks, shared = residuals
+    moving = [jnp.issubdtype(x.dtype, jnp.inexact) for x in chunks]  # the others, targets above all, have no gradient
+
+    def add(i: jax.Array, total: tuple[Any, Any]) -> tuple[Any, Any]:
+        chunk = [x[i] for x in chunks]
+
+        def of(floats: list[jax.Array], shared: list[jax.Array]) -> Any:
+            rest = iter(floats)
+            return function(*(next(rest) if moves else x for moves, x in zip(moving, chunk, strict=True)), *shared)
+
+        floats = [x for moves, x in zip(moving, chunk, strict=True) if moves]
+        of_chunk, of_shared = jax.vjp(of, floats, shared)[1](jax.tree.map(lambda x: x[i], ct))
+        set_chunk = jax.tree.map(lambda all_chunks, x: all_chunks.at[i].set(x), total[0], of_chunk)
+        return set_chunk, jax.tree.map(jnp.add, total[1], of_shared)
+
+    zeros = [jnp.zeros_like(x) for moves, x in zip(moving, chunks, strict=True) if moves]
+    with jax.named_scope(COUNTED_SCOPE):
+        of_chunks, of_shared = jax.lax.fori_loop(0, n, add, (zeros, jax.tree.map(jnp.zeros_like, shared)))
+    rest = iter(of_chunks)
+    return None, tuple(next(rest) if moves else None for moves in moving), of_shared
+
+
+_first_chunks.defvjp(
+    lambda function, *arguments: (_first_chunks(function, *arguments), arguments), _first_chunks_backward
 )

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from mythos_jax.ops.chunked import COUNTED_SCOPE
+
 WRITTEN_FOR = "libtpu 0.0.42.1"
 
 # Tokens order side effects and hold no data.
@@ -102,12 +104,13 @@ class Instruction:
 
 @dataclass
 class Module:
-    """A parsed program. computations: from name to instructions, in order. traced_depth: how often the recurrence runs
-    if the program itself does not say."""
+    """A parsed program. computations: from name to instructions, in order. traced_depth, traced_chunks: how often the
+    recurrence and the head run if the program itself does not say."""
 
     computations: dict[str, list[Instruction]] = field(default_factory=dict)
     entry: str = ""
     traced_depth: float = 1
+    traced_chunks: float = 1
 
     @cached_property
     def by_name(self) -> dict[tuple[str, str], Instruction]:
@@ -133,8 +136,8 @@ class Module:
     def trips(self, loop: Instruction) -> float:
         """How often a loop's body runs: the constant that its condition compares with.
 
-        If that is not a constant: `traced_depth` for the recurrence, and 1 for other loops (more steps over the rows of
-        experts under an uneven load, repeated draws of a sampler).
+        If that is not a constant: `traced_depth` for the recurrence, `traced_chunks` for the head, and 1 for other loops
+        (more steps over the rows of experts under an uneven load, repeated draws of a sampler).
         """
         match = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if match:
@@ -148,6 +151,8 @@ class Module:
         bounds = [constants[name] for name in condition[-1].operands if name in constants]
         if len(bounds) == 1 and bounds[0] < 2**31 - 1:
             return bounds[0]
+        if re.search(rf"{COUNTED_SCOPE}\)*/while$", loop.op_name):
+            return self.traced_chunks
         return self.traced_depth if loop.op_name.endswith("recurrence/while") else 1
 
     def walk(self) -> Iterator[tuple[Instruction, float]]:
@@ -174,9 +179,9 @@ class Module:
         return order[::-1]
 
 
-def parse(text: str, traced_depth: float = 1) -> Module:
+def parse(text: str, traced_depth: float = 1, traced_chunks: float = 1) -> Module:
     """Parses HLO text as `compiled.as_text()` returns it. Raises UnknownHloError for a line it cannot read."""
-    module = Module(traced_depth=traced_depth)
+    module = Module(traced_depth=traced_depth, traced_chunks=traced_chunks)
     computation: str | None = None
     text = re.sub(r"\n(?=\"|}})", "", text)  # a kernel's metadata is printed on lines of its own
     for line in text.splitlines():

@@ -8,6 +8,7 @@ from typing import Any
 from mythos_jax.chips import GIB
 from mythos_jax.config import Config
 from mythos_jax.flops import forward_flops, training_flops
+from mythos_jax.ops.chunked import count_chunks
 from mythos_jax.preflight.collectives import Collective, read_collectives
 from mythos_jax.preflight.compile import Buffer, Program, chip_bytes, compile_decode, compile_train
 from mythos_jax.preflight.cost import cost
@@ -136,7 +137,9 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         return dataclasses.replace(report, needed=refusal.needed, biggest=refusal.biggest, advice=advice)
     peak = sum(hbm.values()) + program.temporaries + program.code
     fits = peak <= topology.chip.hbm_bytes
-    module = parse(program.text, traced_depth=1 if decode else loops_without_gradient(config))
+    # Every target counts, as in plain text.
+    chunks = count_chunks(config.data.seq_len // program.mesh.shape["sequence"], config.model.vocab_size)
+    module = parse(program.text, 1 if decode else loops_without_gradient(config), chunks)
     collectives = tuple(read_collectives(module, program.mesh))
     per_chip, chip = cost(module), topology.chip
     if decode:

@@ -1,12 +1,15 @@
 """Chunked cross-entropy against a softmax over all logits at once, values and gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mythos_jax.ops.chunked import map_counted_chunks
+from mythos_jax.ops.chunked import MAX_UNCHUNKED_VOCAB, count_chunks, map_counted_chunks
 from mythos_jax.ops.cross_entropy import cross_entropy
+from mythos_jax.preflight.hlo import parse
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 5, 16])
@@ -72,3 +75,18 @@ def test_only_chunks_with_positions_that_count_are_computed():
         np.testing.assert_array_equal(minus, np.where(mask, -x, 0))
         assert len(ran) == chunks
     assert program._cache_size() == 1
+
+
+def test_the_chunks_of_a_compiled_loss_are_found():
+    """`mythos compile` tells by their names the loops whose length depends on the mask."""
+    arrays = (
+        jnp.zeros((2, 512, 4)),
+        jnp.zeros((MAX_UNCHUNKED_VOCAB + 1, 4)),
+        jnp.zeros((2, 512), int),
+        jnp.ones((2, 512)),
+    )
+    total = lambda features, table, targets, mask: cross_entropy(features, table, targets, mask_BT=mask).sum()  # noqa: E731
+    text = jax.jit(jax.grad(total, (0, 1))).lower(*arrays).compile().as_text()
+    runs = parse(text, traced_chunks=5).runs
+    assert {runs[name] for name in set(re.findall(r"body=%?([\w.-]+)", text))} == {5}
+    assert count_chunks(512, MAX_UNCHUNKED_VOCAB + 1) == 2
