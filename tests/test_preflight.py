@@ -83,7 +83,8 @@ def test_instructions_are_counted_as_often_as_their_loops_run():
 
 
 def test_trip_counts_that_are_not_constant():
-    """The recurrence runs `traced_depth` times, the head `traced_chunks` times, other loops once: also one whose bound is the largest integer."""
+    """The recurrence runs `traced_depth` times, the head `traced_chunks` times, other loops once: also one whose bound
+    is the largest integer."""
     bound = "  %bound.2 = s32[]{:T(128)} constant(5)\n"
     traced = PROGRAM.replace(bound, "  %bound.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0\n")
     assert traced != PROGRAM

@@ -136,8 +136,8 @@ class Module:
     def trips(self, loop: Instruction) -> float:
         """How often a loop's body runs: the constant that its condition compares with.
 
-        If that is not a constant: `traced_depth` for the recurrence, `traced_chunks` for the head, and 1 for other loops
-        (more steps over the rows of experts under an uneven load, repeated draws of a sampler).
+        If that is not a constant: `traced_depth` for the recurrence, `traced_chunks` for the head, and 1 for other
+        loops (more steps over the rows of experts under an uneven load, repeated draws of a sampler).
         """
         match = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if match:
