@@ -12,7 +12,7 @@ from mythos_jax.data.chat_record import parse_record
 from mythos_jax.data.conventions import gguf_files
 from mythos_jax.data.tokenizer import load_tokenizer
 from mythos_jax.porting.hub import resolve
-from tests.chats import MARKED, dialogue, golden_template
+from tests.chats import MARKED, dialogue, golden_template, prepare, run
 
 TEXTS = ["What is 2 + 2?", "4.", "  and é 漢字 🎉?\n", "<b>It's\n\nfine</b>", "naïve café", "\tx = 'y'\n", "ok", "…"]
 
@@ -100,3 +100,10 @@ def test_tokens_of_other_templates(name: str, smollm2: Path, tmp_path: Path) -> 
             ids(tokenizer, messages[:end]) for end in ends
         ]
         assert sum(sample.answers for sample in encoded.samples) == len(answers)
+
+
+def test_the_word_smollm2_names_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way: from records to a row that is shown."""
+    folder = prepare(tmp_path, [dialogue("Is it so?", "It is.")], model="smollm2", seq_len=64)
+    assert run("data", "show", folder) == 0
+    assert "<|im_start|>assistant\n[[It is.<|im_end|>]]\n" in capsys.readouterr().out

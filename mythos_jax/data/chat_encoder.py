@@ -17,10 +17,10 @@ A template of which none of these is true is refused for the record, because any
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -55,27 +55,27 @@ def make_chat_encoder(spec: str | Path, tokenizer: Tokenizer, template: str | Pa
 @dataclass(frozen=True)
 class Sample:
     """What the model sees at once. tokens: int32 [n]. weights: float32 [n], of each token as a target, so that the
-    first one has none. dropped: tokens at its end that a row has no room for. unended: answers without a token that
-    ends them."""
+    first one has none. text_bytes: of its text, UTF-8. answers: trained on. unended: those of them without a token that
+    ends them. dropped: tokens at its end that a row has no room for."""
 
     tokens: np.ndarray
     weights: np.ndarray
+    text_bytes: int
     answers: int
     unended: int = 0
     dropped: int = 0
 
     def fit(self, room: int) -> "Sample":
         dropped = max(len(self.tokens) - room, 0)
-        return Sample(self.tokens[:room], self.weights[:room], self.answers, self.unended, dropped)
+        return replace(self, tokens=self.tokens[:room], weights=self.weights[:room], dropped=dropped)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Encoded:
-    """The samples of one conversation. cut: whether it is divided at turns because it is too long. by_answer: whether
-    every answer has a text of its own. text_bytes: of all texts, UTF-8."""
+    """The samples of one conversation. cut: whether it is divided at turns, or lacks the oldest, because it is too
+    long. by_answer: whether every answer has a text of its own."""
 
-    samples: list[Sample] = field(default_factory=list)
-    text_bytes: int = 0
+    samples: list[Sample]
     cut: bool = False
     by_answer: bool = False
 
@@ -122,78 +122,71 @@ class ChatEncoder:
             row.append(end)
         weights = np.ones(len(row), np.float32)
         weights[: max(prompt, 1)] = 0
-        sample = Sample(np.array(row, np.int32), weights, answers=1)
-        return Encoded([sample.fit(self.room)], len(text.encode()))
+        sample = Sample(np.array(row, np.int32), weights, len(text.encode()), answers=1)
+        return Encoded([sample.fit(self.room)])
 
     def _conversation(self, conversation: Conversation) -> Encoded:
-        encoded = Encoded()
-        whole = self._whole(conversation, encoded)
+        whole = self._whole(conversation)
         if whole is None:
-            encoded.by_answer = True
-            self._by_answer(conversation, encoded)
-        elif len(whole.tokens) <= self.room:
-            encoded.samples.append(whole)
-        else:
-            encoded.cut = True
-            self._cut(conversation, encoded)
-        return encoded
+            samples = [self._newest_turns(conversation, i) for i, weight in enumerate(conversation.weights) if weight]
+            return Encoded([sample for sample, _ in samples], cut=any(cut for _, cut in samples), by_answer=True)
+        if len(whole.tokens) <= self.room:
+            return Encoded([whole])
+        return Encoded(list(self._cut(conversation)), cut=True)
 
-    def _cut(self, conversation: Conversation, encoded: Encoded) -> None:
+    def _cut(self, conversation: Conversation) -> Iterator[Sample]:
         """As many turns as fit after the system messages that the conversation starts with, and so on with the rest."""
         head, turns = conversation.turns()
-        encoded.text_bytes = 0
-        first = 0
-        while first < len(turns):
+        while turns:
+            samples: dict[int, Sample] = {}
 
-            def sample(count: int, first: int = first) -> Sample:
-                part = conversation.part(slice(head), *turns[first : first + count])
-                found = self._whole(part, Encoded()) if any(part.weights) else _without_answer()
-                if found is None:
-                    raise RecordError("is too long, and the chat template writes its parts otherwise than the whole")
-                return found
+            def fits(n: int, turns: list[slice] = turns, samples: dict[int, Sample] = samples) -> bool:
+                samples[n] = self._turns(conversation.part(slice(head), *turns[:n]))
+                return len(samples[n].tokens) <= self.room
 
-            count = _most(len(turns) - first, partial(self._fits, sample))
-            encoded.samples.append(sample(count).fit(self.room))
-            first += count
+            count = _most(len(turns), fits)
+            if count not in samples:
+                fits(count)
+            yield samples[count].fit(self.room)
+            turns = turns[count:]
 
-    def _by_answer(self, conversation: Conversation, encoded: Encoded) -> None:
-        """Every answer in a text of its own, without the oldest turns where it would be too long."""
-        for i, weight in enumerate(conversation.weights):
-            if not weight:
-                continue
-            before = Conversation(conversation.messages[: i + 1], (0.0,) * i + (weight,), conversation.tools)
-            head, turns = before.turns()
+    def _turns(self, part: Conversation) -> Sample:
+        """A part of a conversation that is too long; nothing if none of it is trained on."""
+        if not any(part.weights):
+            return Sample(np.zeros(0, np.int32), np.zeros(0, np.float32), text_bytes=0, answers=0)
+        sample = self._whole(part)
+        if sample is None:
+            raise RecordError("is too long, and the chat template writes its parts otherwise than the whole")
+        return sample
 
-            def sample(
-                count: int, before: Conversation = before, head: int = head, turns: list[slice] = turns
-            ) -> Sample:
-                """With the last `count` turns."""
-                return self._last_answer(before.part(slice(head), *turns[len(turns) - count :]))
+    def _newest_turns(self, conversation: Conversation, i: int) -> tuple[Sample, bool]:
+        """Message i at the end of its own text, without the oldest turns where that would be too long; and whether it
+        lacks some."""
+        before = conversation.part(slice(i + 1))
+        head, turns = before.turns()
+        samples: dict[int, Sample] = {}
 
-            whole = sample(len(turns))
-            if len(whole.tokens) > self.room:
-                encoded.cut = True
-                count = _most(len(turns), partial(self._fits, sample))
-                whole = sample(count).fit(self.room)
-            encoded.samples.append(whole)
+        def fits(n: int) -> bool:
+            samples[n] = self._last_answer(before.part(slice(head), *turns[len(turns) - n :]))
+            return len(samples[n].tokens) <= self.room
 
-    def _fits(self, sample: Callable[[int], Sample], count: int) -> bool:
-        return len(sample(count).tokens) <= self.room
+        count = len(turns) if fits(len(turns)) else _most(len(turns) - 1, fits)
+        if count not in samples:
+            fits(count)
+        return samples[count].fit(self.room), count < len(turns)
 
-    def _whole(self, conversation: Conversation, encoded: Encoded) -> Sample | None:
+    def _whole(self, conversation: Conversation) -> Sample | None:
         """The conversation in one text; None if the whole text does not begin as that up to one of its answers does."""
         if self._template.marks_answers:
-            text, passages = self._marked(conversation)
-        else:
-            text = self._render(conversation, len(conversation.messages))
-            passages = []
-            for i, weight in enumerate(conversation.weights):
-                if weight:
-                    start, upto = self._answer(conversation, i)
-                    if not text.startswith(upto):
-                        return None
-                    passages.append((start, len(upto), weight))
-        encoded.text_bytes = len(text.encode())
+            return self._sample(*self._marked(conversation))
+        text = self._render(conversation, len(conversation.messages))
+        passages = []
+        for i, weight in enumerate(conversation.weights):
+            if weight:
+                start, upto = self._answer(conversation, i)
+                if not text.startswith(upto):
+                    return None
+                passages.append((start, len(upto), weight))
         return self._sample(text, passages)
 
     def _last_answer(self, conversation: Conversation) -> Sample:
@@ -242,7 +235,7 @@ class ChatEncoder:
                     inside = inside[: stops[-1] + 1]
             weights[inside] = weight
         weights[:1] = 0
-        return Sample(tokens, weights, sum(weight > 0 for *_, weight in passages), unended)
+        return Sample(tokens, weights, len(text.encode()), sum(weight > 0 for *_, weight in passages), unended)
 
     @property
     def _template(self) -> ChatTemplate:
@@ -276,13 +269,9 @@ def _is_answer(message: object) -> bool:
     return isinstance(message, dict) and message["role"] == ANSWER
 
 
-def _without_answer() -> Sample:
-    return Sample(np.zeros(0, np.int32), np.zeros(0, np.float32), answers=0)
-
-
 def _most(count: int, fits: Callable[[int], bool]) -> int:
     """The largest number up to `count` that fits, at least 1; if one fits, all smaller ones do."""
-    low, high = 1, count
+    low, high = 1, max(count, 1)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

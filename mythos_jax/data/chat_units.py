@@ -52,7 +52,7 @@ class ChatUnitEncoder:
             "tokens": np.concatenate([np.array([], self.dtype), *(s.tokens.astype(self.dtype) for *_, s in samples)]),
             "weights": np.concatenate([np.array([], np.float32), *(s.weights for *_, s in samples)]),
             "lengths": np.array([len(sample.tokens) for *_, sample in samples], np.int64),
-            "text_bytes": np.array([encoded.text_bytes * first for _, encoded, first, _ in samples], np.int64),
+            "text_bytes": np.array([sample.text_bytes for *_, sample in samples], np.int64),
             "begins": np.array([first for _, _, first, _ in samples], bool),
             "draws": np.array([draw(piece) for piece, *_ in samples], np.uint64),
             "counts": np.array(counts, np.int64).reshape(-1, len(COUNTS)),

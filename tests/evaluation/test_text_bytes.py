@@ -7,16 +7,17 @@ import pytest
 
 from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig
 from mythos_jax.data.manifest import Manifest, load_manifest
-from mythos_jax.data.pipeline import open_rows
+from mythos_jax.data.pipeline import eval_batches, open_rows
 from mythos_jax.data.rows import RowWriter
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.evaluation.evaluate import held_out_batches
-from mythos_jax.evaluation.text_bytes import row_bytes
+from mythos_jax.evaluation.text_bytes import measured_bytes, row_bytes
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.runs.trained_on import TrainedOn
 from mythos_jax.sharding import make_mesh
 from tests import tokenizer_kinds
+from tests.chats import dialogue, prepare
 
 SEQ_LEN = 16
 ENGLISH = [f"Document {i}: the quick brown fox jumps over the lazy dog {i} times." for i in range(12)]
@@ -119,3 +120,12 @@ def test_the_first_rows_have_other_text_than_the_rest(with_tokenizer, tmp_path):
 
     _, bytes_per_token = held_out_batches(loaded(given, 0), str(tmp_path / "both"))
     assert bytes_per_token == split.text_bytes / split.tokens
+
+
+def test_of_conversations_the_answers_count(tmp_path):
+    """Whatever the questions say; what ends an answer has no bytes."""
+    answers = ["short", "漢字 and 🎉, longer", "a\nb"]
+    folder = prepare(tmp_path, [dialogue(f"question {i}", text) for i, text in enumerate(answers)], seq_len=90)
+    batches = list(eval_batches(folder, "train", batch_size=2))
+    total = sum(len(text.encode()) for text in answers)
+    assert measured_bytes(batches, folder, load_manifest(folder), None) == total
