@@ -6,12 +6,16 @@ two FLOPs. FLOPs and bytes are those of matrices; norms, softmax and the like ar
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
+import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict
 
 from mythos_jax.config import Config, ModelConfig, backprop_loops, mean_loops
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.layers import compute_dtype
+from mythos_jax.model.names import frozen_paths, parameter_paths
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -57,18 +61,68 @@ def training_flops(config: Config, loops: float | None = None) -> int:
     """FLOPs of one optimizer step on the global batch, without recomputation. loops: its mean depth (default: that of
     the config).
 
-    The backward pass costs twice the forward pass; loops without gradients cost the forward pass alone. What trains an
-    exit gate runs coda and head after each loop with gradients; the gate's own gradients cost nothing. Attention is
+    The backward pass of what trains costs twice the forward pass: a gradient of activations and one of weights. Frozen
+    matrices have no gradient of weights, and below the first part that trains there is no backward pass; loops without
+    gradients cost the forward pass alone. What trains an exit gate runs coda and head after each loop. Attention is
     causal.
     """
-    flops = forward_flops(config.model, max(config.data.seq_len // 2, 1))
-    exit_loss = config.training.objectives.exit_loss
     mean = mean_loops(config) if loops is None else loops
     traced = min(mean, backprop_loops(config))
-    read_outs = 1 if exit_loss == "none" else traced
-    forward = flops.prelude + traced * flops.loop + read_outs * (flops.coda + flops.head)
-    per_token = (1 if exit_loss == "gain" else 3) * forward + (mean - traced) * flops.loop
+    read_outs = 1 if config.training.objectives.exit_loss == "none" else traced
+    context = max(config.data.seq_len // 2, 1)
+    parts = _trained_parts(config, context)
+    per_token = (mean - traced) * forward_flops(config.model, context).loop
+    per_token += parts.prelude + traced * parts.loop + read_outs * (parts.coda + parts.head)
     return round(config.training.batch_size * config.data.seq_len * per_token)
+
+
+@cache
+def _trained_parts(config: Config, context: int) -> Flops:
+    """FLOPs per token of the forward and backward pass of each part."""
+    c, frozen = config.model, frozen_paths(config)
+    forward, weights = forward_flops(c, context), forward_flops(c, context=0)
+    kept = {path: flops for path, flops in matrix_flops(c).items() if path in frozen}
+    trained = [path for path in parameter_paths(c) if path not in frozen]
+
+    def trains(*starts: str) -> bool:
+        return any(path.startswith(starts) for path in trained)
+
+    def cost(forward: int, weights: int, start: str, gradient_arrives: bool) -> int:
+        """Of a part or a layer: attention between tokens has no weights, but gradients of two factors."""
+        of_activations = 2 * forward - weights if gradient_arrives else 0
+        return forward + of_activations + weights - sum(flops for path, flops in kept.items() if path.startswith(start))
+
+    # From the bottom to the top: gradients arrive wherever something below trains. A gate reads the state, and what it
+    # decides enters the read-out of ACT alone.
+    arrives, prelude = trains("embedding", "value_table"), 0
+    for i in range(n := c.prelude_layers):
+        arrives |= trains(f"prelude_{i}.")
+        prelude += cost(forward.prelude // n, weights.prelude // n, f"prelude_{i}.", arrives)
+    cell = "recurrence.cell."
+    arrives |= trains("prelude_norm", cell + "injection", cell + "layer_", cell + "lora", cell + "state_norm")
+    loop = cost(forward.loop, weights.loop, cell, arrives)
+    arrives |= trains("readout_projection") or (c.readout == "act" and trains(cell + "halt_"))
+    projection = 2 * c.dim**2 if c.readout_projection else 0
+    coda = cost(projection, projection, "readout_projection", arrives)
+    for i in range(n := c.coda_layers):
+        arrives |= trains(f"coda_{i}.")
+        coda += cost((forward.coda - projection) // n, (weights.coda - projection) // n, f"coda_{i}.", arrives)
+    arrives |= trains("final_norm")
+    table = "embedding" if c.tied_embedding else "unembedding"
+    head = forward.head * (1 + arrives + (table not in frozen))
+    return Flops(prelude, loop, coda, head)
+
+
+def matrix_flops(config: ModelConfig) -> dict[str, int]:
+    """Forward FLOPs per token of one use of each matrix, by its dotted path; tables are looked up for nothing."""
+    flops = {}
+    for path, leaf in flatten_dict(nn.unbox(abstract_variables(config)["params"]), sep=".").items():
+        parent, name = ["", *path.split(".")][-2:]
+        if len(leaf.shape) < 2 or not (name == "kernel" or parent in ("moe", "injection") or name == "kv_up"):
+            continue
+        used = config.experts_per_token / config.n_experts if parent == "moe" else 1
+        flops[path] = round(2 * math.prod(leaf.shape) * used)
+    return flops
 
 
 def cache_bytes(config: ModelConfig, loops: int) -> int:

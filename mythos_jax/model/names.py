@@ -11,10 +11,10 @@ from functools import cache
 
 from flax.traverse_util import flatten_dict
 
-from mythos_jax.config import ModelConfig
+from mythos_jax.config import Config, ModelConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.abstract import abstract_variables
-from mythos_jax.typed import shown
+from mythos_jax.typed import check_field, shown
 
 # The parts of a model. The first five hold every parameter once, except that a tied table is the embedding and the
 # head; the others cut across them. Patterns of whole paths; a dot ends a component.
@@ -64,6 +64,20 @@ def select(config: ModelConfig, names: Iterable[str], field: str) -> frozenset[s
             raise ConfigError(_no_match(config, name, field))
         found.update(matches)
     return frozenset(found)
+
+
+def frozen_paths(config: Config) -> frozenset[str]:
+    """The dotted paths of the parameters that training leaves as they are: those of `training.frozen`, and of a run
+    that trains an exit gate alone all others.
+
+    Raises ConfigError: a name stands for no parameter, or nothing is left to train.
+    """
+    names, everything = config.training.frozen, set(parameter_paths(config.model))
+    frozen = select(config.model, names, "training.frozen")
+    if config.training.objectives.exit_loss == "gain":
+        frozen |= everything - select(config.model, ["gate"], "training.objectives.exit_loss")
+    check_field(frozen != everything, "training.frozen", list(names), "names that leave something to train")
+    return frozen
 
 
 @cache

@@ -5,22 +5,8 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mythos_jax.config import Config
-from mythos_jax.model.names import parameter_paths, select
+from mythos_jax.model.names import frozen_paths, select
 from mythos_jax.typed import check_field
-
-
-def frozen_paths(config: Config) -> frozenset[str]:
-    """The dotted paths of the parameters that training leaves as they are: those of `training.frozen`, and of a run
-    that trains an exit gate alone all others.
-
-    Raises ConfigError: a name stands for no parameter, or nothing is left to train.
-    """
-    names, everything = config.training.frozen, set(parameter_paths(config.model))
-    frozen = select(config.model, names, "training.frozen")
-    if config.training.objectives.exit_loss == "gain":
-        frozen |= everything - select(config.model, ["gate"], "training.objectives.exit_loss")
-    check_field(frozen != everything, "training.frozen", list(names), "names that leave something to train")
-    return frozen
 
 
 def rate_factors(config: Config) -> dict[str, float]:

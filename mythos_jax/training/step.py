@@ -16,11 +16,12 @@ from mythos_jax.model.layers import compute_dtype
 from mythos_jax.model.likelihood import exit_losses, forward, token_loss
 from mythos_jax.model.moe import balanced
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.names import frozen_paths
 from mythos_jax.model.state import Output
 from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
 from mythos_jax.training.depth import draw_depths, loops_with_gradient, truncated_forward
-from mythos_jax.training.groups import frozen_paths, rate_factors, trained_part, with_part
+from mythos_jax.training.groups import rate_factors, trained_part, with_part
 from mythos_jax.training.objectives import (
     Mean,
     TokenLosses,

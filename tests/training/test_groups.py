@@ -12,10 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mythos_jax.config import MeshConfig, ObjectivesConfig, TrainingConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.abstract import weight_shapes
-from mythos_jax.model.names import parameter_paths, select
+from mythos_jax.model.names import frozen_paths, parameter_paths, select
 from mythos_jax.runs.state import Constants
 from mythos_jax.sharding import make_mesh
-from mythos_jax.training.groups import frozen_paths, rate_factors, trained_part, with_part
+from mythos_jax.training.groups import rate_factors, trained_part, with_part
 from mythos_jax.training.optimizer import make_optimizer, schedule
 from mythos_jax.training.resume import check_resume
 from mythos_jax.training.step import abstract_state, jitted_step
