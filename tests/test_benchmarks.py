@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import retrofit_study
 from benchmarks.roofline import exponent, unrolled_features
 from benchmarks.timing import median_and_range, ratios, time_in_turns
 from benchmarks.utilisation import DENSE_1B, toy
@@ -53,3 +54,25 @@ def test_the_gpu_models_have_1_b_parameters_and_toys_keep_their_kind():
     small = toy(dataclasses.replace(DENSE_1B, dtype="bfloat16"))
     assert count_parameters(small) < 1e6
     assert (small.remat, small.dtype) == ("full", "bfloat16")
+
+
+def test_the_retrofit_study_shows_each_arm_at_each_depth(tmp_path):
+    def result(seed, loops, value):
+        rows = [
+            {"difficulty": d, "loops": n, "value": value + 0.01 * d, "n": 100}
+            for d in retrofit_study.DIFFICULTIES
+            for n in loops
+        ]
+        return {"seed": seed, "steps": 7, "training_flops": 3.2e12, "accuracy": rows}
+
+    depths = retrofit_study.DEPTHS
+    runs = {
+        "dense": [result(0, (1,), 0.25), result(1, (1,), 0.35)],
+        "4 loops": [result(0, depths, 0.8), result(1, depths, 0.8)],
+    }
+    lines = retrofit_study.table(runs).splitlines()
+    assert len(lines) == 2 + 1 + len(depths)
+    assert lines[2].startswith("| dense | 7 | 3.2e+12 | 1 | 31 (26 to 36) | 32 (27 to 37) |")
+    assert lines[-1].startswith("| 4 loops | 7 | 3.2e+12 | 8 | 81 (81 to 81) |")
+    retrofit_study.draw(runs, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
