@@ -75,6 +75,7 @@ class DataConfig(Section, section="data"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_field("" not in self.sources, "data.sources", "", "files and folders")
+        self.check(self.text_column == "text" or not self.chat, "text_column", "nothing with data.chat true")
         self.check(self.chat or not self.chat_template, "chat_template", "nothing without data.chat true")
         if self.task.name:
             for name in ["path", "sources", "mixture", "document_mask", "chat"]:

@@ -65,7 +65,8 @@ def prepare(
 
     Raises ConfigError: invalid sources, no text, `out` exists with other content, `out` is not writable, a full disk.
     """
-    _check_arguments(sources, out, seq_len, held_out_fraction, max_bytes, workers, on_error)
+    reading = Reading(text_column, on_error == "skip", chat)
+    _check_arguments(sources, out, reading, seq_len, held_out_fraction, max_bytes, workers, on_error)
     out, encoder = Path(out), load_tokenizer(tokenizer, end_of_document)
     chats = make_chat_encoder(tokenizer, encoder, chat_template, seq_len) if chat else None
     request = Manifest(
@@ -83,7 +84,6 @@ def prepare(
         chat=None if chats is None else Chats(chats.fingerprint),
     )
     existing = _existing_manifest(out, request, encoder)
-    reading = Reading(text_column, on_error == "skip", chat)
     found = find_inputs(request.sources, reading.skip_errors, RECORD_SUFFIXES if chat else SUFFIXES)
     for line in found.left_out:
         log(line)
@@ -171,6 +171,7 @@ def _say_split(division: Division | None, empty: str, written: Written, request:
 def _check_arguments(
     sources: Sequence[str],
     out: str | Path,
+    reading: Reading,
     seq_len: int,
     held_out_fraction: float,
     max_bytes: int,
@@ -180,6 +181,8 @@ def _check_arguments(
     check_field(seq_len >= 1, "seq_len", seq_len, "an integer >= 1")
     check_field(0 <= held_out_fraction < 1, "held_out_fraction", held_out_fraction, "a fraction in [0, 1)")
     check_field(max_bytes >= 0, "max_bytes", max_bytes, "an integer >= 0")
+    column = reading.text_column
+    check_field(column == "text" or not reading.chat, "text_column", column, "nothing with conversations")
     check_field(workers >= 0, "workers", workers, "an integer >= 0")
     check_field(on_error in ("stop", "skip"), "on_error", on_error, "stop, skip")
     check_field(len(sources) > 0, "sources", list(sources), "files, folders, or stdlib")

@@ -1,6 +1,7 @@
 """Rows of packed conversations: nothing is lost, nothing is seen twice, and the same at every start."""
 
 import gzip
+import hashlib
 import json
 import re
 import shutil
@@ -210,11 +211,16 @@ def test_a_mixture_with_text_has_weights_and_segments_everywhere(tmp_path):
 
 
 def test_text_is_read_as_it_was(tmp_path):
-    """The manifest of text has no new key, and its fingerprint is that of 0.1.0: its fields, hashed."""
+    """The manifest of text has no new key, and its fingerprint is that of 0.1.0: the hash of what the rows are."""
     (tmp_path / "text.txt").write_text("some text\n" * 50)
     assert run("data", "prepare", tmp_path / "text.txt", "--seq-len", 32, "--out", tmp_path / "out") == 0
     tree = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert "chat" not in tree
+    names = ("seq_len", "dtype", "tokenizer_fingerprint", "vocab_size", "end_of_document", "splits", "version")
+    content = {name: tree[name] for name in names}
+    for split in content["splits"].values():
+        del split["file_bytes"], split["sha256"]
+    assert tree["fingerprint"] == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     assert not (tmp_path / "out" / "tokenizer_config.json").exists()
 
 
@@ -288,6 +294,7 @@ def test_a_conversation_that_the_template_refuses(skips, tmp_path, capsys):
         (["--chat-template", "nowhere"], "chat template nowhere: cannot be read"),
         (["--chat-template", "BROKEN"], "chat template .*: line 1: "),
         (["--tokenizer", "bytes"], "line 1: has messages, and the tokenizer has no chat template; allowed: "),
+        (["--text-column", "body"], "text_column: got 'body', allowed: nothing with conversations"),
         (["SOURCE", "stdlib"], "source stdlib: no such file; allowed"),
         (["SOURCE", "TEXT"], r"not a file of records; allowed: \.jsonl"),
     ],

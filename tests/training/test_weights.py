@@ -16,7 +16,7 @@ from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import init_state, make_train_step
 from tests.tiny import GQA_LAST
 
-MODEL = dataclasses.replace(GQA_LAST, exit_gate=True, loops=3, coda_layers=0)
+MODEL = dataclasses.replace(GQA_LAST, exit_gate=True, loops=3, coda_layers=0, lora_rank=0, loop_embedding=False)
 OBJECTIVES = {
     "next token": ObjectivesConfig(contraction=0.1, router_z=0.1),
     # Its loss, its entropy and its metrics are made of the losses after each loop.
@@ -46,8 +46,11 @@ def step(request):
     train_step = make_train_step(config, MESH)
     rows = np.arange(ROWS)
 
+    fresh = init_state(config, MESH)
+    places, fresh = jax.tree.map(lambda x: x.sharding, fresh), jax.device_get(fresh)
+
     def run(weighted):
-        state = init_state(config, MESH)
+        state = jax.device_put(fresh, places)  # the step overwrites it
         return jax.device_get(train_step(state, to_global(batch_sharding(MESH), ROWS, rows, weighted), Constants()))
 
     return run
