@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from mythos_jax.config import Config, ModelConfig, backprop_loops, mean_loops
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.layers import compute_dtype
+from mythos_jax.model.low_rank import adaptable, target_paths
 from mythos_jax.model.names import frozen_paths, parameter_paths
 
 
@@ -62,27 +63,28 @@ def training_flops(config: Config, loops: float | None = None) -> int:
     the config).
 
     The backward pass of what trains costs twice the forward pass: a gradient of activations and one of weights. Frozen
-    matrices have no gradient of weights, and below the first part that trains there is no backward pass; loops without
-    gradients cost the forward pass alone. What trains an exit gate runs coda and head after each loop. Attention is
+    matrices have no gradient of weights, also beside low-rank weights, and below the first part that trains there is no
+    backward pass; loops without gradients cost the forward pass alone. What trains an exit gate runs coda and head after each loop. Attention is
     causal.
     """
     mean = mean_loops(config) if loops is None else loops
     traced = min(mean, backprop_loops(config))
     read_outs = 1 if config.training.objectives.exit_loss == "none" else traced
     context = max(config.data.seq_len // 2, 1)
-    parts = _trained_parts(config, context)
-    per_token = (mean - traced) * forward_flops(config.model, context).loop
+    parts = trained_parts(config, context)
+    per_token = (mean - traced) * (forward_flops(config.model, context).loop + _of_low_rank(config, "recurrence."))
     per_token += parts.prelude + traced * parts.loop + read_outs * (parts.coda + parts.head)
     return round(config.training.batch_size * config.data.seq_len * per_token)
 
 
 @cache
-def _trained_parts(config: Config, context: int) -> Flops:
+def trained_parts(config: Config, context: int) -> Flops:
     """FLOPs per token of the forward and backward pass of each part."""
-    c, frozen = config.model, frozen_paths(config)
+    c, low_rank = config.model, low_rank_sizes(config)
+    frozen = frozenset(parameter_paths(c)) if low_rank else frozen_paths(config)
     forward, weights = forward_flops(c, context), forward_flops(c, context=0)
     kept = {path: flops for path, flops in matrix_flops(c).items() if path in frozen}
-    trained = [path for path in parameter_paths(c) if path not in frozen]
+    trained = [*low_rank] or [path for path in parameter_paths(c) if path not in frozen]
 
     def trains(*starts: str) -> bool:
         return any(path.startswith(starts) for path in trained)
@@ -90,7 +92,8 @@ def _trained_parts(config: Config, context: int) -> Flops:
     def cost(forward: int, weights: int, start: str, gradient_arrives: bool) -> int:
         """Of a part or a layer: attention between tokens has no weights, but gradients of two factors."""
         of_activations = 2 * forward - weights if gradient_arrives else 0
-        return forward + of_activations + weights - sum(flops for path, flops in kept.items() if path.startswith(start))
+        of_weights = weights - sum(flops for path, flops in kept.items() if path.startswith(start))
+        return forward + of_activations + of_weights + 3 * _of_low_rank(config, start)
 
     # From the bottom to the top: gradients arrive wherever something below trains. A gate reads the state, and what it
     # decides enters the read-out of ACT alone.
@@ -111,6 +114,21 @@ def _trained_parts(config: Config, context: int) -> Flops:
     table = "embedding" if c.tied_embedding else "unembedding"
     head = forward.head * (1 + arrives + (table not in frozen))
     return Flops(prelude, loop, coda, head)
+
+
+def _of_low_rank(config: Config, start: str) -> int:
+    """Forward FLOPs per token of the low-rank weights below a path."""
+    return 2 * sum(size for path, size in low_rank_sizes(config).items() if path.startswith(start))
+
+
+@cache
+def low_rank_sizes(config: Config) -> dict[str, int]:
+    """The number of low-rank weights that a run trains, by the path of the matrix that they are beside."""
+    lora, matrices, sizes = config.training.lora, adaptable(config.model), {}
+    for path in target_paths(config.model, lora) if lora.rank else ():
+        inputs, shape = len(matrices[path].inputs), matrices[path].value.shape
+        sizes[path] = lora.rank * (math.prod(shape[:inputs]) + math.prod(shape[inputs:]))
+    return sizes
 
 
 def matrix_flops(config: ModelConfig) -> dict[str, int]:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the largest number of loops it can predict (default: the config's)",
     )
     parser.add_argument("--rows", type=positive, default=512, metavar="N", help="rows to record (default 512)")
-    parser.set_defaults(takes_overrides=("mesh",))
+    parser.set_defaults(takes_overrides=("mesh", "training.init_from"))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:

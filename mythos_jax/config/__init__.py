@@ -18,13 +18,14 @@ from mythos_jax.config.run import (
     may_skip_loops,
     mean_loops,
 )
-from mythos_jax.config.training import DepthConfig, ObjectivesConfig, TrainingConfig
+from mythos_jax.config.training import DepthConfig, LoraConfig, ObjectivesConfig, TrainingConfig
 
 __all__ = [
     "Config",
     "DataConfig",
     "DepthConfig",
     "EvaluationConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "ObjectivesConfig",

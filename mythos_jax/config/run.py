@@ -74,6 +74,10 @@ class Config(Section):
         for name in ["contraction", "router_z"]:
             alone = objectives.exit_loss == "gain" and getattr(objectives, name)
             objectives.check(not alone, name, "0 with exit_loss gain, which trains the gate alone")
+        lora, gate_alone = self.training.lora, objectives.exit_loss == "gain"
+        lora.check(not (lora.rank and gate_alone), "rank", "0 with exit_loss gain, which trains the gate alone")
+        allowed = "[] with training.lora.rank, where low-rank weights alone are trained"
+        self.training.check(not (lora.rank and self.training.frozen), "frozen", allowed)
 
     @property
     def data_path(self) -> str:

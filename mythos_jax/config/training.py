@@ -27,6 +27,7 @@ Schedule = Literal["cosine", "wsd", "constant"]
 ExitLoss = Literal["none", "expected", "gain"]
 BadSteps = Literal["stop", "skip"]
 Logger = Literal["tensorboard", "wandb"]
+BaseDtype = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,29 @@ class ObjectivesConfig(Section, section="training.objectives"):
 
 
 @dataclass(frozen=True)
+class LoraConfig(Section, section="training.lora"):
+    """LoRA fine-tuning (docs/finetuning.md): low-rank weights beside matrices of `training.init_from`, which stay as
+    they are. This is not the loop's own `model.lora_rank`."""
+
+    rank: NonNegativeInt = 0  #: rank of the low-rank weights, the only ones that are trained; 0: off
+    alpha: PositiveFloat | None = None  #: what they add is scaled by alpha / rank (default: twice the rank)
+    #: names of the matrices that get them, as in `training.frozen`; empty: all of attention and feed-forward
+    targets: tuple[str, ...] = ()
+    base_dtype: BaseDtype = "float32"  #: how the weights that stay are stored; int8: matrices, with scales
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unset = {"alpha": self.alpha is None, "targets": not self.targets, "base_dtype": self.base_dtype == "float32"}
+        for name, default in {"alpha": "null", "targets": "[]", "base_dtype": "float32"}.items():
+            self.check(self.rank > 0 or unset[name], name, f"{default} without training.lora.rank")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return (self.alpha or 2.0 * self.rank) / self.rank
+
+
+@dataclass(frozen=True)
 class TrainingConfig(Section, section="training"):
     """How a run trains. A step is an optimizer step on one global batch; learning rates are peaks of the schedule."""
 
@@ -84,6 +108,7 @@ class TrainingConfig(Section, section="training"):
     grad_accumulation_steps: Annotated[PositiveInt, Formerly("accumulation")] = 1
     depth: DepthConfig = field(default_factory=DepthConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     # Optimizer and schedule.
     #: names of the parameters that stay as they are (docs/training.md): parts of the model, or components of a path

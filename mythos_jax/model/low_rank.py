@@ -6,6 +6,7 @@ that a model is given is already scaled by alpha / rank. This has nothing to do 
 """
 
 import math
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,13 +16,17 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mythos_jax.config import ModelConfig
+from mythos_jax.config import LoraConfig, ModelConfig
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.gather import LOW_RANK, SCALES, Weight, low_rank_axes
+from mythos_jax.model.names import select
 from mythos_jax.ops.narrow import Narrow, wide
+from mythos_jax.typed import check_field
 
 # Names of the low-rank weights.
 PARTS = ("a", "b")
+# All matrices of attention and feed-forward; of a mixture of experts, those of the shared experts.
+_BY_DEFAULT = re.compile(r"(^|\.)(attention|feed_forward|shared_\d+)\.")
 
 
 def adaptable(config: ModelConfig) -> dict[str, Weight]:
@@ -33,6 +38,29 @@ def adaptable(config: ModelConfig) -> dict[str, Weight]:
         for path, box in boxes.items()
         if isinstance(box, Weight) and box.inputs == tuple(range(len(box.inputs)))
     }
+
+
+def target_paths(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
+    """The matrices that get low-rank weights, by dotted path below `params`.
+
+    Raises ConfigError, with the nearest names, for a target that stands for nothing, or for no matrix that can get any.
+    """
+    matrices = adaptable(config)
+    if not lora.targets:
+        return tuple(path for path in matrices if _BY_DEFAULT.search(path))
+    found: set[str] = set()
+    for name in lora.targets:
+        paths = select(config, [name], "training.lora.targets") & matrices.keys()
+        allowed = "names of matrices of attention, feed-forward, injection or read-out; not of embedding, head, norms "
+        check_field(bool(paths), "training.lora.targets", name, f"{allowed}or routed experts")
+        found |= paths
+    return tuple(path for path in matrices if path in found)
+
+
+def fresh_low_rank(config: ModelConfig, lora: LoraConfig, seed_key: jax.Array) -> dict[str, Any]:
+    """`init_low_rank` as a run begins."""
+    # A stream of its own, apart from the keys of weights and depths.
+    return init_low_rank(config, target_paths(config, lora), lora.rank, jax.random.fold_in(seed_key, 0x6C72))
 
 
 def init_low_rank(config: ModelConfig, paths: Iterable[str], rank: int, key: jax.Array) -> dict[str, Any]:
@@ -53,29 +81,24 @@ def init_low_rank(config: ModelConfig, paths: Iterable[str], rank: int, key: jax
 
 def scaled(low_rank: Any, scale: float) -> Any:
     """As a model uses them: b times alpha / rank."""
-    return _map_parts(low_rank, lambda name, x: x * jnp.asarray(scale, x.dtype) if name == "b" else x)
-
-
-def _map_parts(tree: Any, change: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, x: change(path[-1].key, x), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, x: x * scale if path[-1].key == "b" else x, low_rank)
 
 
 def merged(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Variables without low-rank weights: float32 W + a b in place of each matrix W that has them, computed in float32.
-    Each stays where it is on the mesh."""
+    Other matrices are float32, too, where they are stored as int8. Each stays where it is on the mesh."""
     low_rank = flatten_dict(dict(variables[LOW_RANK]), sep=".")
     params = flatten_dict(dict(variables["params"]), sep=".")
     scales = flatten_dict(dict(variables.get(SCALES, {})), sep=".")
-    for path in {name.rpartition(".")[0] for name in low_rank}:
+    for path in {name.rpartition(".")[0] for name in low_rank} | set(scales):
         w = params[path]
-        base = Narrow(w, scales.pop(path, None))
+        parts = [low_rank.get(f"{path}.{part}") for part in PARTS]
         place = w.sharding if isinstance(w, jax.Array) else None
-        params[path] = jax.jit(_sum, out_shardings=place)(base, low_rank[f"{path}.a"], low_rank[f"{path}.b"])
-    rest = {name: tree for name, tree in variables.items() if name not in (LOW_RANK, SCALES, "params")}
-    if scales:
-        rest[SCALES] = unflatten_dict(scales, sep=".")
+        params[path] = jax.jit(_sum, out_shardings=place)(Narrow(w, scales.get(path)), *parts)
+    rest = {name: tree for name, tree in variables.items() if name not in (LOW_RANK, SCALES)}
     return {**rest, "params": unflatten_dict(params, sep=".")}
 
 
-def _sum(base: Narrow, a: jax.Array, b: jax.Array) -> jax.Array:
-    return wide(base, jnp.dtype(jnp.float32)) + jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
+def _sum(base: Narrow, a: jax.Array | None, b: jax.Array | None) -> jax.Array:
+    w = wide(base, jnp.dtype(jnp.float32))
+    return w if a is None or b is None else w + jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)

@@ -18,7 +18,8 @@ from mythos_jax.config.files import read_yaml
 from mythos_jax.data.conventions import TextConventions, read_conventions
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
-from mythos_jax.model.gather import SCALES
+from mythos_jax.model.gather import LOW_RANK, SCALES
+from mythos_jax.model.low_rank import PARTS, merged
 from mythos_jax.paths import is_lfs_pointer, read_json, to_path
 from mythos_jax.porting import native
 from mythos_jax.porting.dcp import DcpDirectory
@@ -164,11 +165,15 @@ class FileSource(Source):
 
 
 class VariablesSource(Source):
-    """A model in memory, in our own format. `label` names it in reports and errors."""
+    """A model in memory, in our own format; its low-rank weights are merged. `label` names it in reports and errors."""
 
     def __init__(
         self, config: ModelConfig, variables: Mapping[str, Any], label: str | Path, tokenizer: str | Path | None = None
     ):
+        if LOW_RANK in variables:
+            count = len(flatten_dict(dict(variables[LOW_RANK]))) // len(PARTS)
+            self.notes = (f"low-rank weights of {count} matrices: added to them, in float32",)
+            variables = merged(variables)
         saved = {name: tree for name, tree in variables.items() if name in ("params", "balance", SCALES)}
         family = native.INT8_FAMILY if SCALES in variables else native.FAMILY
         self._arrays = flatten_dict(nn.unbox(saved), sep=".")

@@ -23,9 +23,8 @@ from mythos_jax.inference.state import GenerateResult, Setup, State
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.preflight.topology import Topology
-from mythos_jax.runs.state import Constants
 from mythos_jax.sharding import RULES, make_mesh, partition_spec, use_mesh
-from mythos_jax.training.step import abstract_state, jitted_step
+from mythos_jax.training.step import abstract_constants, abstract_state, jitted_step
 
 # libtpu expects to run on a TPU VM. Without these it asks the VM's metadata server what it runs on, and logs failures.
 _ENVIRONMENT = {
@@ -105,9 +104,16 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))
         for name, dtype in _batch_dtypes(config).items()
     }
+    constants = abstract_constants(config, mesh)
     with use_mesh(mesh):
-        lowered = jitted_step(config).lower(state, batch, Constants())
-    parts = {"parameters": state.variables, "optimizer": state.optimizer, "average": state.average, "batch": batch}
+        lowered = jitted_step(config).lower(state, batch, constants)
+    parts = {
+        "parameters": state.variables,
+        "optimizer": state.optimizer,
+        "average": state.average,
+        "base": constants.base,
+        "batch": batch,
+    }
     return _compile(lowered, mesh, parts, quick)
 
 
@@ -135,7 +141,7 @@ def compile_decode(config: Config, topology: Topology, quick: bool = False) -> P
     def array(dtype: Any, shape: tuple[int, ...] = (), *names: str) -> Any:
         return place(jax.ShapeDtypeStruct(shape, dtype), *names)
 
-    variables = abstract_state(config, mesh).variables
+    variables = {**(abstract_constants(config, mesh).base or {}), **abstract_state(config, mesh).variables}
     with use_mesh(mesh):  # the cache's dtype depends on the platform of the mesh
         cache = jax.eval_shape(lambda: init_cache(config.model, rows, length))
     heads = "latent" if config.model.attention == "mla" else "kv_heads"

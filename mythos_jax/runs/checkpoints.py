@@ -1,9 +1,9 @@
 """Saving and restoring checkpoints; the only file that uses Orbax.
 
-A checkpoint has separate items, so that evaluation reads only what it needs: `model` (params and balance), `average`
-(moving average of the weights, if one is kept), `optimizer`, and `meta` (a description of the run and the checksums of
-the arrays, as JSON with a digest of itself). Orbax writes into a temporary directory and renames it once it is
-complete, so a half-written checkpoint is never seen.
+A checkpoint has separate items, so that evaluation reads only what it needs: `model` (params and balance, or low-rank
+weights alone), `average` (moving average of the weights, if one is kept), `optimizer`, and `meta` (a description of the
+run and the checksums of the arrays, as JSON with a digest of itself). Orbax writes into a temporary directory and
+renames it once it is complete, so a half-written checkpoint is never seen.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from mythos_jax.errors import ConfigError, DamagedError, SaveError, UnreadableError, one_line
 from mythos_jax.paths import is_remote, to_path
 from mythos_jax.processes import is_process_zero, log0, lost_a_process, process_zero_first, raise_together
-from mythos_jax.runs.state import TrainState, eval_variables
+from mythos_jax.runs.state import TrainState, eval_variables, trained_collection
 
 
 @contextlib.contextmanager
@@ -154,7 +154,8 @@ class Checkpoints:
             sums = meta["checksums"]
             variables = self._restore_tree(step, "model", like, sums)
             if "average" in sums:
-                variables = eval_variables(variables, self._restore_tree(step, "average", like["params"], sums))
+                average = self._restore_tree(step, "average", like[trained_collection(like)], sums)
+                variables = eval_variables(variables, average)
         except ConfigError:  # from `check`
             raise
         except Exception as error:

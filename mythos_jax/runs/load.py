@@ -24,7 +24,8 @@ from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, 
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 from mythos_jax.model.abstract import abstract_variables, weight_shapes
-from mythos_jax.model.gather import SCALES
+from mythos_jax.model.gather import LOW_RANK, SCALES
+from mythos_jax.model.low_rank import merged
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import PREDICTOR
 from mythos_jax.model.storage import FLOAT32, Storage, boxes_by_path
@@ -38,6 +39,7 @@ from mythos_jax.processes import log0
 from mythos_jax.runs import source as start_files
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.configs import is_run
+from mythos_jax.runs.low_rank import STORAGE, abstract_low_rank, base_record, check_base, with_low_rank
 from mythos_jax.runs.trained_on import TrainedOn
 from mythos_jax.sharding import RULES, default_mesh, make_mesh, partition_spec, shardings
 from mythos_jax.typed import differences, from_dict, to_dict, upgrade
@@ -142,12 +144,13 @@ def load_model(
     *,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
-    mesh: MeshConfig | None = None,
+    mesh: MeshConfig | Mesh | None = None,
     overrides: Sequence[str] = (),
     with_predictor: bool = True,
     storage: Storage = FLOAT32,
     keep_int8: bool = True,
     base: str | None = None,
+    merge: bool = False,
 ) -> LoadedModel:
     """A run at its newest checkpoint (or that of `step`), or a pretrained model (see `load_pretrained`).
 
@@ -158,6 +161,7 @@ def load_model(
     with_predictor: also load the run's depth predictor, if it has one.
     storage: how the weights are stored. keep_int8: those of a directory of int8 weights stay as they are.
     base: for a PEFT directory, the model to add it to (default: the one that it names).
+    merge: add the low-rank weights of a LoRA run to its matrices; else they are a collection of their own.
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
@@ -165,14 +169,17 @@ def load_model(
     if is_run(path):
         _refuse_base(path, base)
         run = _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor)
-        return replace(run, variables=storage.store_all(run.config.model, run.variables), storage=storage)
+        variables = merged(run.variables) if merge and LOW_RANK in run.variables else run.variables
+        if SCALES in variables:  # a base that the run has as int8, and is not rounded again
+            return replace(run, storage=replace(storage, int8=True))
+        return replace(run, variables=storage.store_all(run.config.model, variables), storage=storage)
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
         raise ConfigError(f"{path}: a pretrained model has no step {step}; allowed only with a run directory")
     source = open_pretrained(str(path), config, base=base, open_base=open_source)
     run_config = config_from_words(overrides, name=source.path.stem)
-    device_mesh = make_mesh(mesh or (run_config.mesh if sets_mesh(overrides) else default_mesh()))
+    device_mesh = _as_mesh(mesh or (run_config.mesh if sets_mesh(overrides) else default_mesh()))
     if tokenizer is not None and source.tokenizer is not None:
         log0(f"tokenizer {tokenizer}: used in place of the model's own, {source.tokenizer}")
     if source.family is native.INT8_FAMILY and keep_int8:
@@ -242,33 +249,75 @@ def _load_run(
     directory: Path,
     step: int | None = None,
     tokenizer: str | Path | None = None,
-    mesh: MeshConfig | None = None,
+    mesh: MeshConfig | Mesh | None = None,
     overrides: Sequence[str] = (),
     with_predictor: bool = True,
 ) -> LoadedModel:
     config = load_run_config(directory / "config.yaml", overrides)
-    device_mesh = make_mesh(mesh or config.mesh) if mesh or sets_mesh(overrides) else _mesh_of(directory, config.mesh)
+    device_mesh = _as_mesh(mesh or config.mesh) if mesh or sets_mesh(overrides) else _mesh_of(directory, config.mesh)
     checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
     steps = checkpoints.steps()
     if not steps or step not in (None, *steps):
         allowed = ", ".join(map(str, steps)) or "none was saved yet"
         raise ConfigError(f"{directory}: no checkpoint of step {'any' if step is None else step}; allowed: {allowed}")
     step = steps[-1] if step is None else step
-    boxed = abstract_variables(config.model)
-    like = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings(device_mesh, boxed),
-    )
+    lora = config.training.lora
+    like = abstract_low_rank(config, device_mesh) if lora.rank else _abstract_on(device_mesh, config.model)
     variables, meta = checkpoints.restore_variables(
-        step, {"balance": {}, **like}, check=partial(_compare_models, directory / "config.yaml", config.model)
+        step, like, check=partial(_compare_models, directory / "config.yaml", config.model)
     )
     checkpoints.close()
+    if lora.rank:
+        try:
+            base = load_base(config, device_mesh)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{directory}: the weights that its low-rank weights belong to cannot be loaded ({error}); allowed: "
+                "to say where they are now, --training.init_from MODEL"
+            ) from None
+        check_base(meta, base_record(config.training.init_from, base.variables), directory)
+        variables = with_low_rank(base.variables, variables[LOW_RANK], lora)
     if with_predictor:
         variables |= _load_predictor(directory, step)
     trained_on = TrainedOn.from_metadata(meta)
     spec = tokenizer or _tokenizer_of(directory, config, trained_on)
     return LoadedModel(directory, config, Mythos(config.model), variables, step, device_mesh, _spec(spec), trained_on)
+
+
+def _abstract_on(mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
+    """The shapes, dtypes and places of a model's variables."""
+    boxed = {"balance": {}, **abstract_variables(config)}
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        shardings(mesh, boxed),
+    )
+
+
+def load_base(config: Config, mesh: MeshConfig | Mesh) -> LoadedModel:
+    """The model of `training.init_from`, whose weights a LoRA run leaves as they are; merged if it is of a LoRA run.
+
+    Raises ConfigError if there are none, or if they do not fit the run's model.
+    """
+    path = config.training.init_from
+    storage = STORAGE[config.training.lora.base_dtype]
+    loaded = load_model(path, mesh=mesh, with_predictor=False, storage=storage, keep_int8=False, merge=True)
+    compared(loaded.config.model, config.model, path)
+    return loaded
+
+
+def compared(theirs: ModelConfig, ours: ModelConfig, path: str) -> dict[str, tuple[Any, Any]]:
+    """The fields in which the model at a path differs from that of a config. Raises ConfigError if its weights have
+    other shapes then."""
+    changed = differences(to_dict(theirs), to_dict(ours), "model")
+    if weight_shapes(theirs) != weight_shapes(ours):
+        fields = "; ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in changed.items())
+        raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
+    return changed
+
+
+def _as_mesh(mesh: MeshConfig | Mesh) -> Mesh:
+    return mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
 
 
 def _compare_models(file: Path, model: ModelConfig, meta: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mythos_jax.config import TrainingConfig
+from mythos_jax.model.low_rank import PARTS
 
 # Parameters that are not matrices of the network: norm gains and LoRA scales, biases, the injection's dynamics.
 NO_DECAY = frozenset({"scale", "q_bias", "k_bias", "v_bias", "halt_bias", "log_a", "log_dt", "dt_bias", "b"})
@@ -95,7 +96,12 @@ def _shape_factor(path: tuple[Any, ...], update: jax.Array) -> float:
 
 def decay_mask(params: Any) -> Any:
     """A tree of bools: true for the weights that weight decay applies to."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path)[-1] not in NO_DECAY, params)
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        names = path_names(path)
+        return _is_low_rank(names) or names[-1] not in NO_DECAY
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def optimizer_groups(params: Any) -> Any:
@@ -110,6 +116,11 @@ def path_names(path: tuple[Any, ...]) -> list[str]:
     return [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
 
 
+def _is_low_rank(names: list[str]) -> bool:
+    """Whether a path is that of a low-rank weight: below the name of the matrix that it is beside."""
+    return names[-1] in PARTS and names[-2:-1] in (["kernel"], ["kv_up"])
+
+
 def _dimension_numbers(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _muon_axes(path_names(path)), params)
 
@@ -117,6 +128,11 @@ def _dimension_numbers(params: Any) -> Any:
 def _muon_axes(names: list[str]) -> MuonDimensionNumbers | None:
     """The axes of the Muon weight at this path; None for a weight that AdamW updates."""
     *parents, last = names
+    if _is_low_rank(names):  # a has the inputs of its matrix, b the outputs
+        inputs, outputs = (len(axes) for axes in _muon_axes(parents) or _PLAIN)
+        if last == "a":
+            return MuonDimensionNumbers(tuple(range(inputs)), (inputs,))
+        return MuonDimensionNumbers((0,), tuple(range(1, outputs + 1)))
     parent = parents[-1] if parents else ""
     if parent == "moe":
         return _EXPERTS

@@ -1,5 +1,6 @@
 """Which runs may be resumed: what a checkpoint stores about its run, compared with the current config and data."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from mythos_jax.config.model import SPEED_FIELDS
 from mythos_jax.data.open import Data
 from mythos_jax.errors import ConfigError
 from mythos_jax.processes import log0
+from mythos_jax.runs.low_rank import check_base
 from mythos_jax.runs.trained_on import tokenizer_record
 from mythos_jax.training.optimizer import decay_start
 from mythos_jax.typed import differences, from_dict, to_dict, upgrade
@@ -24,19 +26,21 @@ _FIXED = (
     "training.ema_decay",
     # Of which weights there is a state of the optimizer.
     "training.frozen",
+    "training.lora",
     "training.objectives.exit_loss",
 )
 # Fields among them that affect only speed and memory.
 _FREE = tuple(f"model.{name}" for name in SPEED_FIELDS)
 
 
-def checkpoint_metadata(config: Config, data: Data) -> Metadata:
-    """What a checkpoint stores about its run, as plain containers."""
+def checkpoint_metadata(config: Config, data: Data, base: Mapping[str, str] | None = None) -> Metadata:
+    """What a checkpoint stores about its run, as plain containers. base: of a LoRA run, a `base_record`."""
     return {
         "model": to_dict(config.model),
         "training": to_dict(config.training),
         "data": data.identity,
         "tokenizer": tokenizer_record(data.tokenizer),
+        **({} if base is None else {"base": dict(base)}),
     }
 
 
@@ -49,6 +53,8 @@ def check_resume(saved: Metadata, current: Metadata, workdir: Path) -> None:
         raise ConfigError(
             f"{workdir}: cannot resume, the run was made with other settings ({fields}); use a new --workdir"
         )
+    if "base" in current:
+        check_base(saved, current["base"], workdir)
 
 
 def announce_changes(saved: Metadata, current: Metadata, step: int) -> None:

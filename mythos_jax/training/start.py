@@ -16,27 +16,31 @@ from mythos_jax.data.open import Data, open_data
 from mythos_jax.data.placement import check_batch
 from mythos_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
-from mythos_jax.model.abstract import abstract_variables, weight_shapes
+from mythos_jax.flops import low_rank_sizes
+from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.model.low_rank import target_paths
 from mythos_jax.paths import to_path
 from mythos_jax.processes import is_process_zero, log0, process_zero_first
 from mythos_jax.runs.checkpoints import Checkpoints, newest_folder
 from mythos_jax.runs.configs import has_begun, model_of
-from mythos_jax.runs.load import LoadedModel, load_model
+from mythos_jax.runs.load import LoadedModel, compared, load_base, load_model
 from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
-from mythos_jax.runs.state import TrainState
+from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import check_sharded, make_mesh
 from mythos_jax.training.groups import rate_factors
 from mythos_jax.training.loggers import check_loggers, read_log
-from mythos_jax.training.resume import announce_changes, check_resume, checkpoint_metadata
+from mythos_jax.training.resume import Metadata, announce_changes, check_resume
 from mythos_jax.training.step import abstract_state, init_state
-from mythos_jax.typed import check_field, differences, to_dict
+from mythos_jax.typed import check_field
 
 
 def check_config(config: Config) -> Mesh:
     """The mesh of a run. Raises ConfigError for whatever the config and the devices alone show to be wrong."""
     t = config.training
     check_loggers(t.loggers)
-    rate_factors(config)  # checks the names of parameters, frozen ones included
+    rate_factors(config)  # checks the names of parameters, frozen ones and those with low-rank weights included
+    needs_base = t.lora.rank > 0 and not t.init_from
+    check_field(not needs_base, "training.init_from", t.init_from, "a model, whose weights training.lora leaves as is")
     if problem := t.schedule_problem():
         log0(f"warning: {problem}", logging.WARNING)
     span = t.profile_steps
@@ -104,24 +108,42 @@ def load_initial(config: Config, run_dir: Any) -> dict[str, Any] | None:
     differ are announced.
     """
     path = config.training.init_from
-    if not path or has_begun(run_dir):
+    if not path or config.training.lora.rank or has_begun(run_dir):
         return None
     # Shapes first: no weights are read to know them.
     theirs = model_of(path)
     gate_is_new = config.model.exit_gate and not theirs.exit_gate and theirs.readout != "act"
     if gate_is_new:
         theirs = replace(theirs, exit_gate=True)
-    changed = differences(to_dict(theirs), to_dict(config.model), "model")
-    if weight_shapes(theirs) != weight_shapes(config.model):
-        fields = "; ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in changed.items())
-        raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
-    loaded = load_model(path, mesh=config.mesh, keep_int8=False, with_predictor=False)
+    changed = compared(theirs, config.model, path)
+    loaded = load_model(path, mesh=config.mesh, keep_int8=False, with_predictor=False, merge=True)
     _check_tokenizers(config, loaded, path)
-    for name, (old, new) in changed.items():
-        log0(f"{name} is {old!r} in {path}, {new!r} in this run")
+    _announce_differences(changed, path)
     if gate_is_new:
         log0(f"{path}: has no exit gate; the run starts with a new one")
     return loaded.variables
+
+
+def _announce_differences(changed: dict[str, tuple[Any, Any]], path: str) -> None:
+    for name, (old, new) in changed.items():
+        log0(f"{name} is {old!r} in {path}, {new!r} in this run")
+
+
+def load_constants(config: Config, mesh: Mesh, run_dir: Any) -> Constants:
+    """What the steps of a run only read: of a LoRA run the weights of `training.init_from`, also when it goes on."""
+    lora, path = config.training.lora, config.training.init_from
+    if not lora.rank:
+        return Constants()
+    paths = target_paths(config.model, lora)  # checks them before weights are read
+    loaded = load_base(config, mesh)
+    if not has_begun(run_dir):
+        _check_tokenizers(config, loaded, path)
+        _announce_differences(compared(loaded.config.model, config.model, path), path)
+        count = sum(low_rank_sizes(config).values())
+        log0(f"{count:,} low-rank weights of rank {lora.rank} are trained, beside {len(paths)} matrices of {path}")
+        if config.model.feed_forward == "moe":
+            log0("the routed experts have no low-rank weights")
+    return Constants(base=loaded.variables)
 
 
 def _check_tokenizers(config: Config, loaded: LoadedModel, path: str) -> None:
@@ -183,9 +205,15 @@ def _check_held_out(config: Config, data: Data, every: int) -> None:
 
 
 def starting_state(
-    config: Config, mesh: Mesh, data: Data, checkpoints: Checkpoints, run_dir: Any, initial: dict[str, Any] | None
+    config: Config,
+    mesh: Mesh,
+    metadata: Metadata,
+    checkpoints: Checkpoints,
+    run_dir: Any,
+    initial: dict[str, Any] | None,
 ) -> TrainState:
-    """The newest checkpoint, else the weights `initial`, else weights drawn from the seed."""
+    """The newest checkpoint, else the weights `initial`, else weights drawn from the seed. metadata: those that the
+    run's checkpoints will have."""
     if checkpoints.newest() is None:
         state = init_state(config, mesh)
         if initial is not None:
@@ -195,11 +223,10 @@ def starting_state(
             state = state.replace(variables=variables, average=average)
         checkpoints.check_space(state)
         return state
-    current = checkpoint_metadata(config, data)
     like = abstract_state(config, mesh)  # tells where each restored array belongs on this mesh
-    state, saved = checkpoints.restore_newest(like, lambda saved: check_resume(saved, current, run_dir))
+    state, saved = checkpoints.restore_newest(like, lambda saved: check_resume(saved, metadata, run_dir))
     if int(state.step) < config.training.steps:
-        announce_changes(saved, current, int(state.step))
+        announce_changes(saved, metadata, int(state.step))
         log0(f"resuming {run_dir} after step {int(state.step)}")
         checkpoints.check_space(state)
     return state

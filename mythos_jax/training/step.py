@@ -11,14 +11,16 @@ from jax.sharding import Mesh
 
 from mythos_jax.config import Config, TrainingConfig, backprop_loops, has_static_depth, may_skip_loops
 from mythos_jax.model.abstract import abstract_variables
-from mythos_jax.model.gather import gather_loop_weights
+from mythos_jax.model.gather import LOW_RANK, gather_loop_weights
 from mythos_jax.model.layers import compute_dtype
 from mythos_jax.model.likelihood import exit_losses, forward, token_loss
+from mythos_jax.model.low_rank import fresh_low_rank
 from mythos_jax.model.moe import balanced
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.names import frozen_paths
 from mythos_jax.model.state import Output
-from mythos_jax.runs.state import Constants, TrainState
+from mythos_jax.runs.low_rank import abstract_base, model_variables
+from mythos_jax.runs.state import Constants, TrainState, trained_collection
 from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
 from mythos_jax.training.depth import draw_depths, loops_with_gradient, truncated_forward
 from mythos_jax.training.groups import rate_factors, trained_part, with_part
@@ -49,22 +51,35 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     return abstract(_fresh_state(config), mesh, jax.eval_shape(jax.random.key, config.training.seed))
 
 
+def abstract_constants(config: Config, mesh: Mesh) -> Constants:
+    """As `abstract_state`, of what a step only reads."""
+    return Constants(base=abstract_base(config, mesh) if config.training.lora.rank else None)
+
+
 def _fresh_state(config: Config) -> Callable[[jax.Array], TrainState]:
-    model, optimizer, frozen = Mythos(config.model), make_optimizer(config.training), frozen_paths(config)
+    optimizer, frozen = make_optimizer(config.training), frozen_paths(config)
 
     def make(key: jax.Array) -> TrainState:
-        # The weights do not depend on the shape of the tokens, so the smallest call makes them.
-        variables = model.init({"params": key, "state": key}, jnp.zeros((1, 1), jnp.int32))
+        variables = _fresh_variables(config, key)
+        weights = variables[trained_collection(variables)]
         return TrainState(
             step=jnp.int32(0),
-            variables={"balance": {}, **variables},
-            optimizer=optimizer.init(trained_part(variables["params"], frozen)),
-            average=variables["params"] if config.training.ema_decay else None,
+            variables=variables,
+            optimizer=optimizer.init(trained_part(weights, frozen)),
+            average=weights if config.training.ema_decay else None,
             loss_mean=jnp.float32(0),
             skipped=jnp.int32(0),
         )
 
     return make
+
+
+def _fresh_variables(config: Config, key: jax.Array) -> dict[str, Any]:
+    if config.training.lora.rank:
+        return {LOW_RANK: fresh_low_rank(config.model, config.training.lora, key)}
+    # The weights do not depend on the shape of the tokens, so the smallest call makes them.
+    made = Mythos(config.model).init({"params": key, "state": key}, jnp.zeros((1, 1), jnp.int32))
+    return {"balance": {}, **made}
 
 
 Step = Callable[[TrainState, Batch, Constants], tuple[TrainState, Metrics]]
@@ -101,7 +116,7 @@ def jitted_step(config: Config) -> Any:
         gradient_norm = optax.tree.norm(gradients)
         loss = sums["nats"] / sums["weight"]
         # Clipping is part of the optimizer; the norm that is reported is the one before it.
-        before = trained_part(state.variables["params"], frozen)
+        before = trained_part(state.variables[trained_collection(state.variables)], frozen)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, before)
         trained = optax.apply_updates(before, updates)
         metrics = {
@@ -118,10 +133,7 @@ def jitted_step(config: Config) -> Any:
             metrics |= {"expert_load": fraction, "load_imbalance": fraction.max() * fraction.shape[-1]}
         new = TrainState(
             step=state.step + 1,
-            variables={
-                "params": with_part(state.variables["params"], trained),
-                "balance": _balance(state.variables["balance"], load, t.balance_rate, frozen),
-            },
+            variables=_balanced(_with_trained(state.variables, trained), load, t.balance_rate, frozen),
             optimizer=optimizer_state,
             average=state.average and _average(state.average, trained, t.ema_decay, frozen),
             loss_mean=jnp.where(state.step == 0, loss, LOSS_MEMORY * state.loss_mean + (1 - LOSS_MEMORY) * loss),
@@ -151,8 +163,8 @@ def _make_loss(config: Config) -> LossFunction:
     def loss_of(
         trained: Any, state: TrainState, constants: Constants, part: Batch, part_index: jax.Array, weight: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        # Nothing is differentiated for frozen parameters: they come from the state, which is constant here.
-        variables = {**state.variables, "params": with_part(state.variables["params"], trained)}
+        # Nothing is differentiated for frozen parameters: they come from the state or are constants of the run.
+        variables = model_variables(config, _with_trained(state.variables, trained), constants)
         if config.mesh.gather == "once":
             # Inside the loss, so that the gradients of all loops add up before they are reduced over devices.
             dtype = compute_dtype(config.model)
@@ -206,7 +218,7 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch, Constants], 
         if not has_static_depth(config):
             # Drawn for the whole batch before it is split, so that a row's depth does not depend on the split.
             batch = {**batch, "loops": draw_depths(config, state.step, batch["tokens"].shape[0])}
-        trained = trained_part(state.variables["params"], frozen)
+        trained = trained_part(state.variables[trained_collection(state.variables)], frozen)
         if parts == 1:
             total, sums = gradient(trained, state, constants, batch, jnp.int32(0), weight)
         else:
@@ -253,18 +265,21 @@ def _average(average: Any, trained: Any, decay: float, frozen: frozenset[str]) -
     return with_part(average, moved)
 
 
-def _balance(
-    balance: dict[str, Any], expert_load: jax.Array | None, rate: float, frozen: frozenset[str]
+def _with_trained(variables: dict[str, Any], trained: Any) -> dict[str, Any]:
+    """A state's variables with other values for those that are trained."""
+    name = trained_collection(variables)
+    return {**variables, name: with_part(variables[name], trained)}
+
+
+def _balanced(
+    variables: dict[str, Any], expert_load: jax.Array | None, rate: float, frozen: frozenset[str]
 ) -> dict[str, Any]:
     """Moves the bias of every router that trains towards equal load; row i of `expert_load` is layer i of the loop."""
-    if expert_load is None:
-        return balance
+    if expert_load is None or "balance" not in variables:
+        return variables
     cell = {}
     for i, load_E in enumerate(expert_load):
-        bias_E, is_frozen = _bias(balance, i), f"recurrence.cell.layer_{i}.moe.router.kernel" in frozen
+        bias_E = variables["balance"]["recurrence"]["cell"][f"layer_{i}"]["moe"]["router"]["bias"]
+        is_frozen = f"recurrence.cell.layer_{i}.moe.router.kernel" in frozen
         cell[f"layer_{i}"] = {"moe": {"router": {"bias": bias_E if is_frozen else balanced(bias_E, load_E, rate)}}}
-    return {"recurrence": {"cell": cell}}
-
-
-def _bias(balance: dict[str, Any], layer: int) -> jax.Array:
-    return balance["recurrence"]["cell"][f"layer_{layer}"]["moe"]["router"]["bias"]
+    return {**variables, "balance": {"recurrence": {"cell": cell}}}

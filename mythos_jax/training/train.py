@@ -24,16 +24,18 @@ from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.processes import StopSignal, is_process_zero, process_zero_first, raise_together
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.lock import RunLock
+from mythos_jax.runs.low_rank import base_record, model_variables
 from mythos_jax.runs.source import keep_source
 from mythos_jax.runs.state import Constants, TrainState, eval_variables
 from mythos_jax.training.metrics import RunLog, to_json
 from mythos_jax.training.profile import Profiler
-from mythos_jax.training.resume import checkpoint_metadata
+from mythos_jax.training.resume import Metadata, checkpoint_metadata
 from mythos_jax.training.start import (
     check_config,
     finished,
     finished_without_data,
     hold_run_dir,
+    load_constants,
     load_initial,
     open_run_data,
     starting_state,
@@ -64,22 +66,26 @@ def train(
         # Everything that can be refused is refused before data is prepared, which can take hours.
         local = replace(config, data=replace(config.data, tokenizer=local_tokenizer(config.data.tokenizer)))
         initial = load_initial(local, run_dir)
+        constants = load_constants(local, mesh, run_dir)
         data = open_run_data(local, run_dir, progress)
+        base = None if constants.base is None else base_record(config.training.init_from, constants.base)
+        metadata = checkpoint_metadata(config, data, base)
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(run_dir / "checkpoints", config.training.keep_checkpoints))
         )
         # Processes that saw different checkpoints would restore different steps.
         process_zero_first(f"{run_dir}/checkpoints", checkpoints.steps, identity=str)
-        state = starting_state(config, mesh, data, checkpoints, run_dir, initial)
+        state = starting_state(config, mesh, metadata, checkpoints, run_dir, initial)
         if int(state.step) >= config.training.steps:
             return finished(config, run_dir, int(state.step))
         # Only now: a resume that is refused leaves the run's config as it was.
         if is_process_zero():
             save_config(config, run_dir / "config.yaml")
             data.save_text(run_dir)
-            if initial is not None:
+            if initial is not None or (config.training.lora.rank and int(state.step) == 0):
                 keep_source(config.training.init_from, run_dir, with_text=data.tokenizer is not None)
-        loop = _Loop(config, mesh, data, checkpoints, run_dir, lock, Constants(), progress and is_process_zero())
+        log_here = progress and is_process_zero()
+        loop = _Loop(config, mesh, data, checkpoints, metadata, run_dir, lock, constants, log_here)
         return loop.run(state)
 
 
@@ -96,6 +102,7 @@ class _Loop:
         mesh: Mesh,
         data: Data,
         checkpoints: Checkpoints,
+        metadata: Metadata,
         run_dir: Any,
         lock: RunLock | None,
         constants: Constants,
@@ -103,7 +110,7 @@ class _Loop:
     ) -> None:
         self.config, self.mesh, self.data, self.checkpoints = config, mesh, data, checkpoints
         self.run_dir, self.lock, self.constants, self.progress = run_dir, lock, constants, progress
-        self.metadata = checkpoint_metadata(config, data)
+        self.metadata = metadata
         self.bad_in_a_row = 0
 
     def run(self, state: TrainState) -> dict[str, Any]:
@@ -198,7 +205,8 @@ class _Loop:
         """Held-out loss at the model's depth, in nats per token."""
         model = Mythos(self.config.model)
         settings = fixed([self.config.model.loops])  # not the depths drawn in training, so that the losses compare
-        variables = eval_variables(state.variables, state.average)
+        trained = eval_variables(state.variables, state.average)
+        variables = model_variables(self.config, trained, self.constants)
         measurements, _ = evaluate_depths(
             model, variables, self.held_out, settings, mesh=self.mesh, bytes_per_token=1, progress=False
         )
