@@ -9,7 +9,7 @@ from mythos_jax.errors import DONE, ConfigError
 from mythos_jax.typed import PositiveInt
 
 if TYPE_CHECKING:
-    from mythos_jax.config import ModelConfig
+    from mythos_jax.config import Config
 
 SUMMARY = "Parameters, FLOPs per token by number of loops, and cache bytes per token."
 
@@ -26,53 +26,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    name, model = _name_and_config(arguments.config, overrides)
-    print(describe(name, model, arguments.context))
+    print(describe(_config(arguments.config, overrides), arguments.context))
     return DONE
 
 
-def _name_and_config(source: str, overrides: list[str]) -> "tuple[str, ModelConfig]":
-    from mythos_jax.config import load_run_config, named_config
+def _config(source: str, overrides: list[str]) -> "Config":
+    """Of a pretrained model, only the name and the model are meaningful."""
+    from mythos_jax.config import Config, DataConfig, load_run_config, named_config
     from mythos_jax.porting.adapted import open_pretrained
     from mythos_jax.porting.hub import PACKAGED
     from mythos_jax.runs.configs import load_config
 
     directory = Path(source)
     if directory.is_dir() and (directory / "config.yaml").is_file():
-        config = load_run_config(directory / "config.yaml", overrides)
-        return config.name, config.model
+        return load_run_config(directory / "config.yaml", overrides)
     is_word = "/" not in source and not directory.exists() and source not in PACKAGED
     if directory.suffix in (".yaml", ".yml") or named_config(source) or is_word:
-        config = load_config(source, overrides)
-        return config.name, config.model
+        return load_config(source, overrides)
     if overrides:
         raise ConfigError(f"{source}: is a pretrained model, got {overrides[0]}; allowed only with a config or a run")
     pretrained = open_pretrained(source)
-    return pretrained.path.stem, pretrained.config
+    return Config(name=pretrained.path.stem, model=pretrained.config, data=DataConfig(seq_len=1))
 
 
-def describe(name: str, model: "ModelConfig", context: int | None = None) -> str:
+def describe(config: "Config", context: int | None = None) -> str:
     """Parameters, FLOPs per token by number of loops, and cache bytes per token, as text.
 
     context: keys that each token attends to (default: half of max_seq_len, the mean of a full causal sequence).
     """
-    from mythos_jax.flops import cache_bytes, count_parameters, forward_flops
+    from mythos_jax.flops import cache_bytes, count_parameters, forward_flops, trained_parts
     from mythos_jax.model.layers import compute_dtype
 
+    model = config.model
     context = context or model.max_seq_len // 2
     flops = forward_flops(model, context)
     depths = sorted({*(2**i for i in range((2 * model.loops).bit_length())), model.loops})
     lines = [
-        f"{name}: {model.prelude_layers} + {model.loop_layers} x loops + {model.coda_layers} layers, "
+        f"{config.name}: {model.prelude_layers} + {model.loop_layers} x loops + {model.coda_layers} layers, "
         f"width {model.dim}, {model.attention}, {model.feed_forward}",
         f"parameters: {count_parameters(model):,}",
+        *_trained(config),
         f"activations: {compute_dtype(model)}",
         "",
         f"{'loops':>6} {'forward FLOPs/token':>20} {'training FLOPs/token':>21} {'cache bytes/token':>18}",
     ]
     for loops in depths:
         mark = " (default)" if loops == model.loops else ""
-        forward = flops.at(loops)
-        lines.append(f"{loops:>6} {forward:>20,} {3 * forward:>21,} {cache_bytes(model, loops):>18,}{mark}")
+        training = trained_parts(config, context).at(loops)
+        lines.append(f"{loops:>6} {flops.at(loops):>20,} {training:>21,} {cache_bytes(model, loops):>18,}{mark}")
     lines.append(f"\nFLOPs: {context:,} keys per token, a multiply-add counts as two. Cache: one slot per loop.")
     return "\n".join(lines)
+
+
+def _trained(config: "Config") -> list[str]:
+    """What a LoRA run trains."""
+    from mythos_jax.flops import low_rank_sizes
+
+    sizes, rank = low_rank_sizes(config), config.training.lora.rank
+    return [f"trained: {sum(sizes.values()):,} low-rank weights of rank {rank} beside {len(sizes)} matrices"] if sizes else []

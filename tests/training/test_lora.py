@@ -1,0 +1,221 @@
+"""LoRA fine-tuning: what is trained, saved and loaded, and what is refused."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from mythos_jax.cli import main
+from mythos_jax.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, TrainingConfig, save_config
+from mythos_jax.errors import ConfigError
+from mythos_jax.flops import forward_flops, low_rank_sizes, training_flops
+from mythos_jax.model.gather import LOW_RANK
+from mythos_jax.model.low_rank import target_paths
+from mythos_jax.porting.pretrained import load_pretrained, save_pretrained
+from mythos_jax.runs.checkpoints import Checkpoints
+from mythos_jax.runs.load import load_model
+from mythos_jax.sharding import make_mesh
+from mythos_jax.training.optimizer import decay_mask, optimizer_groups
+from mythos_jax.training.step import abstract_state
+from mythos_jax.training.train import train
+from tests.survival import assert_same, lines, timeless
+from tests.tiny import GQA, MLA, run, some_tokens, variables
+
+LLAMA = ModelConfig(
+    vocab_size=264,
+    dim=32,
+    max_seq_len=32,
+    prelude_layers=0,
+    coda_layers=0,
+    loops=1,
+    n_heads=2,
+    n_kv_heads=1,
+    hidden_dim=48,
+    injection="none",
+)
+MATRICES = 7  # of its layer
+LORA = LoraConfig(rank=3, alpha=9.0, base_dtype="bfloat16")
+TRAINED = 3 * (5 * 32 + 16 + 16 + 4 * 32 + 3 * 48)  # rank x (inputs + outputs) of q, k, v, out; gate, up, down
+CONFIG = Config(
+    name="c",
+    model=LLAMA,
+    training=TrainingConfig(
+        steps=4,
+        batch_size=8,
+        checkpoint_every=2,
+        log_every=1,
+        warmup_steps=1,
+        learning_rate=0.02,
+        ema_decay=0.5,
+        grad_accumulation_steps=2,
+        evaluate_every=4,
+        init_from="base",
+        lora=LORA,
+    ),
+    data=DataConfig(path="rows", sources=("text",), seq_len=16, held_out_fraction=0.2),
+    evaluation=EvaluationConfig(batch_size=8, max_rows=16, loops=(1,)),
+)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory, text_file):
+    """A folder with text, a base, a config, and a run of it."""
+    folder = tmp_path_factory.mktemp("lora")
+    shutil.copytree(text_file, folder / "text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+        save_pretrained("base", LLAMA, variables(LLAMA), "llama")
+        save_config(CONFIG, "c.yaml")
+        train(CONFIG, "run", progress=False)
+    return folder
+
+
+@pytest.fixture
+def home(once, tmp_path, monkeypatch):
+    """A copy of it, the working directory."""
+    shutil.copytree(once, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+
+
+def with_lora(**fields):
+    return replace(CONFIG, training=replace(CONFIG.training, lora=replace(LORA, **fields)))
+
+
+def logits(loaded):
+    return run(LLAMA, loaded.variables, some_tokens(), loops=1).logits
+
+
+def test_a_run_trains_low_rank_weights_and_saves_nothing_else(home):
+    base = load_model("base").variables["params"]
+    rounded = jax.tree.map(lambda x: np.asarray(x if x.ndim < 2 else x.astype("bfloat16"), np.float32), base)
+    assert_same(load_model("run").variables["params"], rounded)  # of the base, bit for bit
+    log = lines(Path("run"))
+    assert log[0]["loss"] > log[-2]["loss"] + 1
+    meta = Checkpoints("run/checkpoints", read_only=True)._meta(4)
+    assert {name: len(sums) for name, sums in meta["checksums"].items()} == {
+        "model": 2 * MATRICES,
+        "average": 2 * MATRICES,
+        "optimizer": 2 * 2 * MATRICES + 4,  # moments; counts, the running loss, skipped steps
+    }
+    assert sum(low_rank_sizes(CONFIG).values()) == TRAINED
+    arrays = jax.tree.leaves(load_model("run").variables[LOW_RANK])
+    assert sum(x.size for x in arrays) == TRAINED
+    assert meta["base"]["path"] == "base"
+
+
+def test_a_run_is_used_unmerged_and_merged(home, capsys):
+    unmerged, merged = load_model("run"), load_model("run", merge=True)
+    assert set(merged.variables) == {"params", "balance"}
+    np.testing.assert_allclose(logits(unmerged), logits(merged), atol=1e-4)
+    assert np.abs(logits(unmerged) - logits(load_model("base"))).max() > 0.1
+    # As a user does.
+    assert main(["convert", "run", "llama", "--to", "llama"]) == 0
+    assert "low-rank weights of 7 matrices: added to them, in float32" in capsys.readouterr().out
+    np.testing.assert_allclose(logits(load_model("llama")), logits(merged), atol=1e-4)
+    save_pretrained("saved", LLAMA, unmerged.variables)
+    assert_same(load_pretrained("saved")[1]["params"], merged.variables["params"])
+    assert main(["generate", "run", "word", "--max-new-tokens", "3"]) == 0
+    assert main(["info", "run"]) == 0
+    out = capsys.readouterr().out
+    assert f"trained: {TRAINED:,} low-rank weights of rank 3 beside 7 matrices" in out
+
+
+def test_a_run_resumes_bit_for_bit(home):
+    """From the checkpoint of step 2, as if it had been killed before it saved that of step 4."""
+    whole, log = load_model("run").variables, lines(Path("run"))
+    shutil.rmtree("run/checkpoints/4")
+    train(CONFIG, "run", progress=False)
+    assert_same(load_model("run").variables, whole)
+    assert timeless(lines(Path("run"))) == timeless(log)
+
+
+def test_the_base_has_moved_or_is_another_one(home, capsys):
+    shutil.move("base", "moved")
+    assert main(["generate", "run", "word", "--max-new-tokens", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mythos: run: the weights that its low-rank weights belong to cannot be loaded (base: ")
+    assert error.endswith("allowed: to say where they are now, --training.init_from MODEL\n")
+    assert main(["generate", "run", "word", "--max-new-tokens", "3", "--training.init_from", "moved"]) == 0
+    save_pretrained("other", LLAMA, variables(LLAMA, seed=1))
+    expected = (
+        "run: its low-rank weights do not belong to the weights of other; allowed: those of base when the run began "
+        "(--training.init_from MODEL says where they are now)"
+    )
+    assert main(["eval", "run", "--training.init_from", "other"]) == 2
+    assert expected in capsys.readouterr().err
+    assert main(["train", "c.yaml", "--workdir", "run", "--training.steps", "5", "--init-from", "other"]) == 2
+    assert expected in capsys.readouterr().err
+    assert main(["generate", "run", "word", "--training.steps", "5"]) == 2
+    assert "allowed: --mesh.FIELD and --training.init_from" in capsys.readouterr().err
+
+
+def test_other_settings_are_refused_when_a_run_resumes(home):
+    for fields in ({"rank": 4}, {"alpha": 3.0}, {"targets": ("q",)}, {"base_dtype": "float32"}):
+        with pytest.raises(ConfigError, match=rf"cannot resume, .*training\.lora\.{next(iter(fields))} was"):
+            train(with_lora(**fields), "run", progress=False)
+
+
+def test_runs_start_from_a_lora_run(home):
+    merged = load_model("run", merge=True).variables
+    training = replace(CONFIG.training, steps=1, learning_rate=1e-30, evaluate_every=0, ema_decay=0.0)
+    whole = replace(CONFIG, training=replace(training, lora=LoraConfig(), init_from="run", weight_decay=0.0))
+    train(whole, "whole", progress=False)
+    assert_same(load_model("whole").variables["params"], merged["params"])
+    again = replace(CONFIG, training=replace(training, lora=LoraConfig(rank=2, base_dtype="int8"), init_from="run"))
+    train(again, "again", progress=False)
+    np.testing.assert_allclose(logits(load_model("again", merge=True)), logits(load_model("run")), atol=0.2)
+    assert load_model("again").storage.int8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lora.targets", "[q_proj]"], "training.lora.targets: got 'q_proj', allowed: .*; nearest: attention.q"),
+        (["lora.targets", "[norms]"], "training.lora.targets: got 'norms', allowed: names of matrices of attention"),
+        (["init_from", ""], "training.init_from: got '', allowed: a model, whose weights training.lora leaves as is"),
+        (["frozen", "[q]"], r"training.frozen: got \('q',\), allowed: \[\] with training.lora.rank"),
+        (["lora.rank", "0"], "training.lora.alpha: got 9.0, allowed: null without training.lora.rank"),
+        (["learning_rate_factors", "{embedding: 2}"], "training.learning_rate_factors embedding: got 2"),
+    ],
+)
+def test_bad_settings_are_one_line_and_nothing_is_written(home, capsys, words, message):
+    name, value = words
+    assert main(["train", "c.yaml", "--workdir", "new", f"--training.{name}", value]) == 2
+    assert not Path("new").exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_default_targets_are_all_matrices_of_attention_and_feed_forward():
+    assert [path.rsplit(".", 2)[1] for path in target_paths(LLAMA, LORA)] == [
+        *("q", "k", "v", "out"), *("gate", "up", "down")
+    ]  # fmt: skip
+    names = {path.split(".", 3)[-1] for path in target_paths(GQA, LORA) if path.startswith("recurrence.cell.layer_0")}
+    assert names == {
+        *(f"attention.{name}.kernel" for name in ("q", "k", "v", "out")),
+        *(f"moe.shared_0.{name}.kernel" for name in ("gate", "up", "down")),
+    }
+    only = target_paths(MLA, replace(LORA, targets=("kv_up", "coda")))
+    assert {path.split(".")[0] for path in only if "kv_up" not in path} == {"coda_0"}
+
+
+def test_low_rank_weights_are_matrices_to_the_optimizer():
+    """Both factors decay, although `b` is also the name of an injection's diagonal, and Muon updates both."""
+    low_rank = abstract_state(replace(CONFIG, model=MLA), make_mesh(CONFIG.mesh)).variables[LOW_RANK]
+    assert set(flatten_dict(decay_mask(low_rank), sep=".").values()) == {True}
+    assert set(flatten_dict(optimizer_groups(low_rank), sep=".").values()) == {"muon"}
+
+
+def test_flops_without_gradients_of_frozen_matrices():
+    """A third of the matrices' FLOPs is left out, none of the attention's."""
+    tokens = CONFIG.training.batch_size * CONFIG.data.seq_len
+    whole = training_flops(replace(CONFIG, training=replace(CONFIG.training, lora=LoraConfig())))
+    matrices = forward_flops(LLAMA, 0).at(1)
+    assert whole - training_flops(CONFIG) == tokens * (matrices - 3 * 2 * TRAINED)
