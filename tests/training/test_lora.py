@@ -16,6 +16,7 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.flops import forward_flops, low_rank_sizes, training_flops
 from mythos_jax.model.gather import LOW_RANK
 from mythos_jax.model.low_rank import target_paths
+from mythos_jax.model.storage import Storage
 from mythos_jax.porting.pretrained import load_pretrained, save_pretrained
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.load import load_model
@@ -169,8 +170,10 @@ def test_runs_start_from_a_lora_run(home):
     assert_same(load_model("whole").variables["params"], merged["params"])
     again = replace(CONFIG, training=replace(training, lora=LoraConfig(rank=2, base_dtype="int8"), init_from="run"))
     train(again, "again", progress=False)
-    np.testing.assert_allclose(logits(load_model("again", merge=True)), logits(load_model("run")), atol=0.2)
-    assert load_model("again").storage.int8
+    base = Storage(int8=True).store_all(LLAMA, merged)
+    rest = {name: tree for name, tree in load_model("again").variables.items() if name != LOW_RANK}
+    assert_same(rest, base)
+    assert load_model("again").storage == Storage(int8=True)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +197,8 @@ def test_bad_settings_are_one_line_and_nothing_is_written(home, capsys, words, m
 
 
 def test_default_targets_are_all_matrices_of_attention_and_feed_forward():
-    assert [path.rsplit(".", 2)[1] for path in target_paths(LLAMA, LORA)] == [
-        *("q", "k", "v", "out"), *("gate", "up", "down")
-    ]  # fmt: skip
+    names = {path.rsplit(".", 2)[1] for path in target_paths(LLAMA, LORA)}
+    assert names == {"q", "k", "v", "out", "gate", "up", "down"}
     names = {path.split(".", 3)[-1] for path in target_paths(GQA, LORA) if path.startswith("recurrence.cell.layer_0")}
     assert names == {
         *(f"attention.{name}.kernel" for name in ("q", "k", "v", "out")),
