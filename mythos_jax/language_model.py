@@ -36,6 +36,7 @@ def load(
     weights: Literal["int8"] | None = None,
     overrides: Sequence[str] = (),
     base: str | None = None,
+    merge: bool = False,
 ) -> "LanguageModel":
     """A trained model, ready to use.
 
@@ -48,13 +49,24 @@ def load(
     dtype: of the stored weights; bfloat16 or float16 take half the memory. weights: "int8" stores the matrices as int8,
       with a scale per output channel: a quarter of the memory, and faster decoding (docs/speed.md).
     overrides: command-line words that set fields of the config, such as `["--evaluation.max_rows", "100"]`.
-    base: for a PEFT directory, the model to add its low-rank weights to (default: the one that it names).
+    base: of a PEFT directory or a LoRA run, where the model is that its low-rank weights belong to (default: where they
+      say).
+    merge: of a LoRA run: add the low-rank weights to the matrices that they are beside, which decodes faster; else they
+      are a collection of their own.
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
     storage = Storage.named(dtype, weights)
     loaded = load_model(
-        path, step, config=config, tokenizer=tokenizer, mesh=mesh, storage=storage, overrides=overrides, base=base
+        path,
+        step,
+        config=config,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        storage=storage,
+        merge=merge,
+        overrides=overrides,
+        base=base,
     )
     return LanguageModel(loaded)
 
@@ -85,7 +97,7 @@ class LanguageModel:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Collections `params` and `balance`, and `predictor` if one was trained; on the mesh."""
+        """Collections `params` and `balance`, `predictor` if one was trained, `low_rank` of a LoRA run; on the mesh."""
         return self.loaded.variables
 
     @property
