@@ -117,12 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check_sections(overrides: list[str], sections: tuple[str, ...]) -> None:
-    """Raises ConfigError if a field is set that the command does not allow for a run. sections: or complete fields."""
+    """Raises ConfigError if a field is set that is not in one of the sections that the command allows for a run."""
     from mythos_jax.config.overrides import override_names
 
     for name in override_names(overrides):
-        if not any(name == section or name.startswith(f"{section}.") for section in sections):
-            allowed = " and ".join(f"--{name}" if "." in name else f"--{name}.FIELD" for name in sections)
+        if name.partition(".")[0] not in sections:
+            allowed = " and ".join(f"--{section}.FIELD" for section in sections)
             raise ConfigError(f"--{name}: fixed by the run; allowed: {allowed}")
 
 

@@ -139,9 +139,8 @@ def _about_overrides(sections: bool | tuple[str, ...]) -> str:
     if sections is True:
         return "Any field of the [configuration](config.md) can be set with `--section.field value`."
     assert isinstance(sections, tuple)
-    names = " and ".join(f"`{name}`" if "." in name else f"fields of `{name}`" for name in sections)
-    of_run = "in the [configuration](config.md) of a run can be set with `--section.field value`."
-    return f"{names[0].upper()}{names[1:]} {of_run}"
+    names = " and ".join(f"`{section}`" for section in sections)
+    return f"Fields of {names} in the [configuration](config.md) of a run can be set with `--section.field value`."
 
 
 def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

@@ -199,7 +199,7 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         "--base",
         type=path,
         metavar="MODEL",
-        help="for a PEFT directory: the model to add it to (default: the one that it names)",
+        help="of a PEFT directory or a LoRA run: where the model is that it belongs to (default: where it says)",
     )
 
 

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_storage(parser)
     add_step(parser)
     add_generation(parser)
-    parser.set_defaults(takes_overrides=("mesh", "training.init_from"))
+    parser.set_defaults(takes_overrides=("mesh",))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:

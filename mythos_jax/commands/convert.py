@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="also run the original and this implementation on the same tokens"
     )
     add_json(parser)
-    parser.set_defaults(takes_overrides=("mesh", "training.init_from"))
+    parser.set_defaults(takes_overrides=("mesh",))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_storage(parser)
     add_json(parser)
     add_processes(parser)
-    parser.set_defaults(takes_overrides=("mesh", "evaluation", "training.init_from"))
+    parser.set_defaults(takes_overrides=("mesh", "evaluation"))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:

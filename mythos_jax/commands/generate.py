@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="names of special tokens in the prompt, such as <|im_start|>, stand for those tokens",
     )
-    parser.set_defaults(takes_overrides=("mesh", "training.init_from"))
+    parser.set_defaults(takes_overrides=("mesh",))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:

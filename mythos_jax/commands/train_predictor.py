@@ -2,7 +2,7 @@
 
 import argparse
 
-from mythos_jax.commands.arguments import add_step, of_type, path
+from mythos_jax.commands.arguments import add_base, add_step, of_type, path
 from mythos_jax.errors import DONE
 from mythos_jax.typed import PositiveInt
 
@@ -12,6 +12,7 @@ SUMMARY = "Train the head that predicts how many loops each token needs, on the 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=path, metavar="RUN")
     add_step(parser)
+    add_base(parser)
     positive = of_type(PositiveInt)
     parser.add_argument(
         "--loops",
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the largest number of loops it can predict (default: the config's)",
     )
     parser.add_argument("--rows", type=positive, default=512, metavar="N", help="rows to record (default 512)")
-    parser.set_defaults(takes_overrides=("mesh", "training.init_from"))
+    parser.set_defaults(takes_overrides=("mesh",))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if not arguments.debug:
         quiet_background_errors()
-    loaded = load_model(arguments.model, arguments.step, overrides=overrides, with_predictor=False)
+    loaded = load_model(arguments.model, arguments.step, overrides=overrides, with_predictor=False, base=arguments.base)
     summary = train_predictor(loaded, loops=arguments.loops, rows=arguments.rows)
     print(f"{'mean loops':>10} {'KL to the final, nats':>22}")
     for loops, excess in zip(summary["mean_loops"], summary["excess_nats"], strict=True):

@@ -15,7 +15,6 @@ from safetensors.numpy import load
 
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_run_config
 from mythos_jax.config.files import config_from_words, sets_mesh
-from mythos_jax.config.model import SPEED_FIELDS
 from mythos_jax.data.conventions import TextConventions, read_conventions
 from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import MANIFEST_FILE, load_manifest
@@ -23,7 +22,7 @@ from mythos_jax.data.placement import fitting_batch
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
-from mythos_jax.model.abstract import abstract_variables, weight_shapes
+from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.gather import LOW_RANK, SCALES
 from mythos_jax.model.low_rank import merged
 from mythos_jax.model.mythos import Mythos
@@ -37,12 +36,13 @@ from mythos_jax.porting.pretrained import load_variables
 from mythos_jax.porting.reading import Source, Text, VariablesSource
 from mythos_jax.processes import log0
 from mythos_jax.runs import source as start_files
+from mythos_jax.runs.base import base_record, check_base
 from mythos_jax.runs.checkpoints import Checkpoints
+from mythos_jax.runs.comparison import check_trained, compared
 from mythos_jax.runs.configs import is_run
-from mythos_jax.runs.low_rank import STORAGE, abstract_low_rank, base_record, check_base, with_low_rank
+from mythos_jax.runs.low_rank import STORAGE, abstract_low_rank, with_low_rank
 from mythos_jax.runs.trained_on import TrainedOn
 from mythos_jax.sharding import RULES, default_mesh, make_mesh, partition_spec, shardings
-from mythos_jax.typed import differences, from_dict, to_dict, upgrade
 
 
 @dataclass(frozen=True)
@@ -160,15 +160,15 @@ def load_model(
     overrides: command-line words that set fields of the config, such as `--mesh.tensor 2`.
     with_predictor: also load the run's depth predictor, if it has one.
     storage: how the weights are stored. keep_int8: those of a directory of int8 weights stay as they are.
-    base: for a PEFT directory, the model to add it to (default: the one that it names).
+    base: of a PEFT directory or a LoRA run, where the model is that its low-rank weights belong to (default: where they
+      say).
     merge: add the low-rank weights of a LoRA run to its matrices; else they are a collection of their own.
 
     Raises ConfigError: neither a run nor a model, no such checkpoint, files that are damaged or do not fit.
     """
     tokenizer = None if tokenizer is None else local_tokenizer(str(tokenizer))
     if is_run(path):
-        _refuse_base(path, base)
-        run = _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor)
+        run = _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor, base)
         variables = merged(run.variables) if merge and LOW_RANK in run.variables else run.variables
         if SCALES in variables:  # a base that the run has as int8, and is not rounded again
             return replace(run, storage=replace(storage, int8=True))
@@ -200,11 +200,6 @@ def load_model(
     )
 
 
-def _refuse_base(path: str | Path, base: str | None) -> None:
-    if base is not None:
-        raise ConfigError(f"--base: got {base}, allowed only with a PEFT directory, which {path} is not")
-
-
 def placer(config: ModelConfig, mesh: Mesh) -> Callable[[str, Any], jax.Array]:
     """A function that puts the variable at a dotted path on the mesh, cut by its logical axes: each device gets its
     part of a host array, and nothing more."""
@@ -232,8 +227,7 @@ def open_source(
     """A run or a pretrained model as a source of tensors, for `convert`. overrides, base: as in `load_model`."""
     if not is_run(path):
         return open_pretrained(str(path), config, base=base, open_base=open_source, keep_dtype=True)
-    _refuse_base(path, base)
-    run = _load_run(to_path(path), overrides=overrides)
+    run = _load_run(to_path(path), overrides=overrides, base=base)
     tokenizer = run.tokenizer  # which is checked by reading it
     if tokenizer is None and run.config.data.uses_tokenizer:
         log0(f"{path}: has no {TOKENIZER_FILE}, so the converted model gets none")
@@ -252,8 +246,13 @@ def _load_run(
     mesh: MeshConfig | Mesh | None = None,
     overrides: Sequence[str] = (),
     with_predictor: bool = True,
+    base: str | None = None,
 ) -> LoadedModel:
     config = load_run_config(directory / "config.yaml", overrides)
+    if base is not None:
+        if not config.training.lora.rank:
+            raise ConfigError(f"--base: got {base}, allowed only with a PEFT directory or a LoRA run, not {directory}")
+        config = replace(config, training=replace(config.training, init_from=base))
     device_mesh = _as_mesh(mesh or config.mesh) if mesh or sets_mesh(overrides) else _mesh_of(directory, config.mesh)
     checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
     steps = checkpoints.steps()
@@ -264,24 +263,29 @@ def _load_run(
     lora = config.training.lora
     like = abstract_low_rank(config, device_mesh) if lora.rank else _abstract_on(device_mesh, config.model)
     variables, meta = checkpoints.restore_variables(
-        step, like, check=partial(_compare_models, directory / "config.yaml", config.model)
+        step, like, check=partial(check_trained, directory / "config.yaml", config.model)
     )
     checkpoints.close()
     if lora.rank:
-        try:
-            base = load_base(config, device_mesh)
-        except ConfigError as error:
-            raise ConfigError(
-                f"{directory}: the weights that its low-rank weights belong to cannot be loaded ({error}); allowed: "
-                "to say where they are now, --training.init_from MODEL"
-            ) from None
-        check_base(meta, base_record(config.training.init_from, base.variables), directory)
-        variables = with_low_rank(base.variables, variables[LOW_RANK], lora)
+        variables = _beside_base(config, device_mesh, meta, directory, variables[LOW_RANK])
     if with_predictor:
         variables |= _load_predictor(directory, step)
     trained_on = TrainedOn.from_metadata(meta)
     spec = tokenizer or _tokenizer_of(directory, config, trained_on)
     return LoadedModel(directory, config, Mythos(config.model), variables, step, device_mesh, _spec(spec), trained_on)
+
+
+def _beside_base(config: Config, mesh: Mesh, meta: Mapping[str, Any], directory: Path, low_rank: Any) -> dict[str, Any]:
+    """The variables of a LoRA run's model. Raises ConfigError if its base is not there, or is another one."""
+    try:
+        base = load_base(config, mesh).variables
+    except ConfigError as error:
+        raise ConfigError(
+            f"{directory}: the weights that its low-rank weights belong to cannot be loaded ({error}); allowed: to say "
+            "where they are now, --base MODEL"
+        ) from None
+    check_base(meta, base_record(config.training.init_from, base), directory, "--base")
+    return with_low_rank(base, low_rank, config.training.lora)
 
 
 def _abstract_on(mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
@@ -306,34 +310,8 @@ def load_base(config: Config, mesh: MeshConfig | Mesh) -> LoadedModel:
     return loaded
 
 
-def compared(theirs: ModelConfig, ours: ModelConfig, path: str) -> dict[str, tuple[Any, Any]]:
-    """The fields in which the model at a path differs from that of a config. Raises ConfigError if its weights have
-    other shapes then."""
-    changed = differences(to_dict(theirs), to_dict(ours), "model")
-    if weight_shapes(theirs) != weight_shapes(ours):
-        fields = "; ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in changed.items())
-        raise ConfigError(f"{path}: its weights do not fit this config ({fields})")
-    return changed
-
-
 def _as_mesh(mesh: MeshConfig | Mesh) -> Mesh:
     return mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
-
-
-def _compare_models(file: Path, model: ModelConfig, meta: Mapping[str, Any]) -> None:
-    """Says which fields of the model are not those that the checkpoint was trained with, by an edit or by damage of the
-    run's config.yaml. Raises ConfigError if its weights have other shapes then."""
-    trained = upgrade(ModelConfig, meta["model"])
-    changed = differences(trained, to_dict(model), "model")
-    fields = [
-        f"{name} was {old!r} when the run was trained, is {new!r}"
-        for name, (old, new) in changed.items()
-        if name.removeprefix("model.") not in SPEED_FIELDS
-    ]
-    if fields and weight_shapes(from_dict(ModelConfig, trained)) != weight_shapes(model):
-        raise ConfigError(f"{file}: is not that of the run's weights ({'; '.join(fields)})")
-    for field_changed in fields:
-        log0(f"{file}: {field_changed}")
 
 
 def _mesh_of(directory: Path, config: MeshConfig) -> Mesh:

@@ -1,48 +1,23 @@
-"""The frozen weights of a LoRA run: they are in no checkpoint, so a run remembers which they were."""
+"""The variables of a LoRA run: low-rank weights, which it trains, beside a base, which stays as it is."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from mythos_jax.config import Config, LoraConfig
-from mythos_jax.errors import ConfigError
 from mythos_jax.model.gather import LOW_RANK
 from mythos_jax.model.low_rank import fresh_low_rank, scaled
 from mythos_jax.model.storage import Storage, boxes_by_path
-from mythos_jax.runs.checkpoints import checksums
 from mythos_jax.runs.state import Constants
 from mythos_jax.sharding import abstract
 
 # How the base is stored, by `training.lora.base_dtype`.
 STORAGE = {"float32": Storage(), "bfloat16": Storage("bfloat16"), "int8": Storage(int8=True)}
-
-
-def base_record(path: str, variables: Mapping[str, Any]) -> dict[str, str]:
-    """What a checkpoint stores about the frozen weights, as they are stored: where they came from, and a fingerprint,
-    which is the same on every mesh."""
-    flat = dict(sorted(flatten_dict(dict(variables), sep=".").items()))
-    shapes = [(name, list(x.shape), str(x.dtype)) for name, x in flat.items()]
-    sums = jax.device_get(checksums(list(flat.values()))).tolist()
-    return {"path": path, "fingerprint": hashlib.sha256(json.dumps([shapes, sums]).encode()).hexdigest()}
-
-
-def check_base(saved: Mapping[str, Any], current: Mapping[str, str], directory: Any) -> None:
-    """Raises ConfigError if the low-rank weights of a checkpoint belong to other weights than those that are here.
-
-    saved: the meta of the checkpoint. current: a `base_record`.
-    """
-    if saved["base"]["fingerprint"] != current["fingerprint"]:
-        raise ConfigError(
-            f"{directory}: its low-rank weights do not belong to the weights of {current['path']}; allowed: those of "
-            f"{saved['base']['path']} when the run began (--training.init_from MODEL says where they are now)"
-        )
 
 
 def model_variables(config: Config, variables: dict[str, Any], constants: Constants) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from mythos_jax.config.model import SPEED_FIELDS
 from mythos_jax.data.open import Data
 from mythos_jax.errors import ConfigError
 from mythos_jax.processes import log0
-from mythos_jax.runs.low_rank import check_base
+from mythos_jax.runs.base import check_base
 from mythos_jax.runs.trained_on import tokenizer_record
 from mythos_jax.training.optimizer import decay_start
 from mythos_jax.typed import differences, from_dict, to_dict, upgrade
@@ -54,7 +54,7 @@ def check_resume(saved: Metadata, current: Metadata, workdir: Path) -> None:
             f"{workdir}: cannot resume, the run was made with other settings ({fields}); use a new --workdir"
         )
     if "base" in current:
-        check_base(saved, current["base"], workdir)
+        check_base(saved, current["base"], workdir, "--init-from")
 
 
 def announce_changes(saved: Metadata, current: Metadata, step: int) -> None:

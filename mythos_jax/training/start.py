@@ -22,8 +22,9 @@ from mythos_jax.model.low_rank import target_paths
 from mythos_jax.paths import to_path
 from mythos_jax.processes import is_process_zero, log0, process_zero_first
 from mythos_jax.runs.checkpoints import Checkpoints, newest_folder
+from mythos_jax.runs.comparison import compared
 from mythos_jax.runs.configs import has_begun, model_of
-from mythos_jax.runs.load import LoadedModel, compared, load_base, load_model
+from mythos_jax.runs.load import LoadedModel, load_base, load_model
 from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
 from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import check_sharded, make_mesh

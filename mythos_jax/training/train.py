@@ -22,9 +22,10 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.paths import to_path
 from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.processes import StopSignal, is_process_zero, process_zero_first, raise_together
+from mythos_jax.runs.base import base_record
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.lock import RunLock
-from mythos_jax.runs.low_rank import base_record, model_variables
+from mythos_jax.runs.low_rank import model_variables
 from mythos_jax.runs.source import keep_source
 from mythos_jax.runs.state import Constants, TrainState, eval_variables
 from mythos_jax.training.metrics import RunLog, to_json
