@@ -64,8 +64,8 @@ def training_flops(config: Config, loops: float | None = None) -> int:
 
     The backward pass of what trains costs twice the forward pass: a gradient of activations and one of weights. Frozen
     matrices have no gradient of weights, also beside low-rank weights, and below the first part that trains there is no
-    backward pass; loops without gradients cost the forward pass alone. What trains an exit gate runs coda and head after each loop. Attention is
-    causal.
+    backward pass; loops without gradients cost the forward pass alone. What trains an exit gate runs coda and head
+    after each loop. Attention is causal.
     """
     mean = mean_loops(config) if loops is None else loops
     traced = min(mean, backprop_loops(config))

@@ -83,4 +83,6 @@ def _trained(config: "Config") -> list[str]:
     from mythos_jax.flops import low_rank_sizes
 
     sizes, rank = low_rank_sizes(config), config.training.lora.rank
-    return [f"trained: {sum(sizes.values()):,} low-rank weights of rank {rank} beside {len(sizes)} matrices"] if sizes else []
+    if not sizes:
+        return []
+    return [f"trained: {sum(sizes.values()):,} low-rank weights of rank {rank} beside {len(sizes)} matrices"]
