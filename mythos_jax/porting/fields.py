@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.typed import nearest_name
 
 _REQUIRED = object()
@@ -22,7 +22,7 @@ class Fields:
         for name in self._unknown:
             near = nearest_name(name, self.known - set(given), cutoff=0.75)
             if near:
-                raise ConfigError(f"{where}: {name}: unknown field; did you mean {near}?")
+                raise ConfigError(f"{where}: {one_line(name)}: unknown field; did you mean {near}?")
 
     def integer(self, name: str, default: Any = _REQUIRED, low: int = 0, high: int = 2**31 - 1) -> int:
         value = self._get(name, default)
@@ -76,7 +76,7 @@ class Fields:
         for name in self._unknown:
             if self.given[name]:
                 raise ConfigError(
-                    f"{self.where}: {name}: unknown field, got {self.given[name]!r}; it may change the model"
+                    f"{self.where}: {one_line(name)}: unknown field, got {self.given[name]!r}; it may change the model"
                 )
 
     def _get(self, name: str, default: Any) -> Any:
@@ -89,4 +89,4 @@ class Fields:
 
     def _check(self, name: str, value: Any, ok: bool, allowed: str) -> None:
         if not ok:
-            raise ConfigError(f"{self.where}: {name}: got {value!r}, allowed: {allowed}")
+            raise ConfigError(f"{self.where}: {one_line(name)}: got {value!r}, allowed: {allowed}")

@@ -24,6 +24,9 @@ from mythos_jax.porting.layouts import LINEAR, SAME, TO_HEADS, low_rank_layouts
 from mythos_jax.porting.peft import family_for, write_adapter
 from mythos_jax.porting.peft_config import MOST_REPETITIONS, read_adapter_config, target_names
 from mythos_jax.porting.pretrained import load_pretrained, save_pretrained
+from mythos_jax.runs.configs import load_config
+from mythos_jax.runs.source import keep_source
+from mythos_jax.training.start import load_initial
 from tests.porting import golden
 
 LLAMA = golden.FOLDER / "llama"
@@ -340,3 +343,18 @@ def test_models_that_peft_does_not_know(tmp_path):
     assert not (tmp_path / "x").exists()
     with pytest.raises(ConfigError, match="runs/x: PEFT knows models of transformers only, and "):
         family_for(golden.load("openmythos_mla")[0].__class__(prelude_layers=1, injection="none"), None, "runs/x")
+
+
+def test_a_run_that_starts_from_an_adapter(llama_adapter, tmp_path):
+    """Its model is the base's, its first weights are the merged ones, and it keeps the base's files."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"training: {{init_from: {llama_adapter}}}\ndata: {{task: {{name: p_hop, difficulty: [2]}}, seq_len: 32}}\n"
+    )
+    config = load_config(file)
+    assert config.model == golden.load("llama")[0]
+    (tmp_path / "run").mkdir()
+    keep_source(str(llama_adapter), tmp_path / "run", with_text=True)
+    assert (tmp_path / "run" / "source" / "generation_config.json").is_file()
+    initial = load_initial(config, tmp_path / "run")
+    assert_close({"params": initial["params"]}, {"params": load_pretrained(llama_adapter)[1]["params"]})
