@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("target", type=path, metavar="DST", help="a directory that does not exist yet, or is empty")
     parser.add_argument(
-        "--to", required=True, metavar="FORMAT", help="a format of docs/weights.md, such as mythos_jax or llama"
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="a format of docs/weights.md, such as mythos_jax or llama; peft: the low-rank weights of a LoRA run",
     )
     parser.add_argument(
         "--config",
@@ -42,12 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.porting.convert import convert, format_report, report_as_json
     from mythos_jax.porting.reading import FileSource
+    from mythos_jax.runs.adapters import FORMAT
     from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.runs.configs import is_run
     from mythos_jax.runs.load import open_source
 
     if not arguments.debug:
         quiet_background_errors()
+    if arguments.to == FORMAT:
+        return _export_adapter(arguments, overrides)
     if arguments.weights_key is None:
         source = open_source(arguments.source, arguments.config, overrides, arguments.base)
     elif overrides or arguments.base or is_run(arguments.source):
@@ -68,3 +74,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if report.coverage.problems:
         return WRONG_INPUT
     return DONE if report.ok else FAILED
+
+
+def _export_adapter(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from mythos_jax.runs.adapters import export_adapter
+
+    for name in ("base", "check", "config", "weights_key"):
+        if getattr(arguments, name):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag}: got {getattr(arguments, name)}, allowed: none with --to {arguments.to}")
+    report = export_adapter(arguments.source, arguments.target, overrides)
+    print(json.dumps(report.as_dict()) if arguments.json else report.as_text())
+    return DONE

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from mythos_jax.data.placement import fitting_batch
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
-from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.gather import LOW_RANK, SCALES
 from mythos_jax.model.low_rank import merged
 from mythos_jax.model.mythos import Mythos
@@ -37,12 +36,12 @@ from mythos_jax.porting.reading import Source, Text, VariablesSource
 from mythos_jax.processes import log0
 from mythos_jax.runs import source as start_files
 from mythos_jax.runs.base import base_record, check_base
-from mythos_jax.runs.checkpoints import Checkpoints
-from mythos_jax.runs.comparison import check_trained, compared
+from mythos_jax.runs.comparison import compared
 from mythos_jax.runs.configs import is_run
-from mythos_jax.runs.low_rank import STORAGE, abstract_low_rank, with_low_rank
+from mythos_jax.runs.low_rank import STORAGE, with_low_rank
+from mythos_jax.runs.restore import mesh_of, restore_run
 from mythos_jax.runs.trained_on import TrainedOn
-from mythos_jax.sharding import RULES, default_mesh, make_mesh, partition_spec, shardings
+from mythos_jax.sharding import RULES, default_mesh, make_mesh, partition_spec
 
 
 @dataclass(frozen=True)
@@ -253,20 +252,9 @@ def _load_run(
         if not config.training.lora.rank:
             raise ConfigError(f"--base: got {base}, allowed only with a PEFT directory or a LoRA run, not {directory}")
         config = replace(config, training=replace(config.training, init_from=base))
-    device_mesh = _as_mesh(mesh or config.mesh) if mesh or sets_mesh(overrides) else _mesh_of(directory, config.mesh)
-    checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
-    steps = checkpoints.steps()
-    if not steps or step not in (None, *steps):
-        allowed = ", ".join(map(str, steps)) or "none was saved yet"
-        raise ConfigError(f"{directory}: no checkpoint of step {'any' if step is None else step}; allowed: {allowed}")
-    step = steps[-1] if step is None else step
-    lora = config.training.lora
-    like = abstract_low_rank(config, device_mesh) if lora.rank else _abstract_on(device_mesh, config.model)
-    variables, meta = checkpoints.restore_variables(
-        step, like, check=partial(check_trained, directory / "config.yaml", config.model)
-    )
-    checkpoints.close()
-    if lora.rank:
+    device_mesh = _as_mesh(mesh or config.mesh) if mesh or sets_mesh(overrides) else mesh_of(directory, config.mesh)
+    variables, meta, step = restore_run(directory, config, device_mesh, step)
+    if config.training.lora.rank:
         variables = _beside_base(config, device_mesh, meta, directory, variables[LOW_RANK])
     if with_predictor:
         variables |= _load_predictor(directory, step)
@@ -288,16 +276,6 @@ def _beside_base(config: Config, mesh: Mesh, meta: Mapping[str, Any], directory:
     return with_low_rank(base, low_rank, config.training.lora)
 
 
-def _abstract_on(mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
-    """The shapes, dtypes and places of a model's variables."""
-    boxed = {"balance": {}, **abstract_variables(config)}
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings(mesh, boxed),
-    )
-
-
 def load_base(config: Config, mesh: MeshConfig | Mesh) -> LoadedModel:
     """The model of `training.init_from`, whose weights a LoRA run leaves as they are; merged if it is of a LoRA run.
 
@@ -312,17 +290,6 @@ def load_base(config: Config, mesh: MeshConfig | Mesh) -> LoadedModel:
 
 def _as_mesh(mesh: MeshConfig | Mesh) -> Mesh:
     return mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
-
-
-def _mesh_of(directory: Path, config: MeshConfig) -> Mesh:
-    """The mesh that a run was trained on; the default one if that does not fit the devices that are here."""
-    try:
-        return make_mesh(config)
-    except ConfigError:
-        mesh = make_mesh(replace(default_mesh(), gather=config.gather))
-        sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-        log0(f"mesh: that of {directory} does not fit the devices here; using {sizes}")
-        return mesh
 
 
 def _tokenizer_of(directory: Path, config: Config, trained_on: TrainedOn) -> str | Path | None:

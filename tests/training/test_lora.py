@@ -1,5 +1,6 @@
 """LoRA fine-tuning: what is trained, saved and loaded, and what is refused."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -15,9 +16,12 @@ from mythos_jax.config import Config, DataConfig, EvaluationConfig, LoraConfig, 
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import forward_flops, low_rank_sizes, training_flops
 from mythos_jax.model.gather import LOW_RANK
-from mythos_jax.model.low_rank import target_paths
+from mythos_jax.model.low_rank import scaled, target_paths
 from mythos_jax.model.storage import Storage
+from mythos_jax.porting.peft import read_adapter
+from mythos_jax.porting.peft_config import read_adapter_config
 from mythos_jax.porting.pretrained import load_pretrained, save_pretrained
+from mythos_jax.porting.reading import FileSource
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.load import load_model
 from mythos_jax.sharding import make_mesh
@@ -125,6 +129,34 @@ def test_a_run_is_used_unmerged_and_merged(home, capsys):
     assert main(["info", "run"]) == 0
     out = capsys.readouterr().out
     assert f"trained: {TRAINED:,} low-rank weights of rank 3 beside 7 matrices" in out
+
+
+def test_a_run_becomes_an_adapter(home, capsys):
+    """Its low-rank weights, bit for bit, in PEFT's format, beside the same base."""
+    assert main(["convert", "run", "adapter", "--to", "peft", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["family"], report["rank"], report["alpha"], len(report["tensors"])) == (
+        "llama",
+        3,
+        9.0,
+        2 * MATRICES,
+    )
+    fields = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(Path("base").absolute())
+    trained = load_model("run")
+    source = FileSource("base")
+    adapter = read_adapter(Path("adapter"), read_adapter_config(Path("adapter")), source.table, "base")
+    assert_same(scaled(adapter.tree(), 3.0), trained.variables[LOW_RANK])
+    save_pretrained("rounded", LLAMA, {"params": trained.variables["params"]}, "llama")
+    np.testing.assert_allclose(logits(load_model("adapter", base="rounded")), logits(trained), rtol=0, atol=1e-4)
+    for words, message in {
+        ("base", "out", "--to", "peft"): "--to peft: got base, allowed: a LoRA run, which has low-rank weights",
+        ("run", "adapter", "--to", "peft"): "adapter: exists already",
+        ("run", "out", "--to", "peft", "--check"): "--check: got True, allowed: none with --to peft",
+    }.items():
+        assert main(["convert", *words]) == 2
+        assert message in capsys.readouterr().err
+        assert not Path("out").exists()
 
 
 def test_a_run_resumes_bit_for_bit(home):
