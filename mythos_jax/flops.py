@@ -58,14 +58,15 @@ def forward_flops(config: ModelConfig, context: int) -> Flops:
     )
 
 
-def training_flops(config: Config, loops: float | None = None) -> int:
+def training_flops(config: Config, loops: float | None = None, teacher: ModelConfig | None = None) -> int:
     """FLOPs of one optimizer step on the global batch, without recomputation. loops: its mean depth (default: that of
     the config).
 
     The backward pass of what trains costs twice the forward pass: a gradient of activations and one of weights. Frozen
     matrices have no gradient of weights, also beside low-rank weights, and below the first part that trains there is no
     backward pass; loops without gradients cost the forward pass alone. What trains an exit gate runs coda and head
-    after each loop. Attention is causal.
+    after each loop. Attention is causal. teacher: a model that the run learns from, of which each token costs a
+    forward pass.
     """
     mean = mean_loops(config) if loops is None else loops
     traced = min(mean, backprop_loops(config))
@@ -74,6 +75,8 @@ def training_flops(config: Config, loops: float | None = None) -> int:
     parts = trained_parts(config, context)
     per_token = (mean - traced) * (forward_flops(config.model, context).loop + _of_low_rank(config, "recurrence."))
     per_token += parts.prelude + traced * parts.loop + read_outs * (parts.coda + parts.head)
+    if teacher is not None:
+        per_token += forward_flops(teacher, context).at(teacher.loops)
     return round(config.training.batch_size * config.data.seq_len * per_token)
 
 

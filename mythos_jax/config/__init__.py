@@ -18,12 +18,13 @@ from mythos_jax.config.run import (
     may_skip_loops,
     mean_loops,
 )
-from mythos_jax.config.training import DepthConfig, LoraConfig, ObjectivesConfig, TrainingConfig
+from mythos_jax.config.training import DepthConfig, DistillationConfig, LoraConfig, ObjectivesConfig, TrainingConfig
 
 __all__ = [
     "Config",
     "DataConfig",
     "DepthConfig",
+    "DistillationConfig",
     "EvaluationConfig",
     "LoraConfig",
     "MeshConfig",

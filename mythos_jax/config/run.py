@@ -78,6 +78,9 @@ class Config(Section):
         lora.check(not (lora.rank and gate_alone), "rank", "0 with exit_loss gain, which trains the gate alone")
         allowed = "[] with training.lora.rank, where low-rank weights alone are trained"
         self.training.check(not (lora.rank and self.training.frozen), "frozen", allowed)
+        if self.training.distillation.teacher:
+            allowed = "none with a teacher (training.distillation), whose predictions the last loop learns"
+            objectives.check(objectives.exit_loss == "none", "exit_loss", allowed)
 
     @property
     def data_path(self) -> str:

@@ -25,6 +25,7 @@ DepthUnit = Literal["sequence", "batch"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "constant"]
 ExitLoss = Literal["none", "expected", "gain"]
+TeacherDtype = Literal["float32", "bfloat16"]
 BadSteps = Literal["stop", "skip"]
 Logger = Literal["tensorboard", "wandb"]
 BaseDtype = Literal["float32", "bfloat16", "int8"]
@@ -96,6 +97,18 @@ class LoraConfig(Section, section="training.lora"):
 
 
 @dataclass(frozen=True)
+class DistillationConfig(Section, section="training.distillation"):
+    """A teacher, whose predictions are learned beside the text: the loss is (1 - weight) times the cross-entropy, plus
+    weight temperature^2 KL(teacher || student)."""
+
+    #: a run or a pretrained model with the same tokens, which runs at its own depth; empty: none
+    teacher: PathText = ""
+    weight: Annotated[float, Between(0, 1)] = 0.5  #: of the teacher's predictions; 1: they alone are learned
+    temperature: PositiveFloat = 1.0  #: logits of both are divided by it; above 1, unlikely tokens count more
+    teacher_dtype: TeacherDtype = "float32"  #: how the teacher's weights are stored
+
+
+@dataclass(frozen=True)
 class TrainingConfig(Section, section="training"):
     """How a run trains. A step is an optimizer step on one global batch; learning rates are peaks of the schedule."""
 
@@ -109,6 +122,7 @@ class TrainingConfig(Section, section="training"):
     depth: DepthConfig = field(default_factory=DepthConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     # Optimizer and schedule.
     #: names of the parameters that stay as they are (docs/training.md): parts of the model, or components of a path

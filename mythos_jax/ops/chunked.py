@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,16 @@ CHUNK_LENGTH = 256
 CPU_CHUNK = 256
 COUNTED_SCOPE = "counted_chunks"  # names the loops over them in compiled programs
 
+Results = TypeVar("Results")  # an array [B, T], or a tuple of them
+
 
 def map_chunks(
-    function: Callable[..., jax.Array],
+    function: Callable[..., Results],
     arrays: tuple[jax.Array, ...],
     vocab_size: int,
     chunk_length: int | None = None,
-) -> jax.Array:
-    """Applies `function`, which maps arrays [B, T, ...] to one array [B, T], to chunks of the positions.
+) -> Results:
+    """Applies `function`, which maps arrays [B, T, ...] to one array [B, T] or several, to chunks of the positions.
 
     `function` must treat every position independently of the others. Each chunk is recomputed in the backward pass.
     chunk_length: positions per chunk (default: T for a small vocabulary, else CHUNK_LENGTH).
@@ -44,7 +46,12 @@ def map_chunks(
         return jnp.moveaxis(x.reshape(B, chunk_length, n_chunks, *x.shape[2:]), 2, 0)
 
     results = jax.lax.map(jax.checkpoint(lambda chunk: function(*chunk)), tuple(map(split, arrays)))
-    return jnp.moveaxis(results, 0, 2).reshape(B, n_chunks * chunk_length)[:, :T]
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 2).reshape(B, n_chunks * chunk_length)[:, :T]
+
+    joined: Results = jax.tree.map(join, results)
+    return joined
 
 
 def map_counted_chunks(

@@ -34,7 +34,7 @@ def cross_entropy(
 
     def per_device(features_BTD: jax.Array, table_VD: jax.Array, *tokens: jax.Array) -> jax.Array:
         if width_axes:
-            table_VD = _gather_width(width_axes, features_BTD.dtype, table_VD)
+            table_VD = gather_width(width_axes, features_BTD.dtype, table_VD)
         return _local_cross_entropy(features_BTD, table_VD, *tokens, chunk_length=chunk_length, vocab_axis=vocab_axis)
 
     tokens = targets_BT, *counts_BT
@@ -58,11 +58,8 @@ def _local_cross_entropy(
         targets_BT = targets_BT - V * jax.lax.axis_index(vocab_axis)
 
     def loss(features_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
-        table = table_VD.astype(features_BCD.dtype)
-        # These are one device's tokens, so B and C can be merged: a product of two matrices is faster.
-        features_ND = features_BCD.reshape(-1, features_BCD.shape[-1])
-        logits_NV = jnp.einsum("ND,VD->NV", features_ND, table, preferred_element_type=jnp.float32)
-        return _cross_entropy_of_logits(vocab_axis, logits_NV, targets_BC.reshape(-1)).reshape(targets_BC.shape)
+        logits_NV = device_logits(features_BCD, table_VD)
+        return cross_entropy_of_logits(vocab_axis, logits_NV, targets_BC.reshape(-1)).reshape(targets_BC.shape)
 
     arrays = features_BTD, targets_BT
     if counts_BT is None:
@@ -70,9 +67,29 @@ def _local_cross_entropy(
     return map_counted_chunks(loss, arrays, counts_BT, V, chunk_length)
 
 
+def device_logits(features_BCD: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """The logits of one device's tokens, float32 [N, V]. B and C are merged: a product of two matrices is faster."""
+    features_ND = features_BCD.reshape(-1, features_BCD.shape[-1])
+    table = table_VD.astype(features_BCD.dtype)
+    return jnp.einsum("ND,VD->NV", features_ND, table, preferred_element_type=jnp.float32)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy_of_logits(vocab_axis: str | None, logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
+def cross_entropy_of_logits(vocab_axis: str | None, logits_NV: jax.Array, targets_N: jax.Array) -> jax.Array:
+    """Cross-entropy of each target. With `vocab_axis`, the logits are this device's shard of the vocabulary, from whose
+    first token the targets count."""
     return _forward(vocab_axis, logits_NV, targets_N)[0]
+
+
+def log_partition(vocab_axis: str | None, logits_NV: jax.Array) -> jax.Array:
+    """The logarithm of the sum of exp(logits) over the vocabulary, which `vocab_axis` divides."""
+    max_N = logits_NV.max(-1)
+    if vocab_axis:
+        max_N = jax.lax.pmax(max_N, vocab_axis)
+    sum_N = jnp.exp(logits_NV - max_N[..., None]).sum(-1)
+    if vocab_axis:
+        sum_N = jax.lax.psum(sum_N, vocab_axis)
+    return max_N + jnp.log(sum_N)
 
 
 _Residuals = tuple[jax.Array, jax.Array, jax.Array]  # logits_NV, log_partition_N, targets_N
@@ -81,13 +98,7 @@ _Residuals = tuple[jax.Array, jax.Array, jax.Array]  # logits_NV, log_partition_
 def _forward(vocab_axis: str | None, logits_NV: jax.Array, targets_N: jax.Array) -> tuple[jax.Array, _Residuals]:
     """The residuals hold the logits and nothing else of their size: the softmax is recomputed from them."""
     V = logits_NV.shape[-1]
-    max_N = logits_NV.max(-1)
-    if vocab_axis:
-        max_N = jax.lax.pmax(max_N, vocab_axis)
-    sum_N = jnp.exp(logits_NV - max_N[..., None]).sum(-1)
-    if vocab_axis:
-        sum_N = jax.lax.psum(sum_N, vocab_axis)
-    log_partition_N = max_N + jnp.log(sum_N)
+    log_partition_N = log_partition(vocab_axis, logits_NV)
     target_logit_N = jnp.take_along_axis(logits_NV, jnp.clip(targets_N, 0, V - 1)[..., None], axis=-1)[..., 0]
     # The target is in exactly one shard; the others contribute 0 to its logit.
     target_logit_N = jnp.where((targets_N >= 0) & (targets_N < V), target_logit_N, 0)
@@ -105,16 +116,16 @@ def _backward(vocab_axis: str | None, residuals: _Residuals, ct_N: jax.Array) ->
     return (jnp.exp(logits_NV - log_partition_N[..., None]) - is_target_NV) * ct_N[..., None], None
 
 
-_cross_entropy_of_logits.defvjp(_forward, _backward)
+cross_entropy_of_logits.defvjp(_forward, _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather_width(axes: str | tuple[str, ...], dtype: jnp.dtype, table_VD: jax.Array) -> jax.Array:
+def gather_width(axes: str | tuple[str, ...], dtype: jnp.dtype, table_VD: jax.Array) -> jax.Array:
     """The table gathered along D, in its own dtype. It is sent in `dtype`, its gradient in the table's own dtype."""
     return jax.lax.all_gather(table_VD.astype(dtype), axes, axis=1, tiled=True).astype(table_VD.dtype)
 
 
-_gather_width.defvjp(
-    lambda axes, dtype, table_VD: (_gather_width(axes, dtype, table_VD), None),
+gather_width.defvjp(
+    lambda axes, dtype, table_VD: (gather_width(axes, dtype, table_VD), None),
     lambda axes, dtype, _, ct: (jax.lax.psum_scatter(ct, axes, scatter_dimension=1, tiled=True),),
 )

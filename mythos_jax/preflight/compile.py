@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from mythos_jax.chips import GIB
-from mythos_jax.config import Config
+from mythos_jax.config import Config, ModelConfig
 from mythos_jax.data.placement import batch_sharding, check_batch
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.inference.generate import decode
@@ -25,6 +25,7 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.preflight.topology import Topology
 from mythos_jax.sharding import RULES, make_mesh, partition_spec, use_mesh
 from mythos_jax.training.step import abstract_constants, abstract_state, jitted_step
+from mythos_jax.training.teacher import abstract_teacher
 
 # libtpu expects to run on a TPU VM. Without these it asks the VM's metadata server what it runs on, and logs failures.
 _ENVIRONMENT = {
@@ -63,7 +64,7 @@ class Program:
 
     state: abstract arrays by part of the state (parameters, optimizer, …). text: optimised HLO. temporaries: peak bytes
     per chip besides the state. code: bytes per chip. refusal: why it does not fit; then there is no text, and
-    temporaries and code are 0.
+    temporaries and code are 0. teacher: the model that a train step learns from.
     """
 
     mesh: Mesh
@@ -72,6 +73,7 @@ class Program:
     temporaries: int = 0
     code: int = 0
     refusal: OutOfMemory | None = None
+    teacher: ModelConfig | None = None
 
 
 def topology_devices(topology: Topology) -> list[Any]:
@@ -99,12 +101,12 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
     check_batch(mesh, rows, "training.batch_size")
     rows_per_part = rows // config.training.grad_accumulation_steps
     check_batch(mesh, rows_per_part, "training.batch_size / training.grad_accumulation_steps")
-    state = abstract_state(config, mesh)
+    state, teacher = abstract_state(config, mesh), abstract_teacher(config, mesh)
     batch = {
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))
         for name, dtype in _batch_dtypes(config).items()
     }
-    constants = abstract_constants(config, mesh)
+    constants = abstract_constants(config, mesh).replace(teacher=teacher)
     with use_mesh(mesh):
         lowered = jitted_step(config).lower(state, batch, constants)
     parts = {
@@ -112,9 +114,12 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
         "optimizer": state.optimizer,
         "average": state.average,
         "base": constants.base,
+        "teacher": teacher and teacher.variables,
         "batch": batch,
     }
-    return _compile(lowered, mesh, parts, quick)
+    return dataclasses.replace(
+        _compile(lowered, mesh, parts, quick), teacher=None if teacher is None else teacher.model
+    )
 
 
 def _batch_dtypes(config: Config) -> dict[str, Any]:

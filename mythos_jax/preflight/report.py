@@ -147,7 +147,7 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         forward = forward_flops(config.model, config.data.seq_len // 2).at(config.model.loops)
         model_flops = float(report.tokens * forward)
     else:
-        model_flops = float(training_flops(config))
+        model_flops = float(training_flops(config, teacher=program.teacher))
     return dataclasses.replace(
         report,
         hbm=hbm | {"temporaries": float(program.temporaries), "code": float(program.code)},

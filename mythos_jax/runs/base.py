@@ -13,12 +13,16 @@ from mythos_jax.runs.checkpoints import checksums
 
 
 def base_record(path: str, variables: Mapping[str, Any]) -> dict[str, str]:
-    """What a checkpoint stores about the frozen weights, as they are stored: where they came from, and a fingerprint,
-    which is the same on every mesh."""
+    """What a checkpoint stores about the frozen weights, as they are stored: where they came from, and a fingerprint."""
+    return {"path": path, "fingerprint": fingerprint(variables)}
+
+
+def fingerprint(variables: Mapping[str, Any]) -> str:
+    """Tells weights apart by names, shapes, dtypes and values. It is the same on every mesh."""
     flat = dict(sorted(flatten_dict(dict(variables), sep=".").items()))
     shapes = [(name, list(x.shape), str(x.dtype)) for name, x in flat.items()]
     sums = jax.device_get(checksums(list(flat.values()))).tolist()
-    return {"path": path, "fingerprint": hashlib.sha256(json.dumps([shapes, sums]).encode()).hexdigest()}
+    return hashlib.sha256(json.dumps([shapes, sums]).encode()).hexdigest()
 
 
 def check_base(saved: Mapping[str, Any], current: Mapping[str, str], directory: Any, flag: str) -> None:

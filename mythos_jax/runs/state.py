@@ -7,6 +7,7 @@ import jax
 import optax
 from flax import struct
 
+from mythos_jax.config import ModelConfig
 from mythos_jax.model.gather import LOW_RANK
 
 
@@ -26,15 +27,23 @@ class TrainState(struct.PyTreeNode):
     skipped: jax.Array
 
 
+class Teacher(struct.PyTreeNode):
+    """The model whose predictions a run learns. fingerprint: of its weights; "" if they are abstract."""
+
+    variables: dict[str, Any]
+    model: ModelConfig = struct.field(pytree_node=False)
+    fingerprint: str = struct.field(default="", pytree_node=False)
+
+
 class Constants(struct.PyTreeNode):
     """Variables that a step reads and does not replace: they are not donated to it, and no checkpoint has them.
 
     base: those beside the ones that are trained, {"params", "balance"}; None where all of them are trained.
-    teacher: those of the model whose predictions the run learns from, or None.
+    teacher: None without distillation.
     """
 
     base: Any = None
-    teacher: Any = None
+    teacher: Teacher | None = None
 
 
 def trained_collection(variables: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mythos_jax.chips import peak_flops
-from mythos_jax.config import Config, mean_loops
+from mythos_jax.config import Config, ModelConfig, mean_loops
 from mythos_jax.flops import training_flops
 from mythos_jax.processes import is_process_zero
 from mythos_jax.progress import Progress
@@ -21,8 +21,17 @@ from mythos_jax.training.loggers import Logger, open_loggers
 class RunLog:
     """Reports a run's steps to its loggers and on the progress bar. A context manager that closes them."""
 
-    def __init__(self, config: Config, mesh: Mesh, run_dir: Any, start: int, progress: bool) -> None:
-        """start: finished steps."""
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        run_dir: Any,
+        start: int,
+        progress: bool,
+        teacher: ModelConfig | None = None,
+    ) -> None:
+        """start: finished steps. teacher: the model that the run learns from."""
+        self._teacher = teacher
         self.config, t = config, config.training
         self.last: dict[str, Any] = {}
         self._loggers: list[Logger] = []
@@ -48,7 +57,7 @@ class RunLog:
         for _, values in finished:
             # With ACT, `mean_loops` counts the loops that contributed to the read-out; training runs all of them.
             loops = mean_loops(self.config) if self.config.model.readout == "act" else values["mean_loops"]
-            self._throughput.add(int(values["tokens"]), training_flops(self.config, loops))
+            self._throughput.add(int(values["tokens"]), training_flops(self.config, loops, self._teacher))
         self._goodput.add(len(finished))
         rates = self._throughput.report() | {"goodput": round(self._goodput.fraction(), 4)} if logged else {}
         for step, values in finished:

@@ -10,6 +10,7 @@ from mythos_jax.data.open import Data
 from mythos_jax.errors import ConfigError
 from mythos_jax.processes import log0
 from mythos_jax.runs.base import check_base
+from mythos_jax.runs.state import Constants
 from mythos_jax.runs.trained_on import tokenizer_record
 from mythos_jax.training.optimizer import decay_start
 from mythos_jax.typed import differences, from_dict, to_dict, upgrade
@@ -20,6 +21,7 @@ Metadata = dict[str, Any]
 _FIXED = (
     "model.",
     "data",
+    "teacher",  # the fingerprint of its weights; it may have moved
     "training.batch_size",
     "training.seed",
     "training.optimizer",
@@ -33,7 +35,9 @@ _FIXED = (
 _FREE = tuple(f"model.{name}" for name in SPEED_FIELDS)
 
 
-def checkpoint_metadata(config: Config, data: Data, base: Mapping[str, str] | None = None) -> Metadata:
+def checkpoint_metadata(
+    config: Config, data: Data, constants: Constants, base: Mapping[str, str] | None = None
+) -> Metadata:
     """What a checkpoint stores about its run, as plain containers. base: of a LoRA run, a `base_record`."""
     return {
         "model": to_dict(config.model),
@@ -41,6 +45,7 @@ def checkpoint_metadata(config: Config, data: Data, base: Mapping[str, str] | No
         "data": data.identity,
         "tokenizer": tokenizer_record(data.tokenizer),
         **({} if base is None else {"base": dict(base)}),
+        "teacher": constants.teacher and constants.teacher.fingerprint,
     }
 
 
@@ -80,6 +85,7 @@ def changed_fields(saved: Metadata, current: Metadata) -> dict[str, tuple[Any, A
         "model": upgrade(ModelConfig, saved["model"]),
         "training": upgrade(TrainingConfig, saved["training"]),
         "data": data,
+        "teacher": saved.get("teacher"),
     }
     # The identity of the data covers its tokenizer, which checkpoints of 0.1.0 do not have as an entry of its own.
     return differences(upgraded, {name: current[name] for name in upgraded})

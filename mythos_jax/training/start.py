@@ -14,7 +14,6 @@ from mythos_jax.config import Config
 from mythos_jax.data.manifest import MANIFEST_FILE
 from mythos_jax.data.open import Data, open_data
 from mythos_jax.data.placement import check_batch
-from mythos_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import low_rank_sizes
 from mythos_jax.model.abstract import abstract_variables
@@ -24,7 +23,7 @@ from mythos_jax.processes import is_process_zero, log0, process_zero_first
 from mythos_jax.runs.checkpoints import Checkpoints, newest_folder
 from mythos_jax.runs.comparison import compared
 from mythos_jax.runs.configs import has_begun, model_of
-from mythos_jax.runs.load import LoadedModel, load_base, load_model
+from mythos_jax.runs.load import load_base, load_model
 from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
 from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import check_sharded, make_mesh
@@ -32,6 +31,7 @@ from mythos_jax.training.groups import rate_factors
 from mythos_jax.training.loggers import check_loggers, read_log
 from mythos_jax.training.resume import Metadata, announce_changes, check_resume
 from mythos_jax.training.step import abstract_state, init_state
+from mythos_jax.training.tokenizers import check_tokenizers
 from mythos_jax.typed import check_field
 
 
@@ -118,7 +118,7 @@ def load_initial(config: Config, run_dir: Any) -> dict[str, Any] | None:
         theirs = replace(theirs, exit_gate=True)
     changed = compared(theirs, config.model, path)
     loaded = load_model(path, mesh=config.mesh, keep_int8=False, with_predictor=False, merge=True)
-    _check_tokenizers(config, loaded, path)
+    check_tokenizers(config, loaded, path, "the run starts from its weights")
     _announce_differences(changed, path)
     if gate_is_new:
         log0(f"{path}: has no exit gate; the run starts with a new one")
@@ -138,29 +138,13 @@ def load_constants(config: Config, mesh: Mesh, run_dir: Any) -> Constants:
     paths = target_paths(config.model, lora)  # checks them before weights are read
     loaded = load_base(config, mesh)
     if not has_begun(run_dir):
-        _check_tokenizers(config, loaded, path)
+        check_tokenizers(config, loaded, path, "the run starts from its weights")
         _announce_differences(compared(loaded.config.model, config.model, path), path)
         count = sum(low_rank_sizes(config).values())
         log0(f"{count:,} low-rank weights of rank {lora.rank} are trained, beside {len(paths)} matrices of {path}")
         if config.model.feed_forward == "moe":
             log0("the routed experts have no low-rank weights")
     return Constants(base=loaded.variables)
-
-
-def _check_tokenizers(config: Config, loaded: LoadedModel, path: str) -> None:
-    """Raises ConfigError if the model to start from reads text with another tokenizer than this config's data."""
-    spec, end = loaded.tokenizer_spec, config.data.end_of_document
-    if not config.data.uses_tokenizer or spec is None:
-        return
-    if loaded.trained_on.tokenizer is not None:
-        theirs = loaded.trained_on.tokenizer["fingerprint"]
-    else:
-        theirs = load_tokenizer(spec, None if spec == ByteTokenizer.name else end).fingerprint
-    if load_tokenizer(config.data.tokenizer, end).fingerprint != theirs:
-        raise ConfigError(
-            f"data.tokenizer: got {config.data.tokenizer}, allowed: the tokenizer of {path}, {spec}, because the run "
-            "starts from its weights"
-        )
 
 
 def finished_without_data(config: Config, run_dir: Any) -> int | None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mythos_jax.config import Config, TrainingConfig, backprop_loops, has_static_depth, may_skip_loops
 from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.model.apply import apply
 from mythos_jax.model.gather import LOW_RANK, gather_loop_weights
 from mythos_jax.model.layers import compute_dtype
 from mythos_jax.model.likelihood import exit_losses, forward, token_loss
@@ -20,9 +21,10 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.names import frozen_paths
 from mythos_jax.model.state import Output
 from mythos_jax.runs.low_rank import abstract_base, model_variables
-from mythos_jax.runs.state import Constants, TrainState, trained_collection
+from mythos_jax.runs.state import Constants, Teacher, TrainState, trained_collection
 from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
 from mythos_jax.training.depth import draw_depths, loops_with_gradient, truncated_forward
+from mythos_jax.training.distillation import distilled
 from mythos_jax.training.groups import rate_factors, trained_part, with_part
 from mythos_jax.training.objectives import (
     Mean,
@@ -103,8 +105,8 @@ def jitted_step(config: Config) -> Any:
     Metrics, float32: loss (nats per token, weighted by the mask), learning_rate, gradient_norm, tokens (that have a
     weight), mean_loops, bad (whether this step was), skipped (updates left out so far, where bad steps are skipped),
     each objective that is on; for an exit gate that is trained also mean_exit, the mean loop that it exits after; with
-    a mixture of experts also expert_load [loop_layers, E], fractions that sum to 1 per layer, and load_imbalance, the
-    largest fraction times E.
+    a teacher also distillation, KL(teacher || student) in nats per token; with a mixture of experts also expert_load
+    [loop_layers, E], fractions that sum to 1 per layer, and load_imbalance, the largest fraction times E.
     """
     t = config.training
     optimizer, rate = make_optimizer(t, rate_factors(config)), schedule(t, t.learning_rate)
@@ -173,7 +175,7 @@ def _make_loss(config: Config) -> LossFunction:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(t.seed), state.step), part_index)
         # Divided by the weight of the whole batch, not of the part: parts may have different numbers of tokens.
         mean = token_mean(part["mask"], weight)
-        losses, out = _token_losses(config, model, variables, part, state.step, key, mean)
+        losses, out = _token_losses(config, model, variables, constants.teacher, part, state.step, key, mean)
 
         loss = mean(losses.minimised_BT)
         extra = extra_objectives(t.objectives, out.aux, mean, t.grad_accumulation_steps)
@@ -190,7 +192,14 @@ def _make_loss(config: Config) -> LossFunction:
 
 
 def _token_losses(
-    config: Config, model: Mythos, variables: Any, part: Batch, step: jax.Array, key: jax.Array, mean: Mean
+    config: Config,
+    model: Mythos,
+    variables: Any,
+    teacher: Teacher | None,
+    part: Batch,
+    step: jax.Array,
+    key: jax.Array,
+    mean: Mean,
 ) -> tuple[TokenLosses, Output]:
     """What each token contributes to the loss, and what the model returned. key: for models that start from noise."""
     objectives, rngs = config.training.objectives, {"state": key}
@@ -200,6 +209,10 @@ def _token_losses(
         limit, skip = loops_with_gradient(config, step), may_skip_loops(config)
         run = partial(truncated_forward, backprop_loops=most, limit=limit, skip_idle=skip)
     loops = part.get("loops", most)
+    if teacher is not None:
+        out = apply(run, model, variables, part["tokens"], part.get("segment_ids"), loops, None, rngs=rngs)
+        settings = config.training.distillation
+        return distilled(settings, teacher, out.features, variables, part, key, mean), out
     if objectives.exit_loss == "none":
         loss_BT, out = token_loss(model, variables, part, loops=loops, rngs=rngs, run=run)
         return TokenLosses(loss_BT, loss_BT, {}), out

@@ -42,6 +42,7 @@ from mythos_jax.training.start import (
     starting_state,
 )
 from mythos_jax.training.step import make_train_step
+from mythos_jax.training.teacher import load_teacher
 
 
 def train(
@@ -67,10 +68,10 @@ def train(
         # Everything that can be refused is refused before data is prepared, which can take hours.
         local = replace(config, data=replace(config.data, tokenizer=local_tokenizer(config.data.tokenizer)))
         initial = load_initial(local, run_dir)
-        constants = load_constants(local, mesh, run_dir)
+        constants = load_constants(local, mesh, run_dir).replace(teacher=load_teacher(local))
         data = open_run_data(local, run_dir, progress)
         base = None if constants.base is None else base_record(config.training.init_from, constants.base)
-        metadata = checkpoint_metadata(config, data, base)
+        metadata = checkpoint_metadata(config, data, constants, base)
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(run_dir / "checkpoints", config.training.keep_checkpoints))
         )
@@ -109,18 +110,19 @@ class _Loop:
         constants: Constants,
         progress: bool,
     ) -> None:
-        self.config, self.mesh, self.data, self.checkpoints = config, mesh, data, checkpoints
+        self.config, self.mesh, self.data = config, mesh, data
+        self.checkpoints, self.metadata = checkpoints, metadata
         self.run_dir, self.lock, self.constants, self.progress = run_dir, lock, constants, progress
-        self.metadata = metadata
         self.bad_in_a_row = 0
 
     def run(self, state: TrainState) -> dict[str, Any]:
         t, start = self.config.training, int(state.step)
+        teacher = None if self.constants.teacher is None else self.constants.teacher.model
         train_step = make_train_step(self.config, self.mesh)
         waiting: Steps = []
         due = False  # whether a checkpoint is to be saved
         with (
-            RunLog(self.config, self.mesh, self.run_dir, start, self.progress) as log,
+            RunLog(self.config, self.mesh, self.run_dir, start, self.progress, teacher) as log,
             StopSignal().watching() as stop,
             Profiler(t.profile_steps, self.run_dir / "profile") as profiler,
         ):

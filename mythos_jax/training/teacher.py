@@ -1,0 +1,55 @@
+"""The teacher of a run, for distillation.py: loaded, or only its shapes."""
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from mythos_jax.config import Config
+from mythos_jax.errors import ConfigError
+from mythos_jax.model.abstract import abstract_variables
+from mythos_jax.model.storage import Storage
+from mythos_jax.runs.base import fingerprint
+from mythos_jax.runs.configs import model_of
+from mythos_jax.runs.load import load_model
+from mythos_jax.runs.state import Teacher
+from mythos_jax.sharding import shardings
+from mythos_jax.training.tokenizers import check_tokenizers
+from mythos_jax.typed import check_field
+
+
+def load_teacher(config: Config) -> Teacher | None:
+    """The teacher on the run's mesh; None without one. Raises ConfigError if it predicts other tokens."""
+    settings = config.training.distillation
+    if not settings.teacher:
+        return None
+    _check_model(config)
+    storage = Storage(settings.teacher_dtype)
+    loaded = load_model(settings.teacher, mesh=config.mesh, storage=storage, keep_int8=False, with_predictor=False)
+    check_tokenizers(config, loaded, settings.teacher, "it is the run's teacher")
+    return Teacher(loaded.variables, loaded.config.model, fingerprint(loaded.variables))
+
+
+def abstract_teacher(config: Config, mesh: Mesh) -> Teacher | None:
+    """The shapes, dtypes and places of the teacher's weights, for compiling ahead of time; they are not read."""
+    settings = config.training.distillation
+    if not settings.teacher:
+        return None
+    _check_model(config)
+    model = model_of(settings.teacher)
+    boxed = {"balance": {}, **abstract_variables(model)}
+    store = Storage(settings.teacher_dtype).store_all
+    stored = jax.eval_shape(lambda variables: store(model, variables), nn.unbox(boxed))
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return Teacher(jax.tree.map(place, stored, shardings(mesh, boxed)), model)
+
+
+def _check_model(config: Config) -> None:
+    path = config.training.distillation.teacher
+    theirs, ours = model_of(path), config.model
+    if theirs.vocab_size != ours.vocab_size:
+        raise ConfigError(
+            f"training.distillation.teacher: got {path} with vocab_size {theirs.vocab_size}, allowed: a model with the "
+            f"run's vocabulary, {ours.vocab_size}"
+        )
+    length, longest = config.data.seq_len, theirs.max_seq_len
+    check_field(length <= longest, "data.seq_len", length, f"at most max_seq_len of the teacher {path}, {longest}")
