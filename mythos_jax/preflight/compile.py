@@ -117,9 +117,8 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
         "teacher": teacher and teacher.variables,
         "batch": batch,
     }
-    return dataclasses.replace(
-        _compile(lowered, mesh, parts, quick), teacher=None if teacher is None else teacher.model
-    )
+    program = _compile(lowered, mesh, parts, quick)
+    return program if teacher is None else dataclasses.replace(program, teacher=teacher.model)
 
 
 def _batch_dtypes(config: Config) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from mythos_jax.config import Config
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.storage import Storage
-from mythos_jax.runs.base import fingerprint
 from mythos_jax.runs.configs import model_of
+from mythos_jax.runs.fingerprint import fingerprint
 from mythos_jax.runs.load import load_model
 from mythos_jax.runs.state import Teacher
 from mythos_jax.sharding import shardings
@@ -24,7 +24,9 @@ def load_teacher(config: Config) -> Teacher | None:
         return None
     _check_model(config)
     storage = Storage(settings.teacher_dtype)
-    loaded = load_model(settings.teacher, mesh=config.mesh, storage=storage, keep_int8=False, with_predictor=False)
+    loaded = load_model(
+        settings.teacher, mesh=config.mesh, storage=storage, keep_int8=False, with_predictor=False, merge=True
+    )
     check_tokenizers(config, loaded, settings.teacher, "it is the run's teacher")
     return Teacher(loaded.variables, loaded.config.model, fingerprint(loaded.variables))
 

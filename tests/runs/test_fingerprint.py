@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mythos_jax.config import MeshConfig
-from mythos_jax.runs.base import fingerprint
+from mythos_jax.runs.fingerprint import fingerprint
 from mythos_jax.sharding import make_mesh
 
 ONE, FOUR = make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
