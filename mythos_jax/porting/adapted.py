@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from mythos_jax.porting.hub import resolve
 from mythos_jax.porting.peft import family_for, is_adapter, read_adapter
 from mythos_jax.porting.peft_config import AdapterConfig, read_adapter_config
 from mythos_jax.porting.reading import ConfigLike, FileSource, Source
+
+T = TypeVar("T")
 
 
 class AdaptedSource(Source):
@@ -74,10 +77,10 @@ def open_pretrained(
     return FileSource(local, config)
 
 
-def base_of(path: str | Path) -> str | None:
-    """The name of the model that a PEFT directory belongs to; None for another model. Raises ConfigError."""
+def of_base(path: str | Path, read: Callable[[str], T]) -> T | None:
+    """What `read` gives for the name of the base of a PEFT directory; None for another model. Raises ConfigError."""
     local = resolve(path)
-    return _base_name(read_adapter_config(local)) if is_adapter(local) else None
+    return _at_base(read_adapter_config(local), None, read) if is_adapter(local) else None
 
 
 def _base_name(config: AdapterConfig, given: str | None = None) -> str:
@@ -92,16 +95,20 @@ def _base_name(config: AdapterConfig, given: str | None = None) -> str:
     return name
 
 
-def _open_adapted(directory: Path, open_base: Callable[[str], Source], given: str | None, keep_dtype: bool) -> Source:
-    config = read_adapter_config(directory)
+def _at_base(config: AdapterConfig, given: str | None, read: Callable[[str], T]) -> T:
+    """What `read` gives for the base's name. Raises ConfigError, which names the file that has the name."""
     name = _base_name(config, given)
     try:
-        base = open_base(name)
+        return read(name)
     except ConfigError as error:
         if given is not None or Path(name).exists():
             raise
         raise ConfigError(f"{config.where}: base_model_name_or_path: {error}; or --base MODEL") from None
-    return AdaptedSource(directory, config, base, keep_dtype)
+
+
+def _open_adapted(directory: Path, open_base: Callable[[str], Source], given: str | None, keep_dtype: bool) -> Source:
+    config = read_adapter_config(directory)
+    return AdaptedSource(directory, config, _at_base(config, given, open_base), keep_dtype)
 
 
 def _original_family(base: Source, directory: Path) -> Family:

@@ -32,11 +32,11 @@ def model_of(path: Any) -> ModelConfig:
     """The config of the model of a run, or of a pretrained model, whose weights are not read. Raises ConfigError."""
     if is_run(path):
         return load_run_config(to_path(path) / "config.yaml").model
-    from mythos_jax.porting.adapted import base_of
+    from mythos_jax.porting.adapted import of_base
     from mythos_jax.porting.reading import FileSource
 
-    base = base_of(path)
-    return FileSource(path).config if base is None else model_of(base)
+    base = of_base(path, model_of)
+    return FileSource(path).config if base is None else base
 
 
 def is_run(path: str | Path) -> bool:

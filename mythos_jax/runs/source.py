@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from mythos_jax.data.conventions import SETTINGS_FILE, TextConventions, documents, read_conventions, stored_conventions
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer, Tokenizer
 from mythos_jax.paths import copy_tree, to_path, write_whole
-from mythos_jax.porting.adapted import base_of, open_pretrained
+from mythos_jax.porting.adapted import of_base, open_pretrained
 from mythos_jax.porting.companions import LEGAL
 from mythos_jax.porting.origin import BUFFERS_FILE, FIELDS_FILE, read_origin
 from mythos_jax.porting.reading import Source
@@ -33,7 +33,7 @@ def keep_source(init_from: str, run_dir: Any, with_text: bool) -> None:
         if theirs.is_dir():
             copy_tree(theirs, folder)
         return
-    base = base_of(init_from)
+    base = of_base(init_from, str)
     if base is not None and is_run(base):
         keep_source(base, run_dir, with_text)
         return

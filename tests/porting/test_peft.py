@@ -358,3 +358,7 @@ def test_a_run_that_starts_from_an_adapter(llama_adapter, tmp_path):
     assert (tmp_path / "run" / "source" / "generation_config.json").is_file()
     initial = load_initial(config, tmp_path / "run")
     assert_close({"params": initial["params"]}, {"params": load_pretrained(llama_adapter)[1]["params"]})
+    fields = json.loads((llama_adapter / "adapter_config.json").read_text())
+    (llama_adapter / "adapter_config.json").write_text(json.dumps({**fields, "base_model_name_or_path": "gone"}))
+    with pytest.raises(ConfigError, match=r"adapter_config.json: base_model_name_or_path: gone: no such file"):
+        load_config(file)
