@@ -215,13 +215,13 @@ class Boolean:
 
 
 class Chain:
-    """Difficulty d: what a variable stands for that is d references away from a number. Row: `c3,xc,a1,qa,bx`: b is 3.
+    """Difficulty d: what a variable stands for that is d references away from a number. Row: `c2,xc,a1,qa,bx`: b is 2.
 
-    Each of `length` assignments gives a variable a number or what an earlier variable stands for. Each of the
-    `alphabet` numbers is given to one variable, so that guessing is right once in `alphabet`. The answer, at the last
-    token, is the last variable's number (variable assignments as in LEGO, arXiv 2206.04301). Its d ancestors are at
-    random places; the other variables, none more than d references deep, may also refer to them. All rows have equal
-    length. With answers "every", each assignment has an answer at its second token.
+    Each of `length` assignments gives a variable a number or what an earlier variable stands for; the answer, at the
+    last token, is the last variable's number (variable assignments as in LEGO, arXiv 2206.04301). Before the last
+    variable, each of the `alphabet` numbers is given to one variable, and stands behind equally many that refer to each
+    other in like ways, at random places and at most d deep. Nothing but the references tells the answer, and guessing
+    is right once in `alphabet`. With answers "every", each assignment has an answer at its second token.
     """
 
     def __init__(self, config: TaskConfig):
@@ -230,37 +230,47 @@ class Chain:
 
     def width(self, difficulty: int) -> int:
         length, numbers = self.config.length, self.config.alphabet
-        allowed = f"at least {difficulty + numbers}, for {numbers} numbers and difficulty {difficulty}"
-        check_field(length >= difficulty + numbers, "data.task.length", length, allowed)
+        fits = length % numbers == 1 and length > numbers * difficulty
+        allowed = f"1 more than a multiple of {numbers} numbers, and at least {numbers * difficulty + 1}"
+        check_field(fits, "data.task.length", length, f"{allowed} for difficulty {difficulty}")
         return 3 * length - 1
 
     def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
         n, length, numbers = len(random.keys), self.config.length, self.config.alphabet
-        rows = np.arange(n)
         names, digits = _shuffled(random, LETTERS)[:, :length], _shuffled(random, numbers)
-        on_chain = np.ones((n, length), bool)  # the last variable and its ancestors
-        on_chain[:, :-1] = _shuffled(random, length - 1) < difficulty
-        # All others that get a number, the first variable among them, if it is not on the chain.
-        order = _shuffled(random, length) + 1
-        order[:, 0] = 0
-        order[on_chain] = length + 1
-        is_number = np.argsort(np.argsort(order, axis=1), axis=1) < numbers - 1
-        depths, values, parents = (np.full((n, length), -1) for _ in range(3))
-        newest, used = np.full(n, -1), np.zeros(n, int)  # of the chain so far; numbers that are given
-        for i in range(length):
-            drawn = random.integers(max(i, 1), 1)[:, 0]
-            drawn = np.where(depths[rows, drawn] == difficulty, parents[rows, drawn], drawn)
-            parent = np.where(on_chain[:, i], newest, np.where(is_number[:, i], -1, drawn))
-            refers = parent >= 0
-            values[:, i] = np.where(refers, values[rows, parent], digits[rows, np.minimum(used, numbers - 1)])
-            depths[:, i] = np.where(refers, depths[rows, parent] + 1, 0)
-            parents[:, i] = parent
-            newest, used = np.where(on_chain[:, i], i, newest), used + ~refers
+        # The family of a variable has all that stand for the same number. The last variable is in family 0.
+        family = np.concatenate([_shuffled(random, length - 1) % numbers, np.zeros((n, 1), int)], axis=1)
+        parents = self._parents(random, family, difficulty)
+        values = np.take_along_axis(digits, family, axis=1)
         second = np.where(parents < 0, 2 + values, 2 + numbers + np.take_along_axis(names, parents, axis=1))
         tokens = np.stack([2 + numbers + names, second, np.ones_like(names)], axis=2).reshape(n, -1)[:, :-1]
         targets, every = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
         targets[:, 1::3], every[:, 1::3] = 2 + values, True
         return _select_answers(self.config, tokens, targets, every, valid=np.ones(n, bool))
+
+    def _parents(self, random: RowRandom, family: np.ndarray, difficulty: int) -> np.ndarray:
+        """The place of the variable that each refers to, int [n, length]; -1 for the first of a family."""
+        n, length = family.shape
+        rows, parents, depths = np.arange(n), np.full((n, length), -1), np.zeros((n, length), int)
+        # In each family, a path of `difficulty` variables, drawn at random after the first, refer each to the one
+        # before; others refer to any. The last variable follows the path of its family.
+        same = family[:, :, None] == family[:, None, :]
+        earlier = same & np.tri(length, k=-1, dtype=bool)
+        order = np.where(earlier.any(2), _shuffled(random, length) + 1, 0)
+        order[:, -1] = length + 1
+        on_path = (same & (order[:, None, :] < order[:, :, None])).sum(axis=2) < difficulty
+        on_path[:, -1] = True
+        newest = np.full((n, self.config.alphabet), -1)  # of each path so far
+        for i in range(length):
+            count = earlier[:, i].sum(axis=1)
+            drawn = random.integers(2**16, 1)[:, 0] * count >> 16
+            picked = (np.cumsum(earlier[:, i], axis=1) > drawn[:, None]).argmax(axis=1)
+            picked = np.where(depths[rows, picked] == difficulty, parents[rows, picked], picked)
+            parent = np.where(count == 0, -1, np.where(on_path[:, i], newest[rows, family[:, i]], picked))
+            depths[:, i] = np.where(parent < 0, 0, depths[rows, parent] + 1)
+            parents[:, i] = parent
+            newest[rows, family[:, i]] = np.where(on_path[:, i], i, newest[rows, family[:, i]])
+        return parents
 
 
 PROBLEMS: dict[str, Callable[[TaskConfig], Problem]] = {
