@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the state before the first loop: zeros (the default), noise, or the prelude's output",
     )
     parser.add_argument(
-        "--to", metavar="FORMAT", help="raven, mythos_jax, … (default: raven if it can express the model)"
+        "--to",
+        metavar="FORMAT",
+        help="a format of docs/weights.md (default: raven or nanbeige if one can express it, else mythos_jax)",
     )
     parser.add_argument("--text", metavar="TEXT", help="compare the logits on this text (default: one of its own)")
     parser.add_argument("--no-compare", action="store_true", help="run neither model, and compare nothing")
@@ -63,22 +65,24 @@ def layers(text: str) -> tuple[int, ...]:
     try:
         for part in text.split(","):
             first, dash, last = part.partition("-")
-            numbers += range(int(first), min(int(last if dash else first), MOST_LAYERS) + 1)
+            run = range(int(first), min(int(last if dash else first), MOST_LAYERS) + 1)
+            if not run:
+                raise ValueError
+            numbers += run
     except ValueError:
-        numbers = []
-    if not numbers:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: layers such as 0-9 or 0-3,6, or none")
+        allowed = "layers such as 0-9 or 0-3,6, or none"
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: {allowed}") from None
     return tuple(numbers)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.porting.reading import FileSource
     from mythos_jax.porting.writing import refuse_existing
-    from mythos_jax.retrofit.comparison import DEPTHS, TEXT, compare, text_tokens
+    from mythos_jax.retrofit.comparison import DEPTHS, compare, make_sample
     from mythos_jax.retrofit.cut import dense_layers
     from mythos_jax.retrofit.report import RetrofitReport
     from mythos_jax.retrofit.surgery import Plan, require_dense, retrofit
-    from mythos_jax.retrofit.training import training_cost, training_tree, write_training
+    from mythos_jax.retrofit.training import training_cost
     from mythos_jax.runs.load import open_source
 
     _check_flags(arguments)
@@ -93,18 +97,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         arguments.seed,
         arguments.to,
     )
-    tokens = None if arguments.no_compare else text_tokens(dense, TEXT if arguments.text is None else arguments.text)
+    sample = None if arguments.no_compare else make_sample(dense, arguments.text)
     result = retrofit(dense, out, plan, progress=not arguments.json)
-    looped = result.source.config
-    tree = training_tree(out, looped, dense.tokenizer is not None)
     report = RetrofitReport(
         out=out,
-        training_file=write_training(out, tree),
         plan=plan,
         dense=dense.config,
         result=result,
-        comparison=None if tokens is None else compare(dense, FileSource(out), tokens),
-        cost=training_cost(tree, looped, dense.config, DEPTHS),
+        comparison=None if sample is None else compare(dense, FileSource(out), sample),
+        cost=training_cost(result.training, result.source.config, dense.config, DEPTHS),
     )
     print(json.dumps(report.as_dict()) if arguments.json else report.as_text())
     return FAILED if report.wrong_depths() else DONE

@@ -1,8 +1,8 @@
 """Config fields on the command line: `--section.field value` or `--section.field=value`.
 
 The type of a field decides how its value is read. Text is taken as it is, whatever characters it has; anything else is
-YAML: `3e-4`, `true`, `null`, `[1, 2]`, `{data/web: 0.7, "data/set #2": 0.3}`. Of a field that is given twice, the last
-value counts.
+YAML: `3e-4`, `true`, `null`, `[1, 2]`, `{data/web: 0.7, "data/set #2": 0.3}`. A list of one needs no brackets:
+`--data.sources texts`. Of a field that is given twice, the last value counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,6 +49,8 @@ def parse_value(text: str, hint: Any, name: str) -> Any:
     """A word of the command line as a value of this (annotated) type. Raises ConfigError if it is not YAML either."""
     if text_is_wanted(hint, text):
         return text
+    if get_origin(hint) is tuple and text and not text.lstrip().startswith("["):
+        return (parse_value(text, get_args(hint)[0], name),)
     try:
         return convert(parse_yaml(text, hint), hint)
     except ConfigError as error:

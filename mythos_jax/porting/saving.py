@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,17 @@ class Written:
 
 
 def write_directory(
-    path: str | Path, source: Source, family: Family, *, shard_bytes: int = SHARD_BYTES, progress: bool = True
+    path: str | Path,
+    source: Source,
+    family: Family,
+    *,
+    more: Mapping[str, bytes] = MappingProxyType({}),
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
 ) -> Written:
     """Writes a source whose tensors are known to fit its config as a new directory in the format of `family`.
 
+    more: other files of the directory, by name.
     Raises ConfigError: the directory exists; the format cannot express the model (every reason is listed); a file that
     belongs to the source cannot be read.
     """
@@ -68,6 +76,8 @@ def write_directory(
     with new_directory(path) as directory:
         _write_json(directory / "config.json", config_json)
         companions.write(directory)
+        for name, content in more.items():
+            (directory / name).write_bytes(content)
         buffers = _buffers(source, family, origin)
         if family in native.FAMILIES:
             _keep_origin(directory, source.origin, text)

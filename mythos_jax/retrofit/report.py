@@ -22,10 +22,9 @@ STARTS = {"zeros": "zeros", "noise": "noise", "injected": "the prelude's output"
 
 @dataclass(frozen=True)
 class RetrofitReport:
-    """out: the new directory. training_file: the config that trains it. comparison: None if it was not asked for."""
+    """out: the new directory. comparison: None if it was not asked for."""
 
     out: Path
-    training_file: Path
     plan: Plan
     dense: ModelConfig
     result: Retrofit
@@ -53,7 +52,7 @@ class RetrofitReport:
                 for n in self.wrong_depths()
             ),
             *self._cost_lines(),
-            f"to train it: mythos train {self.training_file} --data.sources FILE_OR_FOLDER",
+            f"to train it: mythos train {self.result.training_file} --data.sources FILE_OR_FOLDER",
         ]
         return "\n".join(lines)
 
@@ -70,7 +69,7 @@ class RetrofitReport:
             "initial_state": self.result.source.config.initial_state,
             "comparison": dataclasses.asdict(self.comparison) if self.comparison else None,
             "cost": dataclasses.asdict(self.cost),
-            "training_file": str(self.training_file),
+            "training_file": str(self.result.training_file),
         }
 
     def _layer_lines(self) -> list[str]:
@@ -93,8 +92,8 @@ class RetrofitReport:
         if self.comparison is None:
             return []
         lines = [
-            f"on {self.comparison.tokens} tokens, before training; the source's loss is "
-            f"{self.comparison.dense_loss:.4f} nats per token:",
+            f"on {self.comparison.tokens} {'random ' * self.comparison.are_random}tokens, before training; "
+            f"the source's loss is {self.comparison.dense_loss:.4f} nats per token:",
             "  loops   max |Δlogits|   KL, nats/token   loss",
         ]
         for d in self.comparison.distances:
@@ -110,8 +109,8 @@ class RetrofitReport:
             f"GFLOPs per token, forward: {forward} loops (the source: {c.dense_forward / 1e9:.3g})",
             f"GFLOPs per token, training: {c.training / 1e9:.3g} at a mean of {c.mean_loops} loops, gradients through "
             f"the last {c.backprop_loops} (the source: {c.dense_training / 1e9:.3g})",
-            f"{self.training_file}: {c.tokens / 1e6:,.0f} million tokens, {c.training * c.tokens / 1e15:,.3g} PFLOPs: "
-            f"{hours}, at {UTILISATION:.0%} of the peak",
+            f"{self.result.training_file}: {c.tokens / 1e6:,.0f} million tokens, "
+            f"{c.training * c.tokens / 1e15:,.3g} PFLOPs: {hours}, at {UTILISATION:.0%} of the peak",
         ]
 
 

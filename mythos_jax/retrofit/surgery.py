@@ -25,6 +25,7 @@ from mythos_jax.porting.saving import Written, write_directory
 from mythos_jax.porting.tensor_info import TensorInfo
 from mythos_jax.porting.writing import SHARD_BYTES, refuse_existing
 from mythos_jax.retrofit.cut import LOOP, Cut, dense_layers
+from mythos_jax.retrofit.training import TRAINING_FILE, training_tree, training_yaml
 
 ADAPTER = f"params.{LOOP}injection.adapter.kernel"
 
@@ -92,11 +93,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Retrofit:
-    """A retrofitted model that was written: as a source of tensors, in which format, and the files."""
+    """A retrofitted model that was written. source: it, as a source of tensors; family: the format; written: the files.
+    training: the config that trains it, which is the file `training_file`."""
 
     source: "RetrofitSource"
     family: Family
     written: Written
+    training: dict[str, Any]
+    training_file: Path
 
 
 def retrofit(
@@ -112,7 +116,11 @@ def retrofit(
     require_tensors(dense)
     source = RetrofitSource(dense, plan)
     family = _family(source.config, plan)
-    return Retrofit(source, family, write_directory(out, source, family, shard_bytes=shard_bytes, progress=progress))
+    training = training_tree(Path(out), source.config, dense.tokenizer is not None)
+    file = Path(out) / TRAINING_FILE
+    more = {TRAINING_FILE: training_yaml(file, training)}
+    written = write_directory(out, source, family, more=more, shard_bytes=shard_bytes, progress=progress)
+    return Retrofit(source, family, written, training, file)
 
 
 def require_dense(source: Source) -> None:
@@ -179,7 +187,11 @@ def _looped_config(config: ModelConfig, plan: Plan) -> ModelConfig:
 
 def _family(config: ModelConfig, plan: Plan) -> Family:
     if plan.format is not None:
-        return get_family(plan.format)
+        family = get_family(plan.format)
+        if family is native.INT8_FAMILY:
+            allowed = "a format that rounds nothing, since the model is to be trained"
+            raise ConfigError(f"format: got {family.name}, allowed: {allowed}")
+        return family
     return next(family for family in FORMATS if not family.inexpressible(config))
 
 

@@ -1,5 +1,6 @@
 """The config that trains a retrofitted model, and what the training costs."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from mythos_jax.config.run import backprop_loops
 from mythos_jax.flops import count_parameters, forward_flops, training_flops
 from mythos_jax.typed import from_dict, to_dict
 
-FILE = "train.yaml"
+TRAINING_FILE = "train.yaml"
 MOST_BACKPROP = 8  # loops with gradients, as in Huginn and in the published retrofitted models
 UTILISATION = 0.4  # of a chip's peak, which well-tuned programs reach
 CHIP_FLOPS = {"TPU v5e chip": CHIPS["v5e"].flops, "H100": flops_of("NVIDIA H100")}
@@ -29,8 +30,8 @@ HEADER = """\
 
 def training_tree(out: Path, config: ModelConfig, has_tokenizer: bool) -> dict[str, Any]:
     """A small config: the recipe of arXiv 2511.07384, at a size that shows something on one GPU in an hour."""
-    mean = config.loops
-    data: dict[str, Any] = {"path": f"data/{out.name}", "seq_len": min(1024, config.max_seq_len)}
+    out = Path(os.path.abspath(out))  # the same model from whatever directory it is trained
+    mean, data = config.loops, {"path": f"data/{out.name}", "seq_len": min(1024, config.max_seq_len)}
     if has_tokenizer:
         data["tokenizer"] = str(out)
     return {
@@ -52,22 +53,22 @@ def training_tree(out: Path, config: ModelConfig, has_tokenizer: bool) -> dict[s
             # Muon for the matrices inside the layers, AdamW for embeddings, head and norms.
             "optimizer": "muon",
             "muon_learning_rate": 1e-3,
+            "muon_shape_scaling": True,
             "learning_rate": 5e-5,
             "weight_decay": 1e-4,
             "schedule": "wsd",
             "warmup_steps": 20,
             "decay_fraction": 0.6,
+            "final_learning_rate_fraction": 1e-3,
             "checkpoint_every": 200,
         },
         "data": data,
     }
 
 
-def write_training(out: Path, tree: Mapping[str, Any]) -> Path:
-    """Writes the config beside the model, and returns its path."""
-    path = out / FILE
-    path.write_text(HEADER.format(file=path) + yaml.safe_dump(dict(tree), sort_keys=False), encoding="utf-8")
-    return path
+def training_yaml(file: Path, tree: Mapping[str, Any]) -> bytes:
+    """The config as the contents of `file`."""
+    return (HEADER.format(file=file) + yaml.safe_dump(dict(tree), sort_keys=False)).encode()
 
 
 @dataclass(frozen=True)

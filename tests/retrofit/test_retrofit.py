@@ -17,7 +17,7 @@ from mythos_jax.flops import count_parameters
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.porting.pretrained import load_pretrained, load_variables
 from mythos_jax.porting.reading import FileSource, VariablesSource, text_of
-from mythos_jax.retrofit.comparison import compare, text_tokens
+from mythos_jax.retrofit.comparison import Sample, compare, make_sample
 from mythos_jax.retrofit.cut import Cut, dense_layers, make_cut
 from mythos_jax.retrofit.surgery import Plan, RetrofitSource, retrofit
 from tests.porting import golden
@@ -141,7 +141,7 @@ def test_experts_stay_in_the_loop(tmp_path):
     assert len(dense_layers(config)) == 5
     retrofit(dense, tmp_path / "out", Plan(make_cut(5, (0,), (1, 2, 3), (4,))), progress=False)
     tokens = np.arange(12)[None] % 32
-    comparison = compare(dense, FileSource(tmp_path / "out"), tokens, depths=(3,))
+    comparison = compare(dense, FileSource(tmp_path / "out"), Sample(tokens, True), depths=(3,))
     assert comparison.distances[0].max_abs < 1e-5
     with pytest.raises(
         ConfigError, match="--prelude: got layer 1, allowed: layers that stay on their side of the loop"
@@ -158,7 +158,8 @@ def test_layers_of_one_width_go_anywhere(tmp_path):
     dense = random_source(config)
     retrofit(dense, tmp_path / "out", Plan(make_cut(3)), progress=False)
     assert FileSource(tmp_path / "out").config.hidden_dim == 40
-    assert compare(dense, FileSource(tmp_path / "out"), np.arange(12)[None], depths=(3,)).distances[0].max_abs < 1e-5
+    sample = Sample(np.arange(12)[None], True)
+    assert compare(dense, FileSource(tmp_path / "out"), sample, depths=(3,)).distances[0].max_abs < 1e-5
     uneven = random_source(replace(config, prelude_layers=1))
     with pytest.raises(ConfigError, match=r"--loop: got layer 0, .* in the loop are 40 wide inside, those outside 24"):
         retrofit(uneven, tmp_path / "no", Plan(make_cut(4, (), (0, 1, 2, 3), ())), progress=False)
@@ -167,7 +168,7 @@ def test_layers_of_one_width_go_anywhere(tmp_path):
 def test_a_comparison_against_its_definition():
     dense, tokens = FileSource(golden.FOLDER / "llama"), golden.arrays("llama")["input_ids"][:1]
     looped = RetrofitSource(dense, Plan(Cut((0,), (1,), (3,))))
-    comparison = compare(dense, looped, tokens, depths=(2,))
+    comparison = compare(dense, looped, Sample(tokens, True), depths=(2,))
     p = jax.nn.softmax(golden.arrays("llama")["logits"][0].astype(np.float64))
     config = looped.config
     q = np.asarray(jax.nn.softmax(run(config, load_variables(looped)[1], tokens, jnp.int32(2))[0]))
@@ -226,7 +227,7 @@ def test_the_command(tmp_path, capsys):
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
     arguments[2] = str(tmp_path / "shorter")
-    assert main([*arguments[:-4], "--loop", "2", "--coda", "3", "--text", "x"]) == 0
+    assert main([*arguments[:-4], "--loop", "2", "--coda", "3"]) == 0
     text = capsys.readouterr().out
     assert "dropped: layer 1 of the source" in text
     assert "prelude: layer 0 of the source, run once" in text
@@ -235,7 +236,9 @@ def test_the_command(tmp_path, capsys):
 WRONG = [
     ("llama", ["--loop", "2-9"], "--loop: got layer 4, allowed: 0 to 3"),
     ("llama", ["--loop", "x"], "argument --loop: got 'x', allowed: layers such as 0-9 or 0-3,6, or none"),
-    ("llama", ["--loop", "3-1"], "argument --loop: got '3-1'"),
+    ("llama", ["--loop", "2-1,1"], "argument --loop: got '2-1,1'"),
+    ("llama", ["--text", "x"], "llama has no tokenizer to read it with; allowed: without --text"),
+    ("llama", ["--to", "mythos_jax_int8"], "format: got mythos_jax_int8, allowed: a format that rounds nothing"),
     ("llama", ["--loop", "0-99999999999"], "--loop: got layer 4"),
     ("llama", ["--whole", "--loop", "1"], "--loop: got with --whole"),
     ("llama", ["--adapter", "none", "--initial-state", "noise"], "--initial-state: got noise, allowed: injected"),
@@ -261,12 +264,24 @@ def test_wrong_input_is_one_line_and_writes_nothing(name, flags, message, tmp_pa
 
 def test_text_is_read_as_the_model_reads_it(tmp_path):
     """Without a tokenizer, random tokens; with the one of a GGUF file, its first token and the text's."""
-    tokens = text_tokens(FileSource(golden.FOLDER / "llama"), "any")
-    assert tokens.shape == (1, 256)
-    assert 0 <= tokens.min() < tokens.max() < 128
+    sample = make_sample(FileSource(golden.FOLDER / "llama"), None)
+    assert sample.are_random
+    assert sample.tokens.shape == (1, 256)
+    assert 0 <= sample.tokens.min() < sample.tokens.max() < 128
     source = FileSource(golden.FOLDER / "gguf_tiny" / "model.gguf")
     text, conventions = text_of(source)
-    assert text_tokens(source, "ab").tolist() == [conventions.begin(text.encode("ab"))]
+    assert make_sample(source, "ab").tokens.tolist() == [conventions.begin(text.encode("ab"))]
     retrofit(source, tmp_path / "out", Plan(make_cut(len(dense_layers(source.config)))), progress=False)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    np.testing.assert_array_equal(text_tokens(FileSource(tmp_path / "out"), "ab"), text_tokens(source, "ab"))
+    again = make_sample(FileSource(tmp_path / "out"), "ab")
+    np.testing.assert_array_equal(again.tokens, make_sample(source, "ab").tokens)
+    assert not again.are_random
+
+
+def test_the_directory_here_and_its_config(tmp_path, monkeypatch):
+    """`.` is a name like any other, and the config finds the model from wherever it is used."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["retrofit", str(golden.FOLDER / "llama"), ".", "--no-compare"]) == 0
+    tree = yaml.safe_load((tmp_path / "here" / "train.yaml").read_text())
+    assert (tree["name"], tree["training"]["init_from"]) == ("here", str(tmp_path / "here"))
