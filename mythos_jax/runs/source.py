@@ -10,15 +10,16 @@ from safetensors.numpy import save
 
 from mythos_jax.data.conventions import SETTINGS_FILE, TextConventions, documents, read_conventions, stored_conventions
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer, Tokenizer
-from mythos_jax.paths import copy_tree, to_path, write_whole
+from mythos_jax.paths import to_path, write_whole
 from mythos_jax.porting.adapted import of_base, open_pretrained
-from mythos_jax.porting.companions import LEGAL
+from mythos_jax.porting.companions import LEGAL, Content
 from mythos_jax.porting.origin import BUFFERS_FILE, FIELDS_FILE, read_origin
 from mythos_jax.porting.reading import Source
 from mythos_jax.porting.saving import companion_files, origin_fields
 from mythos_jax.runs.configs import is_run
 
 FOLDER = "source"  # in the run directory
+ORIGIN = (FIELDS_FILE, BUFFERS_FILE)  # files that are not about text
 
 
 def keep_source(init_from: str, run_dir: Any, with_text: bool) -> None:
@@ -28,32 +29,31 @@ def keep_source(init_from: str, run_dir: Any, with_text: bool) -> None:
     with_text: also the files about text, which mean nothing for tokens that are not the model's.
     """
     folder = run_dir / FOLDER
-    if is_run(init_from):
-        theirs = to_path(init_from) / FOLDER
-        if theirs.is_dir():
-            copy_tree(theirs, folder)
-        return
-    base = of_base(init_from, str)
-    if base is not None and is_run(base):
-        keep_source(base, run_dir, with_text)
-        return
-    source = open_pretrained(init_from)
-    files = {
-        name: content
-        for name, content in companion_files(source).items()
-        if with_text or LEGAL.fullmatch(Path(name).name)
-    }
-    fields = origin_fields(source)
-    if not files and fields is None:
-        return
-    folder.mkdir(exist_ok=True)
+    files = _files_of(init_from)
+    if not with_text:
+        files = {name: content for name, content in files.items() if name in ORIGIN or LEGAL.fullmatch(Path(name).name)}
+    if folder.is_dir():  # of a start that was killed before its first checkpoint
+        for file in folder.iterdir():
+            file.unlink()
+    if files:
+        folder.mkdir(exist_ok=True)
     for name, content in files.items():
         write_whole(folder / name, content())
-    if fields is not None:
-        write_whole(folder / FIELDS_FILE, json.dumps(fields, indent=1).encode() + b"\n")
-    if source.origin is not None and source.origin.buffers:
-        buffers = {name: read() for name, read in source.origin.buffers.items()}
-        write_whole(folder / BUFFERS_FILE, save(buffers, metadata={"format": "pt"}))
+
+
+def _files_of(init_from: str) -> dict[str, Content]:
+    """How to get the content of each file, by name."""
+    base = init_from if is_run(init_from) else of_base(init_from, str)
+    if base is not None and is_run(base):
+        theirs = to_path(base) / FOLDER
+        return {file.name: file.read_bytes for file in theirs.iterdir()} if theirs.is_dir() else {}
+    source = open_pretrained(init_from)
+    files = dict(companion_files(source))
+    if (fields := origin_fields(source)) is not None:
+        files[FIELDS_FILE] = lambda: json.dumps(fields, indent=1).encode() + b"\n"
+    if source.origin is not None and (buffers := source.origin.buffers):
+        files[BUFFERS_FILE] = lambda: save({name: read() for name, read in buffers.items()}, metadata={"format": "pt"})
+    return files
 
 
 def add_to(source: Source, run_dir: Any) -> None:

@@ -80,12 +80,15 @@ def train(
         state = starting_state(config, mesh, metadata, checkpoints, run_dir, initial)
         if int(state.step) >= config.training.steps:
             return finished(config, run_dir, int(state.step))
-        # Only now: a resume that is refused leaves the run's config as it was.
-        if is_process_zero():
+
+        def save_files() -> None:
             save_config(config, run_dir / "config.yaml")
             data.save_text(run_dir)
             if initial is not None or (config.training.lora.rank and int(state.step) == 0):
                 keep_source(config.training.init_from, run_dir, with_text=data.tokenizer is not None)
+
+        # Only now: a resume that is refused leaves the run's config as it was.
+        raise_together(lambda: save_files() if is_process_zero() else None)
         log_here = progress and is_process_zero()
         loop = _Loop(config, mesh, data, checkpoints, metadata, run_dir, lock, constants, log_here)
         return loop.run(state)

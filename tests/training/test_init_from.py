@@ -13,6 +13,7 @@ from mythos_jax.inference.chat import Chat
 from mythos_jax.porting.pretrained import save_pretrained
 from mythos_jax.porting.reading import FileSource
 from mythos_jax.runs.load import load_model
+from mythos_jax.runs.source import keep_source
 from tests import talker, tiny, tokenizer_kinds
 from tests.survival import lines
 from tests.tiny import TRAINED
@@ -144,3 +145,20 @@ def test_tokens_that_are_no_text_get_no_tokenizer_from_the_source(llama, tmp_pat
     assert {path.name for path in (tmp_path / "run" / "source").iterdir()} == {"LICENSE", "source_config.json"}
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "llama"]) == 0
     assert json_or_text(tmp_path / "out" / "config.json") == json_or_text(llama / "config.json")
+
+
+def test_a_run_passes_on_what_it_has_of_its_source_and_no_more(tmp_path):
+    """Also to a run whose tokens are no text; and what an earlier start left there goes."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for file in ("source/LICENSE", "source/source_config.json", "source/tokenizer.json", "config.yaml"):
+        (first / file).parent.mkdir(parents=True, exist_ok=True)
+        (first / file).write_text(file)
+    (second / "source").mkdir(parents=True)
+    (second / "source" / "chat_template.jinja").write_text("of another model")
+    for with_text, names in (
+        (True, {"LICENSE", "source_config.json", "tokenizer.json"}),
+        (False, {"LICENSE", "source_config.json"}),
+    ):
+        keep_source(str(first), second, with_text)
+        assert {path.name for path in (second / "source").iterdir()} == names
+    assert (second / "source" / "LICENSE").read_text() == "source/LICENSE"
