@@ -31,8 +31,9 @@ END_OF_TURN_NAMES = (
     "<|EOT|>",
 )
 SETTINGS_FILE = "tokenizer_config.json"  # of a tokenizer
+GENERATION_FILE = "generation_config.json"
 # The last is where our own format keeps the `config.json` that a model was published with.
-SETTINGS_FILES = ("generation_config.json", "config.json", "source_config.json")
+SETTINGS_FILES = (GENERATION_FILE, "config.json", "source_config.json")
 NAMED_IN_CONFIG = ("bos_token", "eos_token", "pad_token")
 BORROWED_IDS = ("raven", "raven_olmo")  # their config.json has Huginn's ids, which mean nothing in their vocabularies
 BEGIN_ALWAYS = ("huginn", "parcae")  # their own loaders put the beginning of text, whatever the tokenizer does
@@ -66,12 +67,18 @@ def documents(tokenizer: Tokenizer) -> TextConventions:
 
 
 def read_conventions(
-    spec: str | Path, tokenizer: Tokenizer, directory: Path | None, vocab_size: int, family: str | None = None
+    spec: str | Path,
+    tokenizer: Tokenizer,
+    directory: Path | None,
+    vocab_size: int,
+    family: str | None = None,
+    overlay: Path | None = None,
 ) -> TextConventions:
     """Those of a pretrained model.
 
     spec: where its tokenizer is from, as for `load_tokenizer`; other files of the tokenizer are beside it.
-    directory: the model's. vocab_size: its; it cannot say other ids. family: its format.
+    directory: the model's. vocab_size: its; it cannot say other ids. family: its format. overlay: a directory whose
+    settings of generation, if it has any, replace the model's.
 
     Raises ConfigError, naming file and field, for a file that is damaged or says what cannot be.
     """
@@ -81,7 +88,10 @@ def read_conventions(
     if path.suffix == ".gguf":
         return _of_gguf(path, tokenizer, vocab_size)
     folder = path if path.is_dir() else path.parent
-    return _of_files(folder, tokenizer, directory, vocab_size, family)
+    files = [] if directory is None else [directory / name for name in SETTINGS_FILES]
+    if overlay is not None and (overlay / GENERATION_FILE).is_file():
+        files = [overlay / GENERATION_FILE, *files[1:]]
+    return _of_files(folder, tokenizer, files, vocab_size, family)
 
 
 def gguf_files(path: Path) -> dict[str, bytes]:
@@ -124,7 +134,7 @@ def stored_conventions(directory: str | Path, tokenizer: Tokenizer, vocab_size: 
     if tokenizer.fingerprint == ByteTokenizer.fingerprint:
         template = _template(read_json(settings_file).get("chat_template"), settings_file, "chat_template")
         return replace(documents(tokenizer), chat_template=template)
-    return _of_files(folder, tokenizer, folder, vocab_size, None)
+    return _of_files(folder, tokenizer, [folder / name for name in SETTINGS_FILES], vocab_size, None)
 
 
 def token_ids(tokenizer: Tokenizer, conventions: TextConventions) -> dict[str, int]:
@@ -142,7 +152,7 @@ def _named_tokens(tokenizer: Tokenizer, conventions: TextConventions) -> dict[st
 
 
 def _of_files(
-    folder: Any, tokenizer: Tokenizer, directory: Path | None, vocab_size: int, family: str | None
+    folder: Any, tokenizer: Tokenizer, files: Sequence[Any], vocab_size: int, family: str | None
 ) -> TextConventions:
     settings_file, map_file = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     settings, token_map = _read(settings_file), _read(map_file)
@@ -150,7 +160,6 @@ def _of_files(
     # As transformers does: newer files list every token, and what stands in the older file does not count then.
     if "added_tokens_decoder" not in (settings or {}):
         special |= _special_tokens(token_map, map_file)
-    files = [] if directory is None else [directory / name for name in SETTINGS_FILES]
     fields = {file: {} if family in BORROWED_IDS else _read(file) or {} for file in files}
     fields |= {file: tree["config"] for file, tree in fields.items() if isinstance(tree.get("config"), dict)}
     template = _template_of_files(folder, settings or {}, settings_file)

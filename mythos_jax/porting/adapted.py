@@ -13,12 +13,12 @@ from mythos_jax.porting.family import Family
 from mythos_jax.porting.hub import resolve
 from mythos_jax.porting.peft import family_for, is_adapter, read_adapter
 from mythos_jax.porting.peft_config import AdapterConfig, read_adapter_config
-from mythos_jax.porting.reading import ConfigLike, FileSource, Source
+from mythos_jax.porting.reading import ConfigLike, DerivedSource, FileSource, Source
 
 T = TypeVar("T")
 
 
-class AdaptedSource(Source):
+class AdaptedSource(DerivedSource):
     """A base with the low-rank weights of a PEFT directory added to its matrices, in float32.
 
     keep_dtype: round the sums to the dtype of the base's matrices, as PEFT's own `merge_and_unload` does.
@@ -27,23 +27,21 @@ class AdaptedSource(Source):
     def __init__(self, directory: Path, config: AdapterConfig, base: Source, keep_dtype: bool = False):
         family = _original_family(base, directory)
         adapter = read_adapter(directory, config, family.table(base.config), str(base.path))
-        self._base, self._adapter, self._keep_dtype = base, adapter, keep_dtype
+        self._adapter, self._keep_dtype = adapter, keep_dtype
         self._modules = {module.path: module for module in adapter.modules}
-        super().__init__(directory, base.family, base.config, base.tensors, base.tokenizer)
+        super().__init__(directory, base.family, base.config, base.tensors, base)
         self.wrappers, self.origin = base.wrappers, base.origin
-        self.directory, self.weight_paths = base.directory, base.weight_paths
-        self.notes = [*base.notes, *adapter.notes]
-        self.text, self.text_directory = base.text, base.text_directory or base.directory
+        notes = [*base.notes, *adapter.notes]
         if (directory / TOKENIZER_FILE).is_file():  # it may have tokens and a chat template of its own
-            self.tokenizer, self.overlay = directory / TOKENIZER_FILE, directory
-            self.text, self.text_directory = None, directory
-            self.notes.append(f"{directory}: its own {TOKENIZER_FILE} and settings of text are used")
+            self.tokenizer, self.overlay, self.text = directory / TOKENIZER_FILE, directory, None
+            notes.append(f"{directory}: its own {TOKENIZER_FILE} and settings of text are used")
+        self.notes = notes
 
     def _read(self, stored_name: str) -> np.ndarray:
-        return self._base.read(stored_name)
+        return self.base.read(stored_name)
 
     def parameter(self, path: str) -> np.ndarray:
-        base = self._base.parameter(path)
+        base = self.base.parameter(path)
         if path not in self._modules:
             return base
         merged = base.astype(np.float32) + self._adapter.product(self._modules[path])
@@ -51,7 +49,7 @@ class AdaptedSource(Source):
 
     def parameter_dtype(self, path: str) -> np.dtype:
         keep = self._keep_dtype or path not in self._modules
-        return self._base.parameter_dtype(path) if keep else np.dtype(np.float32)
+        return self.base.parameter_dtype(path) if keep else np.dtype(np.float32)
 
 
 def open_pretrained(

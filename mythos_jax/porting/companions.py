@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mythos_jax.data.conventions import GENERATION_FILE
 from mythos_jax.json_text import parse_json
 from mythos_jax.porting.origin import BUFFERS_FILE, FIELDS_FILE
 
@@ -20,7 +21,7 @@ SHARED = (
     "vocab.txt",
     "merges.txt",
     "tokenizer.model",
-    "generation_config.json",
+    GENERATION_FILE,
     *TEMPLATES,
 )
 LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)\b.*", re.IGNORECASE)
@@ -40,10 +41,12 @@ class Companions:
     left: tuple[str, ...] = ()
 
     def with_text_of(self, directory: Path) -> "Companions":
-        """With the files of `SHARED` that another directory has in place of these ones."""
-        copied = {name: (directory / name).read_bytes for name in SHARED if (directory / name).is_file()}
-        made = {name: content for name, content in self.made.items() if name not in copied}
-        return replace(self, copied={**self.copied, **copied}, made=made)
+        """With the tokenizer of another directory, its settings and its templates in place of those of this one; its
+        settings of generation, too, if it has any."""
+        theirs = {name: (directory / name).read_bytes for name in SHARED if (directory / name).is_file()}
+        dropped = {*SHARED} - {GENERATION_FILE}
+        copied = {name: content for name, content in self.copied.items() if name not in dropped} | theirs
+        return replace(self, copied=copied)
 
     def write(self, directory: Path) -> None:
         for name, content in {**self.copied, **self.made}.items():

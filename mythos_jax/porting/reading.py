@@ -50,8 +50,8 @@ class Source(ABC):
     tensors are there. wrappers: parts of the stored names that were taken off, such as `_orig_mod.`. notes: lines that
     say what was chosen among several, such as files. origin: what the files that the model was published in say beyond
     our config, if that is known. directory: where other files are that belong to the model, if there is such a place;
-    weight_paths: those in it that hold its tensors. overlay: where files are that replace those of `directory`. text:
-    how it reads and writes text, if no file says that; text_directory: where the files are that do, if not there.
+    weight_paths: those in it that hold its tensors. overlay: where a tokenizer and its settings are that replace those
+    of `directory`. text: how it reads and writes text, if no file says that.
     """
 
     wrappers: Sequence[str] = ()
@@ -60,7 +60,6 @@ class Source(ABC):
     directory: Path | None = None
     weight_paths: Sequence[Path] = ()
     overlay: Path | None = None
-    text_directory: Path | None = None
     text: Text | None = None
 
     def __init__(
@@ -184,14 +183,26 @@ class VariablesSource(Source):
         return np.asarray(self._arrays[stored_name])
 
 
+class DerivedSource(Source):
+    """A model that is made of another one: it has its files and its text, and what was said about it holds for it."""
+
+    def __init__(
+        self, path: Path, family: Family, config: ModelConfig, tensors: Mapping[str, TensorInfo], base: Source
+    ):
+        super().__init__(path, family, config, tensors, base.tokenizer)
+        self.base, self.notes = base, base.notes
+        self.directory, self.weight_paths = base.directory, base.weight_paths
+        self.overlay, self.text = base.overlay, base.text
+
+
 def text_of(source: Source) -> Text | None:
     """How a model reads and writes text; None if it has no tokenizer. Raises ConfigError for a damaged file."""
     if source.text is not None or source.tokenizer is None:
         return source.text
     tokenizer, vocab_size = load_tokenizer(source.tokenizer), source.config.vocab_size
     family = source.origin.family if source.origin else source.family.name
-    directory = source.text_directory or source.directory
-    return tokenizer, read_conventions(source.tokenizer, tokenizer, directory, vocab_size, family)
+    found = read_conventions(source.tokenizer, tokenizer, source.directory, vocab_size, family, source.overlay)
+    return tokenizer, found
 
 
 def _accompanying_fields(

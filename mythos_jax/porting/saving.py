@@ -114,26 +114,29 @@ def origin_fields(source: Source) -> dict[str, Any] | None:
 
 
 def _companions(source: Source, family: Family) -> Companions:
-    companions = _base_companions(source, family)
-    return companions if source.overlay is None else companions.with_text_of(source.overlay)
-
-
-def _base_companions(source: Source, family: Family) -> Companions:
+    found = _stored_companions(source, family)
+    if source.overlay is not None:
+        found = found.with_text_of(source.overlay)
     made = _settings(source, family)
+    # What is made is newer; a template in a file of its own would count more.
+    copied = {name: file for name, file in found.copied.items() if not made or name not in {*made, *TEMPLATES}}
+    return replace(found, copied=copied, made={**made, **found.made})
+
+
+def _stored_companions(source: Source, family: Family) -> Companions:
     if source.directory is not None:
         same_code = family in native.FAMILIES or (source.origin is not None and source.origin.family == family.name)
         found = companions_of(source.directory, source.weight_paths, with_code=same_code)
-        # What is made is newer; a template in a file of its own would count more.
-        copied = {name: file for name, file in found.copied.items() if not made or name not in {*made, *TEMPLATES}}
+        copied = dict(found.copied)
         if source.tokenizer is not None:
             copied.setdefault(TOKENIZER_FILE, source.tokenizer.read_bytes)
-        return replace(found, copied=copied, made=made)
+        return replace(found, copied=copied)
     if source.tokenizer is None:
         return Companions()
     if source.tokenizer.suffix == ".gguf":
         files = gguf_files(source.tokenizer)
         return Companions(made={name: partial(bytes, content) for name, content in files.items()})
-    return Companions({TOKENIZER_FILE: source.tokenizer.read_bytes}, made)
+    return Companions({TOKENIZER_FILE: source.tokenizer.read_bytes})
 
 
 def _settings(source: Source, family: Family) -> dict[str, Content]:

@@ -20,7 +20,7 @@ from mythos_jax.porting import llama, native, raven
 from mythos_jax.porting.coverage import require_tensors
 from mythos_jax.porting.families import get_family
 from mythos_jax.porting.family import Family, parameter_shapes
-from mythos_jax.porting.reading import Source, text_of
+from mythos_jax.porting.reading import DerivedSource, Source, text_of
 from mythos_jax.porting.saving import Written, write_directory
 from mythos_jax.porting.tensor_info import TensorInfo
 from mythos_jax.porting.writing import SHARD_BYTES, refuse_existing
@@ -132,11 +132,11 @@ def require_dense(source: Source) -> None:
             raise ConfigError(f"{source.path}: got model.{name} {got}, allowed: a dense model, with {value}")
 
 
-class RetrofitSource(Source):
+class RetrofitSource(DerivedSource):
     """The looped model: the dense model's tensors under the names of their new places, and an adapter."""
 
     def __init__(self, dense: Source, plan: Plan):
-        self._dense, self._plan = dense, plan
+        self._plan = plan
         config = _looped_config(dense.config, plan)
         shapes, dense_shapes = parameter_shapes(config), parameter_shapes(dense.config)
         self._taken_from: dict[str, str] = {}  # the dense model's path of each of ours that it has
@@ -150,21 +150,18 @@ class RetrofitSource(Source):
             if dense_shapes.get(taken) != shape:
                 raise _misplaced(config, place, plan.cut)
             self._taken_from[path] = taken
-        tensors = {path: TensorInfo(shape, self._dtype(path)) for path, shape in shapes.items()}
-        super().__init__(dense.path, native.FAMILY, config, tensors, dense.tokenizer)
-        self.directory, self.weight_paths, self.text = dense.directory, dense.weight_paths, dense.text
+        dtypes = {path: dense.parameter_dtype(self._taken_from.get(path, "params.embedding")) for path in shapes}
+        tensors = {path: TensorInfo(shape, dtypes[path]) for path, shape in shapes.items()}
+        super().__init__(dense.path, native.FAMILY, config, tensors, dense)
         if dense.directory is not None:  # its files are copied; config.json names tokens, too
             self.text = text_of(dense)
 
-    def _dtype(self, path: str) -> np.dtype:
-        return self._dense.parameter_dtype(self._taken_from.get(path, "params.embedding"))
-
     def _read(self, stored_name: str) -> np.ndarray:
         if stored_name != ADAPTER:
-            return self._dense.parameter(self._taken_from[stored_name])
+            return self.base.parameter(self._taken_from[stored_name])
         make = ADAPTERS[self._plan.adapter]
         assert make is not None, "only models with an adapter have its matrix"
-        return make(self.config.dim, np.random.default_rng(self._plan.seed)).astype(self._dtype(stored_name))
+        return make(self.config.dim, np.random.default_rng(self._plan.seed)).astype(self.tensors[stored_name].dtype)
 
 
 def _looped_config(config: ModelConfig, plan: Plan) -> ModelConfig:

@@ -56,7 +56,7 @@ class LoadedModel:
     storage: how the weights are stored.
     family: the format that a pretrained model was published in; None for a run.
     text_directory: where the files are that say how a pretrained model reads and writes text (None: in `directory`);
-    text: that itself, if no file says it.
+    overlay: where those are that replace them; text: that itself, if no file says it.
     """
 
     directory: Path
@@ -70,6 +70,7 @@ class LoadedModel:
     storage: Storage = FLOAT32
     family: str | None = None
     text_directory: Path | None = None
+    overlay: Path | None = None
     text: Text | None = None
 
     @cached_property
@@ -96,7 +97,7 @@ class LoadedModel:
         if self.step is not None or self.tokenizer_spec is None:
             return start_files.conventions(self.directory, tokenizer, vocab_size)
         directory = self.text_directory or self.directory
-        return read_conventions(self.tokenizer_spec, tokenizer, directory, vocab_size, self.family)
+        return read_conventions(self.tokenizer_spec, tokenizer, directory, vocab_size, self.family, self.overlay)
 
     def require_tokenizer(self) -> Tokenizer:
         """Raises ConfigError if there is none."""
@@ -194,7 +195,8 @@ def load_model(
         storage=storage,
         tokenizer_spec=_spec(tokenizer or source.tokenizer),
         family=source.origin.family if source.origin else source.family.name,
-        text_directory=source.text_directory,
+        text_directory=source.directory,
+        overlay=source.overlay,
         text=source.text if tokenizer is None else None,
     )
 

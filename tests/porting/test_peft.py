@@ -6,6 +6,7 @@ tests_torch/test_peft.py compares with the library itself.
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,9 @@ from mythos_jax.porting.layouts import LINEAR, SAME, TO_HEADS, low_rank_layouts
 from mythos_jax.porting.peft import family_for, write_adapter
 from mythos_jax.porting.peft_config import MOST_REPETITIONS, read_adapter_config, target_names
 from mythos_jax.porting.pretrained import load_pretrained, save_pretrained
+from mythos_jax.porting.reading import FileSource, text_of
+from mythos_jax.retrofit.cut import dense_layers, make_cut
+from mythos_jax.retrofit.surgery import Plan, retrofit
 from mythos_jax.runs.configs import load_config
 from mythos_jax.runs.source import keep_source
 from mythos_jax.training.start import load_initial
@@ -330,6 +334,56 @@ def test_commands(tmp_path, capsys):
     assert mythos_jax.load(path).loaded.conventions.chat_template == "ours"
     convert(path, tmp_path / "own", "llama", progress=False)
     assert json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())["chat_template"] == "ours"
+
+
+@pytest.fixture(scope="module")
+def with_text(tmp_path_factory):
+    """A base with a chat template in a file of its own, and with answers that end in several ways; an adapter of it."""
+    folder = tmp_path_factory.mktemp("text")
+    convert(TINY, folder / "base", "llama", progress=False)
+    (folder / "base" / "chat_template.jinja").write_text("of the base")
+    for file, eos in (("generation_config.json", [40, 41]), ("config.json", 42)):
+        fields = json.loads((folder / "base" / file).read_text())
+        (folder / "base" / file).write_text(json.dumps({**fields, "eos_token_id": eos}))
+    modules = shapes_of(load_file(folder / "base" / "model.safetensors"), ("q_proj",))
+    write(folder / "peft", random_adapter(modules), folder / "base", target_modules=["q_proj"])
+    return folder
+
+
+# The files that an adapter has of its own -> its chat template, and what its answers end with besides the base's.
+OWN_TEXT = {
+    "none": ({}, "of the base", {40, 41, 42}),
+    "the tokenizer": ({"chat_template": "ours"}, "ours", {40, 41, 42}),
+    "all": ({"chat_template": "ours", "eos_token_id": 50}, "ours", {50, 42}),
+}
+
+
+def settings_of(folder):
+    return json.loads((folder / "base" / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", OWN_TEXT)
+def test_text_of_an_adapter(kind, with_text, tmp_path):
+    """What its own files do not say is that of the base; converted and retrofitted it is the same."""
+    own, template, stops = OWN_TEXT[kind]
+    adapter = shutil.copytree(with_text / "peft", tmp_path / "peft")
+    if own:
+        shutil.copy(with_text / "base" / "tokenizer.json", adapter)
+        settings = {**settings_of(with_text), "chat_template": own["chat_template"]}
+        (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    if "eos_token_id" in own:
+        (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": own["eos_token_id"]}))
+    loaded = mythos_jax.load(adapter).loaded
+    assert loaded.conventions.chat_template == template
+    ends = {loaded.tokenizer.token_id(settings_of(with_text)["eos_token"]), loaded.tokenizer.end_of_document}
+    assert {*loaded.conventions.stop_tokens} == stops | ends
+    convert(adapter, tmp_path / "merged", "llama", progress=False)
+    source = open_pretrained(adapter)
+    plan = Plan(make_cut(len(dense_layers(source.config))))
+    retrofit(source, tmp_path / "looped", replace(plan, format="mythos_jax"), progress=False)
+    for name in ("merged", "looped"):
+        tokenizer, conventions = text_of(FileSource(tmp_path / name))
+        assert (tokenizer.fingerprint, conventions) == (loaded.tokenizer.fingerprint, loaded.conventions)
 
 
 def test_models_that_peft_does_not_know(tmp_path):
