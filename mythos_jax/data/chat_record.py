@@ -8,7 +8,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from mythos_jax.errors import one_line
 from mythos_jax.json_text import parse_json
@@ -76,6 +79,8 @@ def parse_record(record: Any) -> Conversation | Completion:
         )
     prompt, completion = found["prompt"], found["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
+        if tools:
+            raise RecordError("has tools beside two texts; allowed: only with messages, as a chat template writes them")
         return _completion(prompt, completion)
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         got = f"{_kind(prompt)} and {_kind(completion)}"
@@ -151,7 +156,7 @@ def _message(value: Any, name: str) -> tuple[Mapping[str, Any], float]:
         raise RecordError(
             f"{name}.weight: got {weight}, allowed: 0 for the role {role}, as only answers are trained on"
         )
-    rest = {key: item for key, item in message.items() if key != "role"}
+    rest = {key: _as_json(item, f"{name}.{one_line(key, 60)}") for key, item in message.items() if key != "role"}
     return {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **rest}, float(weight)
 
 
@@ -189,7 +194,7 @@ def _tool_calls(value: Any, name: str) -> list[Any]:
             if isinstance(arguments, dict):
                 call = {**call, "function": {**function, "arguments": arguments}}
         calls.append({key: item for key, item in call.items() if item is not None})
-    return calls
+    return [_as_json(call, f"{name}[{i}]") for i, call in enumerate(calls)]
 
 
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
@@ -203,12 +208,31 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RecordError(f"tools: got {_kind(value)}, allowed: a list of objects")
-    return tuple(value)
+    return tuple(_as_json(tool, f"tools[{i}]") for i, tool in enumerate(value))
+
+
+def _as_json(value: Any, name: str) -> Any:
+    """What columns of Parquet files have besides JSON, as texts: times as ISO 8601 has them, and exact numbers."""
+    match value:
+        case dict():
+            return {key: _as_json(item, f"{name}.{one_line(key, 60)}") for key, item in value.items()}
+        case list() | tuple():
+            return [_as_json(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        case date() | time():
+            return value.isoformat()
+        case Decimal() | timedelta() | UUID():
+            return str(value)
+        case None | str() | int() | float():
+            return value
+    raise RecordError(f"{name}: got {_kind(value)}, allowed: what JSON can hold")
 
 
 def _kind(value: Any) -> str:
-    names = {str: "a text", list: "a list", dict: "an object", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")
+    names = {
+        **{str: "a text", list: "a list", dict: "an object", bool: "a truth value", type(None): "null"},
+        **{int: "a number", float: "a number"},
+    }
+    return names.get(type(value), type(value).__name__)
 
 
 def _shown(value: Any) -> str:

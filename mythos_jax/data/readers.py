@@ -263,6 +263,8 @@ def _read_parquet(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut
         raise _NotReadable(f"not a Parquet file ({one_line(error, limit=200)})") from None
     except UnicodeDecodeError:
         raise _NotReadable(f"not UTF-8 near row {number + 1}") from None
+    except (ValueError, OverflowError) as error:  # such as a time that Python cannot hold
+        raise _NotReadable(f"cannot be read near row {number + 1} ({one_line(error, limit=200)})") from None
 
 
 def _document(record: Any, name: str, location: str, reading: Reading) -> Iterator[Piece | LeftOut]:

@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 import shutil
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 
 import numpy as np
 import pyarrow
@@ -244,6 +246,10 @@ WRONG = {
     "surrogate": ({"prompt": "a", "completion": "\ud800"}, "text is not valid Unicode"),
     "tools": ({**dialogue("a", "b"), "tools": "x"}, "tools: not JSON"),
     "calls": ({"messages": [{"role": "assistant", "tool_calls": 1}]}, r"tool_calls: got a number, allowed: a list"),
+    "tools beside texts": (
+        {"prompt": "a", "completion": "b", "tools": [{"type": "function"}]},
+        "has tools beside two texts; allowed: only with messages",
+    ),
     "not an object": ([1], "got a list, allowed: an object"),
 }
 
@@ -266,6 +272,53 @@ def test_a_record_that_is_no_conversation(case, tmp_path, capsys):
     assert run(*words, "--on-error", "skip", "--held-out-fraction", 0) == 0
     manifest = load_manifest(tmp_path / "out")
     assert (manifest.left_out_count, manifest.splits["train"].documents) == (1, 1)
+
+
+def parquet(path, column, kind=None):
+    """A file of two rows, whose answers have a field of this type; null in the first row."""
+    fields = [("role", pyarrow.string()), ("content", pyarrow.string()), ("extra", kind or pyarrow.array(column).type)]
+    rows = [[turn("user", "a"), turn("assistant", "b", extra=extra)] for extra in (None, *column)]
+    array = pyarrow.array(rows, pyarrow.list_(pyarrow.struct(fields)))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": array}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (datetime(2026, 1, 2, 3, 4, 5), "2026-01-02T03:04:05"),
+        (date(2026, 1, 2), "2026-01-02"),
+        (timedelta(seconds=90), "0:01:30"),
+        (Decimal("1.50"), "1.50"),
+    ],
+)
+def test_columns_of_parquet_that_json_has_no_word_for(value, text, tmp_path):
+    """They reach the template as texts."""
+    template = CHATML.replace("m.content", "m.content + (m.extra or '')")
+    model = write_model(tmp_path / "model", template)
+    words = ["data", "prepare", parquet(tmp_path / "a.parquet", [value]), "--chat", "--tokenizer", model]
+    assert run(*words, "--seq-len", 300, "--held-out-fraction", 0, "--out", tmp_path / "out") == 0
+    found = [load_tokenizer(model).spell(ids) for ids, _ in samples(tmp_path / "out")]
+    assert sorted(f"b{text}<|im_end|>" in row for row in found) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "reason"),
+    [
+        (b"\xff", None, r"row 2: messages\[1\].extra: got bytes, allowed: what JSON can hold"),
+        (2**62, pyarrow.timestamp("us"), "cannot be read near row 1"),
+    ],
+)
+def test_columns_of_parquet_that_cannot_be_text(value, kind, reason, tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    source = parquet(tmp_path / "a.parquet", [value], kind)
+    words = ["data", "prepare", source, "--chat", "--tokenizer", model, "--out", tmp_path / "out"]
+    assert run(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(reason, line)
+    write_chats(tmp_path / "b.jsonl", [dialogue("c", "d")])
+    assert run(*words[:3], tmp_path / "b.jsonl", *words[3:], "--on-error", "skip") == 0
+    assert load_manifest(tmp_path / "out").left_out_count == 1
 
 
 @pytest.mark.parametrize("skips", [False, True])
