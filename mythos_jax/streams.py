@@ -27,6 +27,11 @@ def log(text: str, level: int = logging.INFO) -> None:
     _logger.log(level, text)
 
 
+def counted(number: int, noun: str, many: str = "") -> str:
+    """Such as "1 row" and "2,000 rows". many: the plural, if it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
+
+
 def replace_closed() -> None:
     """Opens /dev/null in place of each standard stream that is closed, as after `2>&-`.
 

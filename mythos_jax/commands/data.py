@@ -9,11 +9,12 @@ from typing import Annotated
 from mythos_jax.commands.arguments import add_json, of_type, path
 from mythos_jax.config.data import Bytes, HeldOutFraction
 from mythos_jax.errors import DONE, ConfigError
+from mythos_jax.streams import counted
 from mythos_jax.typed import Between, NonNegativeInt, PositiveInt
 
 SUMMARY = "Prepare text or conversations for training, and look at what came out."
 PREPARE = "Turn text files, folders, JSON, CSV and Parquet into token rows."
-SHOW = "Show one row of a prepared folder: its text, with what is trained on in [[ ]], conversation by conversation."
+SHOW = "Show one row of a prepared folder: its text, with what is trained on in [[ ]], sample by sample."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +119,7 @@ def _show(arguments: argparse.Namespace) -> int:
         print(json.dumps(row.to_json(), ensure_ascii=False))
         return DONE
     counts = f"{row.trained:,} trained on, {len(row.ids) - row.trained:,} not, {row.padding:,} padding"
-    print(f"{row.folder}, {row.split} row {row.number} of {row.rows:,}: {len(row.ids):,} tokens: {counts}")
+    print(f"{row.folder}, {row.split} row {row.number} of {row.rows:,}: {counted(len(row.ids), 'token')}: {counts}")
     if arguments.tokens:
         print(f"{'place':>6} {'id':>7} {'weight':>6} {'segment':>7}  text")
         for place, (number, text, weight, segment) in enumerate(row.tokens()):
@@ -127,7 +128,7 @@ def _show(arguments: argparse.Namespace) -> int:
     segment = 0
     for run_segment, weight, text in row.runs():
         if run_segment != segment:
-            print(f"{'' if segment == 0 else chr(10)}--- {'conversation' if row.chat else 'document'} {run_segment}")
+            print(f"{'' if segment == 0 else chr(10)}--- {'sample' if row.chat else 'document'} {run_segment}")
         segment = run_segment
         print(_marked(text, weight), end="")
     print()
@@ -164,12 +165,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
     )
     for name, split in manifest.splits.items():
+        rows = counted(split.rows, "row")
         if manifest.chat is None:
-            print(f"{name}: {split.rows:,} rows, {split.tokens:,} tokens, {split.documents:,} documents")
+            print(f"{name}: {rows}, {counted(split.tokens, 'token')}, {counted(split.documents, 'document')}")
         else:
             counts = describe(manifest.chat.splits[name])
-            print(f"{name}: {split.rows:,} rows, {split.documents:,} conversations, {counts}")
+            print(f"{name}: {rows}, {counted(split.documents, 'conversation')}, {counts}")
     if manifest.left_out_count:
-        print(f"left out: {manifest.left_out_count:,} files and records, see {arguments.out}/manifest.json")
+        left_out = counted(manifest.left_out_count, "file or record", "files and records")
+        print(f"left out: {left_out}, see {arguments.out}/manifest.json")
     print(f"prepared: {arguments.out}")
     return DONE

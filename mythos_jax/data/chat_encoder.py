@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,32 +53,55 @@ def make_chat_encoder(spec: str | Path, tokenizer: Tokenizer, template: str | Pa
     return ChatEncoder(tokenizer, replace(conventions, chat_template=source), found, seq_len + 1)
 
 
+class Answer(NamedTuple):
+    """The tokens of one answer in a sample, and whether one of them ends it."""
+
+    start: int
+    end: int
+    ends: bool
+
+
 @dataclass(frozen=True)
 class Sample:
     """What the model sees at once. tokens: int32 [n]. weights: float32 [n], of each token as a target, so that the
-    first one has none. text_bytes: of its text, UTF-8. answers: trained on. unended: those of them without a token that
-    ends them. dropped: tokens at its end that a row has no room for."""
+    first one has none. text_bytes: of its text, UTF-8. dropped: tokens at its end that a row has no room for."""
 
     tokens: np.ndarray
     weights: np.ndarray
     text_bytes: int
-    answers: int
-    unended: int = 0
+    all_answers: tuple[Answer, ...] = ()
     dropped: int = 0
 
     def fit(self, room: int) -> "Sample":
         dropped = max(len(self.tokens) - room, 0)
         return replace(self, tokens=self.tokens[:room], weights=self.weights[:room], dropped=dropped)
 
+    @property
+    def answers(self) -> int:
+        """Those of which something is trained on."""
+        return len(self._trained)
+
+    @property
+    def unended(self) -> int:
+        """Those of them without the token that ends them."""
+        return sum(not answer.ends or answer.end > len(self.tokens) for answer in self._trained)
+
+    @property
+    def _trained(self) -> list[Answer]:
+        return [answer for answer in self.all_answers if self.weights[answer.start : answer.end].any()]
+
 
 @dataclass(frozen=True)
 class Encoded:
     """The samples of one conversation. cut: whether it is divided at turns, or lacks the oldest, because it is too
-    long. by_answer: whether every answer has a text of its own."""
+    long. by_answer: whether every answer has a text of its own. joined: whether a completion begins inside a token.
+    unwritten_tools: whether it has tools that the template does not write."""
 
     samples: list[Sample]
     cut: bool = False
     by_answer: bool = False
+    joined: bool = False
+    unwritten_tools: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,29 +134,54 @@ class ChatEncoder:
             raise RecordError(str(error)) from None
 
     def _completion(self, pair: Completion) -> Encoded:
-        text = pair.prompt + pair.completion
-        tokens, _, ends = self.tokenizer.encode_spans(text)
+        text, border = pair.prompt + pair.completion, len(pair.prompt)
+        tokens, starts, ends = self.tokenizer.encode_spans(text)
         row = self.conventions.begin(tokens)
         # All before the first token that reaches into the continuation.
-        prompt = len(row) - int((ends > len(pair.prompt)).sum())
+        prompt, words = len(row) - int((ends > border).sum()), len(row)
         name = self.conventions.special_tokens.get("eos_token")
         named = None if name is None else self.tokenizer.token_id(name)
         end = self.tokenizer.end_of_document if named is None else named
         if row[-1] != end:
             row.append(end)
         weights = np.ones(len(row), np.float32)
-        weights[: max(prompt, 1)] = 0
-        sample = Sample(np.array(row, np.int32), weights, len(text.encode()), answers=1)
-        return Encoded([sample.fit(self.room)])
+        # An end alone is not learnt: if the first token of all is the whole continuation, nothing is.
+        weights[: max(prompt, 1) if words > 1 else len(row)] = 0
+        answer = Answer(prompt, len(row), ends=True)
+        sample = Sample(np.array(row, np.int32), weights, len(text.encode()), (answer,))
+        return Encoded([sample.fit(self.room)], joined=bool(((starts < border) & (ends > border)).any()))
 
     def _conversation(self, conversation: Conversation) -> Encoded:
+        self._check_calls(conversation)
+        unwritten = bool(conversation.tools) and self._is_unwritten(conversation, replace(conversation, tools=()))
         whole = self._whole(conversation)
         if whole is None:
             samples = [self._newest_turns(conversation, i) for i, weight in enumerate(conversation.weights) if weight]
-            return Encoded([sample for sample, _ in samples], cut=any(cut for _, cut in samples), by_answer=True)
-        if len(whole.tokens) <= self.room:
-            return Encoded([whole])
-        return Encoded(list(self._cut(conversation)), cut=True)
+            cut = any(cut for _, cut in samples)
+            return Encoded([sample for sample, _ in samples], cut, by_answer=True, unwritten_tools=unwritten)
+        parts = [whole] if len(whole.tokens) <= self.room else list(self._cut(conversation))
+        return Encoded(parts, cut=len(parts) > 1, unwritten_tools=unwritten)
+
+    def _check_calls(self, conversation: Conversation) -> None:
+        """Raises RecordError for an answer that consists of calls, where the template writes none."""
+        for i, (message, weight) in enumerate(zip(conversation.messages, conversation.weights, strict=True)):
+            if weight and "tool_calls" in message:
+                upto = conversation.part(slice(i + 1))
+                bare = {key: value for key, value in message.items() if key != "tool_calls"}
+                if self._is_unwritten(upto, replace(upto, messages=(*upto.messages[:-1], bare))):
+                    raise RecordError(
+                        f"the chat template does not write the tool_calls of message {i + 1}, so they cannot be "
+                        "learnt; allowed: the weight 0, or another template (--chat-template, data.chat_template)"
+                    )
+
+    def _is_unwritten(self, conversation: Conversation, without: Conversation) -> bool:
+        """Whether the template writes the same for both."""
+        count = len(conversation.messages)
+        text = self._render(conversation, count)
+        try:
+            return text == self._render(without, count)
+        except ConfigError:  # it misses what is gone
+            return False
 
     def _cut(self, conversation: Conversation) -> Iterator[Sample]:
         """As many turns as fit after the system messages that the conversation starts with, and so on with the rest."""
@@ -153,7 +202,7 @@ class ChatEncoder:
     def _turns(self, part: Conversation) -> Sample:
         """A part of a conversation that is too long; nothing if none of it is trained on."""
         if not any(part.weights):
-            return Sample(np.zeros(0, np.int32), np.zeros(0, np.float32), text_bytes=0, answers=0)
+            return Sample(np.zeros(0, np.int32), np.zeros(0, np.float32), text_bytes=0)
         sample = self._whole(part)
         if sample is None:
             raise RecordError("is too long, and the chat template writes its parts otherwise than the whole")
@@ -224,18 +273,20 @@ class ChatEncoder:
 
     def _sample(self, text: str, passages: list[tuple[int, int, float]]) -> Sample:
         tokens, starts, ends = self.tokenizer.encode_spans(text)
-        weights, unended = np.zeros(len(tokens), np.float32), 0
+        weights = np.zeros(len(tokens), np.float32)
+        answers: list[Answer] = []
         for start, end, weight in passages:
             inside = np.flatnonzero((starts < end) & (ends > start))
             stops = np.flatnonzero(np.isin(tokens[inside], self._stop_tokens))
-            unended += not len(stops)
             if len(stops) and not self._template.marks_answers:
                 rest = tokens[inside[stops[-1] + 1 :]].tolist()
                 if not self.tokenizer.spell(rest).strip():
                     inside = inside[: stops[-1] + 1]
             weights[inside] = weight
+            if len(inside):
+                answers.append(Answer(int(inside[0]), int(inside[-1]) + 1, ends=bool(len(stops))))
         weights[:1] = 0
-        return Sample(tokens, weights, len(text.encode()), sum(weight > 0 for *_, weight in passages), unended)
+        return Sample(tokens, weights, len(text.encode()), tuple(answers))
 
     @property
     def _template(self) -> ChatTemplate:

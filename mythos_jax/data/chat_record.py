@@ -228,7 +228,7 @@ def _as_json(value: Any, name: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {
+    names: dict[type, str] = {
         **{str: "a text", list: "a list", dict: "an object", bool: "a truth value", type(None): "null"},
         **{int: "a number", float: "a number"},
     }

@@ -2,21 +2,19 @@
 
 import json
 import threading
+from collections import Counter
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from mythos_jax.data.chat_encoder import ChatEncoder, Encoded
+from mythos_jax.data.chat_encoder import ChatEncoder, Encoded, Sample
 from mythos_jax.data.chat_record import RecordError, from_canonical
+from mythos_jax.data.manifest import CONVERSATION_COUNTS, COUNTS
 from mythos_jax.data.readers import SKIP_HINT, LeftOut, Piece
 from mythos_jax.data.split import draw
 from mythos_jax.data.units import TextUnit, add_left_out
 from mythos_jax.errors import ConfigError
-
-# What is counted of a sample: answers in it, those without a token that ends them, tokens that its row has no room for;
-# and, of the first sample of a conversation, whether that is cut, and whether each of its answers has its own sample.
-COUNTS = ("answers", "unended", "dropped", "cut", "by_answer")
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,7 @@ class ChatUnitEncoder:
         samples = [
             (piece, encoded, i == 0, sample) for piece, encoded in found for i, sample in enumerate(encoded.samples)
         ]
-        counts = [
-            [sample.answers, sample.unended, sample.dropped, first and encoded.cut, first and encoded.by_answer]
-            for _, encoded, first, sample in samples
-        ]
+        counts = [_counts(sample, encoded if first else None) for _, encoded, first, sample in samples]
         return {
             "tokens": np.concatenate([np.array([], self.dtype), *(s.tokens.astype(self.dtype) for *_, s in samples)]),
             "weights": np.concatenate([np.array([], np.float32), *(s.weights for *_, s in samples)]),
@@ -55,6 +50,21 @@ class ChatUnitEncoder:
             "text_bytes": np.array([sample.text_bytes for *_, sample in samples], np.int64),
             "begins": np.array([first for _, _, first, _ in samples], bool),
             "draws": np.array([draw(piece) for piece, *_ in samples], np.uint64),
-            "counts": np.array(counts, np.int64).reshape(-1, len(COUNTS)),
+            "counts": np.array([[count[name] for name in COUNTS] for count in counts], np.int64).reshape(
+                -1, len(COUNTS)
+            ),
             "left_out": np.array(json.dumps([asdict(item) for item in left_out])),
         }
+
+
+def _counts(sample: Sample, conversation: Encoded | None) -> Counter[str]:
+    """What is counted of a sample, and, if it is its first one, of a conversation."""
+    counts = Counter(
+        answers=sample.answers,
+        unended=sample.unended,
+        truncated=int(sample.dropped > 0),
+        dropped=sample.dropped,
+    )
+    if conversation is not None:
+        counts += Counter(name for name in CONVERSATION_COUNTS if getattr(conversation, name))
+    return counts

@@ -53,6 +53,13 @@ class ChatSplit:
     dropped: int  # tokens that this takes
     without_answer: int  # samples that are left out, because a row has no room for an answer in them
     unended: int  # answers without a token that ends them
+    joined: int  # texts whose continuation begins inside a token
+    unwritten_tools: int  # conversations with tools that the template does not write
+
+
+# What is counted while conversations are tokenized: of each, and of each sample. The rest, when rows are written.
+CONVERSATION_COUNTS = ("cut", "by_answer", "joined", "unwritten_tools")
+COUNTS = ("answers", "unended", "truncated", "dropped", *CONVERSATION_COUNTS)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ folder's dtype), their weights as targets (float32), and the numbers of their sa
 token of a sample has the weight 0, because no token of its own is before it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
 from mythos_jax.data.manifest import ChatSplit, Split
-from mythos_jax.data.row_file import RowFile
+from mythos_jax.data.row_file import RowFile, TokenPiece
 
 OPEN_ROWS = 128
 
@@ -41,27 +41,24 @@ class PackedWriter(RowFile):
         super().__init__(path)
         self._room, self._dtype = seq_len + 1, dtype
         self._open: list[_Row] = []  # the oldest first
-        self._conversations = self._text_bytes = self._samples = self._trained = self._targets = 0
-        self._answers = self._unended = self._truncated = self._dropped = self._cut = self._by_answer = (
-            self._without
-        ) = 0
+        self._conversations = self._text_bytes = self._targets = 0
+        self._counts = dict.fromkeys((field.name for field in fields(ChatSplit)), 0)
 
-    def add(self, tokens: np.ndarray, text_bytes: int, begins: bool, weights: np.ndarray, counts: np.ndarray) -> None:
+    def add(self, piece: TokenPiece) -> None:
         """Adds a sample, of at most as many tokens as a row has; one without an answer is left out."""
-        self._conversations += begins
-        self._text_bytes += text_bytes
-        answers, unended, dropped, cut, by_answer = counts.tolist()
-        self._cut, self._by_answer = self._cut + cut, self._by_answer + by_answer
-        self._truncated, self._dropped = self._truncated + (dropped > 0), self._dropped + dropped
+        tokens, weights = piece.tokens, piece.weights
+        self._conversations += piece.begins
+        self._text_bytes += piece.text_bytes
+        for name, count in piece.counts.items():
+            self._counts[name] += count
         if not weights.any():
-            self._without += 1
+            self._counts["without_answer"] += 1
             return
-        self._samples, self._answers, self._unended = (
-            self._samples + 1,
-            self._answers + answers,
-            self._unended + unended,
-        )
-        self._trained += int((weights > 0).sum())
+        self._counts["samples"] += 1
+        self._counts["trained"] += int((weights > 0).sum())
+        self._place(tokens, weights)
+
+    def _place(self, tokens: np.ndarray, weights: np.ndarray) -> None:
         fitting = [row for row in self._open if row.length + len(tokens) <= self._room]
         if fitting:
             row = max(fitting, key=lambda row: row.length)  # the oldest of those that are equally full
@@ -85,7 +82,7 @@ class PackedWriter(RowFile):
         return Split(
             documents=self._conversations,
             text_bytes=self._text_bytes,
-            tokens=self._trained,
+            tokens=self._counts["trained"],
             rows=self.rows,
             content=content,
             file_bytes=file_bytes,
@@ -93,19 +90,9 @@ class PackedWriter(RowFile):
         )
 
     def counts(self) -> ChatSplit:
-        return ChatSplit(
-            samples=self._samples,
-            answers=self._answers,
-            trained=self._trained,
-            masked=self._targets - self._trained,
-            padding=self.rows * (self._room - 1) - self._targets,
-            cut=self._cut,
-            by_answer=self._by_answer,
-            truncated=self._truncated,
-            dropped=self._dropped,
-            without_answer=self._without,
-            unended=self._unended,
-        )
+        masked = self._targets - self._counts["trained"]
+        padding = self.rows * (self._room - 1) - self._targets
+        return ChatSplit(**self._counts | {"masked": masked, "padding": padding})
 
     def _write_row(self, row: _Row) -> None:
         self._open.remove(row)

@@ -5,10 +5,26 @@
 
 import contextlib
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from mythos_jax.data.manifest import file_sha256
 from mythos_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TokenPiece:
+    """What a writer of rows adds: the tokens of a document, or of a part of one (`begins`: the first); or a sample of a
+    conversation, which also has weights, float32, of each token, and `manifest.COUNTS`."""
+
+    tokens: np.ndarray
+    text_bytes: int
+    begins: bool
+    weights: np.ndarray = field(default_factory=lambda: np.array([], np.float32))
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class RowFile:

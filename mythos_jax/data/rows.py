@@ -16,7 +16,7 @@ import numpy as np
 from mythos_jax.data.batch import Batch
 from mythos_jax.data.manifest import SPLITS, Split, load_manifest, rows_file
 from mythos_jax.data.pack import unpack
-from mythos_jax.data.row_file import RowFile, first_part
+from mythos_jax.data.row_file import RowFile, TokenPiece, first_part
 from mythos_jax.errors import ConfigError
 from mythos_jax.typed import check_field
 
@@ -31,11 +31,11 @@ class RowWriter(RowFile):
         self._end_of_document = np.array([end_of_document], dtype)
         self._pending = np.array([], dtype)  # the stream from the start of the next row
 
-    def add(self, tokens: np.ndarray, text_bytes: int, begins: bool) -> None:
-        """Appends the start of a document (`begins`) or the next part of the current one."""
-        self.documents += begins
-        self.text_bytes += text_bytes
-        self._append([self._end_of_document, tokens] if begins else [tokens])
+    def add(self, piece: TokenPiece) -> None:
+        """Appends the start of a document or the next part of the current one."""
+        self.documents += piece.begins
+        self.text_bytes += piece.text_bytes
+        self._append([self._end_of_document, piece.tokens] if piece.begins else [piece.tokens])
 
     def close(self) -> Split:
         """Writes the last row, closes the file and reads it back.

@@ -21,11 +21,12 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from mythos_jax.data.manifest import COUNTS
 from mythos_jax.data.readers import LeftOut, Piece, Reading, read_pieces, truncate_piece
+from mythos_jax.data.row_file import TokenPiece
 from mythos_jax.data.sources import InputFile
 from mythos_jax.data.split import Division, draw
 from mythos_jax.data.tokenizer import Tokenizer
@@ -102,17 +103,17 @@ class TokenUnit:
     left_out: np.ndarray
     # Of conversations only.
     weights: np.ndarray | None = None  # float32, of each token as a target
-    counts: np.ndarray | None = None  # int64 [n, len(COUNTS)], see chat_units.py
+    counts: np.ndarray | None = None  # int64 [n, len(manifest.COUNTS)]
 
-    def __iter__(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """The draw of each piece, and what a writer of rows adds: its tokens, text bytes and begins; for conversations
-        also the weights of its tokens and its counts."""
+    def __iter__(self) -> Iterator[tuple[int, TokenPiece]]:
+        """The draw of each piece, and the piece."""
         ends = np.cumsum(self.lengths)
         for i, end in enumerate(ends):
             span = slice(end - self.lengths[i], end)
-            piece: tuple[Any, ...] = self.tokens[span], int(self.text_bytes[i]), bool(self.begins[i])
+            piece = TokenPiece(self.tokens[span], int(self.text_bytes[i]), bool(self.begins[i]))
             if self.weights is not None and self.counts is not None:
-                piece = (*piece, self.weights[span], self.counts[i])
+                counts = dict(zip(COUNTS, self.counts[i].tolist(), strict=True))
+                piece = replace(piece, weights=self.weights[span], counts=counts)
             yield int(self.draws[i]), piece
 
     def leaves_out(self) -> list[LeftOut]:

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mythos_jax.data.manifest import SPLITS, ChatSplit, Manifest, Split, rows_file
 from mythos_jax.data.pack import PackedWriter
@@ -51,25 +50,24 @@ def write_rows(units: Iterable[TokenUnit], folder: Path, request: Manifest, move
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     written, number, held_out_below = Written(), -1, request.held_out_fraction * DRAWS
-    writers: dict[str, Any] = {}  # RowWriter, or PackedWriter
+    writers: dict[str, RowWriter | PackedWriter] = {}
+    kind: type[RowWriter] | type[PackedWriter] = RowWriter if request.chat is None else PackedWriter
     try:
         for split in SPLITS:
             file = rows_file(folder, split)
-            writer = RowWriter if request.chat is None else PackedWriter
-            writers[split] = writer(file, request.seq_len, request.dtype, request.end_of_document)
+            writers[split] = kind(file, request.seq_len, request.dtype, request.end_of_document)
         for unit in units:
             written.note(unit.leaves_out())
             for draw, piece in unit:
-                _, _, begins, *_ = piece
-                number += begins
+                number += piece.begins
                 held_out = (draw < held_out_below) != (number == moved)
-                writers["held_out" if held_out else "train"].add(*piece)
+                writers["held_out" if held_out else "train"].add(piece)
                 other, distance = ("train", -draw) if held_out else ("held_out", draw)
-                if begins and (other not in written.nearest or distance < written.nearest[other][0]):
+                if piece.begins and (other not in written.nearest or distance < written.nearest[other][0]):
                     written.nearest[other] = (distance, number)
         written.splits = {split: writer.close() for split, writer in writers.items()}
-        if request.chat is not None:
-            written.chats = {split: writer.counts() for split, writer in writers.items()}
+        packed = {split: writer for split, writer in writers.items() if isinstance(writer, PackedWriter)}
+        written.chats = {split: writer.counts() for split, writer in packed.items()}
     except BaseException:
         for writer in writers.values():
             writer.abandon()

@@ -159,6 +159,37 @@ def test_tools_and_calls_reach_the_template(tmp_path):
         assert text == json.dumps(tools) + "<user>?<assistant>Oslo<tool>"
 
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_calls_that_the_template_does_not_write_are_refused(template, tmp_path):
+    """The answer would be nothing, and be learnt."""
+    answer = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    messages = [turn("user", "?"), answer, turn("tool", "rain"), turn("assistant", "Rain.")]
+    with pytest.raises(RecordError, match="does not write the tool_calls of message 2") as error:
+        Model(tmp_path, template).encode({"messages": messages})
+    assert "\n" not in str(error.value)
+
+
+def test_calls_that_are_not_trained_on_need_not_be_written(tmp_path):
+    model = Model(tmp_path, CHATML)
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL], "weight": 0}
+    messages = [turn("user", "?"), call, turn("tool", "rain"), turn("assistant", "Rain.")]
+    (sample,) = model.encode({"messages": messages})
+    trained = sample.tokens[sample.weights > 0].tolist()
+    assert model.backend.decode(trained, skip_special_tokens=False) == "Rain.<|im_end|>"
+
+
+@pytest.mark.parametrize(("template", "unwritten"), [(CHATML, True), ("{{ tools or '' }}" + CHATML, False)])
+def test_tools_that_the_template_does_not_write_are_counted(template, unwritten, tmp_path):
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    model = Model(tmp_path, template)
+    record = parse_record({**dialogue("a", "b"), "tools": tools})
+    assert model.encoder.encode(record).unwritten_tools is unwritten
+    assert not model.encoder.encode(parse_record(dialogue("a", "b"))).unwritten_tools
+
+
 class TestCompletions:
     """TRL's: the completion is trained on, with the end that is put after it."""
 

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from mythos_jax.data import units
 from mythos_jax.data.chat_encoder import make_chat_encoder
@@ -113,7 +115,7 @@ def test_long_conversations_are_cut_at_turns_and_keep_their_system_message(tmp_p
     assert sorted(trained.split("<|im_end|>")[:-1]) == [f"answer {i}" for i in range(6)]
     counts = load_manifest(folder).chat.splits["train"]
     assert (counts.cut, counts.truncated, counts.answers, counts.samples) == (1, 0, 6, len(texts))
-    assert "1 conversations are longer than a row of 110 targets, and are cut at turns" in capsys.readouterr().err
+    assert "1 conversation is longer than a row of 110 targets, and is cut at turns" in capsys.readouterr().err
 
 
 def test_a_turn_that_is_too_long_loses_its_end_and_is_counted(tmp_path, capsys):
@@ -128,8 +130,44 @@ def test_a_turn_that_is_too_long_loses_its_end_and_is_counted(tmp_path, capsys):
     dropped = sum(len(ids) - 64 for ids, _ in encoded(model, records[:2], 10**6))
     assert counts.dropped == dropped
     err = capsys.readouterr().err
-    assert f"2 turns are longer than a row; their ends, {dropped:,} tokens, are cut off" in err
-    assert "1 parts of conversations are left out" in err
+    assert f"2 turns are longer than a row; what is too much, {dropped:,} tokens, is cut off" in err
+    assert "1 sample is left out, because no token of an answer that is trained on has room" in err
+    # They are whole but for their ends, and the answer of the first one lacks that which ends it.
+    assert (counts.cut, counts.unended) == (0, 1)
+    assert "cut at turns" not in err
+    assert "1 answer without the token that ends one" in err
+
+
+def test_an_answer_that_is_cut_off_is_not_counted(tmp_path):
+    """Two answers of one turn, of which the second has no room."""
+    messages = [turn("user", "q"), turn("assistant", "a"), turn("assistant", "word " * 100)]
+    model = write_model(tmp_path / "model")
+    ids, weights = encoded(model, [{"messages": messages}], 10**6)[0]
+    first = weights.index(0, weights.index(1))  # the end of the first answer
+    folder = prepare(tmp_path, [{"messages": messages}], model=model, seq_len=first)
+    counts = load_manifest(folder).chat.splits["train"]
+    assert samples(folder) == [(ids[: first + 1], weights[: first + 1])]
+    assert (counts.answers, counts.unended, counts.truncated, counts.cut) == (1, 0, 1, 0)
+
+
+def test_completions_that_begin_inside_a_token(tmp_path, capsys):
+    """Counted; and one of which no token can be learnt is left out, where only its end would be."""
+    merged = Tokenizer(BPE({"a": 0, "b": 1, "ab": 2, " ": 3, "<|im_end|>": 4}, [("a", "b")]))
+    merged.add_special_tokens(["<|im_end|>"])
+    model = write_model(tmp_path / "model", None)
+    merged.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    pairs = [("a", "b"), ("a", " b"), ("aa", "bb"), ("a", "a")]
+    records = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    folder = prepare(tmp_path, records, model=model)
+    counts = load_manifest(folder).chat.splits["train"]
+    assert (counts.joined, counts.answers, counts.samples, counts.without_answer) == (2, 3, 3, 1)
+    assert sorted(samples(folder)) == [
+        ([0, 0, 4], [0.0, 1.0, 1.0]),
+        ([0, 2, 1, 4], [0.0, 1.0, 1.0, 1.0]),
+        ([0, 3, 1, 4], [0.0, 1.0, 1.0, 1.0]),
+    ]
+    assert "2 completions of a text: the first token begins in the prompt" in capsys.readouterr().err
 
 
 def test_a_rewriting_template_keeps_the_newest_turns_of_a_long_conversation(tmp_path):

@@ -17,7 +17,7 @@ def chats(tmp_path_factory):
 
 
 SHOWN = """\
---- conversation 1
+--- sample 1
 <|im_start|>user
 a<|im_end|>
 <|im_start|>assistant
@@ -27,7 +27,7 @@ c<|im_end|>
 <|im_start|>assistant
 [[0.5: d<|im_end|>]]
 
---- conversation 2
+--- sample 2
 <|im_start|>user
 e<|im_end|>
 <|im_start|>assistant

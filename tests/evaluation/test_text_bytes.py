@@ -8,6 +8,7 @@ import pytest
 from mythos_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig
 from mythos_jax.data.manifest import Manifest, load_manifest
 from mythos_jax.data.pipeline import eval_batches, open_rows
+from mythos_jax.data.row_file import TokenPiece
 from mythos_jax.data.rows import RowWriter
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.evaluation.evaluate import held_out_batches
@@ -32,7 +33,7 @@ def prepared(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> Path:
     for name, documents in [("train", ["a"]), ("held_out", texts)]:
         writer = RowWriter(folder / f"{name}.array_record", SEQ_LEN, "<u2", tokenizer.end_of_document)
         for text in documents:
-            writer.add(tokenizer.encode(text), len(text.encode()), begins=True)
+            writer.add(TokenPiece(tokenizer.encode(text), len(text.encode()), begins=True))
         splits[name] = writer.close()
     Manifest(
         seq_len=SEQ_LEN,
