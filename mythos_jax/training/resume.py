@@ -36,16 +36,17 @@ _FREE = tuple(f"model.{name}" for name in SPEED_FIELDS)
 
 
 def checkpoint_metadata(
-    config: Config, data: Data, constants: Constants, base: Mapping[str, str] | None = None
+    config: Config, data: Data, constants: Constants | None = None, base: Mapping[str, str] | None = None
 ) -> Metadata:
-    """What a checkpoint stores about its run, as plain containers. base: of a LoRA run, a `base_record`."""
+    """What a checkpoint stores about its run, as plain containers. constants: None says nothing about the models that
+    the run uses beside its own. base: of a LoRA run, a `base_record`."""
     return {
         "model": to_dict(config.model),
         "training": to_dict(config.training),
         "data": data.identity,
         "tokenizer": tokenizer_record(data.tokenizer),
         **({} if base is None else {"base": dict(base)}),
-        "teacher": constants.teacher and constants.teacher.fingerprint,
+        **({} if constants is None else {"teacher": constants.teacher and constants.teacher.fingerprint}),
     }
 
 
@@ -88,7 +89,8 @@ def changed_fields(saved: Metadata, current: Metadata) -> dict[str, tuple[Any, A
         "teacher": saved.get("teacher"),
     }
     # The identity of the data covers its tokenizer, which checkpoints of 0.1.0 do not have as an entry of its own.
-    return differences(upgraded, {name: current[name] for name in upgraded})
+    known = {name: value for name, value in upgraded.items() if name in current}
+    return differences(known, {name: current[name] for name in known})
 
 
 def _schedule_note(training: TrainingConfig, step: int) -> str:

@@ -19,6 +19,7 @@ from mythos_jax.flops import low_rank_sizes
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.low_rank import target_paths
 from mythos_jax.paths import to_path
+from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.processes import is_process_zero, log0, process_zero_first
 from mythos_jax.runs.checkpoints import Checkpoints, newest_folder
 from mythos_jax.runs.comparison import compared
@@ -29,7 +30,7 @@ from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import check_sharded, make_mesh
 from mythos_jax.training.groups import rate_factors
 from mythos_jax.training.loggers import check_loggers, read_log
-from mythos_jax.training.resume import Metadata, announce_changes, check_resume
+from mythos_jax.training.resume import Metadata, announce_changes, check_resume, checkpoint_metadata
 from mythos_jax.training.step import abstract_state, init_state
 from mythos_jax.training.tokenizers import check_tokenizers
 from mythos_jax.typed import check_field
@@ -147,18 +148,39 @@ def load_constants(config: Config, mesh: Mesh, run_dir: Any) -> Constants:
     return Constants(base=loaded.variables)
 
 
-def finished_without_data(config: Config, run_dir: Any) -> int | None:
-    """The last step of a run that is finished and whose prepared data is gone; None for any other. The data is not
-    prepared again for nothing."""
+def finished_step(config: Config, mesh: Mesh, run_dir: Any) -> int | None:
+    """The last step of a run that is finished; None for any other. It needs neither its base nor its teacher any more,
+    and data that is gone is not prepared again.
 
-    def find() -> int | None:
-        newest = newest_folder(run_dir / "checkpoints")
-        if newest is None or newest < config.training.steps or config.data.task.name:
-            return None
-        folders = list(config.data.mixture) or [config.data_path]
-        return None if all((to_path(folder) / MANIFEST_FILE).exists() for folder in folders) else newest
+    Raises ConfigError if the run was made with other settings or data.
+    """
+    folder = f"{run_dir}/checkpoints"
+    newest = process_zero_first(folder, lambda: newest_folder(run_dir / "checkpoints"), identity=str)
+    if newest is None or newest < config.training.steps:
+        return None
+    if process_zero_first("data", lambda: _data_is_gone(config), identity=str):
+        return newest
+    local = replace(config, data=replace(config.data, tokenizer=local_tokenizer(config.data.tokenizer)))
+    metadata = checkpoint_metadata(config, open_run_data(local, run_dir, progress=False))
+    with open_checkpoints(config, run_dir) as checkpoints:
+        step = int(_restored(config, mesh, metadata, checkpoints, run_dir)[0].step)
+    return step if step >= config.training.steps else None  # the newest checkpoint may be damaged
 
-    return process_zero_first(f"{run_dir}/checkpoints", find, identity=str)
+
+def _data_is_gone(config: Config) -> bool:
+    if config.data.task.name:
+        return False
+    folders = list(config.data.mixture) or [config.data_path]
+    return not all((to_path(folder) / MANIFEST_FILE).exists() for folder in folders)
+
+
+@contextlib.contextmanager
+def open_checkpoints(config: Config, run_dir: Any) -> Iterator[Checkpoints]:
+    """The checkpoints of a run. Raises ConfigError if its processes do not see the same ones: they would restore
+    different steps."""
+    with contextlib.closing(Checkpoints(run_dir / "checkpoints", config.training.keep_checkpoints)) as checkpoints:
+        process_zero_first(f"{run_dir}/checkpoints", checkpoints.steps, identity=str)
+        yield checkpoints
 
 
 def open_run_data(config: Config, run_dir: Any, progress: bool) -> Data:
@@ -208,13 +230,19 @@ def starting_state(
             state = state.replace(variables=variables, average=average)
         checkpoints.check_space(state)
         return state
-    like = abstract_state(config, mesh)  # tells where each restored array belongs on this mesh
-    state, saved = checkpoints.restore_newest(like, lambda saved: check_resume(saved, metadata, run_dir))
-    if int(state.step) < config.training.steps:
-        announce_changes(saved, metadata, int(state.step))
-        log0(f"resuming {run_dir} after step {int(state.step)}")
-        checkpoints.check_space(state)
+    state, saved = _restored(config, mesh, metadata, checkpoints, run_dir)
+    announce_changes(saved, metadata, int(state.step))
+    log0(f"resuming {run_dir} after step {int(state.step)}")
+    checkpoints.check_space(state)
     return state
+
+
+def _restored(
+    config: Config, mesh: Mesh, metadata: Metadata, checkpoints: Checkpoints, run_dir: Any
+) -> tuple[TrainState, Metadata]:
+    """The newest checkpoint. Raises ConfigError if the run was made with other settings or data."""
+    like = abstract_state(config, mesh)  # tells where each restored array belongs on this mesh
+    return checkpoints.restore_newest(like, lambda saved: check_resume(saved, metadata, run_dir))
 
 
 def _overlaid(fresh: Any, initial: Any) -> Any:

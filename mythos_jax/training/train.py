@@ -21,7 +21,7 @@ from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.paths import to_path
 from mythos_jax.porting.hub import local_tokenizer
-from mythos_jax.processes import StopSignal, is_process_zero, process_zero_first, raise_together
+from mythos_jax.processes import StopSignal, is_process_zero, raise_together
 from mythos_jax.runs.base import base_record
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.lock import RunLock
@@ -34,10 +34,11 @@ from mythos_jax.training.resume import Metadata, checkpoint_metadata
 from mythos_jax.training.start import (
     check_config,
     finished,
-    finished_without_data,
+    finished_step,
     hold_run_dir,
     load_constants,
     load_initial,
+    open_checkpoints,
     open_run_data,
     starting_state,
 )
@@ -63,7 +64,7 @@ def train(
     mesh = check_config(config)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(hold_run_dir(run_dir))
-        if (step := finished_without_data(config, run_dir)) is not None:
+        if (step := finished_step(config, mesh, run_dir)) is not None:
             return finished(config, run_dir, step)
         # Everything that can be refused is refused before data is prepared, which can take hours.
         local = replace(config, data=replace(config.data, tokenizer=local_tokenizer(config.data.tokenizer)))
@@ -72,14 +73,8 @@ def train(
         data = open_run_data(local, run_dir, progress)
         base = None if constants.base is None else base_record(config.training.init_from, constants.base)
         metadata = checkpoint_metadata(config, data, constants, base)
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(run_dir / "checkpoints", config.training.keep_checkpoints))
-        )
-        # Processes that saw different checkpoints would restore different steps.
-        process_zero_first(f"{run_dir}/checkpoints", checkpoints.steps, identity=str)
+        checkpoints = stack.enter_context(open_checkpoints(config, run_dir))
         state = starting_state(config, mesh, metadata, checkpoints, run_dir, initial)
-        if int(state.step) >= config.training.steps:
-            return finished(config, run_dir, int(state.step))
 
         def save_files() -> None:
             save_config(config, run_dir / "config.yaml")

@@ -28,7 +28,7 @@ from mythos_jax.sharding import make_mesh
 from mythos_jax.training.optimizer import decay_mask, optimizer_groups
 from mythos_jax.training.step import abstract_state
 from mythos_jax.training.train import train
-from tests.survival import assert_same, lines, timeless
+from tests.survival import assert_same, lines, timeless, with_training
 from tests.tiny import GQA, MLA, run, some_tokens, variables
 
 LLAMA = ModelConfig(
@@ -166,6 +166,20 @@ def test_a_run_resumes_bit_for_bit(home):
     train(CONFIG, "run", progress=False)
     assert_same(load_model("run").variables, whole)
     assert timeless(lines(Path("run"))) == timeless(log)
+
+
+def test_a_finished_run_needs_no_base(home, capsys):
+    """Nor its data; a run with steps left needs it."""
+    shutil.rmtree("base")
+    last = train(CONFIG, "run", progress=False)
+    assert last["step"] == 4
+    assert capsys.readouterr().err == "run: is trained to step 4 already; nothing is left to do\n"
+    with pytest.raises(ConfigError, match=r"cannot resume, .*training\.lora\.rank was 3, is 4"):
+        train(with_lora(rank=4), "run", progress=False)
+    shutil.rmtree("rows")
+    assert train(CONFIG, "run", progress=False) == last
+    with pytest.raises(ConfigError, match=r"^base: no such file"):
+        train(with_training(CONFIG, steps=5), "run", progress=False)
 
 
 def test_the_base_has_moved_or_is_another_one(home, capsys):
