@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 
-from mythos_jax.config.model import ModelConfig
 from mythos_jax.config.named import find_config
 from mythos_jax.config.overrides import apply_overrides, expand_paths, override_names
 from mythos_jax.config.run import Config, max_loops, mean_loops
@@ -20,16 +19,16 @@ _WRITTEN_BY = "mythos_jax_version"
 _FIRST_VERSION = "0.1.0"  # which stored configs without their version
 
 
-# (name of a run, training.init_from) -> the model that it starts from.
-StartModel = Callable[[str, str], ModelConfig]
+# Adds to the tree of a config the fields that it leaves open, and takes from the model that it starts from.
+Inherit = Callable[[dict[str, Any]], None]
 
 
-def load_config(source: str | Path, overrides: Sequence[str] = (), start_model: StartModel | None = None) -> Config:
+def load_config(source: str | Path, overrides: Sequence[str] = (), inherit: Inherit | None = None) -> Config:
     """Reads a YAML config: a file, or one of the package by its name, such as `quickstart` (see `find_config`).
 
     overrides: command-line words, `--training.steps 100` or `--training.steps=100`. `~` and environment variables in
     the paths of either are expanded. A file that `save_config` of an earlier version wrote is upgraded.
-    start_model: gets the model that `training.init_from` names, whose fields those of `model` are that are not given.
+    inherit: called with the config's tree, before the fields that are not given get their defaults.
 
     Raises ConfigError: no such file, not YAML, an unknown key (with the nearest known one), a key given twice, a wrong
     type or value.
@@ -41,8 +40,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), start_model: 
         return _from_stored(tree, tree.pop(_WRITTEN_BY), overrides)
     in_file = _names(tree)
     apply_overrides(tree, overrides)
-    if start_model is not None:
-        _inherit(tree, start_model)
+    if inherit is not None:
+        inherit(tree)
     config = _checked_name(from_dict(Config, tree))
     _check_meant(config, in_file, overrides)
     return config
@@ -87,14 +86,6 @@ def _from_stored(tree: dict[str, Any], version: Any, overrides: Sequence[str]) -
         if version == __version__:
             raise
         raise ConfigError(f"{error} (written by mythos_jax {one_line(version)}, this is {__version__})") from None
-
-
-def _inherit(tree: dict[str, Any], start_model: StartModel) -> None:
-    """Adds to a config's tree the fields of `model` that it lacks; `from_dict` says what else may be wrong with it."""
-    given, training = tree.get("model"), tree.get("training")
-    init_from = training.get("init_from") if isinstance(training, dict) else None
-    if isinstance(init_from, str) and init_from and (given is None or isinstance(given, dict)):
-        tree["model"] = {**to_dict(start_model(str(tree["name"]), init_from)), **(given or {})}
 
 
 def _checked_name(config: Config) -> Config:

@@ -77,8 +77,14 @@ def open_pretrained(
 
 def of_base(path: str | Path, read: Callable[[str], T]) -> T | None:
     """What `read` gives for the name of the base of a PEFT directory; None for another model. Raises ConfigError."""
-    local = resolve(path)
+    local = resolve(path, weights=False)
     return _at_base(read_adapter_config(local), None, read) if is_adapter(local) else None
+
+
+def tokenizer_of(path: str | Path) -> Path | None:
+    """The `tokenizer.json` that a PEFT directory may have beside its base's."""
+    file = resolve(path, weights=False) / TOKENIZER_FILE
+    return file if file.is_file() else None
 
 
 def _base_name(config: AdapterConfig, given: str | None = None) -> str:

@@ -36,9 +36,8 @@ def detect(fields: Mapping[str, Any] | None, tensor_names: Iterable[str], where:
         if not isinstance(name, str) or name not in FAMILIES:
             raise ConfigError(f"{where}: family: got {name!r}, allowed: {', '.join(FAMILIES)}")
         return FAMILIES[name]
-    for family in FAMILIES.values():
-        if fields and fields.get("model_type") in family.model_types:
-            return family
+    if fields and (named := named_family(fields)) is not None:
+        return named
     tensor_names = set(tensor_names)
     for family in FAMILIES.values():
         if _has_tensors_of(family, tensor_names):
@@ -49,6 +48,11 @@ def detect(fields: Mapping[str, Any] | None, tensor_names: Iterable[str], where:
         if fields and known and len(known & set(fields)) > 0.7 * len(known):
             return family
     raise ConfigError(f"{where}: neither its fields nor its tensors are those of {', '.join(FAMILIES)}")
+
+
+def named_family(fields: Mapping[str, Any]) -> Family | None:
+    """The family that "model_type" of a `config.json` names."""
+    return next((family for family in FAMILIES.values() if fields.get("model_type") in family.model_types), None)
 
 
 def has_signature(tensor_names: set[str]) -> bool:

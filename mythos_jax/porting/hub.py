@@ -24,16 +24,25 @@ def resolve(path: str | Path, weights: bool = True) -> Path:
         return local
     if path in PACKAGED:
         return _packaged(str(path))
-    if isinstance(path, str) and HUB_ID.fullmatch(path) and not local.parent.exists():
-        return _download(path, weights)
+    if is_hub_id(path):
+        return _download(str(path), weights)
     raise ConfigError(f"{path}: no such file or directory, and not a Hugging Face id (owner/name)")
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Whether this names a model on the hub: a string `owner/name`, and no such path is here."""
+    return isinstance(path, str) and bool(HUB_ID.fullmatch(path)) and not Path(path).parent.exists()
+
+
+def is_file_name(path: str | Path) -> bool:
+    """Whether a model is named by where it is, and not by a hub id or a word."""
+    return Path(path).exists() or not (path in PACKAGED or is_hub_id(path))
 
 
 def local_tokenizer(spec: str) -> str:
     """Where `load_tokenizer` finds the tokenizer of a model that is named by a word or a hub id; other names are as
     they are."""
-    is_hub_id = HUB_ID.fullmatch(spec) and not Path(spec).parent.exists()
-    return str(resolve(spec, weights=False)) if spec in PACKAGED or is_hub_id else spec
+    return spec if is_file_name(spec) else str(resolve(spec, weights=False))
 
 
 def _packaged(name: str) -> Path:

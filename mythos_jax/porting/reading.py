@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from mythos_jax.config import ModelConfig, load_run_config, named_config
 from mythos_jax.config.files import read_yaml
 from mythos_jax.data.conventions import TextConventions, read_conventions
-from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mythos_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.gather import LOW_RANK, SCALES
 from mythos_jax.model.low_rank import PARTS, merged
@@ -25,10 +25,10 @@ from mythos_jax.porting import native
 from mythos_jax.porting.dcp import DcpDirectory
 from mythos_jax.porting.directories import files_of
 from mythos_jax.porting.embedded import embedded_fields
-from mythos_jax.porting.families import detect, has_signature
+from mythos_jax.porting.families import detect, has_signature, named_family
 from mythos_jax.porting.family import Family, own_fields
 from mythos_jax.porting.gguf_file import GgufFile
-from mythos_jax.porting.hub import resolve
+from mythos_jax.porting.hub import is_hub_id, resolve
 from mythos_jax.porting.origin import Origin, json_fields, read_origin
 from mythos_jax.porting.safetensors_files import SafetensorsFile
 from mythos_jax.porting.tables import common_dtype
@@ -193,6 +193,19 @@ class DerivedSource(Source):
         self.base, self.notes = base, base.notes
         self.directory, self.weight_paths = base.directory, base.weight_paths
         self.overlay, self.text = base.overlay, base.text
+
+
+def read_model(path: str | Path) -> tuple[ModelConfig, Path | None]:
+    """The config of a model, and its `Source.tokenizer`. A model on the Hugging Face hub is not downloaded for it, if
+    its `config.json` names its family."""
+    if is_hub_id(path):
+        file = resolve(path, weights=False) / "config.json"
+        fields = read_json(file) if file.is_file() else {}
+        if (family := named_family(fields)) is not None:
+            tokenizer = file.with_name(TOKENIZER_FILE)
+            return family.model_config(fields, str(file)), tokenizer if tokenizer.is_file() else None
+    source = FileSource(path)
+    return source.config, source.tokenizer
 
 
 def text_of(source: Source) -> Text | None:

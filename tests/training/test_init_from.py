@@ -1,7 +1,10 @@
 """Runs that start from a model: what a small config takes from it, and what the run keeps of it."""
 
 import json
+import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -9,6 +12,7 @@ import yaml
 from mythos_jax import load_config
 from mythos_jax.cli import main
 from mythos_jax.config import ModelConfig, load_run_config
+from mythos_jax.data.tokenizer import load_tokenizer
 from mythos_jax.inference.chat import Chat
 from mythos_jax.porting.pretrained import save_pretrained
 from mythos_jax.porting.reading import FileSource
@@ -116,9 +120,16 @@ def llama(tmp_path):
 def test_a_run_talks_and_is_converted_as_the_model_that_it_started_from(config, llama, tmp_path, capsys):
     file, runs = tmp_path / "small.yaml", [tmp_path / "first", tmp_path / "second"]
     for run, source in zip(runs, [llama, runs[0]], strict=True):
-        words = ["--data.tokenizer", str(llama), "--data.path", str(tmp_path / "rows")]
+        words = ["--data.path", str(tmp_path / "rows")]
         assert main(["train", str(small(file, config, source)), "--workdir", str(run), *words]) == 0
+        # Beside it is the chat template; the run on text has none of its own.
+        theirs = (llama if run == runs[0] else runs[0] / "source") / "tokenizer.json"
+        assert f"data.tokenizer is {theirs}, that of training.init_from, {source}\n" in capsys.readouterr().err
+        assert load_run_config(run / "config.yaml").data.tokenizer == str(theirs)
     shutil.rmtree(runs[0])
+    again = ["train", str(file), "--workdir", str(runs[1]), "--data.path", str(tmp_path / "rows")]
+    assert main([*again, "--training.steps", "2"]) == 0  # the run's own tokenizer
+    assert "data.tokenizer" not in capsys.readouterr().err
     original, run = load_model(llama), load_model(runs[1])
     assert run.conventions.stop_tokens == original.conventions.stop_tokens
     assert 7 in run.conventions.stop_tokens
@@ -130,6 +141,55 @@ def test_a_run_talks_and_is_converted_as_the_model_that_it_started_from(config, 
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
         assert json_or_text(tmp_path / "out" / name) == json_or_text(llama / name), name
     assert FileSource(tmp_path / "out").config == LLAMA
+
+
+def test_the_tokenizer_is_that_of_the_model_unless_one_is_given(config, llama, tmp_path):
+    file, own = small(tmp_path / "small.yaml", config, llama), str(llama / "tokenizer.json")
+    assert load_config(file).data.tokenizer == own
+    assert load_config(file, ["--data.tokenizer", "bytes"]).data.tokenizer == "bytes"
+    task = ["--data.sources=[]", "--data.path=", "--data.task.name", "parity", "--data.task.difficulty", "[3]"]
+    assert load_config(file, task).data.tokenizer == "bytes"  # which has no use for it
+    assert load_config(file, [*task, "--data.task.tokens", "tokenizer"]).data.tokenizer == own
+    shutil.move(own, tmp_path)
+    assert load_config(file).data.tokenizer == "bytes"  # the model has none
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"], "base_model_name_or_path": str(llama)})
+    )
+    shutil.move(tmp_path / "tokenizer.json", own)
+    words = ["--training.init_from", str(adapter)]
+    assert load_config(file, words).data.tokenizer == own
+    shutil.copy(own, adapter)
+    assert load_config(file, words).data.tokenizer == str(adapter / "tokenizer.json")
+
+
+def test_a_model_on_the_hub_is_not_downloaded_for_its_config(config, llama, tmp_path, monkeypatch):
+    requested = []
+
+    def download(repository, **keywords):
+        requested.extend([repository, *keywords["allow_patterns"]])
+        return str(llama)
+
+    (llama / "model.safetensors").unlink()
+    names = [SimpleNamespace(rfilename=name) for name in ("model.safetensors", "tokenizer.json")]
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_: SimpleNamespace(siblings=names))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    read = load_config(small(tmp_path / "small.yaml", config, "some-one/some-model"))
+    assert (read.model, read.data.tokenizer) == (LLAMA, "some-one/some-model")
+    assert "some-one/some-model" in requested
+    assert "*.safetensors" not in requested
+
+
+def test_the_example_of_the_docs(llama, text_file, tmp_path, monkeypatch):
+    """As it is, on other data, from another model and shorter; warmed up at once."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
+    example = re.search("```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "lora.yaml").write_text(example[1])
+    words = ["--init-from", str(llama), "--data.sources", f"[{text_file}]", "--data.seq_len", "16"]
+    assert main(["train", "lora.yaml", *words, "--training.steps", "1", "--training.warmup_steps", "0"]) == 0
+    assert load_model(tmp_path / "runs" / "lora").tokenizer.fingerprint == load_tokenizer(llama).fingerprint
 
 
 def json_or_text(file):
