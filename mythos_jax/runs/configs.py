@@ -13,6 +13,9 @@ from mythos_jax.typed import to_dict
 # Other rooms are imported where they are needed: most configs start from no model, and jax takes long to import.
 
 
+FOLDER = "source"  # in the run directory: the files of the model that the run started from (source.py)
+
+
 @dataclass(frozen=True)
 class Start:
     """What a config takes from the model that its run starts from. tokenizer, end_of_document: as in `data`; None: it
@@ -108,7 +111,6 @@ def _in_source(run_dir: Any, file: Any) -> Any:
     not trained on any, among those of the model that it started from, if that had the same tokenizer."""
     from mythos_jax.data.conventions import SETTINGS_FILE
     from mythos_jax.data.tokenizer import HuggingFaceTokenizer
-    from mythos_jax.runs.source import FOLDER
 
     theirs = run_dir / FOLDER / file.name
     if (run_dir / SETTINGS_FILE).is_file() or not theirs.is_file():

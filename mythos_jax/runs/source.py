@@ -16,9 +16,8 @@ from mythos_jax.porting.companions import LEGAL, Content
 from mythos_jax.porting.origin import BUFFERS_FILE, FIELDS_FILE, read_origin
 from mythos_jax.porting.reading import Source
 from mythos_jax.porting.saving import companion_files, origin_fields
-from mythos_jax.runs.configs import is_run
+from mythos_jax.runs.configs import FOLDER, is_run
 
-FOLDER = "source"  # in the run directory
 ORIGIN = (FIELDS_FILE, BUFFERS_FILE)  # files that are not about text
 
 
