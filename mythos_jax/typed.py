@@ -171,7 +171,14 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-_SHORT = reprlib.Repr()
+class _AsInFiles(reprlib.Repr):
+    """Tuples as the lists that they are in YAML."""
+
+    def repr_tuple(self, x: tuple[Any, ...], level: int) -> str:
+        return self.repr_list(list(x), level)
+
+
+_SHORT = _AsInFiles()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 4, 200, 200, 60
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 16
 

@@ -80,7 +80,7 @@ def test_plain_yaml_words_are_text_where_the_field_is(write):
         write("name: 2024-11-01\ndata: {path: no, sources: [1e3, off], mixture: {}}\nmodel: {remat: none}")
     )
     assert (config.name, config.data.path, config.data.sources) == ("2024-11-01", "no", ("1e3", "off"))
-    assert "got ('no',), allowed: a list of tensorboard, wandb" in message(
+    assert "got ['no'], allowed: a list of tensorboard, wandb" in message(
         load_config, write("training: {loggers: [no]}")
     )
     mixture = load_config(write("data: {mixture: {1: 1, no: 2e0}}")).data.mixture

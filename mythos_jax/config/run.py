@@ -48,6 +48,8 @@ class Config(Section):
         self.data.check(self.data.seq_len <= longest, "seq_len", f"at most model.max_seq_len, {longest}")
         self._check_act()
         self._check_exit_gate()
+        self._check_lora()
+        self._check_distillation()
         self.mesh.check(
             self.mesh.gather == "once" or self.model.remat != "none",
             "gather",
@@ -74,13 +76,22 @@ class Config(Section):
         for name in ["contraction", "router_z"]:
             alone = objectives.exit_loss == "gain" and getattr(objectives, name)
             objectives.check(not alone, name, "0 with exit_loss gain, which trains the gate alone")
-        lora, gate_alone = self.training.lora, objectives.exit_loss == "gain"
-        lora.check(not (lora.rank and gate_alone), "rank", "0 with exit_loss gain, which trains the gate alone")
-        allowed = "[] with training.lora.rank, where low-rank weights alone are trained"
-        self.training.check(not (lora.rank and self.training.frozen), "frozen", allowed)
+
+    def _check_lora(self) -> None:
+        """Low-rank weights alone are trained, and the unit that says when to stop has none."""
+        if not self.training.lora.rank:
+            return
+        because = "with training.lora.rank, where low-rank weights alone are trained"
+        self.training.check(not self.training.frozen, "frozen", f"[] {because}")
+        objectives = self.training.objectives
+        objectives.check(objectives.exit_loss == "none", "exit_loss", f"none {because}, not the exit gate")
+        for name in ["ponder_cost", "ponder_prior"]:
+            objectives.check(not getattr(objectives, name), name, f"0 {because}, not the halting unit")
+
+    def _check_distillation(self) -> None:
         if self.training.distillation.teacher:
             allowed = "none with a teacher (training.distillation), whose predictions the last loop learns"
-            objectives.check(objectives.exit_loss == "none", "exit_loss", allowed)
+            self.training.objectives.check(self.training.objectives.exit_loss == "none", "exit_loss", allowed)
 
     @property
     def data_path(self) -> str:

@@ -91,9 +91,14 @@ class LoraConfig(Section, section="training.lora"):
             self.check(self.rank > 0 or unset[name], name, f"{default} without training.lora.rank")
 
     @property
+    def resolved_alpha(self) -> float:
+        """alpha, or its default."""
+        return self.alpha or 2.0 * self.rank
+
+    @property
     def scale(self) -> float:
         """alpha / rank."""
-        return (self.alpha or 2.0 * self.rank) / self.rank
+        return self.resolved_alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -169,10 +174,6 @@ class TrainingConfig(Section, section="training"):
     profile_steps: tuple[int, ...] = ()  #: [first, last]: steps to trace with the profiler, into the run directory
 
     def __post_init__(self) -> None:
-        if isinstance(self.learning_rate_factors, dict):
-            for name, factor in self.learning_rate_factors.items():
-                allowed = "a number > 0; parameters in training.frozen are not trained"
-                check_field(factor != 0, f"training.learning_rate_factors {name}", factor, allowed)
         super().__post_init__()
         divides = self.batch_size % self.grad_accumulation_steps == 0
         self.check(divides, "grad_accumulation_steps", f"a divisor of batch_size {self.batch_size}")

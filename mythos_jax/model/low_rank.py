@@ -51,8 +51,9 @@ def target_paths(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
     found: set[str] = set()
     for name in lora.targets:
         paths = select(config, [name], "training.lora.targets") & matrices.keys()
-        allowed = "names of matrices of attention, feed-forward, injection or read-out; not of embedding, head, norms "
-        check_field(bool(paths), "training.lora.targets", name, f"{allowed}or routed experts")
+        known = ", ".join(dict.fromkeys(".".join(path.split(".")[-3:-1]) for path in matrices))
+        allowed = f"names of matrices, such as {known}; not embedding, head, norms or routed experts, which have none"
+        check_field(bool(paths), "training.lora.targets", name, allowed)
         found |= paths
     return tuple(path for path in matrices if path in found)
 

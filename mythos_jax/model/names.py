@@ -70,13 +70,18 @@ def frozen_paths(config: Config) -> frozenset[str]:
     """The dotted paths of the parameters that training leaves as they are: those of `training.frozen`, and of a run
     that trains an exit gate alone all others.
 
-    Raises ConfigError: a name stands for no parameter, or nothing is left to train.
+    Raises ConfigError: a name stands for no parameter, nothing is left to train, or not what an objective trains.
     """
     names, everything = config.training.frozen, set(parameter_paths(config.model))
     frozen = select(config.model, names, "training.frozen")
     if config.training.objectives.exit_loss == "gain":
         frozen |= everything - select(config.model, ["gate"], "training.objectives.exit_loss")
     check_field(frozen != everything, "training.frozen", list(names), "names that leave something to train")
+    objectives = config.training.objectives
+    for field in ("exit_loss", "ponder_cost", "ponder_prior"):
+        if getattr(objectives, field) not in ("none", 0) and select(config.model, ["gate"], "") <= frozen:
+            allowed = f"names that leave the gate to training.objectives.{field}, which trains it"
+            check_field(False, "training.frozen", list(names), allowed)
     return frozen
 
 

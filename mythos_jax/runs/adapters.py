@@ -70,6 +70,6 @@ def export_adapter(run: str, target: str, overrides: Sequence[str] = ()) -> Adap
     family = family_for(model, None, run)
     variables, _, _ = restore_run(to_path(run), config, mesh_of(to_path(run), config.mesh))
     base = str(Path(init_from).absolute()) if Path(init_from).exists() else init_from
-    alpha = lora.scale * lora.rank if lora.alpha is None else lora.alpha
+    alpha = lora.resolved_alpha
     tensors = write_adapter(target, family, model, variables[LOW_RANK], lora.rank, alpha, base)
     return AdapterReport(run, target, family.name, lora.rank, alpha, base, tensors)

@@ -1,10 +1,13 @@
 """Which runs may be resumed: what a checkpoint stores about its run, compared with the current config and data."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mythos_jax.config import Config, ModelConfig, TaskConfig, TrainingConfig
+import jax.numpy as jnp
+
+from mythos_jax.config import Config, DataConfig, ModelConfig, TaskConfig, TrainingConfig
 from mythos_jax.config.model import SPEED_FIELDS
 from mythos_jax.data.open import Data
 from mythos_jax.errors import ConfigError
@@ -12,6 +15,7 @@ from mythos_jax.processes import log0
 from mythos_jax.runs.base import check_base
 from mythos_jax.runs.state import Constants
 from mythos_jax.runs.trained_on import tokenizer_record
+from mythos_jax.training.depth import curriculum_mean
 from mythos_jax.training.optimizer import decay_start
 from mythos_jax.typed import differences, from_dict, to_dict, upgrade
 
@@ -21,7 +25,7 @@ Metadata = dict[str, Any]
 _FIXED = (
     "model.",
     "data",
-    "teacher",  # the fingerprint of its weights; it may have moved
+    "teacher",  # the fingerprint of its weights, which may be somewhere else now
     "training.batch_size",
     "training.seed",
     "training.optimizer",
@@ -33,6 +37,10 @@ _FIXED = (
 )
 # Fields among them that affect only speed and memory.
 _FREE = tuple(f"model.{name}" for name in SPEED_FIELDS)
+
+# Fields of `training.depth` that the mean depth of a step depends on, and all such fields.
+_DEPTH = ("mean_loops", "curriculum", "curriculum_steps", "curriculum_fraction")
+_OF_CURRICULUM = {"training.steps", *(f"training.depth.{name}" for name in _DEPTH)}
 
 
 def checkpoint_metadata(
@@ -64,13 +72,16 @@ def check_resume(saved: Metadata, current: Metadata, workdir: Path) -> None:
 
 
 def announce_changes(saved: Metadata, current: Metadata, step: int) -> None:
-    """Prints every field that differs from the checkpoint of `step`, and what another number of steps does to the
-    learning rate."""
-    for name, (old, new) in changed_fields(saved, current).items():
+    """Prints every field that differs from the checkpoint of `step`, what another number of steps does to the learning
+    rate, and where another curriculum takes up the depth."""
+    changes = changed_fields(saved, current)
+    for name, (old, new) in changes.items():
         note = ""
         if name == "training.steps":
             note = _schedule_note(from_dict(TrainingConfig, current["training"]), step)
         log0(f"{name} was {old!r}, is now {new!r}{note}")
+    if changes.keys() & _OF_CURRICULUM:
+        _announce_depth(changes, current, step)
 
 
 def changed_fields(saved: Metadata, current: Metadata) -> dict[str, tuple[Any, Any]]:
@@ -91,6 +102,21 @@ def changed_fields(saved: Metadata, current: Metadata) -> dict[str, tuple[Any, A
     # The identity of the data covers its tokenizer, which checkpoints of 0.1.0 do not have as an entry of its own.
     known = {name: value for name, value in upgraded.items() if name in current}
     return differences(known, {name: current[name] for name in known})
+
+
+def _announce_depth(changes: Mapping[str, tuple[Any, Any]], current: Metadata, step: int) -> None:
+    """Says what the mean depth at `step` is with another curriculum, if that changes it there or later."""
+    model, training = from_dict(ModelConfig, current["model"]), from_dict(TrainingConfig, current["training"])
+    fields = {name: changes[f"training.depth.{name}"][0] for name in _DEPTH if f"training.depth.{name}" in changes}
+    steps = changes.get("training.steps", (training.steps,))[0]
+    before = replace(training, steps=steps, depth=replace(training.depth, **fields))
+    was, now = (
+        float(curriculum_mean(Config(model=model, training=t, data=DataConfig(seq_len=1)), jnp.int32(step)))
+        for t in (before, training)
+    )
+    rises = f", and rises until step {training.curriculum_length}" if training.curriculum_length > step else ""
+    if was != now or (rises and before.curriculum_length != training.curriculum_length):
+        log0(f"the mean depth at step {step} was {was:.3g}, is now {now:.3g}{rises}")
 
 
 def _schedule_note(training: TrainingConfig, step: int) -> str:

@@ -96,6 +96,10 @@ def test_errors_name_the_field():
     for fields, message in [
         ({"frozen": ("q_prj",)}, r"^training\.frozen: got 'q_prj', allowed: .*; nearest: .*attention\.q"),
         ({"frozen": ("*",)}, r"^training\.frozen: got \['\*'\], allowed: names that leave something to train"),
+        (
+            {"frozen": ("gate",), "objectives": ObjectivesConfig(exit_loss="expected")},
+            r"^training\.frozen: got \['gate'\], allowed: names that leave the gate to training\.objectives\.exit_loss",
+        ),
         ({"learning_rate_factors": {"haed": 2.0}}, r"^training\.learning_rate_factors: got 'haed', .*nearest: head"),
         (
             {"frozen": ("loop",), "learning_rate_factors": {"injection": 2.0}},
@@ -103,11 +107,10 @@ def test_errors_name_the_field():
         ),
     ]:
         with pytest.raises(ConfigError, match=message):
-            rate_factors(config_with(DENSE, **fields))
-    with pytest.raises(ConfigError, match=r"training\.learning_rate_factors head: got 0, .*training\.frozen"):
-        TrainingConfig(learning_rate_factors={"head": 0})
-    with pytest.raises(ConfigError, match=r"training\.learning_rate_factors head: got -1\.0, allowed: a number > 0"):
-        TrainingConfig(learning_rate_factors={"head": -1.0})
+            rate_factors(config_with(dataclasses.replace(DENSE, exit_gate="objectives" in fields), **fields))
+    for factor in (0, -1.0):
+        with pytest.raises(ConfigError, match=rf"^training\.learning_rate_factors head: got {factor}, .*number > 0$"):
+            TrainingConfig(learning_rate_factors={"head": factor})
 
 
 def test_bad_names_are_refused_before_anything_is_written(config, tmp_path):

@@ -12,7 +12,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from mythos_jax.cli import main
-from mythos_jax.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, TrainingConfig, save_config
+from mythos_jax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    ObjectivesConfig,
+    TrainingConfig,
+    save_config,
+)
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import forward_flops, low_rank_sizes, training_flops
 from mythos_jax.model.gather import LOW_RANK
@@ -226,9 +235,12 @@ def test_runs_start_from_a_lora_run(home):
     ("words", "message"),
     [
         (["lora.targets", "[q_proj]"], "training.lora.targets: got 'q_proj', allowed: .*; nearest: attention.q"),
-        (["lora.targets", "[norms]"], "training.lora.targets: got 'norms', allowed: names of matrices of attention"),
+        (
+            ["lora.targets", "[norms]"],
+            "training.lora.targets: got 'norms', allowed: names of matrices, such as attention.k",
+        ),
         (["init_from", ""], "training.init_from: got '', allowed: a model, whose weights training.lora leaves as is"),
-        (["frozen", "[q]"], r"training.frozen: got \('q',\), allowed: \[\] with training.lora.rank"),
+        (["frozen", "[q]"], r"training.frozen: got \['q'\], allowed: \[\] with training.lora.rank"),
         (["lora.rank", "0"], "training.lora.alpha: got 9.0, allowed: null without training.lora.rank"),
         (["learning_rate_factors", "{embedding: 2}"], "training.learning_rate_factors embedding: got 2"),
     ],
@@ -240,6 +252,18 @@ def test_bad_settings_are_one_line_and_nothing_is_written(home, capsys, words, m
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("model", "objective"),
+    [({"exit_gate": True}, {"exit_loss": "expected"}), ({"readout": "act"}, {"ponder_cost": 0.1})],
+)
+def test_objectives_of_what_has_no_low_rank_weights(model, objective):
+    """They would change the model, and never the unit that they are there for."""
+    training = replace(CONFIG.training, objectives=ObjectivesConfig(**objective))
+    message = rf"objectives\.{next(iter(objective))}: got .*, allowed: .* with training\.lora\.rank"
+    with pytest.raises(ConfigError, match=message):
+        Config(model=replace(LLAMA, **model), training=training, data=CONFIG.data)
 
 
 def test_default_targets_are_all_matrices_of_attention_and_feed_forward():

@@ -100,6 +100,26 @@ def test_what_more_steps_do_to_the_learning_rate_is_announced(capsys, schedule, 
     assert capsys.readouterr().err == f"training.steps was 100, is now 200{message}\n"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        # 1 + 4 step / length: of 40 steps, then of 80.
+        ({"curriculum_fraction": 0.4}, {"curriculum_fraction": 0.4}, "was 5, is now 3, and rises until step 80"),
+        ({"curriculum_steps": 40}, {"curriculum_steps": 40}, ""),  # does not depend on the number of steps
+        ({"curriculum_steps": 80}, {"curriculum_steps": 160}, "was 3, is now 2, and rises until step 160"),
+        ({"curriculum_steps": 80}, {"curriculum_steps": 20}, "was 3, is now 5"),
+    ],
+)
+def test_what_more_steps_do_to_the_depth_is_announced(capsys, old, new, message):
+    saved, current = (
+        metadata(depth=DepthConfig(distribution="poisson", mean_loops=5, **fields)) for fields in (old, new)
+    )
+    current["training"]["steps"] = 200
+    announce_changes(saved, current, step=40)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "mean depth" in line]
+    assert lines == ([f"the mean depth at step 40 {message}"] if message else [])
+
+
 def test_nothing_is_announced_where_nothing_changed(capsys):
     announce_changes(metadata(), metadata(), step=40)
     assert capsys.readouterr().err == ""
