@@ -17,8 +17,10 @@ A template of which none of these is true is refused for the record, because any
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -106,12 +108,18 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """template: None for a tokenizer without one, which can only continue texts. room: tokens of the longest sample."""
+    """template: None for a tokenizer without one, which can only continue texts. room: tokens of the longest sample.
+
+    While a conversation is encoded, places: of each run of messages that ends with an answer (their identities), where
+    that begins and ends in their text, and a hash of the text.
+    """
 
     tokenizer: Tokenizer
     conventions: TextConventions
     template: ChatTemplate | None
     room: int
+    places: dict[tuple[int, ...], tuple[int, int, bytes]] = field(default_factory=dict, compare=False, repr=False)
+    stopped: threading.Event | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -124,12 +132,15 @@ class ChatEncoder:
     def asks_the_time(self) -> bool:
         return "strftime_now" in (self.conventions.chat_template or "")
 
-    def encode(self, parsed: Conversation | Completion) -> Encoded:
-        """Raises RecordError: the template refuses the conversation, or shows nowhere where an answer begins."""
+    def encode(self, parsed: Conversation | Completion, stopped: threading.Event | None = None) -> Encoded:
+        """stopped: when it is set, no longer: CancelledError.
+
+        Raises RecordError: the template refuses the conversation, or shows nowhere where an answer begins.
+        """
         try:
             if isinstance(parsed, Completion):
                 return self._completion(parsed)
-            return self._conversation(parsed)
+            return replace(self, places={}, stopped=stopped)._conversation(parsed)
         except ConfigError as error:
             raise RecordError(str(error)) from None
 
@@ -156,9 +167,13 @@ class ChatEncoder:
         unwritten = bool(conversation.tools) and self._is_unwritten(conversation, replace(conversation, tools=()))
         whole = self._whole(conversation)
         if whole is None:
-            samples = [self._newest_turns(conversation, i) for i, weight in enumerate(conversation.weights) if weight]
-            cut = any(cut for _, cut in samples)
-            return Encoded([sample for sample, _ in samples], cut, by_answer=True, unwritten_tools=unwritten)
+            samples, cut, count = [], False, 0
+            for i, weight in enumerate(conversation.weights):
+                if weight:
+                    sample, count, turns = self._newest_turns(conversation, i, count + 1)
+                    samples.append(sample)
+                    cut = cut or count < turns
+            return Encoded(samples, cut, by_answer=True, unwritten_tools=unwritten)
         parts = [whole] if len(whole.tokens) <= self.room else list(self._cut(conversation))
         return Encoded(parts, cut=len(parts) > 1, unwritten_tools=unwritten)
 
@@ -186,6 +201,7 @@ class ChatEncoder:
     def _cut(self, conversation: Conversation) -> Iterator[Sample]:
         """As many turns as fit after the system messages that the conversation starts with, and so on with the rest."""
         head, turns = conversation.turns()
+        count = 1
         while turns:
             samples: dict[int, Sample] = {}
 
@@ -193,7 +209,7 @@ class ChatEncoder:
                 samples[n] = self._turns(conversation.part(slice(head), *turns[:n]))
                 return len(samples[n].tokens) <= self.room
 
-            count = _most(len(turns), fits)
+            count = _most(len(turns), fits, first=count)
             if count not in samples:
                 fits(count)
             yield samples[count].fit(self.room)
@@ -208,9 +224,9 @@ class ChatEncoder:
             raise RecordError("is too long, and the chat template writes its parts otherwise than the whole")
         return sample
 
-    def _newest_turns(self, conversation: Conversation, i: int) -> tuple[Sample, bool]:
-        """Message i at the end of its own text, without the oldest turns where that would be too long; and whether it
-        lacks some."""
+    def _newest_turns(self, conversation: Conversation, i: int, first: int) -> tuple[Sample, int, int]:
+        """Message i at the end of its own text, without the oldest turns where that would be too long; the number of
+        turns that it has, and of those that there are. first: about how many have room."""
         before = conversation.part(slice(i + 1))
         head, turns = before.turns()
         samples: dict[int, Sample] = {}
@@ -219,10 +235,10 @@ class ChatEncoder:
             samples[n] = self._last_answer(before.part(slice(head), *turns[len(turns) - n :]))
             return len(samples[n].tokens) <= self.room
 
-        count = len(turns) if fits(len(turns)) else _most(len(turns) - 1, fits)
+        count = _most(len(turns), fits, first)
         if count not in samples:
             fits(count)
-        return samples[count].fit(self.room), count < len(turns)
+        return samples[count].fit(self.room), count, len(turns)
 
     def _whole(self, conversation: Conversation) -> Sample | None:
         """The conversation in one text; None if the whole text does not begin as that up to one of its answers does."""
@@ -232,15 +248,23 @@ class ChatEncoder:
         passages = []
         for i, weight in enumerate(conversation.weights):
             if weight:
-                start, upto = self._answer(conversation, i)
-                if not text.startswith(upto):
+                start, end, text_hash = self._place(conversation, i)
+                if len(text) < end or _hash(text[:end]) != text_hash:
                     return None
-                passages.append((start, len(upto), weight))
+                passages.append((start, end, weight))
         return self._sample(text, passages)
 
     def _last_answer(self, conversation: Conversation) -> Sample:
         start, text = self._answer(conversation, len(conversation.messages) - 1)
         return self._sample(text, [(start, len(text), conversation.weights[-1])])
+
+    def _place(self, conversation: Conversation, i: int) -> tuple[int, int, bytes]:
+        """Where message i begins and ends in the text up to its end, and a hash of that, which may be long."""
+        key = tuple(map(id, conversation.messages[: i + 1]))
+        if key not in self.places:
+            start, upto = self._answer(conversation, i)
+            self.places[key] = start, len(upto), _hash(upto)
+        return self.places[key]
 
     def _answer(self, conversation: Conversation, i: int) -> tuple[int, str]:
         """Where message i begins in the text up to its end, and that text."""
@@ -305,14 +329,16 @@ class ChatEncoder:
         return [*self.conventions.stop_tokens, *special[:1]]
 
     def _render(self, conversation: Conversation, count: int, prompt: bool = False) -> str:
-        messages = self._messages(conversation)[:count]
+        messages = self._messages(conversation, count)
         return self._template.render(messages, prompt=prompt, tools=conversation.tools)
 
-    def _messages(self, conversation: Conversation) -> list[dict[str, object]]:
-        """With the name that this template has for the model's role."""
+    def _messages(self, conversation: Conversation, count: int | None = None) -> list[dict[str, object]]:
+        """The first `count`, with the name that this template has for the model's role."""
+        if self.stopped is not None and self.stopped.is_set():
+            raise CancelledError
         return [
             {**message, "role": self._template.answer_role} if _is_answer(message) else dict(message)
-            for message in conversation.messages
+            for message in conversation.messages[:count]
         ]
 
 
@@ -320,9 +346,25 @@ def _is_answer(message: object) -> bool:
     return isinstance(message, dict) and message["role"] == ANSWER
 
 
-def _most(count: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `count` that fits, at least 1; if one fits, all smaller ones do."""
-    low, high = 1, max(count, 1)
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _most(count: int, fits: Callable[[int], bool], first: int) -> int:
+    """The largest number up to `count` that fits, at least 1; if one fits, all smaller ones do. Begins at `first`, and
+    goes up from there in growing steps, because many take long."""
+    low, high, step = 1, max(count, 1), 1
+    first = min(max(first, 1), high)
+    if first > 1 and not fits(first):
+        high = first - 1
+    else:
+        low = first
+        while low < high:
+            upto = min(low + step, high)
+            if not fits(upto):
+                high = upto - 1
+                break
+            low, step = upto, 2 * step
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

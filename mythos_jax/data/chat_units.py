@@ -33,7 +33,7 @@ class ChatUnitEncoder:
             if stopped.is_set():
                 raise CancelledError
             try:
-                found.append((piece, self.encoder.encode(from_canonical(piece.text))))
+                found.append((piece, self.encoder.encode(from_canonical(piece.text), stopped)))
             except RecordError as error:
                 item = LeftOut(f"{piece.location}: {error}")
                 if not self.skip_errors:

@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 import shutil
+import threading
+from concurrent.futures import CancelledError
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 
@@ -18,6 +20,7 @@ from tokenizers.models import BPE
 from mythos_jax.data import units
 from mythos_jax.data.chat_encoder import make_chat_encoder
 from mythos_jax.data.chat_record import parse_record
+from mythos_jax.data.chat_template import ChatTemplate
 from mythos_jax.data.manifest import load_manifest
 from mythos_jax.data.pipeline import eval_batches, train_batches
 from mythos_jax.data.rows import TokenRows
@@ -183,6 +186,35 @@ def test_a_rewriting_template_keeps_the_newest_turns_of_a_long_conversation(tmp_
         number = trained[-len("7<|im_end|>")]
         assert trained == f"<think>\n{number}\n</think>\n\n{number}<|im_end|>"
         assert text.endswith(trained + "\n")
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3"])
+def test_twice_as_long_a_conversation_takes_twice_the_texts(name, tmp_path, monkeypatch):
+    """The template is asked for a number of texts that grows as the conversation does, not as its square."""
+    model = write_model(tmp_path / "model", golden_template(name))
+    encoder, render, count = make_chat_encoder(model, load_tokenizer(model), "", 120), ChatTemplate.render_marked, 0
+
+    def counting(*arguments, **settings):
+        nonlocal count
+        count += 1
+        return render(*arguments, **settings)
+
+    monkeypatch.setattr(ChatTemplate, "render_marked", counting)
+    taken = []
+    for turns in (40, 80, 160):
+        texts = (f"<think>\n{i}\n</think>\n\n{i}" if i % 2 and name == "qwen3" else f"text {i}" for i in range(turns))
+        count, record = 0, parse_record(dialogue(*texts))
+        assert encoder.encode(record).cut
+        taken.append(count)
+    assert taken[2] - taken[1] < 2.5 * (taken[1] - taken[0])
+    assert taken[2] < 12 * 160
+
+    stop = threading.Event()
+    stop.set()
+    count = 0
+    with pytest.raises(CancelledError):
+        encoder.encode(record, stop)
+    assert count == 0
 
 
 def test_equal_conversations_are_on_the_same_side(tmp_path):
