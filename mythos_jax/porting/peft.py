@@ -38,6 +38,7 @@ from mythos_jax.typed import nearest_name
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # in order of preference
 PREFIX = "base_model.model."
 PARTS = {"A": 0, "B": 1}
+_BLOCK = 2**16  # numbers that a core keeps near it
 _KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
 
@@ -99,9 +100,10 @@ class Adapter:
         return a, b
 
     def product(self, module: Module) -> np.ndarray:
-        """What is added to the matrix."""
+        """What is added to the matrix: the same bits on every machine, since runs remember which weights they used.
+        (A product of BLAS rounds as its kernel for this CPU does.)"""
         a, b = self.low_rank(module)
-        product = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)
+        product = _fixed_product(a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1))
         return (product * np.float32(self.config.scale_of(module.name))).reshape(module.shape)
 
     def tree(self) -> dict[str, Any]:
@@ -112,6 +114,19 @@ class Adapter:
             name = module.path.removeprefix("params.")
             flat |= {f"{name}.a": a, f"{name}.b": b}
         return unflatten_dict(flat, sep=".")
+
+
+def _fixed_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a b in float32: each product is rounded, then added in the order of the shared axis, as IEEE 754 says."""
+    product = np.zeros((len(a), b.shape[1]), np.float32)
+    rows = max(1, _BLOCK // max(1, b.shape[1]))
+    term = np.empty((min(rows, len(a)), b.shape[1]), np.float32)
+    for start in range(0, len(a), rows):
+        block = product[start : start + rows]
+        for k in range(len(b)):
+            np.multiply(a[start : start + rows, k, None], b[k], out=term[: len(block)])
+            np.add(block, term[: len(block)], out=block)
+    return product
 
 
 def is_adapter(path: str | Path) -> bool:

@@ -22,7 +22,7 @@ from mythos_jax.porting.adapted import open_pretrained
 from mythos_jax.porting.convert import convert
 from mythos_jax.porting.families import get_family
 from mythos_jax.porting.layouts import LINEAR, SAME, TO_HEADS, low_rank_layouts
-from mythos_jax.porting.peft import family_for, write_adapter
+from mythos_jax.porting.peft import _BLOCK, _fixed_product, family_for, write_adapter
 from mythos_jax.porting.peft_config import MOST_REPETITIONS, read_adapter_config, target_names
 from mythos_jax.porting.pretrained import load_pretrained, save_pretrained
 from mythos_jax.porting.reading import FileSource, text_of
@@ -148,6 +148,17 @@ def mythos_tree(flat):
             node = node.setdefault(part, {})
         node[last] = value
     return tree
+
+
+def test_what_is_added_has_the_same_bits_on_every_machine():
+    """Each product and each sum is rounded once, in the order of the rank; here by way of float64."""
+    random = np.random.default_rng(0)
+    a, b = (random.normal(size=shape).astype(np.float32) for shape in ((7, 5), (5, _BLOCK // 3)))
+    expected = np.zeros((7, _BLOCK // 3), np.float32)
+    for k in range(5):
+        term = np.outer(a[:, k].astype(np.float64), b[k].astype(np.float64)).astype(np.float32)
+        expected = (expected.astype(np.float64) + term).astype(np.float32)
+    np.testing.assert_array_equal(_fixed_product(a, b), expected)
 
 
 def test_layouts_that_are_no_linear_map():
