@@ -63,15 +63,17 @@ def check_tensors(source: Source) -> Coverage:
 
 
 def require_tensors(source: Source) -> Coverage:
-    """As `check_tensors`; logs the notes. Raises ConfigError, one line with the first problems, if there are any."""
+    """As `check_tensors`; logs the notes, once for a source. Raises ConfigError, one line with the first problems, if
+    there are any."""
     coverage = check_tensors(source)
     problems = coverage.problems
     if problems:
         raise ConfigError(
             f"{source.path}: its tensors do not fit its config ({source.family.name}): {shortened(problems)}"
         )
-    for note in coverage.lines():
+    for note in () if source.checked else coverage.lines():
         log0(note)
+    source.checked = True
     return coverage
 
 

@@ -192,7 +192,8 @@ def _adapted(config: AdapterConfig, modules: Mapping[str, Module], tensors: Iter
     allowed = sorted({name.rpartition(".")[2] for name in modules})
     others = [name for name in chosen if name not in modules]
     if others and config.targets != (ALL_LINEAR,):
-        raise ConfigError(f"{config.where}: target_modules: got {others[0]}, allowed: {', '.join(allowed)}")
+        got = f"{HEAD}, but the head has no low-rank weights here" if others[0] == HEAD else others[0]
+        raise ConfigError(f"{config.where}: target_modules: got {got}; allowed: {', '.join(allowed)}")
     found = [modules[name] for name in chosen if name in modules]
     if not found:
         texts = config.targets if isinstance(config.targets, tuple) else (config.targets.pattern,)

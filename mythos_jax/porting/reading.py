@@ -51,7 +51,8 @@ class Source(ABC):
     say what was chosen among several, such as files. origin: what the files that the model was published in say beyond
     our config, if that is known. directory: where other files are that belong to the model, if there is such a place;
     weight_paths: those in it that hold its tensors. overlay: where a tokenizer and its settings are that replace those
-    of `directory`. text: how it reads and writes text, if no file says that.
+    of `directory`. text: how it reads and writes text, if no file says that. checked: whether `require_tensors` has
+    logged its notes.
     """
 
     wrappers: Sequence[str] = ()
@@ -61,6 +62,7 @@ class Source(ABC):
     weight_paths: Sequence[Path] = ()
     overlay: Path | None = None
     text: Text | None = None
+    checked: bool = False
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.model.gather import LOW_RANK
 from mythos_jax.paths import to_path
 from mythos_jax.porting.layouts import Shape
-from mythos_jax.porting.peft import family_for, write_adapter
+from mythos_jax.porting.peft import family_for, is_adapter, write_adapter
 from mythos_jax.porting.writing import refuse_existing
 from mythos_jax.runs.configs import is_run
 from mythos_jax.runs.restore import mesh_of, restore_run
@@ -60,12 +60,14 @@ class AdapterReport:
 def export_adapter(run: str, target: str, overrides: Sequence[str] = ()) -> AdapterReport:
     """Writes the low-rank weights of a run's newest checkpoint as a new PEFT directory.
 
-    Raises ConfigError: not a LoRA run, the directory exists, a model or a matrix that PEFT does not know.
+    Raises ConfigError: not a LoRA run, the directory exists, a base with low-rank weights of its own, a model or a
+    matrix that PEFT does not know.
     """
     refuse_existing(target)
     config = load_run_config(to_path(run) / "config.yaml", overrides) if is_run(run) else None
     if config is None or not config.training.lora.rank:
         raise ConfigError(f"--to {FORMAT}: got {run}, allowed: a LoRA run, which has low-rank weights (training.lora)")
+    _require_whole_base(run, config.training.init_from)
     model, lora, init_from = config.model, config.training.lora, config.training.init_from
     family = family_for(model, None, run)
     variables, _, _ = restore_run(to_path(run), config, mesh_of(to_path(run), config.mesh))
@@ -73,3 +75,14 @@ def export_adapter(run: str, target: str, overrides: Sequence[str] = ()) -> Adap
     alpha = lora.resolved_alpha
     tensors = write_adapter(target, family, model, variables[LOW_RANK], lora.rank, alpha, base)
     return AdapterReport(run, target, family.name, lora.rank, alpha, base, tensors)
+
+
+def _require_whole_base(run: str, base: str) -> None:
+    """Raises ConfigError if the base has low-rank weights of its own, beside which PEFT has no others."""
+    is_lora_run = is_run(base) and load_run_config(to_path(base) / "config.yaml").training.lora.rank > 0
+    if is_lora_run or is_adapter(base):
+        what = "a LoRA run" if is_lora_run else "an adapter"
+        raise ConfigError(
+            f"--to {FORMAT}: got {run}, whose base {base} is {what}; allowed: a run on a whole model (mythos convert "
+            f"{base} DIR merges it, before a run starts from it); mythos convert {run} DIR writes the merged model"
+        )

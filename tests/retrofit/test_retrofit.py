@@ -165,6 +165,15 @@ def test_layers_of_one_width_go_anywhere(tmp_path):
         retrofit(uneven, tmp_path / "no", Plan(make_cut(4, (), (0, 1, 2, 3), ())), progress=False)
 
 
+def test_what_is_known_about_the_source_is_said_once(tmp_path, caplog):
+    dense = FileSource(golden.FOLDER / "llama")
+    dense.notes = ["a note"]
+    retrofit(dense, tmp_path / "out", Plan(WHOLE["llama"][0]), progress=False)
+    assert caplog.messages.count("a note") == 1
+    load_variables(dense)  # as `compare` does
+    assert caplog.messages.count("a note") == 1
+
+
 def test_a_comparison_against_its_definition():
     dense, tokens = FileSource(golden.FOLDER / "llama"), golden.arrays("llama")["input_ids"][:1]
     looped = RetrofitSource(dense, Plan(Cut((0,), (1,), (3,))))

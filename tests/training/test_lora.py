@@ -168,6 +168,23 @@ def test_a_run_becomes_an_adapter(home, capsys):
         assert not Path("out").exists()
 
 
+def test_an_adapter_beside_low_rank_weights(home, capsys):
+    """PEFT has no base with low-rank weights of its own; such a run is refused."""
+    assert main(["convert", "run", "adapter", "--to", "peft"]) == 0
+    for base, what in (("adapter", "an adapter"), ("run", "a LoRA run")):
+        shutil.copytree("run", f"on_{base}")
+        file = Path(f"on_{base}/config.yaml")
+        file.write_text(file.read_text().replace("init_from: base", f"init_from: {base}"))
+        capsys.readouterr()
+        assert main(["convert", f"on_{base}", "out", "--to", "peft"]) == 2
+        assert capsys.readouterr().err == (
+            f"mythos: --to peft: got on_{base}, whose base {base} is {what}; allowed: a run on a whole model (mythos "
+            f"convert {base} DIR merges it, before a run starts from it); mythos convert on_{base} DIR writes the "
+            "merged model\n"
+        )
+        assert not Path("out").exists()
+
+
 def test_a_run_resumes_bit_for_bit(home):
     """From the checkpoint of step 2, as if it had been killed before it saved that of step 4."""
     whole, log = load_model("run").variables, lines(Path("run"))
