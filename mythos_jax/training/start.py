@@ -32,7 +32,7 @@ from mythos_jax.training.groups import rate_factors
 from mythos_jax.training.loggers import check_loggers, read_log
 from mythos_jax.training.resume import Metadata, announce_changes, check_resume, checkpoint_metadata
 from mythos_jax.training.step import abstract_state, init_state
-from mythos_jax.training.tokenizers import check_tokenizers
+from mythos_jax.training.tokenizers import check_tokenizers, with_local_tokenizer
 from mythos_jax.typed import check_field
 
 
@@ -189,10 +189,11 @@ def open_run_data(config: Config, run_dir: Any, progress: bool) -> Data:
     Raises ConfigError: there is no such data, its text has changed before the run has begun, or nothing is held out for
     `training.evaluate_every`.
     """
+    local = with_local_tokenizer(config)
 
     def open_here() -> Data:
         first = is_process_zero()
-        data = open_data(config, progress and first, prepare=first, resumes=has_begun(run_dir))
+        data = open_data(local, progress and first, prepare=first, resumes=has_begun(run_dir))
         if every := config.training.evaluate_every:
             _check_held_out(config, data, every)
         return data

@@ -1,9 +1,20 @@
-"""Models that a run uses beside its own must read text as the run's data does."""
+"""The tokenizer of a run's data, which models that the run uses beside its own must have, too."""
+
+from dataclasses import replace
 
 from mythos_jax.config import Config
 from mythos_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
+from mythos_jax.porting.hub import local_tokenizer
+from mythos_jax.processes import process_zero_first
 from mythos_jax.runs.load import LoadedModel
+
+
+def with_local_tokenizer(config: Config) -> Config:
+    """With the path of the tokenizer's file in place of a word or a hub id, from where process 0 may download it."""
+    name = config.data.tokenizer
+    local = process_zero_first("data.tokenizer", lambda: local_tokenizer(name))
+    return replace(config, data=replace(config.data, tokenizer=local))
 
 
 def check_tokenizers(config: Config, loaded: LoadedModel, path: str, because: str) -> None:
@@ -16,7 +27,7 @@ def check_tokenizers(config: Config, loaded: LoadedModel, path: str, because: st
         theirs = loaded.trained_on.tokenizer["fingerprint"]
     else:
         theirs = load_tokenizer(spec, None if spec == ByteTokenizer.name else end).fingerprint
-    if load_tokenizer(config.data.tokenizer, end).fingerprint != theirs:
+    if load_tokenizer(with_local_tokenizer(config).data.tokenizer, end).fingerprint != theirs:
         raise ConfigError(
             f"data.tokenizer: got {config.data.tokenizer}, allowed: the tokenizer of {path}, {spec}, because {because}"
         )

@@ -20,7 +20,6 @@ from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.paths import to_path
-from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.processes import StopSignal, is_process_zero, raise_together
 from mythos_jax.runs.base import base_record
 from mythos_jax.runs.checkpoints import Checkpoints
@@ -67,10 +66,9 @@ def train(
         if (step := finished_step(config, mesh, run_dir)) is not None:
             return finished(config, run_dir, step)
         # Everything that can be refused is refused before data is prepared, which can take hours.
-        local = replace(config, data=replace(config.data, tokenizer=local_tokenizer(config.data.tokenizer)))
-        initial = load_initial(local, run_dir)
-        constants = load_constants(local, mesh, run_dir).replace(teacher=load_teacher(local))
-        data = open_run_data(local, run_dir, progress)
+        initial = load_initial(config, run_dir)
+        constants = load_constants(config, mesh, run_dir).replace(teacher=load_teacher(config))
+        data = open_run_data(config, run_dir, progress)
         base = None if constants.base is None else base_record(config.training.init_from, constants.base)
         metadata = checkpoint_metadata(config, data, constants, base)
         checkpoints = stack.enter_context(open_checkpoints(config, run_dir))

@@ -10,6 +10,7 @@ from mythos_jax.data.manifest import load_manifest
 from mythos_jax.data.tokenizer import load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.porting.hub import PACKAGED, local_tokenizer
+from mythos_jax.training import start
 from mythos_jax.training import train as train_module
 from tests.chats import run, write_model
 from tests.porting.test_gguf import TINY
@@ -65,10 +66,10 @@ def test_a_run_is_given_the_file(packaged, tmp_path, monkeypatch):
     class Seen(Exception):
         pass
 
-    def load_initial(config, *_):
+    def open_data(config, *_, **keywords):
         raise Seen(config.data.tokenizer)
 
-    monkeypatch.setattr(train_module, "load_initial", load_initial)
+    monkeypatch.setattr(start, "open_data", open_data)
     config = Config(data=DataConfig(tokenizer="smollm2", sources=("stdlib",)))
     with pytest.raises(Seen, match=str(packaged)):
         train_module.train(config, tmp_path / "run", progress=False)
