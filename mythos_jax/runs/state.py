@@ -38,7 +38,8 @@ class Teacher(struct.PyTreeNode):
 class Constants(struct.PyTreeNode):
     """Variables that a step reads and does not replace: they are not donated to it, and no checkpoint has them.
 
-    base: those beside the ones that are trained, {"params", "balance"}; None where all of them are trained.
+    base: those beside the ones that are trained, {"params", "balance"}, and "scales" where matrices are int8; None
+    where all of them are trained.
     teacher: None without distillation.
     """
 
