@@ -55,6 +55,20 @@ def newest_folder(directory: Any) -> int | None:
     return max((int(path.name) for path in folders if path.name.isdecimal() and (path / "meta").is_dir()), default=None)
 
 
+def newest_meta(directory: Any) -> dict[str, Any]:
+    """The meta of the newest checkpoint that has an undamaged one; empty if there is none."""
+    if newest_folder(directory) is None:
+        return {}
+    checkpoints = Checkpoints(directory, read_only=True)
+    try:
+        for step in reversed(checkpoints.steps()):
+            with contextlib.suppress(Exception):  # Orbax raises many kinds; who restores it says what is wrong
+                return checkpoints._meta(step)
+    finally:
+        checkpoints.close()
+    return {}
+
+
 class Checkpoints:
     """The checkpoints of one run directory, written in the background; only the newest `keep` are kept.
 

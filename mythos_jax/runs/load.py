@@ -35,9 +35,10 @@ from mythos_jax.porting.pretrained import load_variables
 from mythos_jax.porting.reading import Source, Text, VariablesSource
 from mythos_jax.processes import log0
 from mythos_jax.runs import source as start_files
-from mythos_jax.runs.base import base_record, check_base
+from mythos_jax.runs.base import MissingBaseError, ModelRecord, check_base, located, model_record, step_of
 from mythos_jax.runs.comparison import compared
 from mythos_jax.runs.configs import is_run
+from mythos_jax.runs.fingerprint import fingerprint
 from mythos_jax.runs.low_rank import STORAGE, with_low_rank
 from mythos_jax.runs.restore import mesh_of, restore_run
 from mythos_jax.runs.trained_on import TrainedOn
@@ -267,27 +268,38 @@ def _load_run(
 
 def _beside_base(config: Config, mesh: Mesh, meta: Mapping[str, Any], directory: Path, low_rank: Any) -> dict[str, Any]:
     """The variables of a LoRA run's model. Raises ConfigError if its base is not there, or is another one."""
+    path = config.training.init_from
     try:
-        base = load_base(config, mesh).variables
+        base, record, _ = load_base(config, mesh, meta["base"], directory)
+    except MissingBaseError as error:
+        raise MissingBaseError(
+            f"{directory}: its base {path} is a LoRA run whose own base is missing ({error}); allowed: first to "
+            f"convert {path} to a whole model (mythos convert {path} OUT --base MODEL), then --base OUT"
+        ) from None
     except ConfigError as error:
-        raise ConfigError(
+        raise MissingBaseError(
             f"{directory}: the weights that its low-rank weights belong to cannot be loaded ({error}); allowed: to say "
             "where they are now, --base MODEL"
         ) from None
-    check_base(meta, base_record(config.training.init_from, base), directory, "--base")
-    return with_low_rank(base, low_rank, config.training.lora)
+    check_base(meta["base"], record, directory, "--base")
+    return with_low_rank(base.variables, low_rank, config.training.lora)
 
 
-def load_base(config: Config, mesh: MeshConfig | Mesh) -> LoadedModel:
+def load_base(
+    config: Config, mesh: MeshConfig | Mesh, saved: Mapping[str, Any] | None, directory: Any
+) -> tuple[LoadedModel, ModelRecord, dict[str, tuple[Any, Any]]]:
     """The model of `training.init_from`, whose weights a LoRA run leaves as they are; merged if it is of a LoRA run.
+    Also the record of it, and the fields in which it differs from the run's model.
 
-    Raises ConfigError if there are none, or if they do not fit the run's model.
+    saved: the record of it that the run in `directory` has, if that has begun.
+    Raises ConfigError if there are no weights, or if they do not fit the run's model.
     """
-    path = config.training.init_from
+    path = located(config.training.init_from, saved, "training.init_from")
+    step = step_of(path, saved, directory)
     storage = STORAGE[config.training.lora.base_dtype]
-    loaded = load_model(path, mesh=mesh, with_predictor=False, storage=storage, keep_int8=False, merge=True)
-    compared(loaded.config.model, config.model, path)
-    return loaded
+    loaded = load_model(path, step, mesh=mesh, with_predictor=False, storage=storage, keep_int8=False, merge=True)
+    changed = compared(loaded.config.model, config.model, path)
+    return loaded, model_record(path, loaded.step, fingerprint(loaded.variables)), changed
 
 
 def _as_mesh(mesh: MeshConfig | Mesh) -> Mesh:

@@ -28,11 +28,10 @@ class TrainState(struct.PyTreeNode):
 
 
 class Teacher(struct.PyTreeNode):
-    """The model whose predictions a run learns. fingerprint: of its weights; "" if they are abstract."""
+    """The model whose predictions a run learns."""
 
     variables: dict[str, Any]
     model: ModelConfig = struct.field(pytree_node=False)
-    fingerprint: str = struct.field(default="", pytree_node=False)
 
 
 class Constants(struct.PyTreeNode):

@@ -12,8 +12,7 @@ from mythos_jax.config.model import SPEED_FIELDS
 from mythos_jax.data.open import Data
 from mythos_jax.errors import ConfigError
 from mythos_jax.processes import log0
-from mythos_jax.runs.base import check_base
-from mythos_jax.runs.state import Constants
+from mythos_jax.runs.base import ModelRecord, check_base, check_teacher
 from mythos_jax.runs.trained_on import tokenizer_record
 from mythos_jax.training.depth import curriculum_mean
 from mythos_jax.training.optimizer import decay_start
@@ -25,7 +24,6 @@ Metadata = dict[str, Any]
 _FIXED = (
     "model.",
     "data",
-    "teacher",  # the fingerprint of its weights, which may be somewhere else now
     "training.batch_size",
     "training.seed",
     "training.optimizer",
@@ -33,6 +31,7 @@ _FIXED = (
     # Of which weights there is a state of the optimizer.
     "training.frozen",
     "training.lora",
+    "training.distillation.teacher_dtype",
     "training.objectives.exit_loss",
 )
 # Fields among them that affect only speed and memory.
@@ -43,18 +42,15 @@ _DEPTH = ("mean_loops", "curriculum", "curriculum_steps", "curriculum_fraction")
 _OF_CURRICULUM = {"training.steps", *(f"training.depth.{name}" for name in _DEPTH)}
 
 
-def checkpoint_metadata(
-    config: Config, data: Data, constants: Constants | None = None, base: Mapping[str, str] | None = None
-) -> Metadata:
-    """What a checkpoint stores about its run, as plain containers. constants: None says nothing about the models that
-    the run uses beside its own. base: of a LoRA run, a `base_record`."""
+def checkpoint_metadata(config: Config, data: Data, models: Mapping[str, ModelRecord | None] | None = None) -> Metadata:
+    """What a checkpoint stores about its run, as plain containers. models: records of "base" and "teacher", the models
+    that the run uses beside its own; None says nothing about them."""
     return {
         "model": to_dict(config.model),
         "training": to_dict(config.training),
         "data": data.identity,
         "tokenizer": tokenizer_record(data.tokenizer),
-        **({} if base is None else {"base": dict(base)}),
-        **({} if constants is None else {"teacher": constants.teacher and constants.teacher.fingerprint}),
+        **(models or {}),
     }
 
 
@@ -67,8 +63,10 @@ def check_resume(saved: Metadata, current: Metadata, workdir: Path) -> None:
         raise ConfigError(
             f"{workdir}: cannot resume, the run was made with other settings ({fields}); use a new --workdir"
         )
-    if "base" in current:
-        check_base(saved, current["base"], workdir, "--init-from")
+    if current.get("base"):
+        check_base(saved["base"], current["base"], workdir, "--init-from")
+    if "teacher" in current:
+        check_teacher(saved.get("teacher"), current["teacher"], workdir)
 
 
 def announce_changes(saved: Metadata, current: Metadata, step: int) -> None:
@@ -97,11 +95,9 @@ def changed_fields(saved: Metadata, current: Metadata) -> dict[str, tuple[Any, A
         "model": upgrade(ModelConfig, saved["model"]),
         "training": upgrade(TrainingConfig, saved["training"]),
         "data": data,
-        "teacher": saved.get("teacher"),
     }
     # The identity of the data covers its tokenizer, which checkpoints of 0.1.0 do not have as an entry of its own.
-    known = {name: value for name, value in upgraded.items() if name in current}
-    return differences(known, {name: current[name] for name in known})
+    return differences(upgraded, {name: current[name] for name in upgraded})
 
 
 def _announce_depth(changes: Mapping[str, tuple[Any, Any]], current: Metadata, step: int) -> None:

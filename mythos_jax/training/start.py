@@ -21,7 +21,8 @@ from mythos_jax.model.low_rank import target_paths
 from mythos_jax.paths import to_path
 from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.processes import is_process_zero, log0, process_zero_first
-from mythos_jax.runs.checkpoints import Checkpoints, newest_folder
+from mythos_jax.runs.base import ModelRecord, announce_step, naming
+from mythos_jax.runs.checkpoints import Checkpoints, newest_folder, newest_meta
 from mythos_jax.runs.comparison import compared
 from mythos_jax.runs.configs import has_begun, model_of
 from mythos_jax.runs.load import load_base, load_model
@@ -32,6 +33,7 @@ from mythos_jax.training.groups import rate_factors
 from mythos_jax.training.loggers import check_loggers, read_log
 from mythos_jax.training.resume import Metadata, announce_changes, check_resume, checkpoint_metadata
 from mythos_jax.training.step import abstract_state, init_state
+from mythos_jax.training.teacher import load_teacher
 from mythos_jax.training.tokenizers import check_tokenizers, with_local_tokenizer
 from mythos_jax.typed import check_field
 
@@ -131,21 +133,40 @@ def _announce_differences(changed: dict[str, tuple[Any, Any]], path: str) -> Non
         log0(f"{name} is {old!r} in {path}, {new!r} in this run")
 
 
-def load_constants(config: Config, mesh: Mesh, run_dir: Any) -> Constants:
-    """What the steps of a run only read: of a LoRA run the weights of `training.init_from`, also when it goes on."""
+def load_constants(config: Config, mesh: Mesh, run_dir: Any) -> tuple[Constants, dict[str, ModelRecord | None]]:
+    """What the steps of a run only read: of a LoRA run the weights of `training.init_from`, also when it goes on, and
+    the teacher. Also the records of both models. Raises ConfigError, which names the field, if one is not there."""
+    saved = process_zero_first(f"{run_dir}/checkpoints", lambda: newest_meta(run_dir / "checkpoints"))
+    constants = Constants()
+    records: dict[str, ModelRecord | None] = {"base": None, "teacher": None}
+    if config.training.lora.rank:
+        base, records["base"] = _load_base(config, mesh, saved.get("base"), run_dir)
+        constants = constants.replace(base=base)
+    if config.training.distillation.teacher:
+        with naming("training.distillation.teacher"):
+            teacher, records["teacher"] = load_teacher(config, saved.get("teacher"), run_dir)
+        constants = constants.replace(teacher=teacher)
+    if not saved:
+        for record in records.values():
+            announce_step(record)
+    return constants, records
+
+
+def _load_base(
+    config: Config, mesh: Mesh, saved: ModelRecord | None, run_dir: Any
+) -> tuple[dict[str, Any], ModelRecord]:
     lora, path = config.training.lora, config.training.init_from
-    if not lora.rank:
-        return Constants()
     paths = target_paths(config.model, lora)  # checks them before weights are read
-    loaded = load_base(config, mesh)
-    if not has_begun(run_dir):
+    with naming("training.init_from", "--init-from"):
+        loaded, record, changed = load_base(config, mesh, saved, run_dir)
+    if saved is None:
         check_tokenizers(config, loaded, path, "the run starts from its weights")
-        _announce_differences(compared(loaded.config.model, config.model, path), path)
+        _announce_differences(changed, path)
         count = sum(low_rank_sizes(config).values())
         log0(f"{count:,} low-rank weights of rank {lora.rank} are trained, beside {len(paths)} matrices of {path}")
         if config.model.feed_forward == "moe":
             log0("the routed experts have no low-rank weights")
-    return Constants(base=loaded.variables)
+    return loaded.variables, record
 
 
 def finished_step(config: Config, mesh: Mesh, run_dir: Any) -> int | None:

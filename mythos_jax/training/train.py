@@ -21,7 +21,6 @@ from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.paths import to_path
 from mythos_jax.processes import StopSignal, is_process_zero, raise_together
-from mythos_jax.runs.base import base_record
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.lock import RunLock
 from mythos_jax.runs.low_rank import model_variables
@@ -42,7 +41,6 @@ from mythos_jax.training.start import (
     starting_state,
 )
 from mythos_jax.training.step import make_train_step
-from mythos_jax.training.teacher import load_teacher
 
 
 def train(
@@ -67,10 +65,9 @@ def train(
             return finished(config, run_dir, step)
         # Everything that can be refused is refused before data is prepared, which can take hours.
         initial = load_initial(config, run_dir)
-        constants = load_constants(config, mesh, run_dir).replace(teacher=load_teacher(config))
+        constants, models = load_constants(config, mesh, run_dir)
         data = open_run_data(config, run_dir, progress)
-        base = None if constants.base is None else base_record(config.training.init_from, constants.base)
-        metadata = checkpoint_metadata(config, data, constants, base)
+        metadata = checkpoint_metadata(config, data, models)
         checkpoints = stack.enter_context(open_checkpoints(config, run_dir))
         state = starting_state(config, mesh, metadata, checkpoints, run_dir, initial)
 

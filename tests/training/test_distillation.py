@@ -1,6 +1,7 @@
 """Learning from a teacher: the step against full logits of both, and runs that have a teacher."""
 
 import dataclasses
+import re
 import shutil
 from functools import partial
 
@@ -124,9 +125,16 @@ def test_a_run_with_a_teacher(config, uninterrupted, tmp_path, capsys):
     moved = teacher.rename(tmp_path / "moved")
     assert train(distilling(config, moved, steps=2, schedule="constant"), run, progress=False)["step"] == 2
     assert f"training.distillation.teacher was '{teacher}', is now '{moved}'" in capsys.readouterr().err
-    for other in (distilling(config, run, steps=3), with_training(config, steps=3)):
-        with pytest.raises(ConfigError, match=r"cannot resume, .*\(teacher was '[0-9a-f]{64}', is .*\); use a new"):
+    refused = f"{run}: cannot resume, training.distillation.teacher: got {{!r}}, allowed: the weights of {moved} as"
+    for path, other in {str(run): distilling(config, run, steps=3), "": with_training(config, steps=3)}.items():
+        with pytest.raises(ConfigError, match=re.escape(refused.format(path))):
             train(other, run, progress=False)
+    narrow = DistillationConfig(teacher=str(moved), teacher_dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"\(training\.distillation\.teacher_dtype was 'float32', is 'bfloat16'\)"):
+        train(with_training(config, steps=3, distillation=narrow), run, progress=False)
+    moved.rename(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"^training\.distillation\.teacher: .*moved: no such file"):
+        train(distilling(config, moved, steps=3), run, progress=False)
 
 
 def test_a_teacher_that_does_not_fit(config, uninterrupted, tmp_path):
@@ -152,7 +160,7 @@ def test_a_teacher_that_does_not_fit(config, uninterrupted, tmp_path):
 def test_shapes_ahead_of_time_are_those_of_the_teacher(config, uninterrupted):
     learned = DistillationConfig(teacher=str(uninterrupted), teacher_dtype="bfloat16")
     config, mesh = with_training(config, distillation=learned), make_mesh(MeshConfig(), jax.local_devices()[:1])
-    ahead, loaded = abstract_teacher(config, mesh), load_teacher(config)
+    ahead, loaded = abstract_teacher(config, mesh), load_teacher(config)[0]
     assert ahead.model == loaded.model
     assert {x.dtype.name for x in jax.tree.leaves(loaded.variables)} == {"bfloat16", "float32"}
     same = lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)  # noqa: E731

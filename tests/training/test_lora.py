@@ -79,7 +79,7 @@ CONFIG = Config(
 @pytest.fixture(scope="module")
 def once(tmp_path_factory, text_file):
     """A folder with text, a base, a config, and a run of it."""
-    folder = tmp_path_factory.mktemp("lora")
+    folder = tmp_path_factory.mktemp("lora") / "there"
     shutil.copytree(text_file, folder / "text")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -87,7 +87,7 @@ def once(tmp_path_factory, text_file):
         save_pretrained("base", LLAMA, variables(LLAMA), "llama")
         save_config(CONFIG, "c.yaml")
         train(CONFIG, "run", progress=False)
-    return folder
+    return folder.rename(folder.with_name("kept"))  # nothing is where it was
 
 
 @pytest.fixture
@@ -204,7 +204,10 @@ def test_a_finished_run_needs_no_base(home, capsys):
         train(with_lora(rank=4), "run", progress=False)
     shutil.rmtree("rows")
     assert train(CONFIG, "run", progress=False) == last
-    with pytest.raises(ConfigError, match=r"^base: no such file"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^training\.init_from \(--init-from\): base: no such file",
+    ):
         train(with_training(CONFIG, steps=5), "run", progress=False)
 
 
@@ -226,6 +229,37 @@ def test_the_base_has_moved_or_is_another_one(home, capsys):
     assert capsys.readouterr().err == expected.format("--base")
     assert main(["train", "c.yaml", "--workdir", "run", "--training.steps", "5", "--init-from", "other"]) == 2
     assert capsys.readouterr().err.endswith(expected.format("--init-from"))
+
+
+def test_from_another_working_directory_a_base_is_found(home, once, capsys):
+    there = once.with_name("there") / "base"
+    shutil.move("base", there)
+    load_model("run")
+    shutil.rmtree(there)
+    assert f"training.init_from: base is not here; using {there}, which is where it was" in capsys.readouterr().err
+
+
+def test_a_base_that_trains_on(home, capsys):
+    """A run on a run belongs to the step that it started from."""
+    training = replace(CONFIG.training, steps=1, evaluate_every=0, init_from="run", lora=LoraConfig(rank=2))
+    config = replace(CONFIG, training=training)
+    train(config, "second", progress=False)
+    assert "run: this run needs its step 4 as long as it is used" in capsys.readouterr().err
+    before = load_model("second").variables
+    train(with_training(CONFIG, steps=5), "run", progress=False)
+    assert load_model("run").step == 5
+    assert_same(load_model("second").variables, before)
+    assert train(with_training(config, steps=2), "second", progress=False)["step"] == 2
+    shutil.move("base", "moved")
+    with pytest.raises(
+        ConfigError, match=r"^second: its base run is a LoRA run .*mythos convert run OUT --base"
+    ) as error:
+        load_model("second")
+    assert str(error.value).count("--base MODEL") == 2
+    shutil.move("moved", "base")
+    shutil.rmtree("run/checkpoints/4")
+    with pytest.raises(ConfigError, match=r"run: step 4, which second belongs to, is not there any more \(newest 5\)"):
+        load_model("second")
 
 
 def test_other_settings_are_refused_when_a_run_resumes(home):
