@@ -34,7 +34,7 @@ def model_record(path: str, step: int | None, fingerprint: str) -> ModelRecord:
 
 def located(path: str, saved: Mapping[str, Any] | None, field: str) -> str:
     """Where a model is that a config names `path`: there, else where the directory was that the run began with."""
-    absolute = path if saved is None or saved["path"] != path else saved["absolute"]
+    absolute = path if saved is None or saved["path"] != path else saved.get("absolute", path)
     if absolute == path or Path(path).exists() or not Path(absolute).exists():
         return path
     log0(f"{field}: {path} is not here; using {absolute}, which is where it was")

@@ -9,7 +9,6 @@ import pytest
 
 from mythos_jax.config import Config, DataConfig, DepthConfig, ModelConfig, TaskConfig, TrainingConfig
 from mythos_jax.errors import ConfigError
-from mythos_jax.runs.state import Constants
 from mythos_jax.training.resume import announce_changes, changed_fields, check_resume, checkpoint_metadata
 from mythos_jax.typed import to_dict
 
@@ -18,7 +17,7 @@ RUN = Path("runs/x")
 
 def metadata(**training):
     config = Config(training=TrainingConfig(steps=100, warmup_steps=10, **training))
-    return checkpoint_metadata(config, types.SimpleNamespace(identity="rows", tokenizer=None), Constants())
+    return checkpoint_metadata(config, types.SimpleNamespace(identity="rows", tokenizer=None))
 
 
 def test_a_field_that_an_older_checkpoint_lacks_has_its_default():
@@ -49,7 +48,7 @@ def test_a_run_of_version_0_1_0_is_resumed_with_the_settings_that_it_had():
 
     def current(**fields):
         config = Config(model=replace(model, **fields), training=training, data=DataConfig(seq_len=32))
-        return checkpoint_metadata(config, types.SimpleNamespace(identity=saved["data"], tokenizer=None), Constants())
+        return checkpoint_metadata(config, types.SimpleNamespace(identity=saved["data"], tokenizer=None))
 
     assert changed_fields(saved, current()) == {}
     check_resume(saved, current(), RUN)

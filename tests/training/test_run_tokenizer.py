@@ -16,7 +16,6 @@ from mythos_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError, DamagedError
 from mythos_jax.language_model import load
 from mythos_jax.runs.load import _tokenizer_of, load_model, open_source
-from mythos_jax.runs.state import Constants
 from mythos_jax.runs.trained_on import TrainedOn
 from mythos_jax.training import start, train
 from mythos_jax.training.predictor import train_predictor
@@ -129,7 +128,7 @@ def test_weights_of_another_tokenizer_are_no_start(here, monkeypatch):
 def test_a_run_on_bytes_remembers_them(here):
     prepare(["text"], "data/b", seq_len=16, held_out_fraction=0.2, progress=False)
     config = config_of(path="data/b", tokenizer="bytes")
-    record = checkpoint_metadata(config, open_data(config), Constants())["tokenizer"]
+    record = checkpoint_metadata(config, open_data(config))["tokenizer"]
     assert record == {"name": "bytes", "fingerprint": ByteTokenizer.fingerprint, "end_of_document": 256}
     remembered = TrainedOn.from_metadata({"data": "x", "tokenizer": record})
     assert _tokenizer_of(here / "run", config_of(), remembered) == "bytes"  # although there is a tokenizer.json
