@@ -172,7 +172,9 @@ def load_model(
         run = _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor, base)
         variables = merged(run.variables) if merge and LOW_RANK in run.variables else run.variables
         if SCALES in variables:  # a base that the run has as int8, and is not rounded again
-            return replace(run, storage=replace(storage, int8=True))
+            if storage.dtype != FLOAT32.dtype:
+                log0(f"{path}: its base stays int8 beside float32, as the run has it; {storage.dtype} is not used")
+            return replace(run, variables=variables, storage=replace(FLOAT32, int8=True))
         return replace(run, variables=storage.store_all(run.config.model, variables), storage=storage)
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")

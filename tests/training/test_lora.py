@@ -268,7 +268,7 @@ def test_other_settings_are_refused_when_a_run_resumes(home):
             train(with_lora(**fields), "run", progress=False)
 
 
-def test_runs_start_from_a_lora_run(home):
+def test_runs_start_from_a_lora_run(home, capsys):
     merged = load_model("run", merge=True).variables
     training = replace(CONFIG.training, steps=1, learning_rate=1e-30, evaluate_every=0, ema_decay=0.0)
     whole = replace(CONFIG, training=replace(training, lora=LoraConfig(), init_from="run", weight_decay=0.0))
@@ -280,6 +280,14 @@ def test_runs_start_from_a_lora_run(home):
     rest = {name: tree for name, tree in load_model("again").variables.items() if name != LOW_RANK}
     assert_same(rest, base)
     assert load_model("again").storage == Storage(int8=True)
+    narrow = load_model("again", storage=Storage("bfloat16"))
+    assert (narrow.storage, {x.dtype.name for x in jax.tree.leaves(narrow.variables)}) == (
+        Storage(int8=True),
+        {"int8", "float32"},
+    )
+    assert (
+        "again: its base stays int8 beside float32, as the run has it; bfloat16 is not used" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
