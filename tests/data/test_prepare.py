@@ -390,7 +390,7 @@ def test_ensure_prepared(corpus, tmp_path):
     for wrong, message in [
         (changed(seq_len=8), r"data\.seq_len: got 8, allowed: 16"),
         (changed(tokenizer=words), r"data\.tokenizer: got w\.json"),
-        (changed(sources=("stdlib",)), r"data\.sources: got \('stdlib',\), allowed: .*corpus"),
+        (changed(sources=("stdlib",)), r"data\.sources: got \['stdlib'\], allowed: .*corpus"),
         (changed(held_out_fraction=0.3), r"data\.held_out_fraction: got 0\.3, allowed: 0\.2"),
         (dataclasses.replace(config, model=ModelConfig(vocab_size=257)), r"model\.vocab_size: got 257.* at least 258"),
     ]:
