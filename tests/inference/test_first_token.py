@@ -61,9 +61,9 @@ def test_logits_and_generation(models, monkeypatch, model, words, special, token
     assert lm.logits(words, special_tokens=special).tolist() == tokens
 
 
-def test_a_run_follows_its_training_data(models, monkeypatch):
+def test_a_run_follows_its_training_data(models, tmp_path):
     """Whatever its tokenizer would put: an end-of-document token before every text."""
     import dataclasses
 
-    loaded = dataclasses.replace(models["bos"].loaded, step=3)
+    loaded = dataclasses.replace(models["bos"].loaded, step=3, directory=tmp_path)
     assert loaded.conventions.first_tokens == loaded.conventions.stop_tokens == (3,)
