@@ -136,9 +136,11 @@ def _announce_differences(changed: dict[str, tuple[Any, Any]], path: str) -> Non
 def load_constants(config: Config, mesh: Mesh, run_dir: Any) -> tuple[Constants, dict[str, ModelRecord | None]]:
     """What the steps of a run only read: of a LoRA run the weights of `training.init_from`, also when it goes on, and
     the teacher. Also the records of both models. Raises ConfigError, which names the field, if one is not there."""
-    saved = process_zero_first(f"{run_dir}/checkpoints", lambda: newest_meta(run_dir / "checkpoints"))
     constants = Constants()
     records: dict[str, ModelRecord | None] = {"base": None, "teacher": None}
+    if not config.training.lora.rank and not config.training.distillation.teacher:
+        return constants, records
+    saved = newest_meta(run_dir / "checkpoints")  # on all processes at once: Orbax waits for all of them
     if config.training.lora.rank:
         base, records["base"] = _load_base(config, mesh, saved.get("base"), run_dir)
         constants = constants.replace(base=base)
