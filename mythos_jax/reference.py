@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from mythos_jax.bounds import OneOf
 from mythos_jax.cli import build_parser
 from mythos_jax.config import Config
-from mythos_jax.typed import OneOf, Section, annotated_hints, describe
+from mythos_jax.typed import Section, annotated_hints, describe
 
 DOCS = Path(__file__).parents[1] / "docs"
 

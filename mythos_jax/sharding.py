@@ -165,9 +165,12 @@ def abstract(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
     with use_mesh(mesh):
         out_shardings = shardings(mesh, jax.eval_shape(make, *arguments))
         arrays = jax.eval_shape(lambda *a: nn.unbox(make(*a)), *arguments)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays, out_shardings
-    )
+    return placed_shapes(arrays, out_shardings)
+
+
+def placed_shapes(arrays: Any, places: Any) -> Any:
+    """The shapes and dtypes of arrays, concrete or abstract, with these shardings."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, places)
 
 
 def shardings(mesh: Mesh, boxed: Any) -> Any:

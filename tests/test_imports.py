@@ -33,6 +33,7 @@ FLOORS = (
     ("processes",),
     ("config",),
     ("typed",),
+    ("bounds",),
     ("progress",),
     ("chips", "interrupts", "paths", "streams"),
     ("json_text",),

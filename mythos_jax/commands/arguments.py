@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mythos_jax.bounds import Between, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import expand
-from mythos_jax.typed import Between, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 
 if TYPE_CHECKING:
     from mythos_jax.inference.text import RowOptions
@@ -45,13 +45,16 @@ def path(text: str) -> str:
     raise argparse.ArgumentTypeError("got '', allowed: a path")
 
 
+def integer_ranges(text: str) -> list[range]:
+    """1,2,4 or 1-8, or both. Raises ValueError for anything else; a range whose ends are reversed is empty."""
+    ends = [part.partition("-") for part in text.split(",")]
+    return [range(int(first), int(last if dash else first) + 1) for first, dash, last in ends]
+
+
 def positive_integers(text: str) -> list[int]:
     """1,2,4 or 1-8, or both."""
-    ranges: list[range] = []
     try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            ranges.append(range(int(first), int(last if dash else first) + 1))
+        ranges = integer_ranges(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed: integers >= 1, separated by commas") from None
     if any(len(part) == 0 or part[0] < 1 or part[-1] >= 2**31 for part in ranges):

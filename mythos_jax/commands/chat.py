@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from mythos_jax import interrupts
+from mythos_jax.bounds import Between, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from mythos_jax.commands.arguments import (
     add_base,
     add_chat,
@@ -25,7 +26,7 @@ from mythos_jax.commands.arguments import (
 )
 from mythos_jax.errors import DONE, ConfigError, one_line
 from mythos_jax.streams import say
-from mythos_jax.typed import Between, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, nearest_name
+from mythos_jax.typed import nearest_name
 
 if TYPE_CHECKING:
     from mythos_jax.inference.chat import Chat

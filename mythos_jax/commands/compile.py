@@ -4,9 +4,9 @@ import argparse
 import json
 import os
 
+from mythos_jax.bounds import PositiveInt
 from mythos_jax.commands.arguments import add_json, of_type, path
 from mythos_jax.errors import DONE, FAILED
-from mythos_jax.typed import PositiveInt
 
 SUMMARY = "Compile for TPUs that are not attached: does it fit into memory, and what limits a step?"
 

@@ -6,11 +6,11 @@ import os
 import sys
 from typing import Annotated
 
+from mythos_jax.bounds import Between, NonNegativeInt, PositiveInt
 from mythos_jax.commands.arguments import add_json, of_type, path
 from mythos_jax.config.data import Bytes, HeldOutFraction
 from mythos_jax.errors import DONE, ConfigError
 from mythos_jax.streams import counted
-from mythos_jax.typed import Between, NonNegativeInt, PositiveInt
 
 SUMMARY = "Prepare text or conversations for training, and look at what came out."
 PREPARE = "Turn text files, folders, JSON, CSV and Parquet into token rows."

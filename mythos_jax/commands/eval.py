@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mythos_jax.bounds import PositiveInt
 from mythos_jax.commands.arguments import (
     add_base,
     add_json,
@@ -25,7 +26,6 @@ from mythos_jax.commands.arguments import (
     words,
 )
 from mythos_jax.errors import DONE, FAILED, ConfigError
-from mythos_jax.typed import PositiveInt
 
 if TYPE_CHECKING:
     from mythos_jax.evaluation.results import Evaluation

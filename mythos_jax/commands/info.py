@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mythos_jax.bounds import PositiveInt
 from mythos_jax.commands.arguments import of_type, path
 from mythos_jax.errors import DONE, ConfigError
-from mythos_jax.typed import PositiveInt
 
 if TYPE_CHECKING:
     from mythos_jax.config import Config

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mythos_jax.commands.arguments import add_json, add_seed, of_type, path
+from mythos_jax.bounds import PositiveInt
+from mythos_jax.commands.arguments import add_json, add_seed, integer_ranges, of_type, path
 from mythos_jax.errors import DONE, FAILED, ConfigError
-from mythos_jax.typed import PositiveInt
 
 if TYPE_CHECKING:
     from mythos_jax.retrofit.cut import Cut
@@ -61,18 +62,15 @@ def layers(text: str) -> tuple[int, ...]:
     """For argparse: 0-3,6 or none."""
     if text == "none":
         return ()
-    numbers: list[int] = []
     try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            run = range(int(first), min(int(last if dash else first), MOST_LAYERS) + 1)
-            if not run:
-                raise ValueError
-            numbers += run
+        ranges = integer_ranges(text)
+        if not all(ranges):
+            raise ValueError
     except ValueError:
         allowed = "layers such as 0-9 or 0-3,6, or none"
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed: {allowed}") from None
-    return tuple(numbers)
+    # One more than a part can have tells as much about a range without an end.
+    return tuple(islice(chain(*ranges), MOST_LAYERS + 1))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -2,9 +2,9 @@
 
 import argparse
 
+from mythos_jax.bounds import PositiveInt
 from mythos_jax.commands.arguments import add_base, add_step, of_type, path
 from mythos_jax.errors import DONE
-from mythos_jax.typed import PositiveInt
 
 SUMMARY = "Train the head that predicts how many loops each token needs, on the rows of a run."
 

@@ -3,18 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from mythos_jax.typed import (
-    Between,
-    Formerly,
-    Ge,
-    NonNegativeInt,
-    PathText,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    Wide,
-    check_field,
-)
+from mythos_jax.bounds import Between, Formerly, Ge, NonNegativeInt, PathText, PositiveFloat, PositiveInt, Wide
+from mythos_jax.typed import Section, check_field
 
 TASKS = ("p_hop", "addition", "parity", "boolean", "chain")
 Bytes = Annotated[int, Ge(0), Wide()]

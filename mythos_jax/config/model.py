@@ -5,18 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from mythos_jax.typed import (
-    Between,
-    NonNegativeFloat,
-    NonNegativeInt,
-    OneOf,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    check_field,
-    first_few,
-    marked,
-)
+from mythos_jax.bounds import Between, NonNegativeFloat, NonNegativeInt, OneOf, PositiveFloat, PositiveInt
+from mythos_jax.typed import Section, check_field, first_few, marked
 
 Attention = Literal["gqa", "mla"]
 FeedForward = Literal["dense", "moe"]

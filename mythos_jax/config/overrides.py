@@ -8,11 +8,12 @@ YAML: `3e-4`, `true`, `null`, `[1, 2]`, `{data/web: 0.7, "data/set #2": 0.3}`. A
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, get_args, get_origin
 
+from mythos_jax.bounds import IsPath
 from mythos_jax.config.run import Config
 from mythos_jax.config.yaml_tree import field_hint, parse_yaml
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import expand
-from mythos_jax.typed import IsPath, Section, annotated_hints, convert, describe, from_dict, shown, text_is_wanted
+from mythos_jax.typed import Section, annotated_hints, convert, describe, from_dict, shown, text_is_wanted
 
 
 def apply_overrides(tree: dict[str, Any], words: Sequence[str]) -> None:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from mythos_jax.bounds import Ge, Or, PositiveInt
 from mythos_jax.config.data import DataConfig, EvaluationConfig
 from mythos_jax.config.model import ModelConfig
 from mythos_jax.config.training import TrainingConfig
-from mythos_jax.typed import Ge, Or, PositiveInt, Section
+from mythos_jax.typed import Section
 
 AxisSize = Annotated[int, Ge(1), Or(-1, "for the rest")]
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from mythos_jax.typed import (
+from mythos_jax.bounds import (
     Between,
     Formerly,
     Gt,
@@ -14,10 +14,9 @@ from mythos_jax.typed import (
     PathText,
     PositiveFloat,
     PositiveInt,
-    Section,
     Seed,
-    check_field,
 )
+from mythos_jax.typed import Section, check_field
 
 DepthDistribution = Literal["fixed", "uniform", "poisson", "lognormal_poisson"]
 Curriculum = Literal["linear", "1-sqrt"]
@@ -179,7 +178,7 @@ class TrainingConfig(Section, section="training"):
         self.check(divides, "grad_accumulation_steps", f"a divisor of batch_size {self.batch_size}")
         span = self.profile_steps
         ordered = not span or (len(span) == 2 and 1 <= span[0] <= span[1])
-        check_field(ordered, "training.profile_steps", list(span), "[first, last], or []")
+        check_field(ordered, "training.profile_steps", span, "[first, last], or []")
 
     @property
     def decay_steps(self) -> int:

@@ -76,12 +76,12 @@ def frozen_paths(config: Config) -> frozenset[str]:
     frozen = select(config.model, names, "training.frozen")
     if config.training.objectives.exit_loss == "gain":
         frozen |= everything - select(config.model, ["gate"], "training.objectives.exit_loss")
-    check_field(frozen != everything, "training.frozen", list(names), "names that leave something to train")
+    check_field(frozen != everything, "training.frozen", names, "names that leave something to train")
     objectives = config.training.objectives
     for field in ("exit_loss", "ponder_cost", "ponder_prior"):
         if getattr(objectives, field) not in ("none", 0) and select(config.model, ["gate"], "") <= frozen:
             allowed = f"names that leave the gate to training.objectives.{field}, which trains it"
-            check_field(False, "training.frozen", list(names), allowed)
+            check_field(False, "training.frozen", names, allowed)
     return frozen
 
 

@@ -23,9 +23,10 @@ from mythos_jax.inference.state import GenerateResult, Setup, State
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.preflight.topology import Topology
+from mythos_jax.runs.low_rank import abstract_base
 from mythos_jax.sharding import RULES, make_mesh, partition_spec, use_mesh
-from mythos_jax.training.step import abstract_constants, abstract_state, jitted_step
-from mythos_jax.training.teacher import abstract_teacher
+from mythos_jax.training.start import abstract_constants
+from mythos_jax.training.step import abstract_state, jitted_step
 
 # libtpu expects to run on a TPU VM. Without these it asks the VM's metadata server what it runs on, and logs failures.
 _ENVIRONMENT = {
@@ -101,12 +102,12 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
     check_batch(mesh, rows, "training.batch_size")
     rows_per_part = rows // config.training.grad_accumulation_steps
     check_batch(mesh, rows_per_part, "training.batch_size / training.grad_accumulation_steps")
-    state, teacher = abstract_state(config, mesh), abstract_teacher(config, mesh)
+    state, constants = abstract_state(config, mesh), abstract_constants(config, mesh)
+    teacher = constants.teacher
     batch = {
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))
         for name, dtype in _batch_dtypes(config).items()
     }
-    constants = abstract_constants(config, mesh).replace(teacher=teacher)
     with use_mesh(mesh):
         lowered = jitted_step(config).lower(state, batch, constants)
     parts = {
@@ -145,7 +146,8 @@ def compile_decode(config: Config, topology: Topology, quick: bool = False) -> P
     def array(dtype: Any, shape: tuple[int, ...] = (), *names: str) -> Any:
         return place(jax.ShapeDtypeStruct(shape, dtype), *names)
 
-    variables = {**(abstract_constants(config, mesh).base or {}), **abstract_state(config, mesh).variables}
+    base = abstract_base(config, mesh) if config.training.lora.rank else {}
+    variables = {**base, **abstract_state(config, mesh).variables}
     with use_mesh(mesh):  # the cache's dtype depends on the platform of the mesh
         cache = jax.eval_shape(lambda: init_cache(config.model, rows, length))
     heads = "latent" if config.model.attention == "mla" else "kv_heads"

@@ -30,6 +30,7 @@ import orbax.checkpoint as ocp
 from mythos_jax.errors import ConfigError, DamagedError, SaveError, UnreadableError, one_line
 from mythos_jax.paths import is_remote, to_path
 from mythos_jax.processes import is_process_zero, log0, lost_a_process, process_zero_first, raise_together
+from mythos_jax.runs.fingerprint import bits_and_index
 from mythos_jax.runs.state import TrainState, eval_variables, trained_collection
 
 
@@ -332,12 +333,8 @@ def checksums(tree: Any) -> jax.Array:
     """
 
     def one(x: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-        position, stride = jnp.zeros(x.shape, jnp.uint32), 1
-        for axis in reversed(range(x.ndim)):
-            position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-            stride *= x.shape[axis]
-        return jnp.sum(words.astype(jnp.uint32) * (2 * position + 1), dtype=jnp.uint32)
+        bits, index = bits_and_index(x)
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
     leaves = jax.tree.leaves(tree)
     return jnp.stack([one(leaf) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.uint32)

@@ -27,11 +27,17 @@ def fingerprint(variables: Mapping[str, Any]) -> str:
 @jax.jit
 def _sums(x: jax.Array) -> jax.Array:
     """uint32 [2]: sums of two hashes of every element's bits and index."""
+    bits, index = bits_and_index(x)
+    return jnp.stack([_mixed(bits ^ (index * jnp.uint32(salt))).sum(dtype=jnp.uint32) for salt in _SALTS])
+
+
+def bits_and_index(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """uint32, shaped like x: the bits of each element, and its position, modulo 2^32, in the order of the axes."""
     bits = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.stack([_mixed(bits ^ (index * jnp.uint32(salt))).sum(dtype=jnp.uint32) for salt in _SALTS])
+        index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return bits, index
 
 
 def _mixed(h: jax.Array) -> jax.Array:

@@ -170,12 +170,7 @@ def load_model(
     tokenizer = None if tokenizer is None else local_tokenizer(str(tokenizer))
     if is_run(path):
         run = _load_run(to_path(path), step, tokenizer, mesh, overrides, with_predictor, base)
-        variables = merged(run.variables) if merge and LOW_RANK in run.variables else run.variables
-        if SCALES in variables:  # a base that the run has as int8, and is not rounded again
-            if storage.dtype != FLOAT32.dtype:
-                log0(f"{path}: its base stays int8 beside float32, as the run has it; {storage.dtype} is not used")
-            return replace(run, variables=variables, storage=replace(FLOAT32, int8=True))
-        return replace(run, variables=storage.store_all(run.config.model, variables), storage=storage)
+        return _stored_as(storage, run, merge)
     if Path(path).is_dir() and (Path(path) / "checkpoints").is_dir():
         raise ConfigError(f"{path}: not a run directory (no config.yaml); allowed: what `mythos train` wrote")
     if step is not None:
@@ -202,6 +197,16 @@ def load_model(
         overlay=source.overlay,
         text=source.text if tokenizer is None else None,
     )
+
+
+def _stored_as(storage: Storage, run: LoadedModel, merge: bool) -> LoadedModel:
+    """The run with its weights as `storage` says, where they are not int8 already."""
+    variables = merged(run.variables) if merge and LOW_RANK in run.variables else run.variables
+    if SCALES in variables:  # a base that the run has as int8, and is not rounded again
+        if storage.dtype != FLOAT32.dtype:
+            log0(f"{run.directory}: its base stays int8 beside float32, as the run has it; {storage.dtype} is not used")
+        return replace(run, variables=variables, storage=replace(FLOAT32, int8=True))
+    return replace(run, variables=storage.store_all(run.config.model, variables), storage=storage)
 
 
 def placer(config: ModelConfig, mesh: Mesh) -> Callable[[str, Any], jax.Array]:

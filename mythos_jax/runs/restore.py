@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jax.sharding import Mesh
 
 from mythos_jax.config import Config, MeshConfig, ModelConfig
@@ -16,7 +15,7 @@ from mythos_jax.processes import log0
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.comparison import check_trained
 from mythos_jax.runs.low_rank import abstract_low_rank
-from mythos_jax.sharding import default_mesh, make_mesh, shardings
+from mythos_jax.sharding import default_mesh, make_mesh, placed_shapes, shardings
 
 
 def restore_run(
@@ -44,11 +43,8 @@ def restore_run(
 def _abstract_on(mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
     """The shapes, dtypes and places of a model's variables."""
     boxed = {"balance": {}, **abstract_variables(config)}
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings(mesh, boxed),
-    )
+    shapes: dict[str, Any] = placed_shapes(nn.unbox(boxed), shardings(mesh, boxed))
+    return shapes
 
 
 def mesh_of(directory: Path, config: MeshConfig) -> Mesh:

@@ -19,7 +19,6 @@ from mythos_jax.flops import low_rank_sizes
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.low_rank import target_paths
 from mythos_jax.paths import to_path
-from mythos_jax.porting.hub import local_tokenizer
 from mythos_jax.processes import is_process_zero, log0, process_zero_first
 from mythos_jax.runs.base import ModelRecord, announce_step, naming
 from mythos_jax.runs.checkpoints import Checkpoints, newest_folder, newest_meta
@@ -27,13 +26,14 @@ from mythos_jax.runs.comparison import compared
 from mythos_jax.runs.configs import has_begun, model_of
 from mythos_jax.runs.load import load_base, load_model
 from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
+from mythos_jax.runs.low_rank import abstract_base
 from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import check_sharded, make_mesh
 from mythos_jax.training.groups import rate_factors
 from mythos_jax.training.loggers import check_loggers, read_log
 from mythos_jax.training.resume import Metadata, announce_changes, check_resume, checkpoint_metadata
 from mythos_jax.training.step import abstract_state, init_state
-from mythos_jax.training.teacher import load_teacher
+from mythos_jax.training.teacher import abstract_teacher, load_teacher
 from mythos_jax.training.tokenizers import check_tokenizers, with_local_tokenizer
 from mythos_jax.typed import check_field
 
@@ -49,7 +49,7 @@ def check_config(config: Config) -> Mesh:
         log0(f"warning: {problem}", logging.WARNING)
     span = t.profile_steps
     check_field(
-        not span or span[0] <= t.steps, "training.profile_steps", list(span), f"steps up to training.steps, {t.steps}"
+        not span or span[0] <= t.steps, "training.profile_steps", span, f"steps up to training.steps, {t.steps}"
     )
     mesh = make_mesh(config.mesh)
     check_sharded(mesh, abstract_variables(config.model))
@@ -154,6 +154,12 @@ def load_constants(config: Config, mesh: Mesh, run_dir: Any) -> tuple[Constants,
     return constants, records
 
 
+def abstract_constants(config: Config, mesh: Mesh) -> Constants:
+    """The shapes, dtypes and places of what `load_constants` loads, for compiling ahead of time."""
+    base = abstract_base(config, mesh) if config.training.lora.rank else None
+    return Constants(base=base, teacher=abstract_teacher(config, mesh))
+
+
 def _load_base(
     config: Config, mesh: Mesh, saved: ModelRecord | None, run_dir: Any
 ) -> tuple[dict[str, Any], ModelRecord]:
@@ -183,8 +189,7 @@ def finished_step(config: Config, mesh: Mesh, run_dir: Any) -> int | None:
         return None
     if process_zero_first("data", lambda: _data_is_gone(config), identity=str):
         return newest
-    local = replace(config, data=replace(config.data, tokenizer=local_tokenizer(config.data.tokenizer)))
-    metadata = checkpoint_metadata(config, open_run_data(local, run_dir, progress=False))
+    metadata = checkpoint_metadata(config, open_run_data(config, run_dir, progress=False))
     with open_checkpoints(config, run_dir) as checkpoints:
         step = int(_restored(config, mesh, metadata, checkpoints, run_dir)[0].step)
     return step if step >= config.training.steps else None  # the newest checkpoint may be damaged

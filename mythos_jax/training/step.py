@@ -20,7 +20,7 @@ from mythos_jax.model.moe import balanced
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.names import frozen_paths
 from mythos_jax.model.state import Output
-from mythos_jax.runs.low_rank import abstract_base, model_variables
+from mythos_jax.runs.low_rank import model_variables
 from mythos_jax.runs.state import Constants, Teacher, TrainState, trained_collection
 from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
 from mythos_jax.training.depth import draw_depths, loops_with_gradient, truncated_forward
@@ -51,11 +51,6 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and places of the state, for compiling ahead of time; the devices need not be there."""
     return abstract(_fresh_state(config), mesh, jax.eval_shape(jax.random.key, config.training.seed))
-
-
-def abstract_constants(config: Config, mesh: Mesh) -> Constants:
-    """As `abstract_state`, of what a step only reads."""
-    return Constants(base=abstract_base(config, mesh) if config.training.lora.rank else None)
 
 
 def _fresh_state(config: Config) -> Callable[[jax.Array], TrainState]:

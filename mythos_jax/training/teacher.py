@@ -15,7 +15,7 @@ from mythos_jax.runs.configs import model_of
 from mythos_jax.runs.fingerprint import fingerprint
 from mythos_jax.runs.load import load_model
 from mythos_jax.runs.state import Teacher
-from mythos_jax.sharding import shardings
+from mythos_jax.sharding import placed_shapes, shardings
 from mythos_jax.training.tokenizers import check_tokenizers
 from mythos_jax.typed import check_field
 
@@ -49,8 +49,7 @@ def abstract_teacher(config: Config, mesh: Mesh) -> Teacher | None:
     boxed = {"balance": {}, **abstract_variables(model)}
     store = Storage(settings.teacher_dtype).store_all
     stored = jax.eval_shape(lambda variables: store(model, variables), nn.unbox(boxed))
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    return Teacher(jax.tree.map(place, stored, shardings(mesh, boxed)), model)
+    return Teacher(placed_shapes(stored, shardings(mesh, boxed)), model)
 
 
 def _check_model(config: Config, theirs: ModelConfig) -> None:
