@@ -18,9 +18,11 @@ FLOORS = (
     ("commands",),
     ("__init__",),  # the public names, each imported from its room when it is first used
     ("preflight", "report"),
+    ("server",),
     ("language_model",),
     ("training",),
     ("evaluation",),
+    ("serving",),
     ("inference",),
     ("runs", "retrofit"),
     ("porting",),
