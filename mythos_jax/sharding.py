@@ -33,6 +33,8 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
     ("slots", None),  # loops stored in a cache
+    ("pages", None),  # of a pool that all rows share
+    ("page", None),  # positions in a page
     # Weights: fsdp divides the model width; tensor the heads, hidden width and vocabulary; expert the experts. The
     # width of all other weights is divided over the expert axis, too, or every expert group would hold a full copy.
     ("expert", "expert"),

@@ -2,6 +2,8 @@
 
 One structure serves three needs: a key-value cache for decoding (one slot per loop for layers in the loop), the keys
 and values of a token's last loop (kept while its state is frozen), both, or neither.
+
+A decode cache has a stretch of memory for each row, or it is a pool of pages that rows share through a table of pages.
 """
 
 from functools import partial
@@ -30,14 +32,60 @@ class LayerCache(struct.PyTreeNode):
 
     kv: [slots, B, S, ...], the decode cache; loop t writes slot t mod slots. exit_kv: [B, T, ...], keys and values of
     the current tokens from the last loop that they ran.
+    pages: int32 [B, N] where `kv` is a pool of pages, [slots, pages, tokens of a page, ...]. Block n of row b is page
+    pages[b, n]; an entry equal to the number of pages is no page: nothing is written there, and zeros are read.
     """
 
     kv: KV | None = None
     exit_kv: KV | None = None
+    pages: jax.Array | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        assert self.kv is not None
+        size = self.kv.keys.shape[2]
+        return size if self.pages is None else self.pages.shape[1] * size
+
+    def write(self, slot: jax.Array, index_BT: jax.Array, new: KV) -> "LayerCache":
+        """Writes the keys and values of tokens, [B, T, ...], at these positions of their rows; nothing for positions
+        beyond the capacity. slot: int32 [] or [B, 1]. In place under jit, since the cache is donated."""
+        assert self.kv is not None
+        if self.pages is None:
+            at = slot, jnp.arange(index_BT.shape[0])[:, None], index_BT
+        else:
+            n_pages, size = self.kv.keys.shape[1:3]
+            # Beyond the table there is no page either.
+            page_BT = jnp.take_along_axis(self.pages, index_BT // size, axis=1, mode="fill", fill_value=n_pages)
+            at = slot, page_BT, index_BT % size
+        kv = jax.tree.map(lambda c, n: c.at[at].set(n.astype(c.dtype), mode="drop"), self.kv, new)
+        return self.replace(kv=constrain_cache(kv, self.pages is not None))  # else a scatter may leave it replicated
+
+    def read(self, slot: jax.Array, index_BT: jax.Array) -> KV:
+        """Keys and values [B, S, ...] of all positions that the queries at `index_BT` may attend to. slot: int32 [] or
+        [B, 1]."""
+        assert self.kv is not None
+        if self.pages is None:
+            if jnp.ndim(slot) == 0:  # one slice, which is not copied
+                return jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, slot, keepdims=False), self.kv)
+            return jax.tree.map(lambda c: c[slot[:, 0], jnp.arange(len(slot))], self.kv)
+        # What an earlier user of a page left behind is hidden by a weight of 0, unless it is NaN or infinite.
+        written_BS = jnp.arange(self.capacity) <= index_BT.max(axis=1, keepdims=True)
+
+        def gather(pool: jax.Array) -> jax.Array:
+            blocks = pool.at[slot, self.pages].get(mode="fill", fill_value=0)
+            rows = blocks.reshape(*written_BS.shape, *blocks.shape[3:])
+            return jnp.where(broadcast_mask(written_BS, rows), rows, 0)
+
+        return jax.tree.map(gather, self.kv)
 
 
 class Cache(struct.PyTreeNode):
-    """The decode cache of a model; `length_B` int32 counts the tokens that each row holds."""
+    """The decode cache of a model; `length_B` int32 counts the tokens that each row holds.
+
+    Of `init_paged_cache` it is a pool, which any rows can use: `at` says which pages hold their tokens, and `pool`
+    takes the pool back out after a call.
+    """
 
     prelude: tuple[LayerCache, ...]
     loop: tuple[LayerCache, ...]
@@ -49,7 +97,23 @@ class Cache(struct.PyTreeNode):
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
-        return jax.tree.leaves((self.prelude, self.loop, self.coda))[0].shape[2]
+        return (*self.prelude, *self.loop, *self.coda)[0].capacity
+
+    def at(self, pages_BN: jax.Array, length_B: jax.Array) -> "Cache":
+        """The pool as rows that hold `length_B` tokens see it through this table of pages (`LayerCache.pages`). Rows
+        may share pages; what several rows of a call write, all of them read."""
+        return self._with_pages(pages_BN, length_B)
+
+    def pool(self) -> "Cache":
+        """The pool without rows."""
+        return self._with_pages(None, jnp.zeros((0,), jnp.int32))
+
+    def _with_pages(self, pages_BN: jax.Array | None, length_B: jax.Array) -> "Cache":
+        groups = {
+            name: tuple(layer.replace(pages=pages_BN) for layer in getattr(self, name))
+            for name in ("prelude", "loop", "coda")
+        }
+        return self.replace(**groups, length_B=length_B)
 
 
 def empty_kv(config: ModelConfig, *shape: int) -> KV:
@@ -60,12 +124,14 @@ def empty_kv(config: ModelConfig, *shape: int) -> KV:
     return KV(*(jnp.zeros((*shape, config.n_kv_heads, config.gqa_head_dim), dtype) for _ in range(2)))
 
 
-def constrain_cache(kv: KV) -> KV:
+def constrain_cache(kv: KV, paged: bool = False) -> KV:
     """A cache [slots, B, S, ...], placed on the mesh in use: rows over the batch axes, positions over sequence, heads
-    over tensor."""
+    over tensor. paged: it is a pool [slots, pages, tokens of a page, ...]; only its heads are divided, since any row
+    may use any page."""
     # A latent belongs to all heads, so the tensor axis cannot split it.
     heads = ("latent",) if kv.values is None else ("kv_heads", None)
-    return jax.tree.map(lambda x: constrain(x, "slots", "batch", "cache_length", *heads), kv)
+    tokens = ("pages", "page") if paged else ("batch", "cache_length")
+    return jax.tree.map(lambda x: constrain(x, "slots", *tokens, *heads), kv)
 
 
 @partial(jax.jit, static_argnames=("config", "batch", "capacity", "loops", "loop_cache_slots"))
@@ -78,6 +144,23 @@ def init_cache(
     the memory at any depth. Loop t then shares slot t mod n, and decoding is an approximation. Raises ConfigError for
     fewer than one slot.
     """
+    cache = _empty_cache(config, batch, capacity, loops, loop_cache_slots, paged=False)
+    return cache.replace(length_B=jnp.zeros((batch,), jnp.int32))
+
+
+@partial(jax.jit, static_argnames=("config", "pages", "page_size", "loops", "loop_cache_slots"))
+def init_paged_cache(
+    config: ModelConfig, pages: int, page_size: int, loops: int | None = None, loop_cache_slots: int | None = None
+) -> Cache:
+    """An empty pool of `pages` pages of `page_size` tokens each, without rows: see `Cache.at`. loops and
+    loop_cache_slots: as in `init_cache`."""
+    return _empty_cache(config, pages, page_size, loops, loop_cache_slots, paged=True)
+
+
+def _empty_cache(
+    config: ModelConfig, rows: int, size: int, loops: int | None, loop_cache_slots: int | None, paged: bool
+) -> Cache:
+    """Rows, or pages, of `size` tokens each; the lengths of rows are still to come."""
     # One slot per loop: a token at loop t attends to keys and values that others made in loop t.
     slots = loops or config.loops
     if loop_cache_slots is not None:
@@ -85,13 +168,13 @@ def init_cache(
         slots = loop_cache_slots
 
     def layers(n: int, slots: int) -> tuple[LayerCache, ...]:
-        return tuple(LayerCache(kv=constrain_cache(empty_kv(config, slots, batch, capacity))) for _ in range(n))
+        return tuple(LayerCache(kv=constrain_cache(empty_kv(config, slots, rows, size), paged)) for _ in range(n))
 
     return Cache(
         prelude=layers(config.prelude_layers, 1),
         loop=layers(config.loop_layers, slots),
         coda=layers(config.coda_layers, 1),
-        length_B=jnp.zeros((batch,), jnp.int32),
+        length_B=jnp.zeros((0,), jnp.int32),
         loop_slots=slots,
         bounded=loop_cache_slots is not None,
     )
@@ -112,22 +195,15 @@ def update_cache(
         cache = cache.replace(exit_kv=new)
     if cache.kv is None or index_BT is None:
         return cache, new
-    slots, _, capacity = cache.kv.keys.shape[:3]
-    loop, by_row = jnp.asarray(loop), jnp.ndim(loop) == 1
-    rows, slot = jnp.arange(index_BT.shape[0]), loop % slots
+    slots, loop = cache.kv.keys.shape[0], jnp.asarray(loop)
+    if loop.ndim == 1:
+        loop = loop[:, None]
+    written_BT = index_BT
     if frozen_BT is not None:
         # From loop `slots` on, every slot holds a loop that the token ran, or its last one.
-        beyond = (loop >= slots)[:, None] if by_row else loop >= slots
-        index_BT = jnp.where(frozen_BT & beyond, capacity, index_BT)
-    # Scattered in place under jit, since the cache is donated.
-    at = (slot[:, None] if by_row else slot, rows[:, None], index_BT)
-    kv = jax.tree.map(lambda c, n: c.at[at].set(n.astype(c.dtype), mode="drop"), cache.kv, new)
-    kv = constrain_cache(kv)  # else a scatter may leave it replicated
-    if by_row:
-        seen = jax.tree.map(lambda c: c[slot, rows], kv)
-    else:  # one slice, which is not copied
-        seen = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, slot, keepdims=False), kv)
-    return cache.replace(kv=kv), seen
+        written_BT = jnp.where(frozen_BT & (loop >= slots), cache.capacity, index_BT)
+    cache = cache.write(loop % slots, written_BT, new)
+    return cache, cache.read(loop % slots, index_BT)
 
 
 def fill_skipped_loops(
@@ -140,16 +216,17 @@ def fill_skipped_loops(
     and nothing of the cache's size is made.
     """
     assert cache.kv is not None
-    slots, _, capacity = cache.kv.keys.shape[:3]
-    # An index at the capacity is out of bounds, and what is written there is dropped.
-    rows, first = jnp.arange(index_BT.shape[0])[:, None], first_slot
+    assert cache.exit_kv is not None
+    slots, exit_kv, first = cache.kv.keys.shape[0], cache.exit_kv, first_slot
     if jnp.ndim(first_slot) == 1:
         first = jnp.where(tokens_BT, first_slot[:, None], slots).min()
 
     def fill(slot: jax.Array, kv: KV) -> KV:
         fills_BT = tokens_BT if jnp.ndim(first_slot) == 0 else tokens_BT & (slot >= first_slot[:, None])
-        at = (slot, rows, jnp.where(fills_BT, index_BT, capacity))
-        return jax.tree.map(lambda c, exit: c.at[at].set(exit.astype(c.dtype), mode="drop"), kv, cache.exit_kv)
+        # Nothing is written at the capacity.
+        filled = cache.replace(kv=kv).write(slot, jnp.where(fills_BT, index_BT, cache.capacity), exit_kv)
+        assert filled.kv is not None
+        return filled.kv
 
     return cache.replace(kv=jax.lax.fori_loop(first, slots, fill, cache.kv))
 

@@ -31,9 +31,10 @@ CHUNK = 4
 LENGTHS = np.array([8, 5])
 
 
-def run_in_pieces(config, tokens_BT, cuts, lengths=LENGTHS, call=run, loops=LOOPS, **keywords):
-    """Feeds tokens [cuts[i], cuts[i + 1]) piece by piece; positions past a row's length are padding."""
-    cache = init_cache(config, B, T, np.max(loops))
+def run_in_pieces(config, tokens_BT, cuts, lengths=LENGTHS, call=run, loops=LOOPS, cache=None, **keywords):
+    """Feeds tokens [cuts[i], cuts[i + 1]) piece by piece; positions past a row's length are padding. cache: an empty
+    one (default: with a slot for each loop)."""
+    cache = init_cache(config, len(lengths), T, np.max(loops)) if cache is None else cache
     outs = []
     for start, end in pairwise(cuts):
         segments = (np.arange(start, end) < lengths[:, None]).astype(np.int32)
