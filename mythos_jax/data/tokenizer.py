@@ -94,6 +94,10 @@ class Tokenizer(Protocol):
         """UTF-8 bytes that ids add to a text, which they begin or continue; a part of a character counts too."""
         ...
 
+    def token_bytes(self, number: int) -> bytes:
+        """The bytes that a token adds to a text that it continues; of a special token those of its spelling."""
+        ...
+
     def special_token(self, text: str) -> int | None:
         """The id of the special token that is written as `text`; None if there is none."""
         ...
@@ -162,6 +166,9 @@ class ByteTokenizer:
 
     def text_bytes(self, ids: Iterable[int], begins: bool = True) -> int:
         return len(self.visible(ids))
+
+    def token_bytes(self, number: int) -> bytes:
+        return bytes([number]) if 0 <= number < 256 else self.spell([number]).encode()
 
     def special_token(self, text: str) -> int | None:
         return None  # these have no spelling
@@ -285,6 +292,17 @@ class HuggingFaceTokenizer:
         before = [] if begins else [self._ordinary]
         return len(self.decode([*before, *shown]).encode()) - len(self.decode(before).encode())
 
+    def token_bytes(self, number: int) -> bytes:
+        spelling = self._spelling.get(number)
+        if spelling is None:
+            return (self.token_text(number) or "").encode()
+        if number in self.fallback_bytes:
+            return bytes([int(spelling[3:5], 16)])
+        if "ByteLevel" in self._decoders and LEVEL_ALPHABET.issuperset(spelling):
+            return bytes(_LEVEL_BYTES[character] for character in spelling)
+        before = [self._ordinary]  # decoders treat the first token of a text differently
+        return self.decode([*before, number]).removeprefix(self.decode(before)).encode()
+
     def special_token(self, text: str) -> int | None:
         if text == self._end_name:
             return self.end_of_document
@@ -356,7 +374,9 @@ class HuggingFaceTokenizer:
 
 # GPT-2's spelling of bytes: printable Latin-1 characters as they are, each other byte as a character from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-LEVEL_ALPHABET = frozenset(map(chr, [*_PRINTABLE, *range(0x100, 0x100 + 256 - len(_PRINTABLE))]))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_LEVEL_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
+LEVEL_ALPHABET = frozenset(_LEVEL_BYTES)
 
 
 def _level_bytes(token: str) -> int:

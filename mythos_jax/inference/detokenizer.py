@@ -5,6 +5,7 @@ what a tokenizer does at the start of a text, such as dropping a space, is done 
 continuation.
 """
 
+import copy
 from collections.abc import Iterable
 
 from mythos_jax.data.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ class StreamingDetokenizer:
         self._window = self._tail(tokenizer.visible(prompt), KEPT)
         self._prompt: str | None = tokenizer.decode(self._window)  # None once something was returned
         self._returned = 0  # characters of the window's text
+        self.unfinished = False  # whether the last tokens have bytes that are not text yet
 
     def add(self, tokens: Iterable[int], last: bool = False) -> str:
         """The text that has become certain with these tokens; with `last`, everything that is left."""
@@ -33,11 +35,12 @@ class StreamingDetokenizer:
         self._window += new
         in_run = bool(self._window) and self._window[-1] in self._tokenizer.fallback_bytes
         if not last and (in_run or not new):
+            self.unfinished = in_run or self.unfinished
             return ""
         text = self._tokenizer.decode(self._window)
         # A run of bytes that are not text has one replacement for each character that was begun, so only the last
         # of them can still become a character.
-        unfinished = not last and text.endswith(REPLACEMENT)
+        self.unfinished = unfinished = not last and text.endswith(REPLACEMENT)
         end = len(text) - unfinished
         if self._prompt is not None:
             self._returned = _common(self._prompt, text[:end])
@@ -48,6 +51,12 @@ class StreamingDetokenizer:
         if not unfinished or len(self._window) > LIMIT:
             self._forget(KEPT_UNFINISHED if unfinished else KEPT, unfinished)
         return piece
+
+    def fork(self) -> "StreamingDetokenizer":
+        """Another one that continues from here, for tokens that may be withdrawn."""
+        other = copy.copy(self)
+        other._window = list(self._window)
+        return other
 
     def _forget(self, kept: int, unfinished: bool) -> None:
         """Keeps the end of the window only, all of which was returned but for an unfinished character."""

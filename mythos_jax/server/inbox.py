@@ -1,0 +1,78 @@
+"""From the engine's thread to the event loop: the events of one HTTP request, for all its choices."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+
+from mythos_jax.serving.request import Event, Finished, Listener
+
+MOST_EVENTS = 20_000  # that wait to be read; a client that lets more of them wait is cut off
+
+
+class Overflow(Exception):
+    """The client reads too slowly."""
+
+
+class Inbox:
+    """Holds events until the request's task reads them. To be made in the event loop."""
+
+    def __init__(self, most: int = MOST_EVENTS):
+        self._loop = asyncio.get_running_loop()
+        self._batches: deque[tuple[int, Sequence[Event]]] = deque()  # appended in one thread, taken in the other
+        self._ready = asyncio.Event()
+        self._most, self._waiting = most, 0
+        self._woken = self._closed = False
+
+    def listener(self, choice: int) -> Listener:
+        """What the engine is to call with the events of one choice."""
+
+        def listen(events: Sequence[Event]) -> None:
+            if self._closed:
+                return
+            self._waiting += len(events)
+            if self._waiting > self._most:
+                self._closed = True  # what follows is of no use; the reader finds out by `Overflow`
+            self._batches.append((choice, events))
+            self._wake()
+
+        return listen
+
+    def end(self, event: Finished) -> None:
+        """Says to the reader that everything is over."""
+        self._batches.append((-1, [event]))
+        self._ready.set()
+
+    def close(self) -> None:
+        """Drops what is here, and what will come."""
+        self._closed = True
+        self._batches.clear()
+
+    async def take(self, seconds: float) -> list[tuple[int, Sequence[Event]]]:
+        """All batches that have arrived, at least one; none if nothing comes within some seconds. A choice of -1 stands
+        for all. Raises Overflow."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not self._batches:
+                    self._ready.clear()
+                    if not self._batches:
+                        await self._ready.wait()
+        except TimeoutError:
+            return []
+        self._woken = False
+        taken = []
+        while self._batches:
+            taken.append(self._batches.popleft())
+        if self._waiting > self._most:
+            raise Overflow
+        self._waiting = 0
+        return taken
+
+    def _wake(self) -> None:
+        """Wakes the reader, once for all that comes until it reads."""
+        if self._woken:
+            return
+        self._woken = True
+        try:
+            self._loop.call_soon_threadsafe(self._ready.set)
+        except RuntimeError:  # the loop has ended
+            self._closed = True

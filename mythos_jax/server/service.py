@@ -1,0 +1,92 @@
+"""The server's state: the engine, the model, the limits, and the requests that are under way."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from mythos_jax.errors import one_line
+from mythos_jax.model.halting import Halting
+from mythos_jax.server.errors import ApiError
+from mythos_jax.server.inbox import Inbox
+from mythos_jax.server.limits import Limits
+from mythos_jax.server.metrics import Metrics
+from mythos_jax.server.model import ServedModel
+from mythos_jax.serving.request import Finished, Listener, Request
+
+State = Literal["starting", "ready", "draining", "failed"]
+_RETRY_AFTER = 5.0  # seconds, of a server that starts or stops
+
+
+class EngineLike(Protocol):
+    """What the server needs of `serving.engine.Engine`."""
+
+    error: BaseException | None
+
+    @property
+    def counters(self) -> Any: ...
+
+    def check(self, request: Request) -> None: ...
+
+    def submit(self, request: Request, listener: Listener) -> Any: ...
+
+    def cancel(self, ticket: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Of requests that do not say. max_new_tokens: None: as many as fit, at most 128, in a chat 512."""
+
+    max_new_tokens: int | None = None
+    loops: int | None = None
+    halting: Halting | None = None
+
+
+@dataclass
+class Service:
+    """key: what clients must send as a bearer token; None: nothing. origins: of pages that may ask from a browser.
+
+    local: only this machine reaches it, under the name localhost or an address. debug: errors of the server are raised.
+    """
+
+    engine: EngineLike
+    model: ServedModel
+    limits: Limits = field(default_factory=Limits)
+    defaults: Defaults = field(default_factory=Defaults)
+    key: str | None = None
+    origins: Sequence[str] = ()
+    state: State = "ready"
+    local: bool = False
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine)
+        self.inboxes: set[Inbox] = set()
+        # One thread: a tokenizer is not made for several at a time.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
+
+    def require_ready(self) -> None:
+        """Raises ApiError if it takes no requests now."""
+        if self.failed:
+            raise ApiError(503, f"the engine has failed: {self.failed}", code="engine_failed")
+        if self.state != "ready":
+            reason = "starting" if self.state == "starting" else "stopping"
+            raise ApiError(503, f"the server is {reason}", code=f"server_{reason}", retry_after=_RETRY_AFTER)
+
+    @property
+    def failed(self) -> str:
+        """Why the engine has failed; empty if it has not."""
+        error = self.engine.error
+        if error is None and self.state != "failed":
+            return ""
+        return one_line(error or "unknown", 300)
+
+    async def tokenize(self, encode: Any, *arguments: Any) -> list[int]:
+        """Calls one of the model's functions that make tokens, in a thread of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode, *arguments)
+
+    def end_all(self, event: Finished) -> None:
+        """Ends every request that is under way. For the thread of the event loop."""
+        for inbox in list(self.inboxes):
+            inbox.end(event)
