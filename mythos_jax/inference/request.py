@@ -146,9 +146,9 @@ def _check_sampling(config: ModelConfig, temperature: float, top_k: int, top_p: 
         seed.tolist(),
         "integers from 0 to 2^32 - 1",
     )
-    seed_B = np.broadcast_to(seed, B).astype(np.uint32)
     # NumPy, so that the numbers go wherever the model is.
-    numbers: Any = np.float32(temperature), np.int32(top_k), np.float32(top_p), seed_B
+    given = (temperature, np.float32), (top_k, np.int32), (top_p, np.float32), (seed, np.uint32)
+    numbers: Any = [np.broadcast_to(value, B).astype(dtype) for value, dtype in given]
     return Sampling(*numbers)
 
 

@@ -207,28 +207,30 @@ def update_cache(
 
 
 def fill_skipped_loops(
-    cache: LayerCache, first_slot: jax.Array, index_BT: jax.Array, tokens_BT: jax.Array
-) -> LayerCache:
+    caches: tuple[LayerCache, ...],
+    exit_kv: tuple[KV, ...],
+    first_slot: jax.Array,
+    index_BT: jax.Array,
+    tokens_BT: jax.Array,
+) -> tuple[LayerCache, ...]:
     """Copies the exit keys and values of `tokens_BT` (bool) to every slot from `first_slot` on: the loops that these
-    tokens exited before, in which deeper tokens will look for them.
+    tokens exited before, in which deeper tokens will look for them. caches, exit_kv: one for each layer of the loop.
 
     first_slot: int32 [] or, one per row, [B]. Slot by slot and in place, so that a token pays only for what it skipped
     and nothing of the cache's size is made.
     """
-    assert cache.kv is not None
-    assert cache.exit_kv is not None
-    slots, exit_kv, first = cache.kv.keys.shape[0], cache.exit_kv, first_slot
+    assert caches[0].kv is not None
+    slots, capacity, first = caches[0].kv.keys.shape[0], caches[0].capacity, first_slot
     if jnp.ndim(first_slot) == 1:
         first = jnp.where(tokens_BT, first_slot[:, None], slots).min()
 
-    def fill(slot: jax.Array, kv: KV) -> KV:
+    def fill(slot: jax.Array, caches: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
         fills_BT = tokens_BT if jnp.ndim(first_slot) == 0 else tokens_BT & (slot >= first_slot[:, None])
         # Nothing is written at the capacity.
-        filled = cache.replace(kv=kv).write(slot, jnp.where(fills_BT, index_BT, cache.capacity), exit_kv)
-        assert filled.kv is not None
-        return filled.kv
+        at_BT = jnp.where(fills_BT, index_BT, capacity)
+        return tuple(cache.write(slot, at_BT, kv) for cache, kv in zip(caches, exit_kv, strict=True))
 
-    return cache.replace(kv=jax.lax.fori_loop(first, slots, fill, cache.kv))
+    return jax.lax.fori_loop(first, slots, fill, caches)
 
 
 def broadcast_mask(mask_BT: jax.Array, x: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ DEFAULT_THRESHOLDS = {
 }
 CRITERIA = tuple(DEFAULT_THRESHOLDS)
 STATE_CRITERIA = ("act", "latent", "cosine", "predicted", "gate")  # the others look at the logits
+MANUAL = "manual"  # not among the criteria that a user can ask for: the caller decides
 
 
 class Halting(struct.PyTreeNode):
@@ -44,6 +45,9 @@ class Halting(struct.PyTreeNode):
                threshold is a budget, the mean number of loops per token to stay within (default: the predictor's own)
       gate     the probability of the model's exit gate that the token has exited by now reaches the threshold; only for
                models with a gate (Ouro, arXiv 2510.25741); at 1 the token runs all its loops
+      manual   never by itself: the caller steps through depth and ends a token's loops with `Mythos.halt`, by whatever
+               rule it likes (`state_criterion_met` is that of the criteria above); it has no threshold, and min_loops
+               is up to the caller
     kl, entropy and argmax run the coda and the head after each loop and are meant for decoding; they compare from the
     second loop on. A token runs at least `min_loops` and at most `max_loops` loops (None: what the call allows).
     """
@@ -54,8 +58,10 @@ class Halting(struct.PyTreeNode):
     max_loops: int | jax.Array | None = None
 
     def __post_init__(self):
-        if self.criterion not in CRITERIA:
+        if self.criterion not in (*CRITERIA, MANUAL):
             raise ConfigError(f"halting criterion: got {self.criterion!r}, allowed: {', '.join(CRITERIA)}")
+        if self.criterion == MANUAL and isinstance(self.threshold, int | float):
+            raise ConfigError(f"halting threshold: got {self.threshold}, allowed with manual: none")
         for name, value, lowest in [
             ("threshold", self.threshold, self.criterion == "predicted"),
             ("max_loops", self.max_loops, 1),
@@ -70,6 +76,8 @@ class Halting(struct.PyTreeNode):
     def parse(cls, text: str) -> "Halting":
         """The policy written as CRITERION or CRITERION:THRESHOLD, such as `latent:0.03`. Raises ConfigError."""
         criterion, _, threshold = text.partition(":")
+        if criterion == MANUAL:  # nobody would end the loops
+            raise ConfigError(f"halting criterion: got {criterion!r}, allowed: {', '.join(CRITERIA)}")
         try:
             return cls(criterion, float(threshold) if threshold else None)
         except ConfigError:
@@ -86,7 +94,7 @@ class Halting(struct.PyTreeNode):
 
     @property
     def reads_logits(self) -> bool:
-        return self.criterion not in STATE_CRITERIA
+        return self.criterion not in (*STATE_CRITERIA, MANUAL)
 
     def limit(self, loops: int | jax.Array) -> int | jax.Array:
         """The maximum number of loops that a token may run in a call with `loops`."""
@@ -123,6 +131,8 @@ def check_halting(config: ModelConfig, halting: Halting | None, cached: bool) ->
             f"halting criterion: got {halting.criterion!r} on a model with freeze_halted false, allowed: "
             f"{', '.join(STATE_CRITERIA)} (the logits it compares would not be those that the token ends with)"
         )
+    if halting.criterion == MANUAL:
+        raise ConfigError("halting criterion: got 'manual', allowed only for a model with freeze_halted true")
 
 
 def check_expected(config: ModelConfig) -> None:
@@ -154,11 +164,33 @@ def cosine_distance(new_BTD: jax.Array, old_BTD: jax.Array) -> jax.Array:
 STATE_CHANGE = {"latent": relative_change, "cosine": cosine_distance}
 
 
-def state_converged(halting: Halting, new_BTD: jax.Array, old_BTD: jax.Array) -> jax.Array:
-    """Whether each token's step from the old state to the new one meets the criterion; bool [B, T]."""
-    if halting.criterion not in STATE_CHANGE:  # it looks at the logits, outside the cell
+def state_criterion_met(
+    halting: Halting,
+    loop_B1: jax.Array,
+    new_BTD: jax.Array,
+    old_BTD: jax.Array,
+    survival_BT: jax.Array | None = None,
+    predicted_BT: jax.Array | None = None,
+) -> jax.Array:
+    """Whether loop t = `loop_B1` (from 0), which made the new state of the old one, brings each token to its policy's
+    end; bool [B, T]. The policy's numbers may be one per row, [B, 1].
+
+    survival_BT: after this loop, where the criterion is the gate. predicted_BT: `predicted_loops`, where it is
+    `predicted`. False for ACT and for criteria that look at the logits: those are decided elsewhere.
+    """
+    if halting.criterion == "predicted":
+        assert predicted_BT is not None, "make_context predicts"
+        met_BT = loop_B1 + 1 >= predicted_BT
+    elif halting.criterion == "gate":
+        assert survival_BT is not None, "check_halting asks for a gate"
+        # At 1 every loop runs, also where the gate is so sure that its float32 probability is 1.
+        q = halting.resolved_threshold
+        met_BT = (survival_BT <= 1 - q) & (q < 1)
+    elif halting.criterion in STATE_CHANGE:
+        met_BT = STATE_CHANGE[halting.criterion](new_BTD, old_BTD) < halting.resolved_threshold
+    else:
         return jnp.zeros(new_BTD.shape[:2], bool)
-    return STATE_CHANGE[halting.criterion](new_BTD, old_BTD) < halting.resolved_threshold
+    return met_BT & (loop_B1 + 1 >= halting.min_loops)
 
 
 def act_weight(

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.attention import make_attention_context
 from mythos_jax.model.block import TransformerBlock, apply_layers
-from mythos_jax.model.cache import Cache, LayerCache
+from mythos_jax.model.cache import Cache, LayerCache, fill_skipped_loops
 from mythos_jax.model.exit_probe import LogitProbe
 from mythos_jax.model.gather import SCALES, stored_weight, weight_init
-from mythos_jax.model.halting import Halting, check_expected
+from mythos_jax.model.halting import MANUAL, Halting, check_expected, check_halting
 from mythos_jax.model.layers import Linear, RMSNorm, compute_dtype, matrix_init
 from mythos_jax.model.loop import make_context, prepare_tokens
 from mythos_jax.model.predictor import PREDICTOR
@@ -51,8 +51,9 @@ class Mythos(nn.Module):
     """A recurrent-depth transformer.
 
     A forward pass is three verbs: `begin` embeds the tokens and runs the prelude, `loop` runs any range of loops of the
-    recurrent block, `finish` reads out and runs coda and head, at any depth. Between them a `TokenState` holds all that
-    a token carries, so that depth can be stepped through by hand:
+    recurrent block, `finish` reads out and runs coda and head, at any depth. A fourth, `halt`, ends the loops of single
+    tokens between two calls of `loop`. Between them a `TokenState` holds all that a token carries, so that depth can be
+    stepped through by hand:
 
         m = Mythos(config).bind(variables)
         tokens, cache = m.begin(tokens_BT, cache=None)
@@ -178,6 +179,26 @@ class Mythos(nn.Module):
             probe,
         )
         return tokens, cache.replace(loop=loop_caches, coda=coda_caches) if cache else None, trace
+
+    def halt(
+        self, tokens: TokenState, cache: Cache | None, halts_BT: jax.Array, ended: int | jax.Array
+    ) -> tuple[TokenState, Cache | None]:
+        """Ends the loops of tokens that run them under `Halting("manual")`: later loops leave them as they are.
+
+        halts_BT: bool [B, T]; tokens that have halted already stay so. ended: int32 [] or [B], how many loops the other
+        tokens of the row have run. With a cache, their keys and values of the last loop are written for the loops that
+        they skip, in which deeper tokens will look for them. Raises ConfigError for a model that cannot be halted by
+        hand, and ValueError for tokens that have run no loop under that policy.
+        """
+        check_halting(self.config, Halting(MANUAL), cached=cache is not None)
+        if tokens.exit_kv is None:
+            raise ValueError("halt: got tokens that have run no loop with Halting('manual'), allowed: those that have")
+        if cache is not None:
+            index_BT, new_BT = tokens.inputs.index_BT, halts_BT & ~tokens.halted_BT
+            assert index_BT is not None, "begin was given no cache"
+            ended = jnp.asarray(ended, jnp.int32)
+            cache = cache.replace(loop=fill_skipped_loops(cache.loop, tokens.exit_kv, ended, index_BT, new_BT))
+        return tokens.replace(halted_BT=tokens.halted_BT | halts_BT), cache
 
     def finish(
         self, tokens: TokenState, cache: Cache | None = None, trace: Trace | None = None, *, logits: bool = True

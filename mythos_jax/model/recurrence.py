@@ -6,7 +6,7 @@ number of loops is known when the program is traced and no policy can halt token
 Shape letters as in model/mythos.py; B1 is [B, 1] (or a scalar), to broadcast over the tokens of a row.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from mythos_jax.model.attention import AttentionContext
 from mythos_jax.model.block import TransformerBlock, apply_layers
 from mythos_jax.model.cache import LayerCache, fill_skipped_loops
 from mythos_jax.model.exit_probe import LogitProbe
-from mythos_jax.model.halting import Halting, act_weight, relative_change, state_converged
+from mythos_jax.model.halting import act_weight, relative_change, state_criterion_met
 from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
 from mythos_jax.model.layers import RMSNorm, matrix_init
 from mythos_jax.model.loop import Carry, LoopContext, loop_function, scan_loops, while_loops
@@ -113,7 +113,8 @@ class RecurrentCell(nn.Module):
         if context.trace_states:
             trace = trace.replace(state_LBTD=state_BTD)
         if halting is not None and act is None:
-            halts_BT = masks.may_halt_B1 & self.criterion_met(halting, loop_B, state_BTD, old, survival_BT, context)
+            change = state_BTD, old.state_BTD
+            halts_BT = state_criterion_met(halting, loop_B[:, None], *change, survival_BT, context.predicted_BT)
         if masks.frozen_BT is not None:
             # A row at its target depth has halted. A frozen state does not move, which is not convergence.
             halts_BT = (halts_BT | masks.last_B1) & ~masks.frozen_BT
@@ -126,26 +127,6 @@ class RecurrentCell(nn.Module):
             survival_BT=survival_BT,
         )
         return carry.replace(tokens=tokens, caches=caches, router=add_stats(carry.router, stats)), trace
-
-    def criterion_met(
-        self,
-        halting: Halting,
-        loop_B: jax.Array,
-        state_BTD: jax.Array,
-        old: TokenState,
-        survival_BT: jax.Array | None,
-        context: LoopContext,
-    ) -> jax.Array:
-        """Whether loop t brings each token to its policy's end; bool [B, T], false for criteria that look at logits,
-        which the driver checks."""
-        if context.predicted_BT is not None:
-            return loop_B[:, None] + 1 >= context.predicted_BT
-        if halting.criterion == "gate":
-            assert survival_BT is not None, "check_halting asks for a gate"
-            # At 1 every loop runs, also where the gate is so sure that its float32 probability is 1.
-            q = halting.resolved_threshold
-            return (survival_BT <= 1 - q) & (q < 1)
-        return state_converged(halting, state_BTD, old.state_BTD)
 
     def halt_logit(self, state_BTD: jax.Array) -> jax.Array:
         """w h + b, whose sigmoid is the halting probability; float32 [B, T]."""
@@ -226,10 +207,11 @@ class RecurrentBlock(nn.Module):
 
         tokens, caches = carry.tokens.replace(inputs=before.inputs), carry.caches
         if before.exit_kv is not None:
-            tokens = tokens.replace(exit_kv=tuple(cache.exit_kv for cache in caches))
+            exit_kv: Any = tuple(cache.exit_kv for cache in caches)
+            tokens = tokens.replace(exit_kv=exit_kv)
+            caches = tuple(cache.replace(exit_kv=None) for cache in caches)
             if (index_BT := context.inputs.index_BT) is not None:  # there is a decode cache
                 # Later tokens may run deeper than those that halted here, and look for them in loops >= `end`.
                 new_BT = tokens.halted_BT & ~before.halted_BT
-                caches = tuple(fill_skipped_loops(cache, end, index_BT, new_BT) for cache in caches)
-            caches = tuple(cache.replace(exit_kv=None) for cache in caches)
+                caches = fill_skipped_loops(caches, exit_kv, end, index_BT, new_BT)
         return tokens, caches, carry.coda, trace.replace(router=carry.router)

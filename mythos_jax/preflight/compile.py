@@ -171,9 +171,9 @@ def compile_decode(config: Config, topology: Topology, quick: bool = False) -> P
         variables=variables,
         halting=None,
         sampling=Sampling(
-            temperature=array(jnp.float32),
-            top_k=array(jnp.int32),
-            top_p=array(jnp.float32),
+            temperature_B=array(jnp.float32, (rows,), "batch"),
+            top_k_B=array(jnp.int32, (rows,), "batch"),
+            top_p_B=array(jnp.float32, (rows,), "batch"),
             seed_B=array(jnp.uint32, (rows,), "batch"),
         ),
         stop_tokens=array(jnp.int32, (1,)),

@@ -45,7 +45,7 @@ def _empty(B):
 
 
 def _setup(config, halting, B):
-    sampling = Sampling(np.float32(0), np.int32(0), np.float32(1), np.zeros(B, np.uint32))
+    sampling = Sampling(*(np.full(B, value, dtype) for value, dtype in [(0, "f4"), (0, "i4"), (1, "f4"), (0, "u4")]))
     return Setup(Mythos(config), 5, None, variables(config), halting, sampling, np.zeros(1, np.int32))
 
 

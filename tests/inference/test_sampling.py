@@ -20,7 +20,8 @@ def draws(temperature, top_k, top_p, seed=0, seeds_apart=False):
     seed_B = seed + jnp.arange(N) * seeds_apart
     position_B = jnp.arange(N) * (not seeds_apart)
     logits_BV = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (N, V))
-    return sample(logits_BV, Sampling(temperature, top_k, top_p, seed_B.astype(jnp.uint32)), position_B)
+    rows = [jnp.full(N, value) for value in (temperature, top_k, top_p)]
+    return sample(logits_BV, Sampling(*rows, seed_B.astype(jnp.uint32)), position_B)
 
 
 def shares(tokens):
@@ -64,9 +65,27 @@ def test_top_p_counts_mass_after_top_k():
 
 def test_top_p_one_cuts_nothing_and_ties_keep_their_order():
     flat = np.zeros((1, 1000), np.float32)  # its cumulative sum rounds past 1 before the end
-    logits, tokens = jax.jit(truncate)(flat, 0, 1.0)
+    logits, tokens = jax.jit(truncate)(flat, np.zeros(1, int), np.ones(1))
     assert np.isfinite(logits).all()
     np.testing.assert_array_equal(tokens[0], np.arange(1000))
+
+
+def test_each_row_is_sampled_by_its_own_numbers():
+    """In one batch rows get what they get where all rows are like them; greedy ones the argmax, beside random ones."""
+    random = np.random.default_rng(0)
+    logits_BV = random.normal(0, 3, (64, 50)).astype(np.float32)
+    columns = random.choice([0.0, 0.7, 1.3], 64), random.choice([0, 1, 7], 64), random.choice([0.3, 0.9, 1.0], 64)
+    rows = [jnp.asarray(x, dtype) for x, dtype in zip(columns, ("f4", "i4", "f4"), strict=True)]
+    seed_B, position_B = jnp.asarray(random.integers(0, 9, 64), jnp.uint32), jnp.asarray(random.integers(0, 9, 64))
+    call = jax.jit(sample)
+    got = call(logits_BV, Sampling(*rows, seed_B), position_B)
+    for b in range(64):
+        alike = Sampling(*(jnp.full(64, x[b]) for x in rows), seed_B)
+        assert got[b] == call(logits_BV, alike, position_B)[b]
+    greedy = columns[0] == 0
+    assert 0 < greedy.sum() < 64
+    np.testing.assert_array_equal(got[greedy], logits_BV[greedy].argmax(-1))
+    assert (got != logits_BV.argmax(-1)).any()
 
 
 def test_seeds_and_positions_draw_differently_and_reproducibly():
