@@ -1,0 +1,399 @@
+"""The page at `/` in a browser, in front of the real application and an engine that answers at once."""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mythos_jax.serving.request import BusyError
+
+sys.path.insert(0, "/tmp/page")
+from fake_engine import FakeEngine
+from shim import serve
+
+CHROMIUM = Path("/usr/bin/chromium")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+if not CHROMIUM.exists():
+    pytest.skip(f"needs Chromium, at {CHROMIUM}", allow_module_level=True)
+
+PHONE, DESK = (360, 740), (1280, 800)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """Someone in front of the page."""
+
+    def __init__(self, page, server):
+        self.page, self.server = page, server
+
+    def ask(self, text):
+        self.page.fill("#prompt", text)
+        self.page.press("#prompt", "Enter")
+
+    def wait(self, selector):
+        return self.page.wait_for_selector(selector, timeout=10_000)
+
+    def ends(self, turn=1):
+        """Waits until the answer has ended."""
+        self.wait(f"article:nth-of-type({turn}) .again")
+
+    def hears(self, question):
+        """Asks, and waits for the end of the answer."""
+        self.ask(question)
+        self.ends(self.page.locator("article").count())
+
+    @property
+    def answer(self):
+        return self.page.locator(".answer").last.evaluate("element => element.textContent")
+
+    def run(self, code, *arguments):
+        return self.page.evaluate(code, *arguments)
+
+
+@pytest.fixture
+def visit(browser):
+    """visit(answer, ...): a page of a server whose model gives this answer, a token for each byte. Whatever a test
+    does, the page has no error and breaks no rule of its own content security policy."""
+    contexts, servers, complaints = [], [], []
+
+    def note(message):
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            complaints.append(message.text)
+
+    def open_page(answer="", size=DESK, dark=False, chat=True, key="", delay=0.0, ready=True):
+        engine = FakeEngine(delay=delay, answer=lambda request: list(answer.encode()), max_length=1024)
+        engine.start()
+        server = serve(engine, chat, key)
+        server.ready = ready
+        servers.append(server)
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, color_scheme="dark" if dark else "light"
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", note)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        reader = Reader(page, server)
+        if ready and not key:
+            reader.wait("#examples button")
+        return reader
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+        server.engine.close(drain=False)
+    assert complaints == []
+
+
+def colours(reader, selector, style="backgroundColor"):
+    """The colours of elements, as the browser paints them: red, green and blue from 0 to 255."""
+    return reader.run(
+        """([selector, style]) => {
+            const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+            return [...document.querySelectorAll(selector)].map((element) => {
+                paint.fillStyle = getComputedStyle(element)[style];
+                paint.fillRect(0, 0, 1, 1);
+                return [...paint.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+            });
+        }""",
+        [selector, style],
+    )
+
+
+def luminance(colour):
+    """Of WCAG 2."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (x / 255 for x in colour))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one, other):
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_an_answer_streams_in_the_colours_of_its_loops(visit):
+    reader = visit("The sky scatters blue.\nSo it is. Really")
+    reader.hears("Why?")
+    assert reader.answer == "The sky scatters blue.\nSo it is. Really"
+    (body,) = reader.server.bodies
+    assert body == {
+        "model": "tiny",
+        "temperature": 0.7,
+        "max_tokens": 256,
+        "loops": 4,
+        "halting": "latent:0.03",
+        "messages": [{"role": "user", "content": "Why?"}],
+        "logprobs": True,
+        "top_logprobs": 5,
+        "stream": True,
+    }
+    scale = colours(reader, "#legend i")
+    assert colours(reader, ".token") == [scale[i % 4] for i in range(len(reader.answer))]
+    assert reader.page.inner_text("#mean") == "2.5 of 4"
+    assert reader.page.inner_text("#saved") == "38 %"  # of 10 times 1 + 2 + 3 + 4 loops
+    assert "2.5 of 4 loops · 38 % saved" in reader.page.inner_text("article footer")
+    assert reader.page.locator("#spark rect").count() == len(reader.answer)
+    # What a screen reader says: sentences, each once.
+    assert reader.run("document.getElementById('spoken').textContent") == reader.answer
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_are_ordered_and_text_is_readable_on_all_of_them(visit, dark):
+    reader = visit("abcd", dark=dark)
+    reader.hears("?")
+    scale = colours(reader, "#legend i")
+    steps = [luminance(colour) for colour in scale]
+    assert steps == sorted(steps, reverse=not dark)
+    assert all(contrast(a, b) > 1.1 for a, b in zip(scale, scale[1:], strict=False))
+    (back,), (ink,) = colours(reader, "body"), colours(reader, "body", "color")
+    assert (luminance(back) < 0.1) == dark
+    assert all(contrast(ink, colour) >= 4.5 for colour in scale)
+    for quiet in ("article footer", "#numbers dt", "#facts", ".hint", "#clear", "output", "#why"):
+        for colour in colours(reader, quiet, "color"):
+            assert contrast(colour, back) >= 4.5, quiet
+    (button,), (label,) = colours(reader, "#send"), colours(reader, "#send", "color")
+    assert contrast(button, label) >= 4.5
+
+
+def test_the_card_of_a_token(visit):
+    reader = visit("a b\u00e9")
+    reader.hears("?")
+    card = reader.page.locator("#card")
+    reader.page.hover(".token >> nth=2")
+    assert card.is_visible()
+    text = card.inner_text()
+    assert "3 of 4" in text
+    assert f"{math.exp(-0.5):.0%}".replace("%", " %") in text
+    assert card.locator("li").all_inner_texts()[0].split() == ["b", "61", "%"]
+    assert card.locator("li").count() == 5
+    reader.page.hover("#name")
+    assert card.is_hidden()
+    # From the keyboard: one stop for Tab, arrows from token to token; the half character has no place of its own.
+    reader.page.focus(".token >> nth=0")
+    assert "1 of 4" in card.inner_text()
+    for _ in range(3):
+        reader.page.keyboard.press("ArrowRight")
+    assert "é" in card.inner_text()
+    assert reader.run("document.activeElement.getAttribute('aria-describedby')") == "card"
+    reader.page.hover(".token >> nth=0")
+    assert "é" in card.inner_text()  # it stays
+    reader.page.keyboard.press("Escape")
+    assert card.is_hidden()
+    reader.page.click(".token >> nth=1")
+    assert "2 of 4" in card.inner_text()
+    reader.page.click("#name")
+    assert card.is_hidden()
+
+
+def test_stop_keeps_the_text_and_frees_the_place(visit):
+    reader = visit("slowly " * 100, delay=0.005)
+    reader.ask("?")
+    reader.wait(".token >> nth=20")
+    reader.page.click("#stop")
+    reader.ends()
+    text = reader.answer
+    assert "slowly slowly" in text
+    assert len(text) < 700
+    assert "stopped" in reader.page.inner_text("article footer")
+    assert reader.run("document.activeElement.id") == "prompt"
+    deadline = time.monotonic() + 5
+    while not reader.server.engine.cancelled and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert reader.server.engine.cancelled
+    # The page goes on, and what it has is part of the conversation.
+    reader.server.engine.answer = lambda request: list(b"fast")
+    reader.hears("And now?")
+    assert reader.answer == "fast"
+    assert reader.server.bodies[-1]["messages"] == [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": "And now?"},
+    ]
+
+
+def test_a_full_queue_is_told_and_can_be_tried_again(visit):
+    reader = visit("yes")
+    submit, engine = reader.server.engine.submit, reader.server.engine
+
+    def refuse(request, listener):
+        raise BusyError("the queue is full", retry_after=1.5)
+
+    engine.submit = refuse
+    reader.hears("?")
+    assert reader.page.inner_text(".error") == "the queue is full (try again in 2 s)"
+    assert reader.page.get_attribute(".error", "role") == "alert"
+    engine.submit = submit
+    reader.page.click("button:has-text('Try again')")
+    reader.wait(".token")
+    reader.ends()
+    assert reader.answer == "yes"
+    assert reader.page.locator(".error").count() == 0
+
+
+def test_a_server_with_a_key(visit):
+    reader = visit("yes", key="s3cret")
+    for key in ("wrong", "s3cret"):
+        reader.wait("#unlock:not([hidden])")
+        assert "API key" in reader.page.inner_text("#status")
+        reader.page.fill("#key", key)
+        with reader.page.expect_response("**/v1/models"):
+            reader.page.press("#key", "Enter")
+    reader.wait("#examples button")
+    assert reader.page.is_hidden("#unlock")
+    reader.hears("?")
+    assert reader.answer == "yes"
+    assert reader.run("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+
+
+def test_a_server_that_starts_and_one_that_is_gone(visit):
+    reader = visit("yes", ready=False)
+    reader.wait("#status:not(:empty)")
+    assert "starting" in reader.page.inner_text("#status")
+    assert reader.page.is_disabled("#send")
+    reader.server.ready = True
+    reader.wait("#examples button")
+    assert reader.page.inner_text("#status") == ""
+    reader.server.shutdown()
+    reader.server.server_close()
+    reader.hears("?")
+    assert reader.page.inner_text(".error") == "The server cannot be reached."
+    assert reader.page.input_value("#prompt") == ""
+
+
+def test_drafts_are_grey_until_they_are_confirmed_or_taken_back(visit):
+    reader = visit("0123456789 final", delay=0.03)
+    reader.run(
+        """() => {
+            window.seen = { drafts: new Set(), gone: new Set(), styles: new Set() };
+            new MutationObserver(() => {
+                for (const draft of document.querySelectorAll(".draft:not(.gone .draft)")) {
+                    const style = getComputedStyle(draft);
+                    seen.drafts.add(draft.textContent);
+                    seen.styles.add(`${style.fontStyle} ${style.color}`);
+                }
+                for (const gone of document.querySelectorAll(".gone .draft")) seen.gone.add(gone.textContent);
+            }).observe(document.getElementById("talk"), { childList: true, subtree: true });
+        }"""
+    )
+    reader.page.check("#provisional")
+    reader.hears("?")
+    assert reader.server.bodies[0]["provisional"] is True
+    assert reader.answer == "0123456789 final"
+    seen = reader.run("() => Object.fromEntries(Object.entries(seen).map(([name, values]) => [name, [...values]]))")
+    assert {"2", "3", "5", "6"} <= set(seen["drafts"])  # the fake engine drafts every fifth token wrongly
+    assert {"5", ":"} <= set(seen["gone"])
+    assert "4" not in seen["drafts"]
+    (style,) = seen["styles"]
+    quiet = reader.run("getComputedStyle(document.querySelector('article footer')).color")
+    assert style == f"italic {quiet}"
+    assert "drafts confirmed" in reader.page.inner_text("#drafts")
+    reader.page.wait_for_function("!document.querySelector('.draft, .gone')")
+    reader.page.hover(".token >> nth=4")
+    assert "draft said\n5" in reader.page.inner_text("#card")
+    reader.page.select_option("#halting", "kl")
+    assert reader.page.is_disabled("#provisional")
+
+
+def test_what_a_model_writes_is_never_markup(visit):
+    evil = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>&amp;\n```\n<b>code</b>\n```\n"
+    reader = visit(evil)
+    reader.hears(evil)
+    assert reader.answer == evil
+    assert reader.page.locator(".question").evaluate("e => e.textContent") == evil
+    reader.page.hover(".token >> nth=0")
+    assert reader.run("document.querySelectorAll('main img, main script, main b, #card img').length") == 0
+    assert reader.run("window.hacked") is None
+    assert reader.page.locator(".answer code.block").evaluate("e => e.textContent") == "```\n<b>code</b>\n```\n"
+
+
+def test_nothing_is_wider_than_a_phone(visit):
+    reader = visit("a" * 90 + "\n```\n" + "b" * 90 + "\n```\n" + "word " * 40, PHONE)
+    wide = "document.documentElement.scrollWidth > innerWidth || document.body.scrollHeight > innerHeight"
+    assert not reader.run(wide)
+    reader.hears("c" * 90)
+    assert not reader.run(wide)
+    reader.page.click("summary")
+    assert reader.page.is_visible("#temperature")
+    assert not reader.run(wide)
+    assert not reader.run("[...document.querySelectorAll('main, #settings')].some(e => e.scrollWidth > e.clientWidth)")
+    reader.page.click("summary")
+    for place in (0, 40, 200):
+        reader.page.locator(".token").nth(place).click()
+        box = reader.page.locator("#card").bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= PHONE[0]
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= PHONE[1]
+
+
+def test_text_scrolls_only_for_a_reader_at_its_end(visit):
+    reader = visit("line\n" * 180, delay=0.002)
+    at_end = "() => { const m = document.querySelector('main'); return m.scrollHeight - m.scrollTop - m.clientHeight < 40 }"
+    reader.ask("?")
+    reader.wait(".token >> nth=250")
+    assert reader.run("document.querySelector('main').scrollTop") > 0
+    reader.page.wait_for_function(at_end)
+    reader.run("document.querySelector('main').scrollTop = 30")
+    reader.ends()
+    assert reader.run("document.querySelector('main').scrollTop") == 30
+
+
+def test_a_model_without_chat_continues_the_text(visit):
+    reader = visit(" upon a time", chat=False)
+    assert reader.page.is_hidden("#system")
+    reader.page.fill("#prompt", "Line")
+    reader.page.press("#prompt", "Shift+Enter")
+    reader.page.press("#prompt", "O")
+    reader.hears("Line\nOnce")
+    (body,) = reader.server.bodies
+    assert body["prompt"] == "Line\nOnce"
+    assert body["logprobs"] == 5
+    assert reader.answer == "Line\nOnce upon a time"
+
+
+def test_settings_again_copy_and_clear(visit):
+    reader = visit("yes")
+    reader.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    reader.page.fill("#system", "Be brief.")
+    reader.page.fill("#seed", "7")
+    reader.page.fill("#limit", "20")
+    reader.page.fill("#temperature", "0")
+    reader.page.fill("#loops", "2")
+    reader.hears("?")
+    reader.page.select_option("#halting", "kl")
+    reader.page.fill("#threshold", "1")
+    reader.page.click("text=Regenerate")
+    reader.page.wait_for_function("document.querySelectorAll('.again').length === 1")
+    reader.page.select_option("#halting", "")
+    reader.page.click("text=Regenerate")
+    reader.ends()
+    first, second, third = reader.server.bodies
+    assert first["messages"][0] == {"role": "system", "content": "Be brief."}
+    expected = {"seed": 7, "max_tokens": 20, "temperature": 0, "loops": 2, "halting": "latent:0.03"}
+    assert {name: first[name] for name in expected} == expected
+    assert second == first | {"halting": "kl:0.00001"}
+    assert third == first | {"halting": None}
+    assert reader.page.locator("article").count() == 1
+    reader.page.click("text=Copy")
+    reader.page.wait_for_selector("text=Copied")
+    assert reader.run("navigator.clipboard.readText()") == "yes"
+    reader.page.click("#clear")
+    assert reader.page.locator("article").count() == 0
+    assert reader.page.is_visible("#empty")
+    assert reader.page.inner_text("#mean") == "–"
+    reader.page.click("#examples button >> nth=0")
+    reader.ends()
+    assert reader.server.bodies[-1]["messages"][-1]["content"] == reader.page.inner_text(".question")
