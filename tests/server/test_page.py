@@ -1,17 +1,16 @@
 """The page at `/` in a browser, in front of the real application and an engine that answers at once."""
 
+import contextlib
 import math
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mythos_jax.serving.request import BusyError
-
-sys.path.insert(0, "/tmp/page")
-from fake_engine import FakeEngine
-from shim import serve
+from tests.server.running import NAME, fake_service, running
+from tests.serving.fake_engine import FakeEngine
 
 CHROMIUM = Path("/usr/bin/chromium")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -30,17 +29,18 @@ def browser():
 
 
 class Reader:
-    """Someone in front of the page."""
+    """Someone in front of the page. asked: the bodies of the requests that it sent."""
 
     def __init__(self, page, server):
-        self.page, self.server = page, server
+        self.page, self.server, self.asked = page, server, []
+        page.on("request", lambda request: request.method == "POST" and self.asked.append(request.post_data_json))
 
     def ask(self, text):
         self.page.fill("#prompt", text)
         self.page.press("#prompt", "Enter")
 
     def wait(self, selector):
-        return self.page.wait_for_selector(selector, timeout=10_000)
+        return self.page.wait_for_selector(selector)
 
     def ends(self, turn=1):
         """Waits until the answer has ended."""
@@ -59,42 +59,43 @@ class Reader:
         return self.page.evaluate(code, *arguments)
 
 
+def letters(service, text):
+    """A token for each letter, for each byte of other characters."""
+    return [token for letter in text for token in service.model.tokenizer.encode(letter).tolist()]
+
+
 @pytest.fixture
 def visit(browser):
-    """visit(answer, ...): a page of a server whose model gives this answer, a token for each byte. Whatever a test
-    does, the page has no error and breaks no rule of its own content security policy."""
-    contexts, servers, complaints = [], [], []
+    """visit(answer, ...): a page of a server whose model gives this answer. Whatever a test does, the page has no error
+    and breaks no rule of its content security policy."""
+    complaints = []
 
     def note(message):
         if message.type == "error" and not message.text.startswith("Failed to load resource"):
             complaints.append(message.text)
 
-    def open_page(answer="", size=DESK, dark=False, chat=True, key="", delay=0.0, ready=True):
-        engine = FakeEngine(delay=delay, answer=lambda request: list(answer.encode()), max_length=1024)
-        engine.start()
-        server = serve(engine, chat, key)
-        server.ready = ready
-        servers.append(server)
-        context = browser.new_context(
-            viewport={"width": size[0], "height": size[1]}, color_scheme="dark" if dark else "light"
-        )
-        contexts.append(context)
+    def open_page(answer="", size=DESK, dark=False, chat=True, key=None, delay=0.0, state="ready"):
+        service = fake_service(FakeEngine(delay=delay, max_length=1024), key=key)
+        service.engine.answer = lambda request: letters(service, answer)
+        if not chat:
+            service.model = replace(service.model, chat=None)
+        server = cleanup.enter_context(running(service))
+        service.state = state
+        colours = {"color_scheme": "dark" if dark else "light"}
+        context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **colours)
+        cleanup.callback(context.close)
+        context.set_default_timeout(10_000)
         page = context.new_page()
         page.on("console", note)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.goto(server.url)
         reader = Reader(page, server)
-        if ready and not key:
+        if state == "ready" and not key:
             reader.wait("#examples button")
         return reader
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-        server.engine.close(drain=False)
+    with contextlib.ExitStack() as cleanup:
+        yield open_page
     assert complaints == []
 
 
@@ -128,9 +129,9 @@ def test_an_answer_streams_in_the_colours_of_its_loops(visit):
     reader = visit("The sky scatters blue.\nSo it is. Really")
     reader.hears("Why?")
     assert reader.answer == "The sky scatters blue.\nSo it is. Really"
-    (body,) = reader.server.bodies
+    (body,) = reader.asked
     assert body == {
-        "model": "tiny",
+        "model": NAME,
         "temperature": 0.7,
         "max_tokens": 256,
         "loops": 4,
@@ -214,10 +215,10 @@ def test_stop_keeps_the_text_and_frees_the_place(visit):
         time.sleep(0.01)
     assert reader.server.engine.cancelled
     # The page goes on, and what it has is part of the conversation.
-    reader.server.engine.answer = lambda request: list(b"fast")
+    reader.server.engine.answer = lambda request: letters(reader.server.service, "fast")
     reader.hears("And now?")
     assert reader.answer == "fast"
-    assert reader.server.bodies[-1]["messages"] == [
+    assert reader.asked[-1]["messages"] == [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": text},
         {"role": "user", "content": "And now?"},
@@ -226,7 +227,8 @@ def test_stop_keeps_the_text_and_frees_the_place(visit):
 
 def test_a_full_queue_is_told_and_can_be_tried_again(visit):
     reader = visit("yes")
-    submit, engine = reader.server.engine.submit, reader.server.engine
+    engine = reader.server.engine
+    submit = engine.submit
 
     def refuse(request, listener):
         raise BusyError("the queue is full", retry_after=1.5)
@@ -259,15 +261,15 @@ def test_a_server_with_a_key(visit):
 
 
 def test_a_server_that_starts_and_one_that_is_gone(visit):
-    reader = visit("yes", ready=False)
+    reader = visit("yes", state="starting")
     reader.wait("#status:not(:empty)")
     assert "starting" in reader.page.inner_text("#status")
     assert reader.page.is_disabled("#send")
-    reader.server.ready = True
+    reader.server.service.state = "ready"
     reader.wait("#examples button")
     assert reader.page.inner_text("#status") == ""
-    reader.server.shutdown()
-    reader.server.server_close()
+    reader.server.server.should_exit = True
+    reader.server.thread.join()
     reader.hears("?")
     assert reader.page.inner_text(".error") == "The server cannot be reached."
     assert reader.page.input_value("#prompt") == ""
@@ -290,7 +292,7 @@ def test_drafts_are_grey_until_they_are_confirmed_or_taken_back(visit):
     )
     reader.page.check("#provisional")
     reader.hears("?")
-    assert reader.server.bodies[0]["provisional"] is True
+    assert reader.asked[0]["provisional"] is True
     assert reader.answer == "0123456789 final"
     seen = reader.run("() => Object.fromEntries(Object.entries(seen).map(([name, values]) => [name, [...values]]))")
     assert {"2", "3", "5", "6"} <= set(seen["drafts"])  # the fake engine drafts every fifth token wrongly
@@ -300,7 +302,7 @@ def test_drafts_are_grey_until_they_are_confirmed_or_taken_back(visit):
     quiet = reader.run("getComputedStyle(document.querySelector('article footer')).color")
     assert style == f"italic {quiet}"
     assert "drafts confirmed" in reader.page.inner_text("#drafts")
-    reader.page.wait_for_function("!document.querySelector('.draft, .gone')")
+    reader.page.wait_for_function("() => !document.querySelector('.draft, .gone')")
     reader.page.hover(".token >> nth=4")
     assert "draft said\n5" in reader.page.inner_text("#card")
     reader.page.select_option("#halting", "kl")
@@ -358,7 +360,7 @@ def test_a_model_without_chat_continues_the_text(visit):
     reader.page.press("#prompt", "Shift+Enter")
     reader.page.press("#prompt", "O")
     reader.hears("Line\nOnce")
-    (body,) = reader.server.bodies
+    (body,) = reader.asked
     assert body["prompt"] == "Line\nOnce"
     assert body["logprobs"] == 5
     assert reader.answer == "Line\nOnce upon a time"
@@ -376,11 +378,11 @@ def test_settings_again_copy_and_clear(visit):
     reader.page.select_option("#halting", "kl")
     reader.page.fill("#threshold", "1")
     reader.page.click("text=Regenerate")
-    reader.page.wait_for_function("document.querySelectorAll('.again').length === 1")
+    reader.ends()
     reader.page.select_option("#halting", "")
     reader.page.click("text=Regenerate")
     reader.ends()
-    first, second, third = reader.server.bodies
+    first, second, third = reader.asked
     assert first["messages"][0] == {"role": "system", "content": "Be brief."}
     expected = {"seed": 7, "max_tokens": 20, "temperature": 0, "loops": 2, "halting": "latent:0.03"}
     assert {name: first[name] for name in expected} == expected
@@ -396,4 +398,4 @@ def test_settings_again_copy_and_clear(visit):
     assert reader.page.inner_text("#mean") == "–"
     reader.page.click("#examples button >> nth=0")
     reader.ends()
-    assert reader.server.bodies[-1]["messages"][-1]["content"] == reader.page.inner_text(".question")
+    assert reader.asked[-1]["messages"][-1]["content"] == reader.page.inner_text(".question")

@@ -50,6 +50,11 @@ function show(token) {
   card.hidden = false;
   token.classList.add("shown");
   token.setAttribute("aria-describedby", "card");
+  place(token);
+}
+
+// Above the token if there is room.
+function place(token) {
   const at = token.getClientRects()[0] ?? token.getBoundingClientRect();
   const { offsetWidth: width, offsetHeight: height } = card;
   const above = at.top - height - 6;
@@ -90,7 +95,7 @@ export function watch(talk) {
     pinned = true;
   });
   talk.addEventListener("focusout", hide);
-  talk.addEventListener("scroll", hide);
+  talk.addEventListener("scroll", () => (pinned ? place(shown) : hide())); // focus itself may scroll
   talk.addEventListener("keydown", walk);
   document.addEventListener("keydown", (event) => event.key === "Escape" && hide());
   document.addEventListener("click", (event) => tokenOf(event) || hide());

@@ -25,4 +25,6 @@ export function duration(ms) {
   return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 1)} s`;
 }
 
-export const percent = (fraction) => `${Math.round(fraction * 100)} %`;
+export function percent(fraction) {
+  return fraction > 0 && fraction < 0.005 ? "< 1 %" : `${Math.round(fraction * 100)} %`;
+}

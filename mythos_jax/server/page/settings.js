@@ -6,14 +6,38 @@ import { $, make } from "./dom.js";
 // is logarithmic in what is `missing` to 1. Without `start` the model has a threshold of its own.
 const LOOPS = "loops"; // as many as the model may run
 const CRITERIA = {
-  predicted: { least: 1, most: LOOPS, rule: "A predictor gives each token its loops: so many on average." },
-  act: { least: 0.5, most: 0.999, missing: true, rule: "Stops once the halting probabilities sum up to this." },
-  gate: { least: 0.5, most: 0.999, missing: true, start: 0.9, rule: "Stops once the exit gate is as sure as this." },
-  latent: { least: 1, most: 1e-3, start: 0.03, rule: "Stops once a loop changes the state by less (relative)." },
-  cosine: { least: 0.1, most: 1e-5, start: 1e-3, rule: "Stops once a loop turns the state by less (1 − cosine)." },
-  kl: { least: 0.1, most: 1e-5, start: 5e-4, logits: true, rule: "Stops once the prediction moves by fewer nats." },
-  entropy: { least: 0.1, most: 1e-5, start: 1e-3, logits: true, rule: "Stops once its entropy changes by fewer nats." },
-  argmax: { least: 1, most: LOOPS, start: 5, whole: true, logits: true, rule: "Stops once the likeliest token stays." },
+  predicted: {
+    least: 1, most: LOOPS,
+    rule: "A trained predictor gives each token its loops: so many on average.",
+  },
+  act: {
+    least: 0.5, most: 0.999, missing: true,
+    rule: "Stops once the halting probabilities add up to this.",
+  },
+  gate: {
+    least: 0.5, most: 0.999, missing: true, start: 0.9,
+    rule: "Stops once the exit gate is as sure as this.",
+  },
+  latent: {
+    least: 1, most: 1e-3, start: 0.03,
+    rule: "Stops once a loop changes the state by less, as a part of its size.",
+  },
+  cosine: {
+    least: 0.1, most: 1e-5, start: 1e-3,
+    rule: "Stops once a loop turns the state by less (1 − cosine).",
+  },
+  kl: {
+    least: 0.1, most: 1e-5, start: 5e-4, logits: true,
+    rule: "Stops once a loop moves the prediction by fewer nats.",
+  },
+  entropy: {
+    least: 0.1, most: 1e-5, start: 1e-3, logits: true,
+    rule: "Stops once a loop changes the entropy of the prediction by fewer nats.",
+  },
+  argmax: {
+    least: 1, most: LOOPS, start: 5, whole: true, logits: true,
+    rule: "Stops once the likeliest token has stayed the same so many times.",
+  },
 };
 
 let own = false; // the threshold is the model's own, until the slider is moved
