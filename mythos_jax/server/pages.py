@@ -6,10 +6,12 @@ from importlib import resources
 from fastapi import FastAPI
 from starlette.responses import Response
 
+_FOLDER = resources.files("mythos_jax.server") / "page"
+_KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 FILES = {
-    "index.html": "text/html; charset=utf-8",
-    "app.js": "text/javascript; charset=utf-8",
-    "style.css": "text/css; charset=utf-8",
+    file.name: f"{_KINDS[kind]}; charset=utf-8"
+    for file in _FOLDER.iterdir()
+    if (kind := file.name.rpartition(".")[2]) in _KINDS
 }
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -24,11 +26,10 @@ _HEADERS = {
 
 
 def add_page(app: FastAPI) -> None:
-    folder = resources.files("mythos_jax.server") / "page"
     for name, kind in FILES.items():
         path = "/" if name == "index.html" else f"/{name}"
         app.add_api_route(
-            path, _serve((folder / name).read_bytes(), kind), methods=["GET", "HEAD"], include_in_schema=False
+            path, _serve((_FOLDER / name).read_bytes(), kind), methods=["GET", "HEAD"], include_in_schema=False
         )
 
 

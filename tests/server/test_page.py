@@ -1,6 +1,7 @@
 """The page at `/` in a browser, in front of the real application and an engine that answers at once."""
 
 import contextlib
+import itertools
 import math
 import time
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mythos_jax.serving.request import BusyError
+from tests.server.reader import Reader, colours, contrast, letters, luminance
 from tests.server.running import NAME, fake_service, running
 from tests.serving.fake_engine import FakeEngine
 
@@ -26,42 +28,6 @@ def browser():
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
-
-
-class Reader:
-    """Someone in front of the page. asked: the bodies of the requests that it sent."""
-
-    def __init__(self, page, server):
-        self.page, self.server, self.asked = page, server, []
-        page.on("request", lambda request: request.method == "POST" and self.asked.append(request.post_data_json))
-
-    def ask(self, text):
-        self.page.fill("#prompt", text)
-        self.page.press("#prompt", "Enter")
-
-    def wait(self, selector):
-        return self.page.wait_for_selector(selector)
-
-    def ends(self, turn=1):
-        """Waits until the answer has ended."""
-        self.wait(f"article:nth-of-type({turn}) .again")
-
-    def hears(self, question):
-        """Asks, and waits for the end of the answer."""
-        self.ask(question)
-        self.ends(self.page.locator("article").count())
-
-    @property
-    def answer(self):
-        return self.page.locator(".answer").last.evaluate("element => element.textContent")
-
-    def run(self, code, *arguments):
-        return self.page.evaluate(code, *arguments)
-
-
-def letters(service, text):
-    """A token for each letter, for each byte of other characters."""
-    return [token for letter in text for token in service.model.tokenizer.encode(letter).tolist()]
 
 
 @pytest.fixture
@@ -99,32 +65,6 @@ def visit(browser):
     assert complaints == []
 
 
-def colours(reader, selector, style="backgroundColor"):
-    """The colours of elements, as the browser paints them: red, green and blue from 0 to 255."""
-    return reader.run(
-        """([selector, style]) => {
-            const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-            return [...document.querySelectorAll(selector)].map((element) => {
-                paint.fillStyle = getComputedStyle(element)[style];
-                paint.fillRect(0, 0, 1, 1);
-                return [...paint.getImageData(0, 0, 1, 1).data.slice(0, 3)];
-            });
-        }""",
-        [selector, style],
-    )
-
-
-def luminance(colour):
-    """Of WCAG 2."""
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (x / 255 for x in colour))
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one, other):
-    low, high = sorted([luminance(one), luminance(other)])
-    return (high + 0.05) / (low + 0.05)
-
-
 def test_an_answer_streams_in_the_colours_of_its_loops(visit):
     reader = visit("The sky scatters blue.\nSo it is. Really")
     reader.hears("Why?")
@@ -158,7 +98,7 @@ def test_colours_are_ordered_and_text_is_readable_on_all_of_them(visit, dark):
     scale = colours(reader, "#legend i")
     steps = [luminance(colour) for colour in scale]
     assert steps == sorted(steps, reverse=not dark)
-    assert all(contrast(a, b) > 1.1 for a, b in zip(scale, scale[1:], strict=False))
+    assert all(contrast(a, b) > 1.1 for a, b in itertools.pairwise(scale))
     (back,), (ink,) = colours(reader, "body"), colours(reader, "body", "color")
     assert (luminance(back) < 0.1) == dark
     assert all(contrast(ink, colour) >= 4.5 for colour in scale)
@@ -343,7 +283,8 @@ def test_nothing_is_wider_than_a_phone(visit):
 
 def test_text_scrolls_only_for_a_reader_at_its_end(visit):
     reader = visit("line\n" * 180, delay=0.002)
-    at_end = "() => { const m = document.querySelector('main'); return m.scrollHeight - m.scrollTop - m.clientHeight < 40 }"
+    left = "main.scrollHeight - main.scrollTop - main.clientHeight"
+    at_end = f"() => {{ const main = document.querySelector('main'); return {left} < 40 }}"
     reader.ask("?")
     reader.wait(".token >> nth=250")
     assert reader.run("document.querySelector('main').scrollTop") > 0
