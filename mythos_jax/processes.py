@@ -49,6 +49,7 @@ def log0(text: str, level: int = logging.INFO) -> None:
 
 # All processes call the next two functions in the same order, so that equal call numbers mean the same call.
 _calls = itertools.count()
+_alone = False  # whether this is process 0, doing what the others do after it
 _WEEK = 7 * 24 * 3600 * 1000  # in ms, longer than any wait: the runtime ends the wait much sooner if a process dies
 
 
@@ -57,6 +58,8 @@ def process_zero_first(
 ) -> Result:
     """Runs `work` on process 0, then on all others, which find the files it made. Waits as long as that takes.
 
+    work: nothing that all processes must do at once (`require_all_processes`): process 0 would wait for the others, and
+    they for it.
     name: what error messages call the work.
     identity: text that must agree across processes.
 
@@ -68,7 +71,8 @@ def process_zero_first(
     key = f"mythos/{next(_calls)}"
     if is_process_zero():
         try:
-            result = work()
+            with _being_alone():
+                result = work()
         except (ConfigError, TrainingError) as error:
             _client().key_value_set(key, f"{'wrong' if isinstance(error, ConfigError) else 'failed'} {error}")
             raise
@@ -88,10 +92,27 @@ def process_zero_first(
     return result
 
 
+@contextlib.contextmanager
+def _being_alone() -> Iterator[None]:
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def require_all_processes(what: str) -> None:
+    """Raises RuntimeError where only process 0 gets: it would wait for the others there, and they for it."""
+    if _alone:
+        raise RuntimeError(f"{what}: all processes must do this at once, and process 0 is alone here")
+
+
 def raise_together(work: Callable[[], Result]) -> Result:
     """Runs `work` on all processes; if it raises on one of them it raises on all, so that they stay in step."""
     if is_single_process():
         return work()
+    require_all_processes("raise_together")
     key = f"mythos/{next(_calls)}"
     result: Any = None
     failure: Exception | None = None

@@ -1,27 +1,44 @@
 """Two processes of four devices each, as one run: started, stopped, restarted, and its checkpoints read elsewhere."""
 
+import ast
 import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from launch.local_processes import combined_exit_code, main
+from mythos_jax import processes
 from mythos_jax.cluster import Cluster, find_cluster
-from mythos_jax.config import Config, DataConfig, MeshConfig, TaskConfig, TrainingConfig, save_config
+from mythos_jax.config import (
+    Config,
+    DataConfig,
+    DistillationConfig,
+    LoraConfig,
+    MeshConfig,
+    TaskConfig,
+    TrainingConfig,
+    save_config,
+)
 from mythos_jax.errors import ConfigError
+from mythos_jax.porting.pretrained import save_pretrained
+from mythos_jax.processes import process_zero_first, raise_together
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import init_state
 from mythos_jax.training.train import train
+from tests import tiny
+from tests.survival import with_training
 from tests.training.conftest import MODEL, use_devices
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "local_processes.py"
@@ -95,6 +112,64 @@ def test_sigterm_to_one_process_stops_both_and_they_resume(tmp_path, monkeypatch
         restored.append(jax.device_get(state))
         assert plain_checksums(state.variables) == meta["checksums"]["model"]
     jax.tree.map(np.testing.assert_array_equal, *restored)
+
+
+def test_a_lora_run_with_a_teacher_goes_on_in_two_processes(tmp_path, monkeypatch):
+    """Its base, and its teacher, which is a LoRA run itself, are loaded by both processes before its own checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    use_devices(monkeypatch, 1)
+    base = dataclasses.replace(CONFIG.model, loops=1, injection="none")
+    save_pretrained("base", base, tiny.variables(base))
+    lora = LoraConfig(rank=2, alpha=4.0)
+    fields = {"steps": 1, "checkpoint_every": 2, "learning_rate": 0.1, "init_from": "base", "lora": lora}
+    first = with_training(dataclasses.replace(CONFIG, model=base), **fields)
+    train(first, "first", progress=False)
+    second = with_training(first, steps=4, distillation=DistillationConfig(teacher="first"))
+    train(second, "alone", progress=False)  # one process, one device, uninterrupted
+    shutil.copytree("alone", "run")
+    shutil.rmtree("run/checkpoints/4")
+    save_config(second, "second.yaml")
+
+    command = [sys.executable, str(LAUNCHER), "--processes", "2", "--devices", "4", "--restarts", "0"]
+    result = subprocess.run(
+        [*command, "train", "second.yaml", "--workdir", "run"], capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    assert "resuming run after step 2" in result.stderr
+    assert losses("run").keys() == losses("alone").keys() == {1, 2, 3, 4}
+    assert len(set(losses("run").values())) == 4
+    assert max(abs(losses("run")[step] - losses("alone")[step]) for step in (3, 4)) < 1e-5
+
+
+def test_what_needs_all_processes_is_refused_while_the_others_wait_for_process_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "is_single_process", lambda: False)
+    monkeypatch.setattr(processes, "_client", lambda: SimpleNamespace(key_value_set=lambda key, text: None))
+    for work in (lambda: raise_together(list), lambda: Checkpoints(tmp_path / "checkpoints")):
+        with pytest.raises(RuntimeError, match="all processes must do this at once"):
+            process_zero_first("a file", work)
+    process_zero_first("a file", list)
+    monkeypatch.undo()
+    Checkpoints(tmp_path / "checkpoints").close()  # not after it
+
+
+def loops_over_sets(source):
+    """The lines with a loop or comprehension over what is a set by its spelling."""
+
+    def is_set(node):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr | ast.BitAnd | ast.Sub | ast.BitXor):
+            return is_set(node.left) or is_set(node.right)
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
+        return isinstance(node, ast.Set | ast.SetComp) or called in ("set", "frozenset")
+
+    return [n.iter.lineno for n in ast.walk(ast.parse(source)) if is_set(getattr(n, "iter", None))]
+
+
+def test_no_loop_runs_over_a_set():
+    """Their order differs between processes, which must start the same computations in the same order."""
+    assert loops_over_sets("for x in {1} | a:\n    [y for y in set(x)]\nfor z in sorted(set(x)): pass") == [1, 2]
+    package = LAUNCHER.parents[1] / "mythos_jax"
+    found = {str(file): loops_over_sets(file.read_text()) for file in package.rglob("*.py")}
+    assert not {file: lines for file, lines in found.items() if lines}
 
 
 STEP = {

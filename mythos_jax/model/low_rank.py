@@ -91,7 +91,8 @@ def merged(variables: Mapping[str, Any]) -> dict[str, Any]:
     low_rank = flatten_dict(dict(variables[LOW_RANK]), sep=".")
     params = flatten_dict(dict(variables["params"]), sep=".")
     scales = flatten_dict(dict(variables.get(SCALES, {})), sep=".")
-    for path in {name.rpartition(".")[0] for name in low_rank} | set(scales):
+    # Not a set: all processes of a run must start the same computations in the same order.
+    for path in dict.fromkeys([*(name.rpartition(".")[0] for name in low_rank), *scales]):
         w = params[path]
         parts = [low_rank.get(f"{path}.{part}") for part in PARTS]
         place = w.sharding if isinstance(w, jax.Array) else None

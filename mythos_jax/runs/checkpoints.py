@@ -29,7 +29,14 @@ import orbax.checkpoint as ocp
 
 from mythos_jax.errors import ConfigError, DamagedError, SaveError, UnreadableError, one_line
 from mythos_jax.paths import is_remote, to_path
-from mythos_jax.processes import is_process_zero, log0, lost_a_process, process_zero_first, raise_together
+from mythos_jax.processes import (
+    is_process_zero,
+    log0,
+    lost_a_process,
+    process_zero_first,
+    raise_together,
+    require_all_processes,
+)
 from mythos_jax.runs.fingerprint import bits_and_index
 from mythos_jax.runs.state import TrainState, eval_variables, trained_collection
 
@@ -78,6 +85,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2, read_only: bool = False):
         self.directory = to_path(directory) if is_remote(directory) else Path(directory).absolute()
+        require_all_processes(f"checkpoints in {self.directory}")  # Orbax waits for them, also when it only reads
         if read_only and not self.directory.is_dir():
             raise ConfigError(
                 f"{self.directory.parent}: has no checkpoints; allowed: the directory of a run that saved one"
