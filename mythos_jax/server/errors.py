@@ -48,7 +48,7 @@ class ApiError(Exception):
         close: bool = False,
     ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param, self.code = status, one_line(message), param, code
         self.retry_after, self.close = retry_after, close
 
     @property

@@ -11,6 +11,7 @@ from mythos_jax.errors import one_line
 from mythos_jax.server.auth import require_key, require_local_name
 from mythos_jax.server.errors import ApiError
 from mythos_jax.server.pages import FILES
+from mythos_jax.server.protocol import MOST_HEADERS
 from mythos_jax.server.service import Service
 from mythos_jax.server.streams import GONE
 from mythos_jax.streams import log
@@ -63,6 +64,8 @@ class Gate:
             await error.response()(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
+        if len(scope["headers"]) > MOST_HEADERS:
+            raise ApiError(431, f"{len(scope['headers'])} headers, allowed: at most {MOST_HEADERS}", close=True)
         headers = Headers(scope=scope)
         if self._service.key is None and self._service.local:
             require_local_name(headers)

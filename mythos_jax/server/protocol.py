@@ -10,6 +10,10 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from mythos_jax.server.errors import ApiError
 
+MOST_HEADERS = 100  # of a request; `Gate` looks at them
+_PIECE = 8192  # bytes that are read at a time
+_MOST_AHEAD = 16384  # bytes of the next request
+
 
 @dataclass(frozen=True)
 class ConnectionLimits:
@@ -42,11 +46,16 @@ class _Guarded(H11Protocol):
         self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        # In pieces: h11 looks at the size of headers only where they have not ended.
+        for start in range(0, len(data), _PIECE):
+            if not self.transport.is_closing():
+                super().data_received(data[start : start + _PIECE])
         if self._is_waited_for():
             self._wait_for_headers()
         else:
             self._cancel_headers_timer()
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) > _MOST_AHEAD:
+            self._refuse(ApiError(400, f"more than {_MOST_AHEAD} bytes after a request, before its answer"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_headers_timer()

@@ -22,8 +22,8 @@ from mythos_jax.streams import log, print_result
 _GRACE = 2  # seconds for the last answers of a server that ends
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that connections queue at from now on. Raises ConfigError if the address cannot be had."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket for `serve`, which has its address from now on. Raises ConfigError if that cannot be had."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
@@ -32,7 +32,6 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or error

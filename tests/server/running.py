@@ -19,7 +19,7 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.server.model import served_model
 from mythos_jax.server.protocol import ConnectionLimits
-from mythos_jax.server.run import Server, address_of, listen
+from mythos_jax.server.run import Server, address_of, bind
 from mythos_jax.server.service import Service
 from mythos_jax.sharding import default_mesh, make_mesh
 from tests import talker, tokenizer_kinds
@@ -71,7 +71,7 @@ def running(
 ) -> Iterator[Running]:
     """The server's own loop, in a thread; it ends with the block."""
     engine: Any = service.engine
-    listener: socket.socket = listen("127.0.0.1", port)
+    listener: socket.socket = bind("127.0.0.1", port)
     server = Server(service, limits or ConnectionLimits(), engine.start, drain_seconds, address_of(listener))
     service.state = "starting"
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
