@@ -18,15 +18,18 @@ let turns = []; // {question, element, answer}
 let running = null; // aborts the request under way
 let following = true; // the reader is at the end, so the text may scroll
 let lastTop = 0; // where the reader was last
-let drawn = 0; // a frame is asked for
+let drawing = null; // the answer whose numbers the next frame shows
 
 // Drawing waits for the next frame: many tokens may come within one.
 function drawSoon(answer) {
-  drawn ||= requestAnimationFrame(() => {
-    drawn = 0;
-    numbers.draw(answer);
-    if (following) talk.scrollTop = talk.scrollHeight;
-  });
+  if (!drawing) requestAnimationFrame(drawNow);
+  drawing = answer;
+}
+
+function drawNow() {
+  numbers.draw(drawing);
+  drawing = null;
+  if (following) talk.scrollTop = talk.scrollHeight;
 }
 
 function body(turn) {
@@ -67,6 +70,7 @@ async function run(turn) {
   turn.element.querySelectorAll(".answer, footer, .error").forEach((old) => old.remove());
   turn.element.append(text, foot);
   document.querySelectorAll("#talk footer .again").forEach((old) => old.remove());
+  card.hide();
   running = new AbortController();
   following = true;
   busy(true);
@@ -154,7 +158,7 @@ function clear() {
   turns = [];
   card.hide();
   busy(false);
-  numbers.draw(new Answer(null, model.mythos.max_loops ?? 1, 1));
+  drawSoon(new Answer(null, 1, 1));
   $("prompt").focus();
 }
 

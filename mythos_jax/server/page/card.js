@@ -87,8 +87,11 @@ function walk(event) {
 }
 
 export function watch(talk) {
-  talk.addEventListener("pointerover", (event) => !pinned && tokenOf(event) && show(tokenOf(event)));
+  talk.addEventListener("pointerover", (event) => {
+    if (!pinned && tokenOf(event) && event.pointerType !== "touch") show(tokenOf(event));
+  });
   talk.addEventListener("pointerout", () => pinned || hide());
+  talk.addEventListener("click", (event) => tokenOf(event)?.focus()); // not every browser does so itself
   talk.addEventListener("focusin", (event) => {
     if (!tokenOf(event)) return;
     show(tokenOf(event));

@@ -1,6 +1,6 @@
 // What the reader chooses, as fields of a request.
 
-import { $, make } from "./dom.js";
+import { $ } from "./dom.js";
 
 // The threshold of each criterion runs from `least` thought to `most`, on a logarithmic scale; that of a probability
 // is logarithmic in what is `missing` to 1. Without `start` the model has a threshold of its own.
