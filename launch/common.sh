@@ -14,6 +14,7 @@
 set -euo pipefail
 
 SLICES=${SLICES:-1} RESTARTS=${RESTARTS:-20} GRACE=${GRACE:-180} MYTHOS=${MYTHOS:-mythos} PREFLIGHT=${PREFLIGHT:-1}
+ALLOWED=${ALLOWED:-[--dry-run] CONFIG [--section.field value …]}
 DRY_RUN=0
 
 fail() {
@@ -28,7 +29,7 @@ read_arguments() {
         shift
     fi
     case ${1:-} in
-    "" | -*) fail "got '${1:-}', allowed: [--dry-run] CONFIG [--section.field value …]; settings are described at the top of the script" ;;
+    "" | -*) fail "got '${1:-}', allowed: $ALLOWED; settings are described at the top of the script" ;;
     *) CONFIG=$1 ;;
     esac
     shift
@@ -66,12 +67,28 @@ preflight() {
     run "$MYTHOS" compile "$CONFIG" --topology "$TOPOLOGY" --slices "$SLICES" "${OVERRIDES[@]}"
 }
 
-# GENERATION, SHAPE, CHIPS and HOSTS of one slice, four chips per host.
+# GENERATION, SHAPE, CHIPS and HOSTS of one slice, four chips per host, and what GKE calls it, ACCELERATOR.
 read_topology() {
     GENERATION=${TOPOLOGY%%:*} SHAPE=${TOPOLOGY#*:}
     [[ $TOPOLOGY =~ ^(v5e|v5p|v6e):[0-9]+(x[0-9]+)+$ ]] || fail "TOPOLOGY: got '$TOPOLOGY', allowed: v5e:AxB, v6e:AxB or v5p:AxBxC"
     CHIPS=$((${SHAPE//x/*}))
     HOSTS=$(((CHIPS + 3) / 4))
+    case $GENERATION in
+    v5e) ACCELERATOR=tpu-v5-lite-podslice ;;
+    v5p) ACCELERATOR=tpu-v5p-slice ;;
+    v6e) ACCELERATOR=tpu-v6e-slice ;;
+    esac
+}
+
+# The file without its comments at the start of a line, with ${NAME} replaced by the variable for each name.
+rendered() {
+    local text name
+    text=$(grep -v '^#' "$1")
+    shift
+    for name in "$@"; do
+        text=${text//"\${$name}"/"${!name}"}
+    done
+    printf '%s\n' "$text"
 }
 
 # A JSON list of words.

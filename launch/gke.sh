@@ -13,20 +13,10 @@ require TOPOLOGY IMAGE
 read_topology
 shared_storage
 QUEUE=${QUEUE:-multislice-queue}
-case $GENERATION in
-v5e) ACCELERATOR=tpu-v5-lite-podslice ;;
-v5p) ACCELERATOR=tpu-v5p-slice ;;
-v6e) ACCELERATOR=tpu-v6e-slice ;;
-esac
 ARGS=$(json_list train "$CONFIG" --workdir "$RUN" "${OVERRIDES[@]}")
 
 jobset() {
-    local text name
-    text=$(grep -v '^#' "$(dirname "$0")/jobset.yaml")
-    for name in NAME QUEUE RESTARTS SLICES HOSTS GRACE ACCELERATOR SHAPE IMAGE ARGS CACHE; do
-        text=${text//"\${$name}"/"${!name}"}
-    done
-    printf '%s\n' "$text"
+    rendered "$(dirname "$0")/jobset.yaml" NAME QUEUE RESTARTS SLICES HOSTS GRACE ACCELERATOR SHAPE IMAGE ARGS CACHE
 }
 
 if [ "$DRY_RUN" = 1 ]; then
