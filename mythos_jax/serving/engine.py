@@ -1,0 +1,283 @@
+"""The engine: requests enter, tokens come out, each at a depth of its own, and no one waits for another's depth.
+
+A thread of its own runs turn after turn. In a turn it lets waiting requests in, reads one chunk of a prompt, and starts
+one step of all places (serving/step.py); then it reads what the step before has brought, while the device is at work on
+this one. The device is never waited for otherwise.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mythos_jax.errors import one_line
+from mythos_jax.processes import log0
+from mythos_jax.runs.load import LoadedModel
+from mythos_jax.serving.checks import check_request
+from mythos_jax.serving.counters import Counters
+from mythos_jax.serving.live import Live, Ticket
+from mythos_jax.serving.options import EngineOptions, make_layout, smallest
+from mythos_jax.serving.pages import Pages
+from mythos_jax.serving.places import Setup
+from mythos_jax.serving.prefill import Chunk
+from mythos_jax.serving.programs import Programs, Report
+from mythos_jax.serving.request import BusyError, Event, Finished, Listener, Request
+from mythos_jax.serving.terms import make_terms, shared_key
+
+
+class Call(NamedTuple):
+    """A call of the device that has not been read yet: the request of each row, None for a row without one."""
+
+    report: Report
+    lives: list[Live | None]
+    steps: int
+
+
+class Engine:
+    """Serves a model. `warm_up` compiles, `start` begins, `submit` may be called from any thread."""
+
+    def __init__(self, loaded: LoadedModel, options: EngineOptions = EngineOptions()):  # noqa: B008
+        """Places weights and cache on the model's mesh. Raises ConfigError for options that cannot be."""
+        self.loaded, self.options = loaded, options
+        self.layout = make_layout(loaded.config.model, options)
+        setup = Setup(loaded.model, None, loaded.variables)
+        self._programs = Programs(setup, self.layout, loaded.mesh, options.loop_cache)
+        self._pages = Pages(self.layout.pages, self.layout.page)
+        self._free = list(reversed(range(self.layout.places)))
+        self._queue: deque[Ticket] = deque()
+        self._cancelled: set[Ticket] = set()
+        self._live: dict[Ticket, Live] = {}
+        self._calls: deque[Call] = deque()
+        self._wake = threading.Condition()
+        self._closing, self._draining = False, True
+        self._thread: threading.Thread | None = None
+        self._pace = 1
+        self._mean_seconds = 1.0  # of a request, lately
+        self.error: BaseException | None = None
+        self.counters = Counters(places=self.layout.places, pages=self.layout.pages)
+
+    def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
+        """Compiles every program. After it nothing is compiled. progress: is told what is next."""
+        self._programs.compile_all(progress or (lambda _: None))
+        self.counters.compiled = self._programs.count
+
+    def check(self, request: Request) -> None:
+        """Raises ConfigError for what this engine or its model cannot do."""
+        check_request(self.loaded, self.layout, self.options, request)
+
+    def submit(self, request: Request, listener: Listener) -> Ticket:
+        """Puts a request into the queue; `listener` is called in the engine's thread with what happens to it.
+
+        Raises ConfigError, BusyError if too many wait, and RuntimeError if the engine is closed or has failed.
+        """
+        self.check(request)
+        ticket = Ticket(request, listener)
+        with self._wake:
+            if self._closing or self.error is not None:
+                raise RuntimeError("the engine is closed" if self.error is None else "the engine has failed")
+            if len(self._queue) >= max(self.options.queue, 1):
+                raise BusyError(f"queue: {len(self._queue)} requests wait, allowed: no more", self._seconds_to_wait())
+            self._queue.append(ticket)
+            self.counters.queued = len(self._queue)
+            self._wake.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request: its places are free within a step. Does nothing if it has ended."""
+        with self._wake:
+            self._cancelled.add(ticket)
+            self._wake.notify()
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self, drain: bool = True) -> None:
+        """Takes no more requests, and returns when all have ended: drain lets them finish, else they are cancelled."""
+        with self._wake:
+            self._closing, self._draining = True, drain
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _seconds_to_wait(self) -> float:
+        return self._mean_seconds * max(len(self._queue) / self.layout.places, 0.1)
+
+    # What follows runs in the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._turn()
+        except BaseException as error:
+            self.error = error
+            log0(f"engine: {one_line(error)}")
+        self._end_all("failed" if self.error else "cancelled", one_line(self.error) if self.error else "")
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while True:
+                if self._closing and not self._draining:
+                    return False
+                if self._queue or self._live or self._calls or self._cancelled:
+                    return True
+                if self._closing:
+                    return False
+                self._wake.wait()
+
+    def _turn(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        read = self._read_prompt()
+        stepped = self._step()
+        # Everything but what was just started, which the device is at work on.
+        self._hear(keep=int(read or stepped))
+
+    def _drop_cancelled(self) -> None:
+        with self._wake:
+            cancelled, self._cancelled = self._cancelled, set()
+            waiting = [ticket for ticket in self._queue if ticket in cancelled]
+            for ticket in waiting:
+                self._queue.remove(ticket)
+            self.counters.queued = len(self._queue)
+        for ticket in waiting:
+            self._tell(ticket, [Finished("cancelled")])
+        for ticket in cancelled:
+            if (live := self._live.get(ticket)) is not None:
+                self._tell(ticket, [Finished("cancelled")])
+                self._leave(live)
+
+    def _admit(self) -> None:
+        """Lets requests in, in the order in which they came, as long as there are places and pages."""
+        while self._queue:
+            ticket = self._queue[0]
+            request = ticket.request
+            places = 1 if request.draft_loops is None else 1 + request.draft_tokens
+            capacity = len(request.tokens) + request.max_new_tokens
+            if places > len(self._free):
+                return
+            held = self._pages.allocate(request.tokens, capacity, shared_key(self.loaded.config.model, request))
+            if held is None:
+                return
+            with self._wake:
+                if not self._queue or self._queue[0] is not ticket:  # cancelled meanwhile
+                    self._pages.release(held)
+                    continue
+                self._queue.popleft()
+                self.counters.queued = len(self._queue)
+            live = Live(ticket, [self._free.pop() for _ in range(places)], held, held.cached_tokens, time.perf_counter())
+            self._live[ticket] = live
+            self._programs.admit(live.ring, make_terms(self.loaded.config.model, self.layout, live))
+            self.counters.requests_started += 1
+            self.counters.cached_tokens += held.cached_tokens
+            self._count_use()
+
+    def _read_prompt(self) -> bool:
+        """Reads a chunk of the prompt of the request that has been in the longest of those that are not read yet."""
+        live = next((live for live in self._live.values() if live.is_reading), None)
+        if live is None:
+            return False
+        tokens, chunks = live.request.tokens, self.layout.chunks
+        count = min(len(tokens) - live.read, chunks[-1])
+        tokens_C = np.zeros(smallest(chunks, count), np.int32)
+        tokens_C[:count] = tokens[live.read : live.read + count]
+        is_last = live.read + count == len(tokens)
+        numbers = np.int32(live.ring[0]), tokens_C, np.int32(count), np.int32(live.read), np.bool_(is_last)
+        report = self._programs.prefill(Chunk(*numbers))  # type: ignore[arg-type]
+        live.read += count
+        self._pages.publish(live.held, live.read)
+        self._calls.append(Call(report, [live], steps=0))
+        self.counters.chunks += 1
+        self.counters.prompt_tokens += count
+        return True
+
+    def _step(self) -> bool:
+        """Starts one step of all places whose prompts are read."""
+        lives = [live for live in self._live.values() if not live.is_reading]
+        if not lives:
+            return False
+        rows: list[Live | None] = [live for live in lives for _ in live.ring]
+        size = smallest(self.layout.place_buckets, len(rows))
+        at_K = np.full(size, self.layout.places, np.int32)
+        at_K[: len(rows)] = [place for live in lives for place in live.ring]
+        # The device may be as many tokens ahead of what is known here as there are calls, and a ring is ahead of that.
+        ahead = sum(call.steps or 1 for call in self._calls) + self._pace + 1
+        longest = max(min(len(x.request.tokens) + x.produced + ahead + len(x.ring), x.capacity()) for x in lives)
+        report = self._programs.steps(at_K, self._pace, -(-longest // self.layout.page))
+        self._calls.append(Call(report, rows, steps=self._pace))
+        self.counters.steps += self._pace
+        return True
+
+    def _hear(self, keep: int) -> None:
+        """Reads what calls have brought, up to the last `keep` of them."""
+        while len(self._calls) > keep:
+            call = self._calls.popleft()
+            numbers = np.asarray(call.report.numbers)  # waits for the device
+            seconds = time.perf_counter()
+            if call.steps:
+                self.counters.loops += int(numbers[: call.steps, 6, 0].sum())
+                for step in range(call.steps):
+                    self._hear_rows(call, (step,), numbers[step], seconds)
+            else:
+                self.counters.prompt_loops += int(numbers[6, 0])
+                self._hear_rows(call, (), numbers, seconds)
+
+    def _hear_rows(self, call: Call, step: tuple[int, ...], numbers: np.ndarray, seconds: float) -> None:
+        kinds = numbers[0]
+        told: dict[Ticket, list[Event]] = {}
+        # Final tokens first: they decide about the drafts of the same step.
+        for row in np.argsort(np.where(kinds == 0, 3, kinds), kind="stable").tolist():
+            if not kinds[row]:
+                break
+            live = call.lives[row]
+            if live is None or live.over:
+                continue
+            events = live.take(call.report, (*step, row), int(kinds[row]), numbers[1:6, row].tolist(), seconds)
+            told.setdefault(live.ticket, []).extend(events)
+            if live.over:
+                self._count_end(live, seconds)
+        for ticket, events in told.items():
+            self._tell(ticket, events)
+
+    def _tell(self, ticket: Ticket, events: list[Event]) -> None:
+        try:
+            ticket.listener(events)
+        except Exception as error:  # a listener's fault must not stop the others
+            log0(f"engine: the listener of request {ticket.number} failed: {one_line(error)}")
+            self.cancel(ticket)
+
+    def _count_end(self, live: Live, seconds: float) -> None:
+        depth = live.request.loops or self.loaded.config.model.loops
+        counters = self.counters
+        counters.tokens += live.produced
+        counters.full_loops += live.produced * depth
+        counters.drafted += live.drafted
+        counters.accepted += live.accepted
+        self._mean_seconds += 0.1 * (seconds - live.since - self._mean_seconds)
+        self._leave(live)
+
+    def _leave(self, live: Live) -> None:
+        """Frees what a request has. Calls that are under way may still bring news of it, which nobody wants."""
+        live.over = True
+        del self._live[live.ticket]
+        self._free.extend(reversed(live.ring))
+        self._pages.release(live.held)
+        self.counters.requests_finished += 1
+        self._count_use()
+
+    def _count_use(self) -> None:
+        self.counters.occupied = self.layout.places - len(self._free)
+        self.counters.pages_used = self._pages.used
+
+    def _end_all(self, reason: Literal["cancelled", "failed"], message: str) -> None:
+        with self._wake:
+            self._closing = True
+            waiting, lives = list(self._queue), list(self._live.values())
+            self._queue.clear()
+        for live in lives:
+            self._leave(live)
+        for ticket in [*waiting, *(live.ticket for live in lives)]:
+            self._tell(ticket, [Finished(reason, message)])

@@ -1,0 +1,108 @@
+"""How large an engine is: its options, and the sizes of places, pages and programs that follow from them."""
+
+from dataclasses import dataclass
+
+from mythos_jax.config import ModelConfig
+from mythos_jax.errors import ConfigError
+from mythos_jax.flops import cache_bytes
+loop_slots = lambda cache, loops: loops
+
+PAGE = 16  # tokens of a page of the cache
+DEFAULT_CACHE_BYTES = 2 << 30  # at most, where the options do not say
+MIN_SEEN = 256  # tokens that attention looks at, at least, if there are as many; each four times as many are a program
+CHUNKS = (16, 64, 256)  # tokens of a prompt that are read by one call; each is a program
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """places: tokens that loop at the same time. cache_bytes: of keys and values of all requests (default: room for all
+    places at full length, at most 2 GiB). max_length: of prompt and answer, in tokens (default: the model's
+    max_seq_len). max_loops: that a request may ask for (default: the model's loops). loop_cache: as in
+    `model.cache.init_cache`. queue: requests that may wait. prefill_chunk: tokens of a prompt that are read between two
+    steps, at most.
+    """
+
+    places: int = 32
+    cache_bytes: int | None = None
+    max_length: int | None = None
+    max_loops: int | None = None
+    loop_cache: str = "all"
+    queue: int = 256
+    prefill_chunk: int = CHUNKS[-1]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of an engine.
+
+    pages: of the pool, `page` tokens each; row_pages: of a request, at most. max_loops: of a request. place_buckets,
+    page_buckets, chunks: the numbers of places, of pages seen by attention, and of tokens read by a call, for which
+    there are programs; ascending.
+    """
+
+    places: int
+    page: int
+    pages: int
+    row_pages: int
+    max_length: int
+    max_loops: int
+    place_buckets: tuple[int, ...]
+    page_buckets: tuple[int, ...]
+    chunks: tuple[int, ...]
+
+
+def make_layout(config: ModelConfig, options: EngineOptions) -> Layout:
+    """Raises ConfigError for options that cannot be."""
+    limit = config.max_seq_len
+    max_length = limit if options.max_length is None else options.max_length
+    max_loops = config.loops if options.max_loops is None else options.max_loops
+    _check(options.places >= 1, "places", options.places, "an integer >= 1")
+    _check(2 <= max_length <= limit, "max_length", max_length, f"2 to max_seq_len, {limit}")
+    _check(max_loops >= 1, "max_loops", max_loops, "an integer >= 1")
+    _check(options.queue >= 0, "queue", options.queue, "an integer >= 0")
+    _check(options.prefill_chunk >= 1, "prefill_chunk", options.prefill_chunk, "an integer >= 1")
+    row_pages = -(-max_length // PAGE)
+    page_bytes = PAGE * cache_bytes(config, loop_slots(options.loop_cache, max_loops))
+    budget = options.cache_bytes
+    if budget is None:
+        budget = max(min(options.places * row_pages * page_bytes, DEFAULT_CACHE_BYTES), row_pages * page_bytes)
+    pages = min(budget // page_bytes, options.places * row_pages)
+    _check(
+        pages >= row_pages,
+        "cache_bytes",
+        f"{budget:,}",
+        f"at least {row_pages * page_bytes:,}, one request of max_length {max_length}",
+    )
+    return Layout(
+        places=options.places,
+        page=PAGE,
+        pages=pages,
+        row_pages=row_pages,
+        max_length=max_length,
+        max_loops=max_loops,
+        place_buckets=_quarters(options.places, 1),
+        page_buckets=_quarters(row_pages, MIN_SEEN // PAGE),
+        chunks=_chunks(min(options.prefill_chunk, max_length)),
+    )
+
+
+def smallest(buckets: tuple[int, ...], count: int) -> int:
+    """The smallest bucket that holds so many."""
+    return next(size for size in buckets if size >= count)
+
+
+def _quarters(largest: int, smallest: int) -> tuple[int, ...]:
+    """A size, a quarter of it, a quarter of that, and so on, down to about the smallest; ascending."""
+    sizes = [largest]
+    while sizes[-1] >= 2 * smallest and sizes[-1] > 1:
+        sizes.append(max(-(-sizes[-1] // 4), min(smallest, sizes[-1])))
+    return tuple(sorted(set(sizes)))
+
+
+def _chunks(largest: int) -> tuple[int, ...]:
+    return tuple(sorted({*(size for size in CHUNKS if size < largest), largest}))
+
+
+def _check(ok: bool, name: str, got: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}: got {got}, allowed: {allowed}")

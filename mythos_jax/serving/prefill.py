@@ -1,0 +1,92 @@
+"""Reading a prompt: a chunk of it through all its loops; the last chunk also gives the first new token."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mythos_jax.model.cache import Cache
+from mythos_jax.model.mythos import Mythos
+from mythos_jax.model.state import TokenState
+from mythos_jax.serving.places import EMPTY, Places, Setup, Terms, begin, new_work, put, rows, seen_pages
+from mythos_jax.serving.policy import is_done, predictions, run_loop
+from mythos_jax.serving.readout import FINAL, NOTHING, News, choose
+
+
+class Chunk(NamedTuple):
+    """Tokens of a prompt. place: int32 [], of the request. tokens_C: int32, `count` of them, the rest is padding.
+    start: int32, the position of the first. is_last: bool, the prompt ends with it."""
+
+    place: jax.Array
+    tokens_C: jax.Array
+    count: jax.Array
+    start: jax.Array
+    is_last: jax.Array
+
+
+def admit(places: Places, at_R: jax.Array, terms: Terms) -> Places:
+    """The places with the terms of a new request, in all places of its ring; nothing is in them yet.
+
+    at_R: int32, P stands for no place. terms: those of each, [R, ...].
+    """
+    phase_P = places.work.phase_P.at[at_R].set(EMPTY, mode="drop")
+    return places.replace(terms=put(places.terms, at_R, terms), work=places.work.replace(phase_P=phase_P))
+
+
+def prefill(setup: Setup, places: Places, chunk: Chunk, pages: int) -> tuple[Places, News]:
+    """Reads a chunk, which follows what the request's pages hold. pages: so many of them are in use."""
+    at_1 = jnp.reshape(chunk.place, 1)
+    terms = rows(places.terms, at_1)
+    terms = terms.replace(pages_PN=terms.pages_PN[:, :pages])
+    start_1, count_1 = jnp.reshape(chunk.start, 1), jnp.reshape(chunk.count, 1)
+    active_1C = jnp.arange(len(chunk.tokens_C)) < count_1[:, None]
+    cache = places.pool.at(terms.pages_PN, start_1)
+    tokens, cache = begin(setup, terms.sampling, chunk.tokens_C[None], active_1C, cache)
+    tokens, cache, ran = _all_loops(setup, terms, tokens, cache)
+
+    def finish(model: Mythos) -> tuple[jax.Array, Cache]:
+        out = model.finish(tokens, cache, logits=False)
+        last_11D = jax.lax.dynamic_slice_in_dim(out.features, chunk.count - 1, 1, axis=1)
+        return model.head(last_11D)[:, 0], out.cache
+
+    logits_1V, cache = setup.model.apply(setup.variables, method=finish)
+    position_1 = start_1 + count_1
+    sampled = choose(logits_1V, terms.sampling, position_1, terms.logprobs_P.any())
+    stops_1 = (terms.stops_PS == sampled.token_K[:, None]).any(-1)
+    ended_1 = chunk.is_last & (stops_1 | (position_1 >= terms.last_P))
+
+    begins_1 = chunk.is_last & ~ended_1
+    cache = cache.at(seen_pages(places.pool, terms.pages_PN, begins_1), position_1)
+    first, cache = begin(setup, terms.sampling, sampled.token_K[:, None], begins_1[:, None], cache)
+    new = new_work(setup, terms.policy, first, position_1, jnp.ones(1, bool))
+    work = put(places.work, jnp.where(begins_1, at_1, len(places.work.phase_P)), new)
+    news = News(
+        kind_K=jnp.where(chunk.is_last, FINAL, NOTHING)[None],
+        position_K=position_1,
+        loops_K=tokens.loops_BT[:, chunk.count - 1],
+        ended_K=ended_1,
+        sampled=sampled,
+        ran=ran,
+    )
+    return Places(places.terms, work, cache.pool()), news
+
+
+def _all_loops(setup: Setup, terms: Terms, tokens: TokenState, cache: Cache) -> tuple[TokenState, Cache, jax.Array]:
+    """The tokens of a chunk [1, C] after all their loops, and how many loops they ran in all."""
+    c, policy = setup.model.config, terms.policy.for_prompt()
+    predicted_1C = predictions(setup.model, setup.variables, policy, tokens.inputs.injected_BTD)
+    active_1C = tokens.inputs.active_BT
+
+    def more(carry: tuple[jax.Array, TokenState, Cache, jax.Array]) -> jax.Array:
+        t, tokens, _, _ = carry
+        done_1C = is_done(c, policy, tokens, t - 1) | ~active_1C
+        return (t < policy.limit_B[0]) & ((t == 0) | ~done_1C.all())
+
+    def body(carry: tuple[jax.Array, TokenState, Cache, jax.Array]) -> tuple[jax.Array, TokenState, Cache, jax.Array]:
+        t, tokens, cache, ran = carry
+        running_1C = active_1C & ~(is_done(c, policy, tokens, t - 1) & (t > 0))
+        tokens, cache = run_loop(setup.model, setup.variables, tokens, cache, policy, t, predicted_1C)
+        return t + 1, tokens, cache, ran + running_1C.sum(dtype=jnp.int32)
+
+    _, tokens, cache, ran = jax.lax.while_loop(more, body, (jnp.int32(0), tokens, cache, jnp.int32(0)))
+    return tokens, cache, ran
