@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mythos_jax.inference.request import PREFILL_CHUNK, Lengths, Options, Seed, Tokens, check, prepare
-from mythos_jax.inference.sampling import position_noise, sample
+from mythos_jax.inference.sampling import sample, starting_state
 from mythos_jax.inference.state import GenerateResult, Job, Setup, State
 from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache
@@ -215,8 +215,6 @@ def begin(
     model: Mythos, setup: Setup, cache: Cache, tokens_BT: jax.Array, active_BT: jax.Array
 ) -> tuple[TokenState, Cache | None]:
     """`Mythos.begin` for the active tokens, which follow what the cache holds."""
-    initial_state: jax.Array | str | None = setup.initial_state
-    if initial_state is None and model.config.initial_state == "noise":
-        positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
-        initial_state = position_noise(model.config, setup.sampling.seed_B, positions_BT)
+    positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    initial_state = starting_state(model.config, setup.initial_state, setup.sampling.seed_B, positions_BT)
     return model.begin(tokens_BT, initial_state=initial_state, segment_ids=active_BT.astype(jnp.int32), cache=cache)

@@ -69,16 +69,14 @@ def prepare(
     """Checks a request. Raises ValueError with one line that names the argument, what it got and what is allowed."""
     config = model.config
     loops = config.loops if loops is None else loops
-    tokens_BT, lengths_B = _check_prompts(config, tokens_BT, lengths, max_new_tokens)
-    stops = _check_tokens("stop_tokens", np.asarray(stop_tokens, np.int64).reshape(-1), config)
-    sampling = _check_sampling(config, temperature, top_k, top_p, seed, len(tokens_BT))
-    check(loops >= 1, "loops", loops, "an integer >= 1")
+    tokens_BT, lengths_B = check_prompts(config, tokens_BT, lengths, max_new_tokens)
+    stops = check_tokens("stop_tokens", np.asarray(stop_tokens, np.int64).reshape(-1), config)
+    sampling = check_sampling(config, temperature, top_k, top_p, seed, len(tokens_BT))
+    check_depth(config, variables, loops, halting)
     check(initial_state in (None, "zeros"), "initial_state", initial_state, "'zeros' or None")
     check(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "an integer >= 1")
     slots = loop_cache_slots
     check(slots is None or slots >= 1, "loop_cache_slots", slots, "an integer >= 1, or None")
-    check_halting(config, halting, cached=True)
-    check_predictor(halting, variables)
 
     (B, T), N = tokens_BT.shape, max_new_tokens if room is None else max(room, max_new_tokens)
     size = min(T, prefill_chunk)
@@ -105,7 +103,14 @@ def prepare(
     return Job(setup, state, chunks, max_new_tokens)
 
 
-def _check_prompts(
+def check_depth(config: ModelConfig, variables: Any, loops: int, halting: Halting | None) -> None:
+    """Raises ValueError for numbers of loops and policies that decoding with this model cannot follow."""
+    check(loops >= 1, "loops", loops, "an integer >= 1")
+    check_halting(config, halting, cached=True)
+    check_predictor(halting, variables)
+
+
+def check_prompts(
     config: ModelConfig, tokens_BT: Tokens, lengths: Lengths, max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The prompts, zeros where they are padding, and their lengths, both int32."""
@@ -131,10 +136,11 @@ def _check_prompts(
     )
     check(T <= limit, "tokens", f"{T} columns", f"at most max_seq_len, {limit}, padding included")
     active_BT = np.arange(T) < lengths_B[:, None]
-    return _check_tokens("tokens", np.where(active_BT, tokens_BT, 0), config), lengths_B.astype(np.int32)
+    return check_tokens("tokens", np.where(active_BT, tokens_BT, 0), config), lengths_B.astype(np.int32)
 
 
-def _check_sampling(config: ModelConfig, temperature: float, top_k: int, top_p: float, seed: Seed, B: int) -> Sampling:
+def check_sampling(config: ModelConfig, temperature: float, top_k: int, top_p: float, seed: Seed, B: int) -> Sampling:
+    """The numbers of `Sampling` for B rows."""
     check(0 <= temperature < np.inf, "temperature", temperature, "a number >= 0")
     check(0 <= top_k <= config.vocab_size, "top_k", top_k, f"0 (all) to the vocabulary size, {config.vocab_size}")
     check(0 < top_p <= 1, "top_p", top_p, "a number in (0, 1]")
@@ -152,7 +158,8 @@ def _check_sampling(config: ModelConfig, temperature: float, top_k: int, top_p: 
     return Sampling(*numbers)
 
 
-def _check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
+def check_tokens(name: str, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The tokens as int32."""
     bad = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
     check(not bad.size, name, bad[:1].tolist(), f"0 to {config.vocab_size - 1}, the vocabulary")
     return tokens.astype(np.int32)

@@ -63,6 +63,15 @@ def position_noise(config: ModelConfig, seed_B: jax.Array, positions_BT: jax.Arr
     return jax.vmap(jax.vmap(noise, in_axes=(None, 0)))(seed_B, positions_BT)
 
 
+def starting_state(
+    config: ModelConfig, initial_state: str | None, seed_B: jax.Array, positions_BT: jax.Array
+) -> jax.Array | str | None:
+    """What `Mythos.begin` takes as `initial_state` for tokens at these positions."""
+    if initial_state is None and config.initial_state == "noise":
+        return position_noise(config, seed_B, positions_BT)
+    return initial_state
+
+
 def _greedy(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> jax.Array:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 

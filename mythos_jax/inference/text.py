@@ -17,7 +17,7 @@ from mythos_jax.flops import cache_bytes
 from mythos_jax.inference.detokenizer import StreamingDetokenizer
 from mythos_jax.inference.generate import stream
 from mythos_jax.inference.request import PREFILL_CHUNK, Seed
-from mythos_jax.inference.sampling import position_noise
+from mythos_jax.inference.sampling import starting_state
 from mythos_jax.inference.speculative import SpeculativeResult, stream_drafts
 from mythos_jax.inference.state import GenerateResult
 from mythos_jax.model.apply import apply
@@ -306,11 +306,10 @@ def _logits(
     initial_state: str | None,
     seed: jax.Array,
 ) -> jax.Array:
-    start: jax.Array | str | None = initial_state
-    if start is None and model.config.initial_state == "noise":
-        B, T = tokens_BT.shape
-        # The noise that generation draws, so that these are the logits that it samples from.
-        start = position_noise(model.config, jnp.broadcast_to(seed, B), jnp.broadcast_to(jnp.arange(T), (B, T)))
+    B, T = tokens_BT.shape
+    # The noise that generation draws, so that these are the logits that it samples from.
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    start = starting_state(model.config, initial_state, jnp.broadcast_to(seed, B), positions_BT)
 
     def forward(model: Mythos) -> Output:
         return model(tokens_BT, loops=loops, halting=halting, initial_state=start)

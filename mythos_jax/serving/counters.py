@@ -7,11 +7,11 @@ from dataclasses import dataclass
 class Counters:
     """Written by the engine's thread alone; any thread may read.
 
-    steps, chunks: calls of the device. loops: run for new tokens, those of drafts that were taken back included;
-    prompt_loops: for tokens of prompts. full_loops: what the new tokens would have taken without halting. tokens: new
-    ones, final. prompt_tokens: read; cached_tokens: of prompts, not read because the prefix cache had them. drafted,
-    accepted: tokens that were shown as drafts, and those of them that became final. requests_started,
-    requests_finished; compiled: programs.
+    steps: of all places together; chunks: of prompts. loops: run by places, those of drafts that were taken back
+    included; prompt_loops: by tokens of prompts. tokens: new ones, final; token_loops: spent on them; full_loops: what
+    they would have taken without halting. prompt_tokens: read; cached_tokens: of prompts, not read because the prefix
+    cache had them. drafted, accepted: tokens that were shown as drafts, and those of them that became final.
+    requests_started, requests_finished; compiled: programs.
     Now: places, and how many of them are occupied; queued: requests that wait; pages, and how many of them are in use.
     """
 
@@ -19,8 +19,9 @@ class Counters:
     chunks: int = 0
     loops: int = 0
     prompt_loops: int = 0
-    full_loops: int = 0
     tokens: int = 0
+    token_loops: int = 0
+    full_loops: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     drafted: int = 0

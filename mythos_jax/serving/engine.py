@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -19,13 +19,17 @@ from mythos_jax.runs.load import LoadedModel
 from mythos_jax.serving.checks import check_request
 from mythos_jax.serving.counters import Counters
 from mythos_jax.serving.live import Live, Ticket
-from mythos_jax.serving.options import EngineOptions, make_layout, smallest
+from mythos_jax.serving.options import EngineOptions, chunk_size, make_layout, smallest
 from mythos_jax.serving.pages import Pages
 from mythos_jax.serving.places import Setup
 from mythos_jax.serving.prefill import Chunk
 from mythos_jax.serving.programs import Programs, Report
-from mythos_jax.serving.request import BusyError, Event, Finished, Listener, Request
+from mythos_jax.serving.readout import DRAFT, FINAL
+from mythos_jax.serving.request import BusyError, Event, Finished, Listener, NewToken, Request
+from mythos_jax.serving.step import MAX_STEPS
 from mythos_jax.serving.terms import make_terms, shared_key
+
+CALL_SECONDS = 0.004  # what a call of the device should take at least, so that starting it costs little
 
 
 class Call(NamedTuple):
@@ -43,7 +47,7 @@ class Engine:
         """Places weights and cache on the model's mesh. Raises ConfigError for options that cannot be."""
         self.loaded, self.options = loaded, options
         self.layout = make_layout(loaded.config.model, options)
-        setup = Setup(loaded.model, None, loaded.variables)
+        setup = Setup(loaded.model, loaded.variables)
         self._programs = Programs(setup, self.layout, loaded.mesh, options.loop_cache)
         self._pages = Pages(self.layout.pages, self.layout.page)
         self._free = list(reversed(range(self.layout.places)))
@@ -54,7 +58,7 @@ class Engine:
         self._wake = threading.Condition()
         self._closing, self._draining = False, True
         self._thread: threading.Thread | None = None
-        self._pace = 1
+        self._pace, self._step_seconds, self._heard = 1, CALL_SECONDS, 0.0
         self._mean_seconds = 1.0  # of a request, lately
         self.error: BaseException | None = None
         self.counters = Counters(places=self.layout.places, pages=self.layout.pages)
@@ -66,7 +70,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises ConfigError for what this engine or its model cannot do."""
-        check_request(self.loaded, self.layout, self.options, request)
+        loaded = self.loaded
+        check_request(loaded.config.model, loaded.variables, self.layout, self.options, request)
 
     def submit(self, request: Request, listener: Listener) -> Ticket:
         """Puts a request into the queue; `listener` is called in the engine's thread with what happens to it.
@@ -168,7 +173,9 @@ class Engine:
                     continue
                 self._queue.popleft()
                 self.counters.queued = len(self._queue)
-            live = Live(ticket, [self._free.pop() for _ in range(places)], held, held.cached_tokens, time.perf_counter())
+            live = Live(
+                ticket, [self._free.pop() for _ in range(places)], held, held.cached_tokens, time.perf_counter()
+            )
             self._live[ticket] = live
             self._programs.admit(live.ring, make_terms(self.loaded.config.model, self.layout, live))
             self.counters.requests_started += 1
@@ -180,13 +187,14 @@ class Engine:
         live = next((live for live in self._live.values() if live.is_reading), None)
         if live is None:
             return False
-        tokens, chunks = live.request.tokens, self.layout.chunks
-        count = min(len(tokens) - live.read, chunks[-1])
-        tokens_C = np.zeros(smallest(chunks, count), np.int32)
+        tokens = live.request.tokens
+        size = chunk_size(self.layout.chunks, len(tokens) - live.read)
+        count = min(len(tokens) - live.read, size)
+        tokens_C = np.zeros(size, np.int32)
         tokens_C[:count] = tokens[live.read : live.read + count]
         is_last = live.read + count == len(tokens)
         numbers = np.int32(live.ring[0]), tokens_C, np.int32(count), np.int32(live.read), np.bool_(is_last)
-        report = self._programs.prefill(Chunk(*numbers))  # type: ignore[arg-type]
+        report = self._programs.prefill(Chunk(*cast(Any, numbers)))
         live.read += count
         self._pages.publish(live.held, live.read)
         self._calls.append(Call(report, [live], steps=0))
@@ -218,6 +226,7 @@ class Engine:
             numbers = np.asarray(call.report.numbers)  # waits for the device
             seconds = time.perf_counter()
             if call.steps:
+                self._keep_pace(seconds, call.steps)
                 self.counters.loops += int(numbers[: call.steps, 6, 0].sum())
                 for step in range(call.steps):
                     self._hear_rows(call, (step,), numbers[step], seconds)
@@ -225,22 +234,37 @@ class Engine:
                 self.counters.prompt_loops += int(numbers[6, 0])
                 self._hear_rows(call, (), numbers, seconds)
 
+    def _keep_pace(self, seconds: float, steps: int) -> None:
+        """So many steps in a call that it takes about CALL_SECONDS: a small model's step takes less than its start."""
+        took, self._heard = (seconds - self._heard) / steps, seconds
+        self._step_seconds += 0.2 * (min(took, 1.0) - self._step_seconds)
+        self._pace = max(1, min(MAX_STEPS, round(CALL_SECONDS / self._step_seconds)))
+
     def _hear_rows(self, call: Call, step: tuple[int, ...], numbers: np.ndarray, seconds: float) -> None:
-        kinds = numbers[0]
-        told: dict[Ticket, list[Event]] = {}
+        kinds = numbers[0].tolist()
         # Final tokens first: they decide about the drafts of the same step.
-        for row in np.argsort(np.where(kinds == 0, 3, kinds), kind="stable").tolist():
-            if not kinds[row]:
-                break
-            live = call.lives[row]
-            if live is None or live.over:
-                continue
-            events = live.take(call.report, (*step, row), int(kinds[row]), numbers[1:6, row].tolist(), seconds)
-            told.setdefault(live.ticket, []).extend(events)
-            if live.over:
-                self._count_end(live, seconds)
-        for ticket, events in told.items():
-            self._tell(ticket, events)
+        for kind in (FINAL, DRAFT):
+            for row in (i for i, value in enumerate(kinds) if value == kind):
+                live = call.lives[row]
+                if live is None or live.over:
+                    continue
+                events = live.take(call.report, (*step, row), kind, numbers[1:6, row].tolist(), seconds)
+                self._count(live, events)
+                self._tell(live.ticket, events)
+                if live.over:
+                    self._mean_seconds += 0.1 * (seconds - live.since - self._mean_seconds)
+                    self._leave(live)
+
+    def _count(self, live: Live, events: list[Event]) -> None:
+        counters, depth = self.counters, live.request.loops or self.loaded.config.model.loops
+        for event in events:
+            if isinstance(event, NewToken) and event.final:
+                counters.tokens += 1
+                counters.token_loops += event.loops
+                counters.full_loops += depth
+        counters.drafted += live.drafted
+        counters.accepted += live.accepted
+        live.drafted = live.accepted = 0
 
     def _tell(self, ticket: Ticket, events: list[Event]) -> None:
         try:
@@ -248,16 +272,6 @@ class Engine:
         except Exception as error:  # a listener's fault must not stop the others
             log0(f"engine: the listener of request {ticket.number} failed: {one_line(error)}")
             self.cancel(ticket)
-
-    def _count_end(self, live: Live, seconds: float) -> None:
-        depth = live.request.loops or self.loaded.config.model.loops
-        counters = self.counters
-        counters.tokens += live.produced
-        counters.full_loops += live.produced * depth
-        counters.drafted += live.drafted
-        counters.accepted += live.accepted
-        self._mean_seconds += 0.1 * (seconds - live.since - self._mean_seconds)
-        self._leave(live)
 
     def _leave(self, live: Live) -> None:
         """Frees what a request has. Calls that are under way may still bring news of it, which nobody wants."""

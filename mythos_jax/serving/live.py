@@ -27,8 +27,9 @@ class Ticket:
 class Live:
     """A request that has places.
 
-    ring: its places, in their order. held: its pages. read: tokens of the prompt that are in the cache. since: when it was let in. produced: final
-    tokens so far. drafts: tokens by index that were shown and are not final.
+    ring: its places, in their order. held: its pages. read: tokens of the prompt that are in the cache. since: when it
+    was let in. produced: final tokens so far. drafts: tokens by index that were shown and are not final; drafted,
+    accepted: how many of them have not been counted yet. over: its last event has been told.
     """
 
     ticket: Ticket

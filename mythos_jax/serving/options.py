@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from mythos_jax.config import ModelConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import cache_bytes
-loop_slots = lambda cache, loops: loops
 
 PAGE = 16  # tokens of a page of the cache
 DEFAULT_CACHE_BYTES = 2 << 30  # at most, where the options do not say
@@ -59,10 +58,11 @@ def make_layout(config: ModelConfig, options: EngineOptions) -> Layout:
     _check(options.places >= 1, "places", options.places, "an integer >= 1")
     _check(2 <= max_length <= limit, "max_length", max_length, f"2 to max_seq_len, {limit}")
     _check(max_loops >= 1, "max_loops", max_loops, "an integer >= 1")
+    _check(options.loop_cache == "all", "loop_cache", options.loop_cache, "all")
     _check(options.queue >= 0, "queue", options.queue, "an integer >= 0")
     _check(options.prefill_chunk >= 1, "prefill_chunk", options.prefill_chunk, "an integer >= 1")
     row_pages = -(-max_length // PAGE)
-    page_bytes = PAGE * cache_bytes(config, loop_slots(options.loop_cache, max_loops))
+    page_bytes = PAGE * cache_bytes(config, max_loops)
     budget = options.cache_bytes
     if budget is None:
         budget = max(min(options.places * row_pages * page_bytes, DEFAULT_CACHE_BYTES), row_pages * page_bytes)
@@ -73,6 +73,7 @@ def make_layout(config: ModelConfig, options: EngineOptions) -> Layout:
         f"{budget:,}",
         f"at least {row_pages * page_bytes:,}, one request of max_length {max_length}",
     )
+    largest = min(options.prefill_chunk, max_length)
     return Layout(
         places=options.places,
         page=PAGE,
@@ -82,13 +83,24 @@ def make_layout(config: ModelConfig, options: EngineOptions) -> Layout:
         max_loops=max_loops,
         place_buckets=_quarters(options.places, 1),
         page_buckets=_quarters(row_pages, MIN_SEEN // PAGE),
-        chunks=_chunks(min(options.prefill_chunk, max_length)),
+        # Where loops share slots, the result depends on the cuts, which therefore are always the same.
+        chunks=_chunks(largest) if options.loop_cache == "all" else (largest,),
     )
 
 
 def smallest(buckets: tuple[int, ...], count: int) -> int:
     """The smallest bucket that holds so many."""
     return next(size for size in buckets if size >= count)
+
+
+def chunk_size(chunks: tuple[int, ...], left: int) -> int:
+    """The size of the next chunk of a prompt that has so many tokens left: one that holds them
+    all, if at most half of it is padding, else one that they fill."""
+    filled = [size for size in chunks if size <= left]
+    holds = next((size for size in chunks if size >= left), None)
+    if holds is not None and (not filled or 2 * left >= holds):
+        return holds
+    return filled[-1]
 
 
 def _quarters(largest: int, smallest: int) -> tuple[int, ...]:

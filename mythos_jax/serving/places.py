@@ -6,13 +6,14 @@ before it. Every array but the cache's pools begins with P.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mythos_jax.inference.sampling import Sampling, position_noise
+from mythos_jax.inference.sampling import Sampling, starting_state
+from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache, empty_kv
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import TokenState
@@ -25,10 +26,9 @@ EMPTY, LOOPING, WAITING = 0, 1, 2
 
 
 class Setup(struct.PyTreeNode):
-    """The model; `initial_state` as in `inference.generate.generate`."""
+    """The model."""
 
     model: Mythos = struct.field(pytree_node=False)
-    initial_state: str | None = struct.field(pytree_node=False)
     variables: Any
 
 
@@ -83,16 +83,17 @@ def begin(
     setup: Setup, sampling: Sampling, tokens_BT: jax.Array, active_BT: jax.Array, cache: Cache
 ) -> tuple[TokenState, Cache]:
     """`Mythos.begin` for the active tokens, which follow what the cache holds."""
-    c, start = setup.model.config, setup.initial_state
-    if start is None and c.initial_state == "noise":
-        positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
-        start = position_noise(c, sampling.seed_B, positions_BT)
-    tokens, cache = setup.model.apply(
-        setup.variables, tokens_BT, start, None, active_BT.astype(jnp.int32), cache, method="begin"
-    )
+    c = setup.model.config
+    positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    start = starting_state(c, None, sampling.seed_B, positions_BT)
+
+    def forward(model: Mythos) -> tuple[TokenState, Cache | None]:
+        return model.begin(tokens_BT, start, segment_ids=active_BT.astype(jnp.int32), cache=cache)
+
+    tokens, filled = apply(forward, setup.model, setup.variables)
     # Kept from the start, so that a token has the same fields in all its loops.
     exit_kv = (empty_kv(c, *tokens_BT.shape),) * c.loop_layers
-    return tokens.replace(exit_kv=exit_kv), cache
+    return tokens.replace(exit_kv=exit_kv), cast(Cache, filled)
 
 
 def new_work(setup: Setup, policy: Policy, tokens: TokenState, position_B: jax.Array, head_B: jax.Array) -> Work:

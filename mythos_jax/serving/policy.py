@@ -4,7 +4,7 @@ In `Halting` the criterion is static: a call has one. Here every row has its own
 share a program. The measures are those of model/halting.py and model/exit_probe.py.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.exit_probe import LOGIT_CRITERIA
 from mythos_jax.model.halting import CRITERIA, STATE_CHANGE, Halting
@@ -76,7 +77,7 @@ def run_loop(
     """
     old, c = tokens, model.config
 
-    def forward(model: Mythos) -> tuple[TokenState, Cache]:
+    def forward(model: Mythos) -> tuple[TokenState, Cache | None]:
         tokens, filled, _ = model.loop(
             old, cache, loops=policy.limit_B, halting=loop_halting(c, policy), start=loop, count=1
         )
@@ -88,7 +89,8 @@ def run_loop(
             tokens, filled = model.halt(tokens, filled, halts_BT, loop + 1)
         return tokens, filled
 
-    return model.apply(variables, method=forward)
+    tokens, filled = apply(forward, model, variables)
+    return tokens, cast(Cache, filled)
 
 
 def loop_halting(config: ModelConfig, policy: Policy) -> Halting | None:
@@ -121,9 +123,7 @@ def _go_on(old: TokenState, new: TokenState, policy: Policy, loop: jax.Array) ->
     assert old.act is not None
     goes_on_BT = (policy.criterion_B == NEVER)[:, None] & ~at_limit(policy, loop)
     spent_BT = old.act.probability_BT >= 1
-    return new.replace(
-        halted_BT=new.halted_BT & ~goes_on_BT, loops_BT=jnp.where(spent_BT, old.loops_BT, new.loops_BT)
-    )
+    return new.replace(halted_BT=new.halted_BT & ~goes_on_BT, loops_BT=jnp.where(spent_BT, old.loops_BT, new.loops_BT))
 
 
 def at_limit(policy: Policy, loop: jax.Array) -> jax.Array:

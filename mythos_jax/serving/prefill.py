@@ -1,10 +1,11 @@
 """Reading a prompt: a chunk of it through all its loops; the last chunk also gives the first new token."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
+from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import TokenState
@@ -14,12 +15,12 @@ from mythos_jax.serving.readout import FINAL, NOTHING, News, choose
 
 
 class Chunk(NamedTuple):
-    """Tokens of a prompt. place: int32 [], of the request. tokens_C: int32, `count` of them, the rest is padding.
+    """Tokens of a prompt. place: int32 [], of the request. tokens_C: int32, `length` of them, the rest is padding.
     start: int32, the position of the first. is_last: bool, the prompt ends with it."""
 
     place: jax.Array
     tokens_C: jax.Array
-    count: jax.Array
+    length: jax.Array
     start: jax.Array
     is_last: jax.Array
 
@@ -38,19 +39,19 @@ def prefill(setup: Setup, places: Places, chunk: Chunk, pages: int) -> tuple[Pla
     at_1 = jnp.reshape(chunk.place, 1)
     terms = rows(places.terms, at_1)
     terms = terms.replace(pages_PN=terms.pages_PN[:, :pages])
-    start_1, count_1 = jnp.reshape(chunk.start, 1), jnp.reshape(chunk.count, 1)
-    active_1C = jnp.arange(len(chunk.tokens_C)) < count_1[:, None]
+    start_1, length_1 = jnp.reshape(chunk.start, 1), jnp.reshape(chunk.length, 1)
+    active_1C = jnp.arange(len(chunk.tokens_C)) < length_1[:, None]
     cache = places.pool.at(terms.pages_PN, start_1)
     tokens, cache = begin(setup, terms.sampling, chunk.tokens_C[None], active_1C, cache)
     tokens, cache, ran = _all_loops(setup, terms, tokens, cache)
 
     def finish(model: Mythos) -> tuple[jax.Array, Cache]:
         out = model.finish(tokens, cache, logits=False)
-        last_11D = jax.lax.dynamic_slice_in_dim(out.features, chunk.count - 1, 1, axis=1)
-        return model.head(last_11D)[:, 0], out.cache
+        last_11D = jax.lax.dynamic_slice_in_dim(out.features, chunk.length - 1, 1, axis=1)
+        return model.head(last_11D)[:, 0], cast(Cache, out.cache)
 
-    logits_1V, cache = setup.model.apply(setup.variables, method=finish)
-    position_1 = start_1 + count_1
+    logits_1V, cache = apply(finish, setup.model, setup.variables)
+    position_1 = start_1 + length_1
     sampled = choose(logits_1V, terms.sampling, position_1, terms.logprobs_P.any())
     stops_1 = (terms.stops_PS == sampled.token_K[:, None]).any(-1)
     ended_1 = chunk.is_last & (stops_1 | (position_1 >= terms.last_P))
@@ -63,7 +64,7 @@ def prefill(setup: Setup, places: Places, chunk: Chunk, pages: int) -> tuple[Pla
     news = News(
         kind_K=jnp.where(chunk.is_last, FINAL, NOTHING)[None],
         position_K=position_1,
-        loops_K=tokens.loops_BT[:, chunk.count - 1],
+        loops_K=tokens.loops_BT[:, chunk.length - 1],
         ended_K=ended_1,
         sampled=sampled,
         ran=ran,

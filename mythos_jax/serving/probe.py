@@ -1,8 +1,11 @@
 """Halting by logits in the engine: coda and head after a loop, for the rows whose policy compares logits."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
+from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.exit_probe import LOGIT_CRITERIA
 from mythos_jax.model.mythos import Mythos
@@ -20,7 +23,7 @@ def halt_by_logits(setup: Setup, terms: Terms, work: Work, cache: Cache, looks_K
         def forward(model: Mythos) -> tuple[Work, Cache]:
             return _look(model, terms, *state, looks_K)
 
-        return setup.model.apply(setup.variables, method=forward)
+        return apply(forward, setup.model, setup.variables)
 
     return run_if(looks_K.any(), look, (work, cache))
 
@@ -41,10 +44,11 @@ def _look(model: Mythos, terms: Terms, work: Work, cache: Cache, looks_K: jax.Ar
     comparable_K = work.loop_P > 1  # the first loop has nothing to be compared with
     met_K = met_K1[:, 0] & comparable_K & looks_K & (work.loop_P >= policy.min_loops_B)
     halts_K1 = met_K[:, None] & ~work.tokens.halted_BT
-    tokens, cache = model.halt(work.tokens, cache.replace(coda=out.cache.coda), halts_K1, work.loop_P)
+    cache = cache.replace(coda=cast(Cache, out.cache).coda)
+    tokens, halted = model.halt(work.tokens, cache, halts_K1, work.loop_P)
     work = work.replace(
         tokens=tokens,
         features_PD=jnp.where(looks_K[:, None], features_KD, work.features_PD),
         measure_P=jnp.where(looks_K & comparable_K, measure_K1[:, 0], 0),
     )
-    return work, cache
+    return work, cast(Cache, halted)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,7 @@ class Programs:
             progress(f"{i} of {len(wanted)} programs")
             if key not in self._compiled:
                 self._compiled[key] = self._compile(*key)
+                self._try(*key)
 
     def admit(self, at: list[int], terms: Terms) -> None:
         """The terms, [P] in each field, of the places of a new request."""
@@ -86,6 +87,16 @@ class Programs:
         self._places, report = program(self._setup.variables, self._places, chunk)
         return report
 
+    def _try(self, name: str, size: int, pages: int) -> None:
+        """Runs a program on no request: its first run takes longer than others."""
+        program, none = self._compiled[name, size, pages], self._layout.places
+        if name == "admit":
+            self.admit([], no_terms(self._layout, none))
+        else:
+            given = (np.full(size, none, np.int32), np.int32(1)) if name == "steps" else no_chunk(size)
+            self._places, report = program(self._setup.variables, self._places, given)
+            report.numbers.block_until_ready()
+
     def _compile(self, name: str, size: int, pages: int) -> Any:
         layout, whole = self._layout, NamedSharding(self._mesh, PartitionSpec())
         stays = jax.tree.map(lambda x: x.sharding, self._places)
@@ -99,7 +110,7 @@ class Programs:
             def run(variables: Any, places: Places, given: Any) -> tuple[Places, Report]:
                 bound = setup.replace(variables=variables)
                 if name == "steps":
-                    places, news = steps(bound, places, *given, pages)
+                    places, news = steps(bound, places, given[0], given[1], pages)
                 else:
                     places, news = prefill(bound, places, given, pages)
                 return places, pack(news)
@@ -110,21 +121,20 @@ class Programs:
             return job.lower(setup.variables, self._places, given).compile()
 
 
-def no_terms(layout: Layout, count: int) -> Any:
+def no_terms(layout: Layout, count: int) -> Terms:
     """Terms of `count` places without a request, in NumPy."""
     zeros, ones = np.zeros(count, np.int32), np.ones(count, np.int32)
     floats, index = np.zeros(count, np.float32), np.arange(count, dtype=np.int32)
-    policy: Any = Policy(limit_B=ones, criterion_B=ones * NEVER, threshold_B=floats, min_loops_B=ones)
-    sampling: Any = Sampling(floats, zeros, floats + 1, np.zeros(count, np.uint32))
-    stops: Any = np.full((count, MAX_STOP_TOKENS), -1, np.int32)
-    pages: Any = np.full((count, layout.row_pages), layout.pages, np.int32)
-    return Terms(policy, sampling, stops, zeros, zeros, index, index, pages, np.zeros(count, bool))  # type: ignore[arg-type]
+    stops = np.full((count, MAX_STOP_TOKENS), -1, np.int32)
+    pages = np.full((count, layout.row_pages), layout.pages, np.int32)
+    policy, sampling = (ones, ones * NEVER, floats, ones), (floats, zeros, floats + 1, np.zeros(count, np.uint32))
+    rest: Any = stops, zeros, zeros, index, index, pages, np.zeros(count, bool)
+    return Terms(Policy(*cast(Any, policy)), Sampling(*cast(Any, sampling)), *rest)
 
 
 def no_chunk(size: int) -> Chunk:
-    zero: Any = np.int32(0)
-    tokens: Any = np.zeros(size, np.int32)
-    return Chunk(zero, tokens, zero, zero, np.bool_(False))  # type: ignore[arg-type]
+    zero = np.int32(0)
+    return Chunk(*cast(Any, (zero, np.zeros(size, np.int32), zero, zero, np.bool_(False))))
 
 
 def _padded(at: list[int], count: int, none: int) -> np.ndarray:

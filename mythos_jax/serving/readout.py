@@ -4,13 +4,14 @@ K rows are being run; those that are to be read out are gathered into a batch of
 tokens in the middle of their loops pay nothing for it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.inference.sampling import Sampling, sample
+from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.serving.places import EMPTY, Setup, Terms, Work, begin, new_work, put, rows, run_if, seen_pages
@@ -158,9 +159,9 @@ def _batch(
 
     def finish(model: Mythos) -> tuple[jax.Array, Cache]:
         out = model.finish(some.tokens, cache, logits=False)
-        return model.head(out.features)[:, 0], out.cache
+        return model.head(out.features)[:, 0], cast(Cache, out.cache)
 
-    logits_kV, cache = setup.model.apply(setup.variables, method=finish)
+    logits_kV, cache = apply(finish, setup.model, setup.variables)
     position_k = some.position_P + 1
     sampled_k = choose(logits_kV, their.sampling, position_k, wanted)
     sampled = put(nothing_sampled(len(work.position_P)), jnp.where(reads_k, at_k, len(work.position_P)), sampled_k)

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.inference.sampling import Sampling
 from mythos_jax.serving.live import Live
 from mythos_jax.serving.options import Layout
 from mythos_jax.serving.places import Terms
-from mythos_jax.serving.policy import NEVER, Policy, policy_numbers
+from mythos_jax.serving.policy import NEVER, policy_numbers
 from mythos_jax.serving.programs import no_terms
 from mythos_jax.serving.request import Request
 
@@ -42,7 +41,7 @@ def make_terms(config: ModelConfig, layout: Layout, live: Live) -> Terms:
 def shared_key(config: ModelConfig, request: Request) -> Hashable:
     """What keys and values of a prompt depend on, besides its tokens: two requests with equal keys can share them."""
     limit, criterion, threshold, min_loops = policy_numbers(config, request.loops, request.halting)
-    if criterion != NEVER and request.halting.reads_logits:  # applies to new tokens only
+    if request.halting is not None and request.halting.reads_logits:  # applies to new tokens only
         criterion, threshold, min_loops = NEVER, config.act_threshold, 1
     noise = request.seed if config.initial_state == "noise" else None
     return limit, criterion, repr(threshold), min_loops, noise

@@ -1,0 +1,253 @@
+"""Many requests at once against `generate`, one at a time."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mythos_jax.errors import ConfigError
+from mythos_jax.model.halting import Halting
+from mythos_jax.serving.engine import Engine
+from mythos_jax.serving.options import EngineOptions
+from mythos_jax.serving.request import BusyError, NewToken, Request
+from tests.serving.engines import (
+    ask,
+    assert_as_offline,
+    check_drafts,
+    offline,
+    random_requests,
+    started,
+    tiny_model,
+)
+from tests.tiny import GQA, HUGINN, MLA, OURO, V
+
+CRITERIA = ("", "", "latent", "cosine", "gate", "kl", "argmax")
+PROMPT = list(range(20))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = started(OURO, EngineOptions(places=8, prefill_chunk=16, queue=300))
+    yield engine
+    engine.close(drain=False)
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """What is compiled while a test runs."""
+    names: list[str] = []
+
+    def listen(name: str, _: float, **__: Any) -> None:
+        if name.endswith("backend_compile_duration"):
+            names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_two_hundred_mixed_requests(engine, compiled):
+    """Depths, policies, temperatures, lengths, drafts, arrivals at random, and some cancelled in the middle."""
+    config, random = engine.loaded.config.model, np.random.default_rng(1)
+    requests, asked = random_requests(config, 200, CRITERIA), []
+    for i, request in enumerate(requests):
+        asked.append(ask(engine, request))
+        if random.random() < 0.3:
+            time.sleep(random.exponential(0.01))
+        if i % 10 == 9:
+            engine.cancel(asked[int(random.integers(max(i - 8, 0), i + 1))][0])
+    reasons = [heard.reason for _, heard in asked]
+    assert not compiled
+    whole = [i for i, reason in enumerate(reasons) if reason in ("stop", "length")]
+    assert len(whole) >= 180
+    results = [heard.result for _, heard in asked]
+    assert_as_offline(engine.loaded, [requests[i] for i in whole], [results[i] for i in whole], allowed=3)
+    for i in whole:
+        check_drafts(asked[i][1])
+        ends_with_stop = results[i][0][-1] in requests[i].stop_tokens
+        assert reasons[i] == ("stop" if ends_with_stop else "length")
+    for i in set(range(200)) - set(whole):
+        assert reasons[i] == "cancelled"
+        tokens, _ = offline(engine.loaded, requests[i])
+        assert results[i][0] == tokens[: len(results[i][0])] or len(results[i][0]) == 0
+    assert_idle(engine)
+    assert engine.counters.accepted > 0
+    assert engine.counters.drafted > engine.counters.accepted
+
+
+def assert_idle(engine: Engine) -> None:
+    """No place and no page is lost."""
+    until = time.monotonic() + 10
+    while engine.counters.occupied and time.monotonic() < until:
+        time.sleep(0.005)
+    counters = engine.counters
+    assert (counters.occupied, counters.queued, counters.pages_used) == (0, 0, 0)
+    assert counters.requests_started == counters.requests_finished
+
+
+@pytest.mark.parametrize(
+    ("config", "criteria"),
+    [
+        pytest.param(GQA, ("", "act"), id="act, experts"),
+        pytest.param(replace(GQA, freeze_halted=False), ("",), id="act, not frozen"),
+        pytest.param(HUGINN, ("", "latent", "entropy"), id="noise"),
+        pytest.param(MLA, ("", "cosine"), id="mla"),
+    ],
+)
+def test_families(config, criteria):
+    engine = started(config, EngineOptions(places=4, max_length=48, prefill_chunk=16))
+    requests = [
+        replace(request, tokens=request.tokens[:30], max_new_tokens=min(request.max_new_tokens, 18))
+        for request in random_requests(engine.loaded.config.model, 16, criteria)
+    ]
+    asked = [ask(engine, request)[1] for request in requests]
+    engine.close()
+    assert all(heard.reason != "failed" for heard in asked)
+    assert_as_offline(engine.loaded, requests, [heard.result for heard in asked], allowed=1)
+
+
+def test_loops_that_are_executed_are_those_that_the_policies_ask_for(engine):
+    before = replace(engine.counters)
+    requests = [
+        replace(request, draft_loops=None)
+        for request in random_requests(engine.loaded.config.model, 30, ("", "latent", "gate"), seed=5)
+    ]
+    asked = [ask(engine, request)[1] for request in requests]
+    assert all(heard.reason != "failed" for heard in asked)
+    # The first token of each follows from the prompt.
+    wanted = sum(event.loops for heard in asked for event in heard.final if event.index > 0)
+    assert_idle(engine)
+    assert engine.counters.loops - before.loops == wanted
+    spent = sum(event.loops for heard in asked for event in heard.final)
+    assert engine.counters.token_loops - before.token_loops == spent
+
+
+def test_prompts_that_begin_alike_are_read_once(engine):
+    before = replace(engine.counters)
+    first, again = Request(PROMPT * 2, 8, seed=1), Request([*PROMPT, *PROMPT[:15], 3, 3], 8, seed=2, temperature=1.0)
+    other = replace(again, halting=Halting("latent", 0.3))  # keys and values depend on the policy
+    results = []
+    for request in (first, again, other, again):
+        _, heard = ask(engine, request)
+        assert heard.reason == "length"
+        results.append(heard.result)
+    assert_as_offline(engine.loaded, (first, again, other, again), results)
+    assert engine.counters.cached_tokens - before.cached_tokens == 32 + 32
+
+
+def test_log_probabilities(engine):
+    request = Request(PROMPT, 6, temperature=1.0, seed=3, logprobs=4)
+    _, heard = ask(engine, request)
+    assert heard.reason == "length"
+    tokens, _ = offline(engine.loaded, request)
+    loaded = engine.loaded
+    logits = loaded.model.apply(loaded.variables, np.array([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
+    truth = np.asarray(jax.nn.log_softmax(logits))
+    for event, row in zip(heard.final, truth, strict=True):
+        best = np.argsort(-row)[:4]
+        assert [token for token, _ in event.alternatives] == best.tolist()
+        np.testing.assert_allclose([value for _, value in event.alternatives], row[best], atol=1e-4)
+        np.testing.assert_allclose(event.logprob, row[event.token], atol=1e-4)
+
+
+def test_places_and_pages_that_do_not_suffice_are_waited_for():
+    """A pool with room for one long request only: all are served, one after the other."""
+    engine = started(MLA, EngineOptions(places=2, max_length=32, prefill_chunk=16, cache_bytes=9_000))
+    assert engine.layout.pages < 4
+    requests = [Request(PROMPT, 12, seed=i, temperature=1.0) for i in range(5)]
+    asked = [ask(engine, request)[1] for request in requests]
+    assert [heard.reason for heard in asked] == ["length"] * 5
+    assert_as_offline(engine.loaded, requests, [heard.result for heard in asked])
+    engine.close()
+
+
+def test_cancelled_requests_leave(engine):
+    waiting = [ask(engine, Request(PROMPT, 40, seed=i)) for i in range(20)]
+    for ticket, _ in waiting:
+        engine.cancel(ticket)
+    assert [heard.reason for _, heard in waiting] == ["cancelled"] * 20
+    assert_idle(engine)
+    engine.cancel(waiting[0][0])  # again, for nothing
+    _, heard = ask(engine, Request(PROMPT, 3))
+    assert heard.reason == "length"
+
+
+def test_a_listener_that_fails_stops_only_its_own_request(engine):
+    def fails(events):
+        raise RuntimeError("no")
+
+    engine.submit(Request(PROMPT, 30), fails)
+    _, heard = ask(engine, Request(PROMPT, 5))
+    assert heard.reason == "length"
+    assert_idle(engine)
+
+
+def test_a_full_queue_and_a_closed_engine_refuse():
+    engine = Engine(tiny_model(MLA), EngineOptions(places=2, max_length=32, queue=3))
+    asked = [ask(engine, Request(PROMPT, 2)) for _ in range(3)]  # not started: all wait
+    with pytest.raises(BusyError, match="queue: 3 requests wait") as error:
+        ask(engine, Request(PROMPT, 2))
+    assert error.value.retry_after > 0
+    engine.warm_up()
+    engine.start()
+    engine.close(drain=True)
+    assert [heard.reason for _, heard in asked] == ["length"] * 3
+    with pytest.raises(RuntimeError, match="closed"):
+        ask(engine, Request(PROMPT, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": []}, "tokens: got shape"),
+        ({"tokens": [V]}, "tokens: got \\[40\\], allowed: 0 to 39"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ({"max_new_tokens": 60}, "20 tokens and 60 new ones, allowed: at most max_seq_len, 64, together"),
+        ({"loops": 0}, "loops: got 0"),
+        ({"loops": 4}, "loops: got 4, allowed: at most 3"),
+        ({"halting": Halting("act")}, "halting criterion: got 'act'"),
+        ({"halting": Halting("predicted")}, "without a predictor"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"top_k": -1}, "top_k: got -1"),
+        ({"top_p": 0.0}, "top_p: got 0.0"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"seed": 2**32}, "seed: got 4294967296"),
+        ({"stop_tokens": [V]}, "stop_tokens: got"),
+        ({"stop_tokens": [1] * 9}, "stop_tokens: got 9 of them, allowed: at most 8"),
+        ({"logprobs": 21}, "logprobs: got 21"),
+        ({"draft_loops": 0}, "draft_loops: got 0"),
+        ({"draft_loops": 1, "draft_tokens": 8}, "draft_tokens: got 8, allowed: 1 to 7"),
+        ({"draft_loops": 1, "halting": Halting("kl")}, "halting criterion: got 'kl'"),
+    ],
+)
+def test_what_cannot_be_is_refused(engine, change, message):
+    with pytest.raises(ConfigError, match=message):
+        ask(engine, replace(Request(PROMPT, 4), **change))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"places": 0}, "places: got 0"),
+        ({"max_length": 65}, "max_length: got 65, allowed: 2 to max_seq_len, 64"),
+        ({"max_loops": 0}, "max_loops: got 0"),
+        ({"queue": -1}, "queue: got -1"),
+        ({"prefill_chunk": 0}, "prefill_chunk: got 0"),
+        ({"cache_bytes": 1000}, "cache_bytes: got 1,000, allowed: at least"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Engine(tiny_model(MLA), EngineOptions(**options))
+
+
+def test_events_say_when(engine):
+    _, heard = ask(engine, Request(PROMPT, 5))
+    assert heard.reason == "length"
+    seconds = [event.seconds for event in heard.events if isinstance(event, NewToken)]
+    assert seconds == sorted(seconds)
+    assert [event.index for event in heard.final] == list(range(5))
