@@ -158,7 +158,7 @@ class LanguageModel:
         seed: one for all texts, or one per text.
         stream: return an iterator over pieces of text as they are decoded (for a list of texts: lists of pieces), with
           `stats`.
-        options: draft_loops, draft_tokens, initial_state, loop_cache_slots, prefill_chunk and special_tokens, as in
+        options: draft_loops, draft_tokens, initial_state, loop_cache, prefill_chunk and special_tokens, as in
           `inference.text.stream_texts`.
 
         Raises ConfigError for a text or a number that the model cannot take, or a model without a tokenizer.

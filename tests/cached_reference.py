@@ -22,14 +22,16 @@ class Decoder:
         config: ModelConfig,
         variables: dict[str, Any],
         loops: int,
-        slots: int | None = None,
+        loop_cache: str = "all",
         criterion: str | None = None,
         threshold: float | None = None,
         min_loops: int = 1,
     ):
         self.config, self.params, self.loops = config, variables["params"], loops
         self.cell = self.params["recurrence"]["cell"]
-        self.slots = slots or loops
+        rules = {"all": lambda t: t, "last": lambda t: 0, "first": lambda t: min(t, 1)}
+        self.slot_of = rules.get(loop_cache) or (lambda t: t % int(loop_cache.removeprefix("modulo:")))
+        self.slots = len({self.slot_of(t) for t in range(loops)})
         self.criterion, self.threshold, self.min_loops = criterion, threshold, min_loops
         # Keys and values per token: of each layer outside the loop, and of each slot of each layer inside.
         self.outer_kv: dict[int, list[Any]] = {
@@ -85,7 +87,7 @@ class Decoder:
         for i in range(c.loop_layers):
 
             def update_cache(new, i=i):
-                slot = self.loop_kv[i][t % self.slots]
+                slot = self.loop_kv[i][self.slot_of(t)]
                 for j in np.flatnonzero(~frozen):
                     self._exit_kv[i][j] = slot[self.length + j] = tuple(part[j] for part in new)
                 return tuple(np.stack([entry[part] for entry in slot]) for part in range(len(new)))

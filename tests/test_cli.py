@@ -142,8 +142,8 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
             "threshold: got -1.0, allowed: ",
         ),
         (
-            ["generate", "{run}", "x", "--max-new-tokens", "4", "--loop-cache-slots", "0"],
-            "argument --loop-cache-slots: got 0, allowed: an integer >= 1",
+            ["generate", "{run}", "x", "--max-new-tokens", "4", "--loop-cache", "modulo:0"],
+            "argument --loop-cache: got 'modulo:0', allowed: all, last, first, or modulo:N with N >= 1",
         ),
         (
             ["generate", "{run}", "x", "--max-new-tokens", "4", "--prefill-chunk", "0"],

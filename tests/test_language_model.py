@@ -198,9 +198,12 @@ def test_evaluate_is_that_of_its_parts(lm, tmp_path):
         (lambda lm: lm.generate("a" * 100), "prompt: got 101 tokens and 1 new ones, allowed: at most max_seq_len, 64"),
         (
             lambda lm: lm.generate("a", draft_loops=2, temperature=1.0),
-            r"temperature: got 1.0, allowed .*: 0 \(greedy\)",
+            r"temperature: got 1.0, allowed: 0 \(greedy\) with draft_loops",
         ),
-        (lambda lm: lm.generate("a", draft_loops=2, loop_cache_slots=1), "loop_cache_slots: got 1, allowed with draft"),
+        (
+            lambda lm: lm.generate("a", draft_loops=2, loop_cache="last"),
+            "loop_cache: got last, allowed: all .a slot for",
+        ),
         (lambda lm: lm.generate("a", max_new_tokens=4, draft_loops=5), "draft_loops: got 5, allowed: 1 to loops, 4"),
         (lambda lm: lm.evaluate(), "a pretrained model has no data of its own"),
     ],

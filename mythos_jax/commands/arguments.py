@@ -87,6 +87,17 @@ def halting_policies(text: str) -> "list[Halting]":
     return [halting_policy(word) for word in text.split(",")]
 
 
+def loop_cache(text: str) -> str:
+    """all, last, first, modulo:4"""
+    from mythos_jax.model.cache import LOOP_CACHES, loop_slots
+
+    try:
+        loop_slots(text, 1)
+    except ConfigError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: {LOOP_CACHES}") from None
+    return text
+
+
 def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", type=of_type(PositiveInt), metavar="N", help="use the checkpoint of this step (default: the newest)"
@@ -147,7 +158,12 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--draft-tokens", type=positive, default=3, metavar="N", help="tokens per draft (default 3)")
     parser.add_argument(
-        "--loop-cache-slots", type=positive, metavar="N", help="bound the cache: loop t uses slot t mod N (approximate)"
+        "--loop-cache",
+        type=loop_cache,
+        default="all",
+        metavar="RULE",
+        help="loops that the cache keeps: all (the default), or to save memory, as an approximation, last, first "
+        "(the first and the last), or modulo:N (loop t in place t mod N)",
     )
     parser.add_argument(
         "--prefill-chunk",
@@ -169,7 +185,7 @@ def generation_options(arguments: argparse.Namespace) -> "RowOptions":
         "seed": arguments.seed,
         "draft_loops": arguments.draft_loops,
         "draft_tokens": arguments.draft_tokens,
-        "loop_cache_slots": arguments.loop_cache_slots,
+        "loop_cache": arguments.loop_cache,
     }
     return options if arguments.prefill_chunk is None else {**options, "prefill_chunk": arguments.prefill_chunk}
 

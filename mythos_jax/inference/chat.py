@@ -53,7 +53,7 @@ class Chat:
             raise ConfigError(f"conversation: got {len(tokens)} tokens, allowed: 1 to {limit - 1}, below max_seq_len")
         width = min(max(MIN_WIDTH, 1 << (len(tokens) - 1).bit_length()), limit)
         chosen: RowOptions = {"prefill_chunk": CHUNK, **options}
-        names = ("loops", "halting", "max_new_tokens", "seed", "initial_state", "loop_cache_slots")
+        names = ("loops", "halting", "max_new_tokens", "seed", "initial_state", "loop_cache")
         request = (width, *(str(options.get(name)) for name in names))
         kept, self._kept = self._kept, _Kept(request, tokens)
         pieces = stream_rows(

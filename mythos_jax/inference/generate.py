@@ -40,7 +40,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     seed: Seed = 0,
     initial_state: str | None = None,
-    loop_cache_slots: int | None = None,
+    loop_cache: str = "all",
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> GenerateResult:
     """Continues a batch of prompts. Not to be traced: it looks at the prompts' values to refuse bad ones.
@@ -56,8 +56,8 @@ def generate(
     is in and however it is cut into chunks. Equal prompts with equal seeds continue alike, so pass one seed per row to
     sample a prompt several times.
     initial_state: "zeros" for models that start from noise; their noise is otherwise drawn from seed and position.
-    loop_cache_slots: see `init_cache`; the result is then an approximation. prefill_chunk: tokens of a prompt that are
-    read by one call.
+    loop_cache: how loops share the cache, "all" (they do not), "last", "first" or "modulo:N"; see
+    `model.cache.loop_slots`. prefill_chunk: tokens of a prompt that are read by one call.
 
     Shapes, model, loops and the number of stop tokens are compiled in; other values, `lengths` too, reuse the program.
     Raises ValueError with one line that names the argument, what it got and what is allowed.
@@ -76,7 +76,7 @@ def generate(
         stop_tokens=stop_tokens,
         seed=seed,
         initial_state=initial_state,
-        loop_cache_slots=loop_cache_slots,
+        loop_cache=loop_cache,
         prefill_chunk=prefill_chunk,
     )
     state = job.state

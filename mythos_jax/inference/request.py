@@ -10,7 +10,7 @@ import numpy as np
 from mythos_jax.config import ModelConfig
 from mythos_jax.inference.sampling import Sampling
 from mythos_jax.inference.state import GenerateResult, Job, Setup, State
-from mythos_jax.model.cache import Cache, init_cache
+from mythos_jax.model.cache import Cache, init_cache, loop_cache_for
 from mythos_jax.model.halting import Halting, check_halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import check_predictor
@@ -40,7 +40,7 @@ class Options(TypedDict, total=False):
     stop_tokens: Sequence[int]
     seed: Seed
     initial_state: str | None
-    loop_cache_slots: int | None
+    loop_cache: str
     prefill_chunk: int
     room: int
     cache: Cache | None
@@ -61,7 +61,7 @@ def prepare(
     stop_tokens: Sequence[int] = (),
     seed: Seed = 0,
     initial_state: str | None = None,
-    loop_cache_slots: int | None = None,
+    loop_cache: str = "all",
     prefill_chunk: int = PREFILL_CHUNK,
     room: int | None = None,
     cache: Cache | None = None,
@@ -75,8 +75,7 @@ def prepare(
     check_depth(config, variables, loops, halting)
     check(initial_state in (None, "zeros"), "initial_state", initial_state, "'zeros' or None")
     check(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "an integer >= 1")
-    slots = loop_cache_slots
-    check(slots is None or slots >= 1, "loop_cache_slots", slots, "an integer >= 1, or None")
+    loop_cache = loop_cache_for(loop_cache, loops)
 
     (B, T), N = tokens_BT.shape, max_new_tokens if room is None else max(room, max_new_tokens)
     size = min(T, prefill_chunk)
@@ -85,9 +84,8 @@ def prepare(
     padded_BT = np.pad(tokens_BT, ((0, 0), (0, size)))
     active_BT = np.arange(padded_BT.shape[1]) < lengths_B[:, None]
     if cache is None:
-        # With as many slots as loops, nothing is shared and nothing is approximate.
         # No row is longer than max_seq_len, whatever the padding of the prompts.
-        cache = init_cache(config, B, min(T + N, config.max_seq_len), loops, slots if slots and slots < loops else None)
+        cache = init_cache(config, B, min(T + N, config.max_seq_len), loops, loop_cache)
     state = State(
         cache=cache,
         done_B=jnp.zeros(B, bool),

@@ -20,7 +20,7 @@ from mythos_jax.inference.generate import begin, prefill_all
 from mythos_jax.inference.request import Lengths, Options, Tokens, check, prepare
 from mythos_jax.inference.state import GenerateResult, Setup
 from mythos_jax.model.apply import apply
-from mythos_jax.model.cache import Cache
+from mythos_jax.model.cache import Cache, loop_cache_for
 from mythos_jax.model.halting import STATE_CRITERIA
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import Output, TokenState, take_remainder
@@ -137,13 +137,11 @@ def _start(
 
 def check_drafts(config: ModelConfig, draft_loops: int, draft_tokens: int, options: Options) -> None:
     """Raises ValueError for drafts that cannot be made, and options of `generate` that they would have to ignore."""
-    for name, value, allowed in [
-        ("temperature", options.get("temperature"), "0 (greedy)"),
-        ("loop_cache_slots", options.get("loop_cache_slots"), "none (one slot per loop)"),
-    ]:
-        if value:
-            raise ValueError(f"{name}: got {value}, allowed with draft_loops: {allowed}")
+    temperature, loop_cache = options.get("temperature", 0), options.get("loop_cache", "all")
+    check(temperature == 0, "temperature", temperature, "0 (greedy) with draft_loops")
     loops, limit, halting = options.get("loops") or config.loops, config.max_seq_len - 1, options.get("halting")
+    exact = loop_cache_for(loop_cache, loops) == "all"
+    check(exact, "loop_cache", loop_cache, "all (a slot for each loop) with draft_loops")
     check(1 <= draft_loops <= loops, "draft_loops", draft_loops, f"1 to loops, {loops}")
     check(1 <= draft_tokens <= limit, "draft_tokens", draft_tokens, f"1 to {limit}, one below max_seq_len")
     if halting is not None:

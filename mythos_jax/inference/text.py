@@ -85,7 +85,7 @@ class RowOptions(TypedDict, total=False):
     draft_loops: int | None
     draft_tokens: int
     initial_state: str | None
-    loop_cache_slots: int | None
+    loop_cache: str
     prefill_chunk: int
 
 
@@ -136,7 +136,7 @@ def stream_rows(
     draft_loops: int | None = None,
     draft_tokens: int = 3,
     initial_state: str | None = None,
-    loop_cache_slots: int | None = None,
+    loop_cache: str = "all",
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> TextStream[list[str]]:
     """The text that follows tokens. Keywords as in `stream_texts`.
@@ -145,8 +145,7 @@ def stream_rows(
     max_new_tokens does not say. cache, keep: as in `inference.generate.stream`; not with draft_loops.
     """
     config = loaded.config.model
-    depth = loops or config.loops
-    stats = GenerationStats(cache_bytes(config, min(loop_cache_slots or depth, depth)))
+    stats = GenerationStats(cache_bytes(config, loops or config.loops, loop_cache))
     if not rows:
         return TextStream(iter(()), stats)
     tokens_BT, lengths_B = _pad(rows, config.max_seq_len, width)
@@ -161,7 +160,7 @@ def stream_rows(
         "top_k": top_k,
         "top_p": top_p,
         "initial_state": initial_state,
-        "loop_cache_slots": loop_cache_slots,
+        "loop_cache": loop_cache,
         "prefill_chunk": prefill_chunk,
         **({"draft_loops": draft_loops, "draft_tokens": draft_tokens} if drafts else {"cache": cache, "keep": keep}),
     }

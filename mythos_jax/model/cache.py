@@ -14,9 +14,37 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.errors import ConfigError
 from mythos_jax.model.layers import compute_dtype
 from mythos_jax.sharding import constrain
-from mythos_jax.typed import check_field
+
+LOOP_CACHES = "all, last, first, or modulo:N with N >= 1"
+
+
+def loop_slots(loop_cache: str, loops: int) -> int:
+    """Slots for the layers in the loop of a cache by this rule, for calls of up to `loops` loops.
+
+    all: a slot for each loop. A token at loop t attends to what others left in loop t: decoding is exact.
+    The other rules bound the memory at any depth. Loops share slots, so that a token at loop t sees what others left in
+    a later loop of the same slot: decoding is an approximation.
+    last: one slot; of each token the last loop that it ran is kept. first: one slot for the first loop, one for all
+    later ones. modulo:N: loop t has slot t mod N.
+
+    Raises ConfigError for another rule.
+    """
+    name, _, number = str(loop_cache).partition(":")
+    if name == "modulo" and number.isascii() and number.isdigit() and int(number) > 0:
+        return int(number)
+    slots = {"all": loops, "last": 1, "first": 2}.get(loop_cache)
+    if slots is None:
+        raise ConfigError(f"loop_cache: got {loop_cache!r}, allowed: {LOOP_CACHES}")
+    return slots
+
+
+def loop_cache_for(loop_cache: str, loops: int) -> str:
+    """The rule to follow in calls of up to `loops` loops: "all" where no two of them would share a slot, so that
+    nothing is approximate."""
+    return "all" if loop_slots(loop_cache, loops) >= loops else loop_cache
 
 
 class KV(NamedTuple):
@@ -30,15 +58,26 @@ class KV(NamedTuple):
 class LayerCache(struct.PyTreeNode):
     """What one attention layer keeps; a field is None where nothing is kept.
 
-    kv: [slots, B, S, ...], the decode cache; loop t writes slot t mod slots. exit_kv: [B, T, ...], keys and values of
-    the current tokens from the last loop that they ran.
+    kv: [slots, B, S, ...], the decode cache. exit_kv: [B, T, ...], keys and values of the current tokens from the last
+    loop that they ran.
     pages: int32 [B, N] where `kv` is a pool of pages, [slots, pages, tokens of a page, ...]. Block n of row b is page
     pages[b, n]; an entry equal to the number of pages is no page: nothing is written there, and zeros are read.
+    loop_cache: which slot a loop writes and reads, see `loop_slots`.
     """
 
     kv: KV | None = None
     exit_kv: KV | None = None
     pages: jax.Array | None = None
+    loop_cache: str = struct.field(pytree_node=False, default="all")
+
+    @property
+    def slots(self) -> int:
+        assert self.kv is not None
+        return self.kv.keys.shape[0]
+
+    def slot(self, loop: jax.Array) -> jax.Array:
+        """Of loop t. As long as t is below `slots`, no rule shares one."""
+        return jnp.minimum(loop, self.slots - 1) if self.loop_cache == "first" else loop % self.slots
 
     @property
     def capacity(self) -> int:
@@ -91,8 +130,11 @@ class Cache(struct.PyTreeNode):
     loop: tuple[LayerCache, ...]
     coda: tuple[LayerCache, ...]
     length_B: jax.Array
-    loop_slots: int = struct.field(pytree_node=False)
-    bounded: bool = struct.field(pytree_node=False)  # fewer slots than loops: loop t uses slot t mod loop_slots
+
+    @property
+    def max_loops(self) -> int | None:
+        """Loops that a call may run; None where loops share slots."""
+        return self.loop[0].slots if self.loop[0].loop_cache == "all" else None
 
     @property
     def capacity(self) -> int:
@@ -134,49 +176,40 @@ def constrain_cache(kv: KV, paged: bool = False) -> KV:
     return jax.tree.map(lambda x: constrain(x, "slots", *tokens, *heads), kv)
 
 
-@partial(jax.jit, static_argnames=("config", "batch", "capacity", "loops", "loop_cache_slots"))
+@partial(jax.jit, static_argnames=("config", "batch", "capacity", "loops", "loop_cache"))
 def init_cache(
-    config: ModelConfig, batch: int, capacity: int, loops: int | None = None, loop_cache_slots: int | None = None
+    config: ModelConfig, batch: int, capacity: int, loops: int | None = None, loop_cache: str = "all"
 ) -> Cache:
     """An empty cache for `batch` rows of up to `capacity` tokens.
 
-    loops: the maximum that any call will run (default: the config's); each loop gets a slot. loop_cache_slots: bounds
-    the memory at any depth. Loop t then shares slot t mod n, and decoding is an approximation. Raises ConfigError for
-    fewer than one slot.
+    loops: the maximum that any call will run (default: the config's). loop_cache: how loops share memory, "all" (each
+    has its own), "last", "first" or "modulo:N"; see `loop_slots`. Raises ConfigError for another rule.
     """
-    cache = _empty_cache(config, batch, capacity, loops, loop_cache_slots, paged=False)
+    cache = _empty_cache(config, batch, capacity, loops, loop_cache, paged=False)
     return cache.replace(length_B=jnp.zeros((batch,), jnp.int32))
 
 
-@partial(jax.jit, static_argnames=("config", "pages", "page_size", "loops", "loop_cache_slots"))
+@partial(jax.jit, static_argnames=("config", "pages", "page_size", "loops", "loop_cache"))
 def init_paged_cache(
-    config: ModelConfig, pages: int, page_size: int, loops: int | None = None, loop_cache_slots: int | None = None
+    config: ModelConfig, pages: int, page_size: int, loops: int | None = None, loop_cache: str = "all"
 ) -> Cache:
     """An empty pool of `pages` pages of `page_size` tokens each, without rows: see `Cache.at`. loops and
-    loop_cache_slots: as in `init_cache`."""
-    return _empty_cache(config, pages, page_size, loops, loop_cache_slots, paged=True)
+    loop_cache: as in `init_cache`."""
+    return _empty_cache(config, pages, page_size, loops, loop_cache, paged=True)
 
 
-def _empty_cache(
-    config: ModelConfig, rows: int, size: int, loops: int | None, loop_cache_slots: int | None, paged: bool
-) -> Cache:
+def _empty_cache(config: ModelConfig, rows: int, size: int, loops: int | None, loop_cache: str, paged: bool) -> Cache:
     """Rows, or pages, of `size` tokens each; the lengths of rows are still to come."""
-    # One slot per loop: a token at loop t attends to keys and values that others made in loop t.
-    slots = loops or config.loops
-    if loop_cache_slots is not None:
-        check_field(loop_cache_slots >= 1, "loop_cache_slots", loop_cache_slots, "an integer >= 1, or None")
-        slots = loop_cache_slots
 
-    def layers(n: int, slots: int) -> tuple[LayerCache, ...]:
-        return tuple(LayerCache(kv=constrain_cache(empty_kv(config, slots, rows, size), paged)) for _ in range(n))
+    def layers(n: int, slots: int, loop_cache: str = "all") -> tuple[LayerCache, ...]:
+        kv = (constrain_cache(empty_kv(config, slots, rows, size), paged) for _ in range(n))
+        return tuple(LayerCache(kv=each, loop_cache=loop_cache) for each in kv)
 
     return Cache(
         prelude=layers(config.prelude_layers, 1),
-        loop=layers(config.loop_layers, slots),
+        loop=layers(config.loop_layers, loop_slots(loop_cache, loops or config.loops), loop_cache),
         coda=layers(config.coda_layers, 1),
         length_B=jnp.zeros((0,), jnp.int32),
-        loop_slots=slots,
-        bounded=loop_cache_slots is not None,
     )
 
 
@@ -185,9 +218,9 @@ def update_cache(
 ) -> tuple[LayerCache, KV]:
     """Writes the current tokens' keys and values; returns the updated cache and everything queries may attend to.
 
-    loop: t, one for all rows or int32 [B]; it writes slot t mod slots, at `index_BT`. An index beyond the capacity
-    writes nothing. Frozen tokens keep the keys and values of the last loop that they ran, and write those to the slots
-    of loops that they did not run.
+    loop: t, one for all rows or int32 [B]; it writes and reads the slot of loop t, at `index_BT`. An index beyond the
+    capacity writes nothing. Frozen tokens keep the keys and values of the last loop that they ran, and write those to
+    the slots of loops that they did not run.
     """
     if cache.exit_kv is not None and frozen_BT is not None:
         # Computed for all tokens and then undone for frozen ones: shapes must not depend on who has halted.
@@ -195,37 +228,36 @@ def update_cache(
         cache = cache.replace(exit_kv=new)
     if cache.kv is None or index_BT is None:
         return cache, new
-    slots, loop = cache.kv.keys.shape[0], jnp.asarray(loop)
+    loop = jnp.asarray(loop)
     if loop.ndim == 1:
         loop = loop[:, None]
     written_BT = index_BT
     if frozen_BT is not None:
         # From loop `slots` on, every slot holds a loop that the token ran, or its last one.
-        written_BT = jnp.where(frozen_BT & (loop >= slots), cache.capacity, index_BT)
-    cache = cache.write(loop % slots, written_BT, new)
-    return cache, cache.read(loop % slots, index_BT)
+        written_BT = jnp.where(frozen_BT & (loop >= cache.slots), cache.capacity, index_BT)
+    cache = cache.write(cache.slot(loop), written_BT, new)
+    return cache, cache.read(cache.slot(loop), index_BT)
 
 
 def fill_skipped_loops(
     caches: tuple[LayerCache, ...],
     exit_kv: tuple[KV, ...],
-    first_slot: jax.Array,
+    ended: jax.Array,
     index_BT: jax.Array,
     tokens_BT: jax.Array,
 ) -> tuple[LayerCache, ...]:
-    """Copies the exit keys and values of `tokens_BT` (bool) to every slot from `first_slot` on: the loops that these
-    tokens exited before, in which deeper tokens will look for them. caches, exit_kv: one for each layer of the loop.
+    """Copies the exit keys and values of `tokens_BT` (bool) to every slot from `ended` on: those of the loops that
+    these tokens skip, in which deeper tokens will look for them. Slots that are shared hold a loop that they ran.
 
-    first_slot: int32 [] or, one per row, [B]. Slot by slot and in place, so that a token pays only for what it skipped
-    and nothing of the cache's size is made.
+    caches, exit_kv: one for each layer of the loop. ended: int32 [] or, one per row, [B]. Slot by slot and in place, so
+    that a token pays only for what it skipped and nothing of the cache's size is made.
     """
-    assert caches[0].kv is not None
-    slots, capacity, first = caches[0].kv.keys.shape[0], caches[0].capacity, first_slot
-    if jnp.ndim(first_slot) == 1:
-        first = jnp.where(tokens_BT, first_slot[:, None], slots).min()
+    slots, capacity, first = caches[0].slots, caches[0].capacity, ended
+    if jnp.ndim(ended) == 1:
+        first = jnp.where(tokens_BT, ended[:, None], slots).min()
 
     def fill(slot: jax.Array, caches: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
-        fills_BT = tokens_BT if jnp.ndim(first_slot) == 0 else tokens_BT & (slot >= first_slot[:, None])
+        fills_BT = tokens_BT if jnp.ndim(ended) == 0 else tokens_BT & (slot >= ended[:, None])
         # Nothing is written at the capacity.
         at_BT = jnp.where(fills_BT, index_BT, capacity)
         return tuple(cache.write(slot, at_BT, kv) for cache, kv in zip(caches, exit_kv, strict=True))

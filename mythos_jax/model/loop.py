@@ -96,8 +96,8 @@ def make_context(
     if halting is not None and halting.criterion == "predicted":
         predicted_BT = predicted_loops(predictor, inputs.injected_BTD, halting.threshold)
     limit = jnp.asarray(loops if halting is None else halting.limit(loops), jnp.int32)
-    if cache is not None and not cache.bounded:
-        limit = jnp.minimum(limit, cache.loop_slots)  # a deeper loop would overwrite the first ones
+    if cache is not None and cache.max_loops is not None:
+        limit = jnp.minimum(limit, cache.max_loops)  # a deeper loop would overwrite the first ones
     given_start, start = start, jnp.asarray(start, jnp.int32)
     stop = limit if count is None else jnp.minimum(limit, start + count)
     # A scan of a fixed number of loops may go on after a depth that only the running program knows.
@@ -149,8 +149,8 @@ def _check_loops(
     if isinstance(loops, int):
         if loops < 1:
             raise ValueError(f"loops: got {loops}, allowed: an integer >= 1")
-        if cache is not None and not cache.bounded and loops > cache.loop_slots:
-            raise ValueError(f"loops: got {loops}, allowed: at most the {cache.loop_slots} the cache was made for")
+        if cache is not None and cache.max_loops is not None and loops > cache.max_loops:
+            raise ValueError(f"loops: got {loops}, allowed: at most the {cache.max_loops} the cache was made for")
         if isinstance(start, int) and not 0 <= start <= loops:
             raise ValueError(f"start: got {start}, allowed: 0 to loops, {loops}")
     left = loops - start if isinstance(loops, int) and isinstance(start, int) else None

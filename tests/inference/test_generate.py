@@ -203,9 +203,9 @@ def test_halting_by_logits_spares_prompts(chunk):
 
 
 def test_bounded_cache_decodes_as_the_slow_decoder():
-    result = call(MLA, loops=5, loop_cache_slots=2, halting=Halting("latent", 0.1))
+    result = call(MLA, loops=5, loop_cache="first", halting=Halting("latent", 0.1))
     for row in range(2):
-        slow = Decoder(MLA, exact(variables(MLA)), 5, 2, criterion="latent", threshold=0.1)
+        slow = Decoder(MLA, exact(variables(MLA)), 5, "first", criterion="latent", threshold=0.1)
         logits, ran = slow.feed(PROMPTS[row, : LENGTHS[row]], is_prompt=True)
         for n in range(N):
             token = int(logits[-1].argmax())
@@ -213,7 +213,7 @@ def test_bounded_cache_decodes_as_the_slow_decoder():
             logits, ran = slow.feed(np.array([token]), is_prompt=False)
         assert slow.margin > 1e-3
     # With a slot for each loop there is nothing to approximate.
-    wide = call(MLA, loops=5, loop_cache_slots=9, halting=Halting("latent", 0.1))
+    wide = call(MLA, loops=5, loop_cache="modulo:9", halting=Halting("latent", 0.1))
     np.testing.assert_array_equal(wide.tokens, call(MLA, loops=5, halting=Halting("latent", 0.1)).tokens)
 
 
@@ -304,7 +304,8 @@ def test_no_new_tokens_is_an_empty_result():
         ({"seed": 2**32}, "seed: got 4294967296, allowed: integers from 0 to 2"),
         ({"loops": 0}, "loops: got 0, allowed: an integer >= 1"),
         ({"prefill_chunk": 0}, "prefill_chunk: got 0, allowed: an integer >= 1"),
-        ({"loop_cache_slots": 0}, "loop_cache_slots: got 0, allowed: an integer >= 1, or None"),
+        ({"loop_cache": "2"}, "loop_cache: got '2', allowed: all, last, first, or modulo:N with N >= 1"),
+        ({"loop_cache": "modulo:0"}, "loop_cache: got 'modulo:0', allowed: all, last, first, or modulo:N with N >= 1"),
         ({"initial_state": "noise"}, "initial_state: got noise, allowed: 'zeros' or None"),
         ({"halting": Halting("latent")}, "halting criterion: got 'latent', allowed with readout act: act"),
     ],

@@ -144,8 +144,8 @@ def test_no_loop_is_run_twice():
             {"halting": Halting("kl")},
             "halting criterion: got 'kl', allowed: act, latent, cosine, predicted, gate with draft_",
         ),
-        ({"temperature": 0.8}, r"temperature: got 0.8, allowed with draft_loops: 0 \(greedy\)"),
-        ({"loop_cache_slots": 2}, "loop_cache_slots: got 2, allowed with draft_loops: none"),
+        ({"temperature": 0.8}, r"temperature: got 0.8, allowed: 0 \(greedy\) with draft_loops"),
+        ({"loop_cache": "first"}, r"loop_cache: got first, allowed: all \(a slot for each loop\) with draft_loops"),
         ({"draft_tokens": 0}, "draft_tokens: got 0, allowed: 1 to 15, one below max_seq_len"),
     ],
 )

@@ -142,9 +142,10 @@ def test_cache_bytes(config, numbers):
 
 
 def test_bounded_cache_shares_slots():
-    cache = init_cache(MLA, B, T, LOOPS, loop_cache_slots=2)
-    assert [layer.kv.keys.shape[0] for layer in cache.loop] == [2]
-    assert cache.bounded
+    for rule, slots in [("modulo:2", 2), ("last", 1), ("first", 2)]:
+        cache = init_cache(MLA, B, T, LOOPS, rule)
+        assert [layer.kv.keys.shape[0] for layer in cache.loop] == [slots]
+        assert cache.max_loops is None
 
 
 def test_more_loops_than_slots_are_refused():

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from mythos_jax.errors import ConfigError
 from mythos_jax.flops import cache_bytes
-from mythos_jax.model.cache import init_cache
+from mythos_jax.model.cache import init_cache, loop_cache_for, loop_slots
 from mythos_jax.model.halting import Halting
 from tests.cached_reference import Decoder
 from tests.tiny import GQA_LAST, MLA, B, T, exact, halting, run, some_tokens, variables
@@ -20,9 +21,9 @@ GQA = replace(GQA_LAST, lora_rank=0, n_shared_experts=0)
 CONFIGS = {"gqa": GQA, "mla": MLA}
 
 
-def decode(config, slots=None, policy=None):
+def decode(config, rule="all", policy=None):
     """Logits and loops of all pieces, [B, T, ...]."""
-    cache, outs, tokens = init_cache(config, B, T, LOOPS, slots), [], some_tokens()
+    cache, outs, tokens = init_cache(config, B, T, LOOPS, rule), [], some_tokens()
     for start, end in pairwise(CUTS):
         segments = (np.arange(start, end) < LENGTHS[:, None]).astype(np.int32)
         piece = np.where(segments, tokens[:, start:end], 7)
@@ -32,13 +33,13 @@ def decode(config, slots=None, policy=None):
     return tuple(np.concatenate([getattr(out, name) for out in outs], axis=1) for name in ("logits", "loops"))
 
 
-def check(config, got, slots=None, policy=None, margin=1e-3):
+def check(config, got, rule="all", policy=None, margin=1e-3):
     """Compares each row with the slow decoder; returns the loops that the tokens ran."""
     logits, ran = got
     rules = {} if policy is None else {"criterion": policy.criterion, "threshold": policy.threshold}
     all_ran = []
     for b, length in enumerate(LENGTHS):
-        row = Decoder(config, exact(variables(config)), LOOPS, slots, **rules)
+        row = Decoder(config, exact(variables(config)), LOOPS, rule, **rules)
         pieces = [(some_tokens()[b, start : min(end, length)], end - start > 1) for start, end in pairwise(CUTS)]
         truth = [row.feed(tokens, is_prompt) for tokens, is_prompt in pieces if len(tokens)]
         assert row.margin > margin
@@ -50,29 +51,32 @@ def check(config, got, slots=None, policy=None, margin=1e-3):
 
 
 @pytest.mark.parametrize(
-    ("attention", "slots", "threshold"),
+    ("attention", "rule", "threshold"),
     [
-        ("gqa", 2, None),
-        ("mla", 1, None),
-        ("gqa", 2, 0.25),
-        ("gqa", 3, 0.25),
-        ("gqa", 4, 0.25),
-        ("mla", 1, 0.1),
-        ("mla", 3, 0.2),
+        ("gqa", "modulo:2", None),
+        ("mla", "last", None),
+        ("gqa", "first", None),
+        ("gqa", "modulo:2", 0.25),
+        ("gqa", "modulo:3", 0.25),
+        ("gqa", "modulo:4", 0.25),
+        ("gqa", "first", 0.25),
+        ("mla", "first", 0.5),
+        ("mla", "last", 0.1),
+        ("mla", "modulo:3", 0.2),
     ],
 )
-def test_bounded_cache(attention, slots, threshold):
+def test_bounded_cache(attention, rule, threshold):
     """A slot holds the last loop that a token ran in it; only slots that the token never reached hold its exit loop."""
-    config = CONFIGS[attention]
+    config, slots = CONFIGS[attention], loop_slots(rule, LOOPS)
     policy = threshold and halting("latent", threshold)
-    got = decode(config, slots, policy)
-    ran = check(config, got, slots, policy)
+    got = decode(config, rule, policy)
+    ran = check(config, got, rule, policy)
     if policy:
         assert len(set(ran)) >= 2, set(ran)
         # Some tokens wrap around to slots they have used, or exit before they reach every slot.
-        assert ran.min() < slots if slots >= 3 else ran.max() > slots
+        assert ran.min() < slots or ran.max() > slots
     # Where slots are shared, the result is an approximation, as intended; otherwise it is exact, exits included.
-    unbounded, _ = decode(config, None, policy)
+    unbounded, _ = decode(config, "all", policy)
     assert (np.abs(got[0][0] - unbounded[0]).max() > 1e-3) == (ran.max() > slots)
 
 
@@ -85,7 +89,7 @@ def test_halting_by_logits(attention, criterion, thresholds):
     config, before, means = CONFIGS[attention], None, []
     for threshold in thresholds:
         policy = halting(criterion, float(threshold))
-        ran = check(config, decode(config, None, policy), None, policy)
+        ran = check(config, decode(config, "all", policy), "all", policy)
         means.append(ran.mean())
         before = before or run._cache_size()
         assert run._cache_size() == before
@@ -95,21 +99,34 @@ def test_halting_by_logits(attention, criterion, thresholds):
 
 def test_cosine():
     policy = halting("cosine", 0.01)
-    ran = check(MLA, decode(MLA, None, policy), None, policy)
+    ran = check(MLA, decode(MLA, "all", policy), "all", policy)
     assert len(set(ran)) >= 3
 
 
-@pytest.mark.parametrize("slots", [None, 2])
+@pytest.mark.parametrize("rule", ["all", "last", "first", "modulo:3"])
 @pytest.mark.parametrize("attention", CONFIGS)
-def test_cache_bytes_agree_with_the_formula(attention, slots):
-    cache = init_cache(CONFIGS[attention], B, T, LOOPS, slots)
+def test_cache_bytes_agree_with_the_formula(attention, rule):
+    cache = init_cache(CONFIGS[attention], B, T, LOOPS, rule)
     cache_size = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.prelude, cache.loop, cache.coda)))
-    assert cache_size == B * T * cache_bytes(CONFIGS[attention], slots or LOOPS)
+    assert cache_size == B * T * cache_bytes(CONFIGS[attention], LOOPS, rule)
 
 
-def test_zero_slots_are_refused():
-    with pytest.raises(ValueError, match="loop_cache_slots: got 0, allowed: an integer >= 1, or None"):
-        init_cache(MLA, B, T, LOOPS, 0)
+@pytest.mark.parametrize("rule", ["modulo:0", "modulo:", "modulo:-1", "latest", "", "first:2", None, 3])
+def test_an_unknown_rule_is_refused(rule):
+    with pytest.raises(
+        ConfigError, match=f"loop_cache: got {rule!r}, allowed: all, last, first, or modulo:N with N >= 1"
+    ):
+        init_cache(MLA, B, T, LOOPS, rule)
+
+
+def test_a_rule_under_which_no_loops_share_a_slot_is_all():
+    names = ["all", "last", "first", "modulo:3"]
+    assert [[loop_cache_for(rule, loops) for rule in names] for loops in (1, 2, 3, 4)] == [
+        ["all", "all", "all", "all"],
+        ["all", "last", "all", "all"],
+        ["all", "last", "first", "all"],
+        names,
+    ]
 
 
 @pytest.mark.parametrize(

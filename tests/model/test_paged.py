@@ -25,9 +25,9 @@ def apply(config, forward):
     return Mythos(config).apply(variables(config), method=forward)
 
 
-def paged(config, slots=None):
+def paged(config, rule="all"):
     """A pool whose pages are full of what must not matter."""
-    pool = init_paged_cache(config, PAGES, PAGE, LOOPS, slots)
+    pool = init_paged_cache(config, PAGES, PAGE, LOOPS, rule)
     return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.dtype == jnp.float32 else x, pool)
 
 
@@ -50,22 +50,22 @@ def check_same_contents(got: Cache, expected: Cache, lengths=LENGTHS):
 
 
 @pytest.mark.parametrize(
-    ("config", "slots", "policy", "loops"),
+    ("config", "rule", "policy", "loops"),
     [
-        (GQA, None, None, np.array([5, 2], np.int32)),
-        (MLA, None, halting("latent", 0.1), LOOPS),
-        (MOE_LAST, 3, halting("latent", 0.25), LOOPS),
+        (GQA, "all", None, np.array([5, 2], np.int32)),
+        (MLA, "all", halting("latent", 0.1), LOOPS),
+        (MOE_LAST, "first", halting("latent", 0.25), LOOPS),
     ],
-    ids=["gqa_act_moe_depth_by_row", "mla_latent", "moe_latent_bounded"],
+    ids=["gqa_act_moe_depth_by_row", "mla_latent", "moe_latent_first"],
 )
-def test_pages_in_any_order_give_what_rows_give(config, slots, policy, loops):
+def test_pages_in_any_order_give_what_rows_give(config, rule, policy, loops):
     """To the bit, with the keys and values in the cache; also for tokens that halt and leave theirs for deeper ones."""
     call = run if isinstance(loops, int) else run_traced
     feed = partial(run_in_pieces, config, some_tokens(), CUTS["chunk_then_tokens"], call=call, loops=loops)
     if policy is not None:
         feed = partial(feed, halting=policy)
-    plain = feed(cache=init_cache(config, B, T, LOOPS, slots))
-    pool = paged(config, slots).at(jnp.asarray(TABLE), jnp.zeros(B, jnp.int32))
+    plain = feed(cache=init_cache(config, B, T, LOOPS, rule))
+    pool = paged(config, rule).at(jnp.asarray(TABLE), jnp.zeros(B, jnp.int32))
     assert pool.capacity == 2 * PAGE
     got = feed(cache=pool)
     for row, length in enumerate(LENGTHS):
