@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import predicted_loops
 from tests.model.test_cache import CUTS, LENGTHS, LOOPS
 from tests.model.test_predictor import with_predictor
-from tests.tiny import GQA, MLA, OURO, B, T, halting, some_tokens, variables
+from tests.tiny import GQA, MLA, OURO, B, T, V, halting, run, some_tokens, variables
 
 MANUAL = Halting("manual")
 
@@ -92,6 +93,28 @@ def test_halted_tokens_stay_as_they_are():
         stays = given <= t
         np.testing.assert_array_equal(states[t][stays], states[t - 1][stays])
         assert (states[t][~stays] != states[t - 1][~stays]).any(-1).all()
+
+
+def test_the_rule_of_the_documentation():
+    """The function printed in docs/halting.md, on texts of one token, which no neighbour influences: each runs the
+    fewest loops after which the plain model is sure."""
+    page = (Path(__file__).parents[2] / "docs" / "halting.md").read_text()
+    code = page.split("```python\n")[1].split("\n\n\nlm = ")[0]
+    printed = {}
+    exec(code, printed)
+    tokens, sure = np.arange(V)[:, None], 0.4
+    call = jax.jit(lambda: printed["think_until_sure"](Mythos(MLA).bind(variables(MLA)), tokens, LOOPS, sure))
+    best = np.stack([sureness(run(MLA, variables(MLA), tokens, loops=t + 1).logits)[:, 0] for t in range(LOOPS)])
+    assert np.abs(best - sure).min() > 1e-4
+    expected = np.where((best >= sure).any(0), (best >= sure).argmax(0) + 1, LOOPS)
+    out = call()
+    np.testing.assert_array_equal(out.loops[:, 0], expected)
+    assert len(set(expected)) >= 3, expected
+    np.testing.assert_allclose(sureness(out.logits)[:, 0], best[expected - 1, np.arange(V)], rtol=0, atol=1e-5)
+
+
+def sureness(logits):
+    return np.asarray(jax.nn.softmax(logits).max(-1))
 
 
 @pytest.mark.parametrize(
