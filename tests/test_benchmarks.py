@@ -1,6 +1,9 @@
 """The speed benchmarks: what they compute from times, and that they compare equal computations."""
 
 import dataclasses
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -10,11 +13,22 @@ import pytest
 
 from benchmarks import retrofit_study
 from benchmarks.roofline import exponent, unrolled_features
+from benchmarks.serving_load import Load, Mix, Range, Reply, arrivals, draw_requests
+from benchmarks.serving_report import draw, numbers, table
+from benchmarks.serving_sides import BatchSide, HttpSide, Measured, events_of, generated
 from benchmarks.timing import median_and_range, ratios, time_in_turns
 from benchmarks.utilisation import DENSE_1B, toy
-from mythos_jax.config import ModelConfig
+from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from mythos_jax.flops import count_parameters
+from mythos_jax.inference.generate import generate
+from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.runs.load import LoadedModel
+from mythos_jax.serving.request import Finished, NewToken, Request
+from mythos_jax.sharding import make_mesh
+from tests import tiny
+from tests.server.running import fake_service, running, talking_model
+from tests.serving.fake_engine import FakeEngine
 
 
 def test_the_exponent_of_a_power_law_does_not_depend_on_its_factor():
@@ -76,3 +90,140 @@ def test_the_retrofit_study_shows_each_arm_at_each_depth(tmp_path):
     assert lines[-1].startswith("| 4 loops | 7 | 3.2e+12 | 8 | 81 (81 to 81) |")
     retrofit_study.draw(runs, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+# A request for `serving`, whose prompt says which it is.
+def asks(number, new_tokens, **fields):
+    return Request(tokens=[number + 1, 2], max_new_tokens=new_tokens, seed=number, **fields)
+
+
+def answered(listener, count, start):
+    for i in range(count):
+        listener([NewToken(i, 7, 2, True, None, (), start + i)])
+    listener([Finished("length")])
+
+
+def test_the_closed_loop_keeps_its_users_busy_and_no_more():
+    running, most, order = [], [], []
+
+    def send(request, listener):
+        running.append((request, listener))
+        most.append(len(running))
+        order.append(request.tokens[0] - 1)
+        if len(running) == 3 or len(order) == 7:  # all users wait: those who asked last are answered first
+            for asked, listen in reversed(running.copy()):
+                running.clear()
+                answered(listen, asked.max_new_tokens, 0.0)
+
+    load = Load(send, [asks(i, i + 1) for i in range(7)])
+    assert load.closed(users=3) >= 0
+    assert (max(most), order) == (3, list(range(7)))
+    assert [reply.new_tokens for reply in load.finished] == list(range(1, 8))
+
+
+def test_the_open_loop_counts_from_the_time_at_which_a_request_was_due():
+    load = Load(lambda request, listener: answered(listener, 2, time.perf_counter()), [asks(i, 2) for i in range(3)])
+    seconds = load.open([0.0, 0.02, 0.04])
+    start = load.finished[0].due
+    assert [reply.due - start for reply in load.finished] == pytest.approx([0.0, 0.02, 0.04])
+    assert seconds >= 0.04
+    mean_gap = np.diff(arrivals(4000, rate=50.0, seed=0)).mean()
+    assert mean_gap == pytest.approx(1 / 50, rel=0.05)
+
+
+def test_a_failed_request_ends_the_measurement():
+    load = Load(lambda request, listener: listener([Finished("failed", "out of pages")]), [asks(0, 2)])
+    with pytest.raises(RuntimeError, match="out of pages"):
+        load.closed(users=1)
+
+
+def test_requests_are_the_seeds_and_within_their_ranges():
+    text = np.arange(500, dtype=np.int32)
+    mix = Mix(Range.parse("3-20"), Range(4, 9), 3, (None, Halting("latent", 0.1)), (0.0, 0.8))
+    requests = draw_requests(text, mix, 300, seed=4)
+    assert requests == draw_requests(text, mix, 300, seed=4)
+    assert {len(r.tokens) for r in requests} == set(range(3, 21))
+    assert {r.max_new_tokens for r in requests} == set(range(4, 10))
+    assert {(r.halting is None, r.temperature) for r in requests} == {(a, b) for a in (True, False) for b in (0.0, 0.8)}
+    assert all(np.diff(r.tokens).tolist() == [1] * (len(r.tokens) - 1) for r in requests)
+
+
+def test_static_batches_give_each_request_its_own_tokens_and_run_to_the_deepest():
+    model, variables, policy = Mythos(tiny.DENSE), tiny.variables(tiny.DENSE), Halting("latent", 0.35)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    config = Config(model=tiny.DENSE, data=DataConfig(seq_len=1))
+    loaded = LoadedModel(Path(), config, model, variables, None, mesh, None)
+    requests = [asks(0, 3, loops=3, halting=policy), asks(1, 5, loops=3, halting=policy)]
+    measured = generated(loaded, width=2, room=5, rows=4).closed(requests, users=2)
+    prompts = [request.tokens for request in requests]
+    offline = generate(model, variables, prompts, max_new_tokens=5, loops=3, halting=policy, seed=[0, 1])
+    for i, (reply, request) in enumerate(zip(measured.replies, requests, strict=True)):
+        assert reply.tokens == offline.tokens[i, : request.max_new_tokens].tolist()
+        assert reply.loops == offline.loops[i, : request.max_new_tokens].tolist()
+    # Without the first token, whose loops the prompt ran; two rows, each as deep as the deeper one.
+    assert offline.loops[:, 1:].min() < offline.loops[:, 1:].max()
+    assert measured.executed == 2 * offline.loops.max(0)[1:].sum()
+
+
+def test_static_batches_hold_requests_that_are_alike():
+    batches = []
+
+    def answer(batch):
+        batches.append([request.tokens[0] - 1 for request in batch])
+        return [([0] * request.max_new_tokens, [1] * request.max_new_tokens) for request in batch], 10
+
+    requests = [asks(i, new, temperature=t) for i, (new, t) in enumerate([(9, 0), (1, 1), (2, 0), (3, 1), (1, 0)])]
+    side = BatchSide(answer, lambda request: request.temperature, rows=2)
+    measured = side.closed(requests, users=2)
+    replace(side, by_length=True).closed(requests, users=2)
+    side.open(requests, np.zeros(5))
+    assert batches == [[0, 2], [4], [1, 3], [4, 2], [0], [1, 3], [0, 2], [1, 3], [4]]
+    assert [reply.new_tokens for reply in measured.replies] == [9, 1, 2, 3, 1]
+    assert measured.executed == 30
+
+
+def test_what_a_stream_over_http_says():
+    chunk = {"choices": [{"text": "ab", "mythos": {
+        "tokens": [{"index": 0, "text": "a", "loops": 3, "ms": 1.5}, {"index": 1, "text": "b", "loops": 2, "ms": 2.5}],
+        "provisional": [{"index": 2, "text": "c"}],
+    }}]}  # fmt: skip
+    assert [(e.index, e.loops, e.final) for e in events_of(chunk)] == [(2, 0, False), (0, 3, True), (1, 2, True)]
+    ordinary = [{"choices": [{"text": "two words"}]}, {"choices": [], "usage": {"completion_tokens": 5}}]
+    reply = Reply(due=1.0)
+    for number, part in enumerate(ordinary):
+        assert not reply.note(events_of(part), now=2.0 + number)
+    assert reply.note([Finished("stop")], now=4.0)
+    assert (reply.times, reply.new_tokens, reply.ended) == ([2.0], 5, 4.0)
+
+
+def test_the_serving_tables_show_ratios_loops_and_latencies(tmp_path):
+    def measured(seconds, executed, tokens):
+        reply = Reply(0.0, [0.010, 0.014, 0.018], [1, 2, tokens], [2, 4, 3], first_shown=0.01, ended=0.018)
+        return Measured(seconds, [reply], executed=executed, steps=4)
+
+    engine, full = [measured(1.0, 7, 5), measured(2.0, 7, 5)], [measured(2.0, 16, 6), measured(3.0, 16, 6)]
+    truth = [Reply(0.0, [], [1, 2, 5], [2, 4, 3])]
+    sides = {"engine": numbers(engine, full, truth), "all loops": numbers(full, full, truth)}
+    assert sides["engine"]["ratio"] == [2.0, 1.5]
+    lines = table("8 users", sides, "all loops").splitlines()
+    assert lines[4] == (
+        "| engine | 2 (2 to 3) | 1.75 (1.50 to 2.00) | 1.000 | 3.00 | 10.0 / 10.0 | 4.0 / 4.0 | 6.0 / 6.0 | 1.8 |"
+    )
+    assert lines[-1] == "Replies with the tokens of offline generation: engine: 1 of 1; all loops: 0 of 1."
+    draw({"8 users": sides, "32 users": sides}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_server_over_http_is_a_side_too():
+    model = talking_model()
+    with running(fake_service(FakeEngine(places=2, queue=8), model)) as server:
+        side = HttpSide(f"{server.url}/v1", "", model.require_tokenizer().decode, None, {"loops": 3})
+        requests = [asks(i, 2 + i, halting=Halting("latent", 0.1)) for i in range(5)]
+        measured = side.closed(requests, users=3)
+        assert [reply.new_tokens for reply in measured.replies] == [2, 3, 4, 5, 6]
+        assert measured.replies[4].loops == [1, 2, 3, 1, 2, 3]
+        assert all(reply.due < reply.times[0] <= reply.times[-1] <= reply.ended for reply in measured.replies)
+        with pytest.raises(RuntimeError, match=r"HTTP 400.*loops"):
+            HttpSide(f"{server.url}/v1", "", model.require_tokenizer().decode, None, {"loops": 9}).open(
+                requests, np.zeros(5)
+            )
