@@ -97,5 +97,8 @@ def overhead(
     unstarted = new_engine(args, loaded, requests)
     shortest = min(requests, key=lambda request: len(request.tokens))
     equal = equal_requests(shortest, args.overhead, engine.layout.max_length)
-    pairs = [(served(engine, equal), bare(unstarted, equal)) for _ in range(args.repeats + 1)][1:]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    pairs = []
+    for _ in range(args.repeats + 1):
+        with_engine, pace = served(engine, equal)
+        pairs.append((with_engine, bare(unstarted, equal, pace)))
+    return [pair[0] for pair in pairs[1:]], [pair[1] for pair in pairs[1:]]

@@ -13,7 +13,7 @@ from mythos_jax.serving.options import smallest
 from mythos_jax.serving.request import Event, NewToken, Request
 
 EDGE = 3  # tokens at the beginning and at the end of replies that are not timed: not all requests are there
-FIRST = 20  # steps of the bare program that are not timed
+FIRST = 4  # calls of the bare program that are not timed
 
 
 def equal_requests(request: Request, users: int, room: int) -> list[Request]:
@@ -22,8 +22,8 @@ def equal_requests(request: Request, users: int, room: int) -> list[Request]:
     return [replace(request, halting=None, temperature=0.0, max_new_tokens=new, seed=i) for i in range(users)]
 
 
-def served(engine: Engine, requests: Sequence[Request]) -> float:
-    """Seconds per step of a started engine, from the thread that asks to the one that hears."""
+def served(engine: Engine, requests: Sequence[Request]) -> tuple[float, int]:
+    """Seconds per step of a started engine, and how many steps it makes in a call."""
     marks: list[tuple[float, int]] = []
     ended, left = threading.Event(), len(requests)
     last = requests[-1].max_new_tokens - 1
@@ -44,12 +44,12 @@ def served(engine: Engine, requests: Sequence[Request]) -> float:
     if not ended.wait(timeout=600):
         raise RuntimeError("the engine has not answered for ten minutes")
     (start, before), (end, after) = marks
-    return (end - start) / (after - before)
+    return (end - start) / (after - before), engine._pace
 
 
-def bare(engine: Engine, requests: Sequence[Request]) -> float:
+def bare(engine: Engine, requests: Sequence[Request], pace: int) -> float:
     """Seconds per step of the program of an engine that was not started, on places in the state that the requests
-    bring them into, one call after the other; nothing is read."""
+    bring them into: calls of `pace` steps, one after the other; nothing is read."""
     tickets = [engine.submit(request, lambda events: None) for request in requests]
     while engine.counters.queued or any(live.is_reading for live in engine._live.values()):
         engine._admit()
@@ -59,16 +59,16 @@ def bare(engine: Engine, requests: Sequence[Request]) -> float:
     size = smallest(engine.layout.place_buckets, len(places))
     at = np.full(size, engine.layout.places, np.int32)
     at[: len(places)] = places
-    steps = (requests[0].loops or 1) * (requests[0].max_new_tokens - 2) - FIRST
+    calls = (requests[0].loops or 1) * (requests[0].max_new_tokens - 2) // pace - FIRST
     for _ in range(FIRST):
-        report = engine._programs.step(at, engine.layout.row_pages)
+        report = engine._programs.steps(at, pace, engine.layout.row_pages)
     jax.block_until_ready(report)
     start = time.perf_counter()
-    for _ in range(steps):
-        report = engine._programs.step(at, engine.layout.row_pages)
+    for _ in range(calls):
+        report = engine._programs.steps(at, pace, engine.layout.row_pages)
     jax.block_until_ready(report)
     seconds = time.perf_counter() - start
     for ticket in tickets:
         engine.cancel(ticket)
     engine._drop_cancelled()
-    return seconds / steps
+    return seconds / (calls * pace)

@@ -18,8 +18,8 @@ COLUMNS = (
     "ms per token", "places busy",
 )  # fmt: skip
 COLOURS = {
-    "engine": "#1f5fa8", "all loops": "#c0504d", "provisional": "#e0a030", "static": "#6a6a6a", "static, sorted": "#b0b0b0",
-    "transformers": "#2e8b57", "server": "#1f5fa8",
+    "engine": "#1f5fa8", "all loops": "#c0504d", "provisional": "#e0a030", "static": "#6a6a6a",
+    "static, sorted": "#b0b0b0", "transformers": "#2e8b57", "server": "#1f5fa8",
 }  # fmt: skip
 
 
@@ -101,18 +101,28 @@ def table(load: str, sides: dict[str, dict[str, Any]], baseline: str) -> str:
     lines = [f"**{load}**; ratio: to {baseline!r}, within each round", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += [row(side, mine) for side, mine in sides.items()]
-    notes = []
+    lines += [line for note in notes(sides, baseline) for line in ("", note)]
+    return "\n".join(lines)
+
+
+def notes(sides: dict[str, dict[str, Any]], baseline: str) -> list[str]:
+    """What the columns do not say."""
+    lines = []
     for side, mine in sides.items():
-        if mine.get("replies_equal_to_offline") is not None:
-            notes.append(f"{side}: {mine['replies_equal_to_offline']} of {mine['replies']}")
-    if notes:
-        lines += ["", f"Replies with the tokens of offline generation: {'; '.join(notes)}."]
+        if "engine" in sides and side not in ("engine", baseline):
+            speeds = sides["engine"]["tokens_per_second"], mine["tokens_per_second"]
+            lines.append(f"engine : {side} {median_and_range(ratios(*speeds), digits=2)} in tokens/s.")
+    equal = {side: mine for side, mine in sides.items() if "replies" in mine}
+    if equal:
+        counts = [f"{side}: {mine['replies_equal_to_offline']} of {mine['replies']}" for side, mine in equal.items()]
+        lines.append(f"Replies with the tokens of offline generation: {'; '.join(counts)}.")
     for side, mine in sides.items():
         if "drafts_accepted" in mine:
-            p50, p99 = mine["shown_ms"]
-            lines += ["", f"{side}: first token shown after {p50:.1f} / {p99:.1f} ms, {mine['drafts_accepted']:.0%} of "
-                      "drafts confirmed."]  # fmt: skip
-    return "\n".join(lines)
+            (p50, p99), accepted = mine["shown_ms"], mine["drafts_accepted"]
+            lines.append(
+                f"{side}: first token shown after {p50:.1f} / {p99:.1f} ms, {accepted:.0%} of drafts confirmed."
+            )
+    return lines
 
 
 def overhead_line(users: int, served: Sequence[float], bare: Sequence[float]) -> str:

@@ -1,6 +1,7 @@
 """The speed benchmarks: what they compute from times, and that they compare equal computations."""
 
 import dataclasses
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import retrofit_study
+from benchmarks import retrofit_study, serving, serving_measure
 from benchmarks.roofline import exponent, unrolled_features
 from benchmarks.serving_load import Load, Mix, Range, Reply, arrivals, draw_requests
 from benchmarks.serving_report import draw, numbers, table
@@ -227,3 +228,23 @@ def test_a_server_over_http_is_a_side_too():
             HttpSide(f"{server.url}/v1", "", model.require_tokenizer().decode, None, {"loops": 9}).open(
                 requests, np.zeros(5)
             )
+
+
+def test_the_serving_benchmark_from_its_words_to_its_files(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(serving, "use_cores", lambda threads: None)
+    monkeypatch.setattr("mythos_jax.runs.load.load_model", lambda path: talking_model())
+    monkeypatch.setattr(serving_measure, "new_engine", lambda args, loaded, requests: FakeEngine(places=4, queue=9))
+    (tmp_path / "text").write_text("words of the prompts " * 20)
+    words = f"run --text {tmp_path}/text --only engine --users 3 --rates 400 --requests 6 --repeats 2 --overhead 0"
+    words += f" --prompt 2-5 --new 3 --halting latent,none --json {tmp_path}/out.json --plot {tmp_path}/out.png"
+    serving.main(words.split())
+    found = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert list(found) == ["3 users", "400 requests/s"]
+    for load in found.values():
+        assert list(load) == ["engine"]
+        assert load["engine"]["tokens"] == 6 * 3
+        assert len(load["engine"]["tokens_per_second"]) == 2
+    printed = capsys.readouterr().out
+    assert "6 requests, " in printed
+    assert "**400 requests/s**; ratio: to 'engine'" in printed
+    assert (tmp_path / "out.png").stat().st_size > 10_000
