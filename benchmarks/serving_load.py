@@ -140,7 +140,7 @@ class Load:
             self._next(numbers)
         return time.perf_counter() - start
 
-    def open(self, times: Sequence[float] | np.ndarray) -> float:
+    def arriving(self, times: Sequence[float] | np.ndarray) -> float:
         """Requests that arrive whether or not there are answers. times: seconds after the start. Returns seconds."""
         start = time.perf_counter()
         for number, after in enumerate(times):

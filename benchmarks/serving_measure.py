@@ -63,7 +63,7 @@ def measure_all(
         loads[f"{users} users"] = lambda side, users=users: side.closed(requests, users)
     for rate in map(float, filter(None, args.rates.split(","))):
         times = arrivals(len(requests), rate, args.seed)
-        loads[f"{rate:g} requests/s"] = lambda side, times=times: side.open(requests, times)
+        loads[f"{rate:g} requests/s"] = lambda side, times=times: side.arriving(requests, times)
     baseline = "all loops" if "all loops" in sides else list(sides)[-1]
     truths = {name: truth_of(side, sides, requests) for name, side in sides.items()}
     for load, measure in loads.items():

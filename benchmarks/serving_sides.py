@@ -44,7 +44,7 @@ class Measured:
 class Side(Protocol):
     def closed(self, requests: Sequence[Request], users: int) -> Measured: ...
 
-    def open(self, requests: Sequence[Request], times: np.ndarray) -> Measured: ...
+    def arriving(self, requests: Sequence[Request], times: np.ndarray) -> Measured: ...
 
 
 @dataclass
@@ -57,8 +57,8 @@ class EngineSide:
     def closed(self, requests: Sequence[Request], users: int) -> Measured:
         return self._measure(requests, lambda load: load.closed(users))
 
-    def open(self, requests: Sequence[Request], times: np.ndarray) -> Measured:
-        return self._measure(requests, lambda load: load.open(times))
+    def arriving(self, requests: Sequence[Request], times: np.ndarray) -> Measured:
+        return self._measure(requests, lambda load: load.arriving(times))
 
     def _measure(self, requests: Sequence[Request], run: Callable[[Load], float]) -> Measured:
         load, before = Load(self.engine.submit, [self.change(r) for r in requests]), copy.copy(self.engine.counters)
@@ -97,7 +97,7 @@ class BatchSide:
         measured.seconds = time.perf_counter() - start
         return measured
 
-    def open(self, requests: Sequence[Request], times: np.ndarray) -> Measured:
+    def arriving(self, requests: Sequence[Request], times: np.ndarray) -> Measured:
         """A batch is made of what waits when the last one has ended."""
         start, measured = time.perf_counter(), Measured(0.0, [Reply(0.0) for _ in requests])
         left = list(range(len(requests)))
@@ -218,10 +218,10 @@ class HttpSide:
             load = self._load(requests, pool)
             return Measured(load.closed(users), load.finished)
 
-    def open(self, requests: Sequence[Request], times: np.ndarray) -> Measured:
+    def arriving(self, requests: Sequence[Request], times: np.ndarray) -> Measured:
         with ThreadPoolExecutor(len(requests)) as pool:
             load = self._load(requests, pool)
-            return Measured(load.open(times), load.finished)
+            return Measured(load.arriving(times), load.finished)
 
     def _load(self, requests: Sequence[Request], pool: ThreadPoolExecutor) -> Load:
         return Load(lambda request, listener: pool.submit(self._ask, request, listener), requests)

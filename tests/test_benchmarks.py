@@ -124,7 +124,7 @@ def test_the_closed_loop_keeps_its_users_busy_and_no_more():
 
 def test_the_open_loop_counts_from_the_time_at_which_a_request_was_due():
     load = Load(lambda request, listener: answered(listener, 2, time.perf_counter()), [asks(i, 2) for i in range(3)])
-    seconds = load.open([0.0, 0.02, 0.04])
+    seconds = load.arriving([0.0, 0.02, 0.04])
     start = load.finished[0].due
     assert [reply.due - start for reply in load.finished] == pytest.approx([0.0, 0.02, 0.04])
     assert seconds >= 0.04
@@ -177,7 +177,7 @@ def test_static_batches_hold_requests_that_are_alike():
     side = BatchSide(answer, lambda request: request.temperature, rows=2)
     measured = side.closed(requests, users=2)
     replace(side, by_length=True).closed(requests, users=2)
-    side.open(requests, np.zeros(5))
+    side.arriving(requests, np.zeros(5))
     assert batches == [[0, 2], [4], [1, 3], [4, 2], [0], [1, 3], [0, 2], [1, 3], [4]]
     assert [reply.new_tokens for reply in measured.replies] == [9, 1, 2, 3, 1]
     assert measured.executed == 30
@@ -225,7 +225,7 @@ def test_a_server_over_http_is_a_side_too():
         assert measured.replies[4].loops == [1, 2, 3, 1, 2, 3]
         assert all(reply.due < reply.times[0] <= reply.times[-1] <= reply.ended for reply in measured.replies)
         with pytest.raises(RuntimeError, match=r"HTTP 400.*loops"):
-            HttpSide(f"{server.url}/v1", "", model.require_tokenizer().decode, None, {"loops": 9}).open(
+            HttpSide(f"{server.url}/v1", "", model.require_tokenizer().decode, None, {"loops": 9}).arriving(
                 requests, np.zeros(5)
             )
 
