@@ -253,6 +253,12 @@ def fill_skipped_loops(
     that a token pays only for what it skipped and nothing of the cache's size is made.
     """
     slots, capacity, first = caches[0].slots, caches[0].capacity, ended
+    if index_BT.shape[1] == 1:  # decoding: all slots in one write, most of which are dropped
+        slots_BS = jnp.broadcast_to(jnp.arange(slots), (index_BT.shape[0], slots))
+        skipped_BS = tokens_BT & (slots_BS >= jnp.reshape(ended, (-1, 1)))
+        at_BS = jnp.where(skipped_BS, index_BT, capacity)
+        spread = jax.tree.map(lambda x: jnp.broadcast_to(x, (*at_BS.shape, *x.shape[2:])), exit_kv)
+        return tuple(cache.write(slots_BS, at_BS, kv) for cache, kv in zip(caches, spread, strict=True))
     if jnp.ndim(ended) == 1:
         first = jnp.where(tokens_BT, ended[:, None], slots).min()
 

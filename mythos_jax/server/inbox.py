@@ -54,6 +54,7 @@ class Inbox:
             async with asyncio.timeout(seconds):
                 while not self._batches:
                     self._ready.clear()
+                    self._woken = False  # what is appended from here on is seen below, or wakes
                     if not self._batches:
                         await self._ready.wait()
         except TimeoutError:

@@ -26,10 +26,7 @@ from mythos_jax.serving.prefill import Chunk
 from mythos_jax.serving.programs import Programs, Report
 from mythos_jax.serving.readout import DRAFT, FINAL
 from mythos_jax.serving.request import BusyError, Event, Finished, Listener, NewToken, Request
-from mythos_jax.serving.step import MAX_STEPS
 from mythos_jax.serving.terms import make_terms, shared_key
-
-CALL_SECONDS = 0.004  # what a call of the device should take at least, so that starting it costs little
 
 
 class Call(NamedTuple):
@@ -58,7 +55,6 @@ class Engine:
         self._wake = threading.Condition()
         self._closing, self._draining = False, True
         self._thread: threading.Thread | None = None
-        self._pace, self._step_seconds, self._heard = 1, CALL_SECONDS, 0.0
         self._mean_seconds = 1.0  # of a request, lately
         self.error: BaseException | None = None
         self.counters = Counters(places=self.layout.places, pages=self.layout.pages)
@@ -209,14 +205,15 @@ class Engine:
             return False
         rows: list[Live | None] = [live for live in lives for _ in live.ring]
         size = smallest(self.layout.place_buckets, len(rows))
+        pace = self._programs.pace[size]
         at_K = np.full(size, self.layout.places, np.int32)
         at_K[: len(rows)] = [place for live in lives for place in live.ring]
         # The device may be as many tokens ahead of what is known here as there are calls, and a ring is ahead of that.
-        ahead = sum(call.steps or 1 for call in self._calls) + self._pace + 1
+        ahead = sum(call.steps or 1 for call in self._calls) + pace + 1
         longest = max(min(len(x.request.tokens) + x.produced + ahead + len(x.ring), x.capacity()) for x in lives)
-        report = self._programs.steps(at_K, self._pace, -(-longest // self.layout.page))
-        self._calls.append(Call(report, rows, steps=self._pace))
-        self.counters.steps += self._pace
+        report = self._programs.steps(at_K, pace, -(-longest // self.layout.page))
+        self._calls.append(Call(report, rows, steps=pace))
+        self.counters.steps += pace
         return True
 
     def _hear(self, keep: int) -> None:
@@ -226,19 +223,12 @@ class Engine:
             numbers = np.asarray(call.report.numbers)  # waits for the device
             seconds = time.perf_counter()
             if call.steps:
-                self._keep_pace(seconds, call.steps)
                 self.counters.loops += int(numbers[: call.steps, 6, 0].sum())
                 for step in range(call.steps):
                     self._hear_rows(call, (step,), numbers[step], seconds)
             else:
                 self.counters.prompt_loops += int(numbers[6, 0])
                 self._hear_rows(call, (), numbers, seconds)
-
-    def _keep_pace(self, seconds: float, steps: int) -> None:
-        """So many steps in a call that it takes about CALL_SECONDS: a small model's step takes less than its start."""
-        took, self._heard = (seconds - self._heard) / steps, seconds
-        self._step_seconds += 0.2 * (min(took, 1.0) - self._step_seconds)
-        self._pace = max(1, min(MAX_STEPS, round(CALL_SECONDS / self._step_seconds)))
 
     def _hear_rows(self, call: Call, step: tuple[int, ...], numbers: np.ndarray, seconds: float) -> None:
         kinds = numbers[0].tolist()

@@ -6,6 +6,7 @@ from mythos_jax.config import ModelConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import cache_bytes
 
+
 PAGE = 16  # tokens of a page of the cache
 DEFAULT_CACHE_BYTES = 2 << 30  # at most, where the options do not say
 MIN_SEEN = 256  # tokens that attention looks at, at least, if there are as many; each four times as many are a program
@@ -58,11 +59,10 @@ def make_layout(config: ModelConfig, options: EngineOptions) -> Layout:
     _check(options.places >= 1, "places", options.places, "an integer >= 1")
     _check(2 <= max_length <= limit, "max_length", max_length, f"2 to max_seq_len, {limit}")
     _check(max_loops >= 1, "max_loops", max_loops, "an integer >= 1")
-    _check(options.loop_cache == "all", "loop_cache", options.loop_cache, "all")
     _check(options.queue >= 0, "queue", options.queue, "an integer >= 0")
     _check(options.prefill_chunk >= 1, "prefill_chunk", options.prefill_chunk, "an integer >= 1")
     row_pages = -(-max_length // PAGE)
-    page_bytes = PAGE * cache_bytes(config, max_loops)
+    page_bytes = PAGE * cache_bytes(config, max_loops, options.loop_cache)
     budget = options.cache_bytes
     if budget is None:
         budget = max(min(options.places * row_pages * page_bytes, DEFAULT_CACHE_BYTES), row_pages * page_bytes)

@@ -1,5 +1,6 @@
 """The compiled programs of an engine: all of them are made before the first request, and none after."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -18,8 +19,11 @@ from mythos_jax.serving.policy import NEVER, Policy
 from mythos_jax.serving.prefill import Chunk, admit, prefill
 from mythos_jax.serving.readout import News
 from mythos_jax.serving.request import MAX_STOP_TOKENS
-from mythos_jax.serving.step import steps
+from mythos_jax.serving.step import MAX_STEPS, steps
 from mythos_jax.sharding import use_mesh
+
+
+CALL_SECONDS = 0.004  # what a call of the device should take at least, so that starting it costs little
 
 
 class Report(struct.PyTreeNode):
@@ -51,6 +55,7 @@ class Programs:
         with use_mesh(mesh):
             self._places = _empty_places(setup, layout, mesh, loop_cache)
         self._compiled: dict[tuple[str, int, int], Any] = {}
+        self.pace: dict[int, int] = {}  # steps of a call, for each bucket of places
 
     @property
     def count(self) -> int:
@@ -67,6 +72,9 @@ class Programs:
             if key not in self._compiled:
                 self._compiled[key] = self._compile(*key)
                 self._try(*key)
+        for size in layout.place_buckets:
+            step_seconds = self._time_step(size)
+            self.pace[size] = max(1, min(MAX_STEPS, round(CALL_SECONDS / step_seconds)))
 
     def admit(self, at: list[int], terms: Terms) -> None:
         """The terms, [P] in each field, of the places of a new request."""
@@ -96,6 +104,22 @@ class Programs:
             given = (np.full(size, none, np.int32), np.int32(1)) if name == "steps" else no_chunk(size)
             self._places, report = program(self._setup.variables, self._places, given)
             report.numbers.block_until_ready()
+
+    def _time_step(self, size: int) -> float:
+        """Seconds of a step of so many places. One of them is at work, which costs as much as all of them."""
+        layout, at = self._layout, np.full(size, self._layout.places, np.int32)
+        terms = jax.tree.map(np.copy, no_terms(layout, layout.places))
+        terms.policy.limit_B[:1], terms.last_P[:1], at[0] = layout.max_loops, layout.max_length, 0
+        self.admit([0], terms)
+        chunk = no_chunk(layout.chunks[0])._replace(length=np.int32(1), is_last=np.bool_(True))
+        self.prefill(chunk)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            self.steps(at, MAX_STEPS, layout.row_pages).numbers.block_until_ready()
+            seconds.append(time.perf_counter() - start)
+        self.admit([0], no_terms(layout, layout.places))
+        return min(seconds) / MAX_STEPS
 
     def _compile(self, name: str, size: int, pages: int) -> Any:
         layout, whole = self._layout, NamedSharding(self._mesh, PartitionSpec())
@@ -143,7 +167,7 @@ def _padded(at: list[int], count: int, none: int) -> np.ndarray:
 
 def _empty_places(setup: Setup, layout: Layout, mesh: Mesh, loop_cache: str) -> Places:
     c, whole = setup.model.config, NamedSharding(mesh, PartitionSpec())
-    pool = init_paged_cache(c, layout.pages, layout.page, layout.max_loops)
+    pool = init_paged_cache(c, layout.pages, layout.page, layout.max_loops, loop_cache)
     terms = no_terms(layout, layout.places)
 
     @partial(jax.jit, out_shardings=whole)
