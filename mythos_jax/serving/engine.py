@@ -132,10 +132,10 @@ class Engine:
     def _turn(self) -> None:
         self._drop_cancelled()
         self._admit()
-        read = self._read_prompt()
-        stepped = self._step()
-        # Everything but what was just started, which the device is at work on.
-        self._hear(keep=int(read or stepped))
+        under_way = len(self._calls)
+        self._read_prompts()
+        self._step()
+        self._hear(under_way if len(self._calls) > under_way else len(self._calls))
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -153,6 +153,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Lets requests in, in the order in which they came, as long as there are places and pages."""
+        config = self.loaded.config.model
         while self._queue:
             ticket = self._queue[0]
             request = ticket.request
@@ -160,7 +161,7 @@ class Engine:
             capacity = len(request.tokens) + request.max_new_tokens
             if places > len(self._free):
                 return
-            held = self._pages.allocate(request.tokens, capacity, shared_key(self.loaded.config.model, request))
+            held = self._pages.allocate(request.tokens, capacity, shared_key(config, request))
             if held is None:
                 return
             with self._wake:
@@ -169,40 +170,43 @@ class Engine:
                     continue
                 self._queue.popleft()
                 self.counters.queued = len(self._queue)
-            live = Live(
-                ticket, [self._free.pop() for _ in range(places)], held, held.cached_tokens, time.perf_counter()
-            )
-            self._live[ticket] = live
-            self._programs.admit(live.ring, make_terms(self.loaded.config.model, self.layout, live))
+            ring = [self._free.pop() for _ in range(places)]
+            terms = make_terms(config, self.layout, request, ring[0], held.pages)
+            self._live[ticket] = Live(ticket, ring, held, terms, held.cached_tokens, time.perf_counter())
             self.counters.requests_started += 1
             self.counters.cached_tokens += held.cached_tokens
             self._count_use()
 
-    def _read_prompt(self) -> bool:
-        """Reads a chunk of the prompt of the request that has been in the longest of those that are not read yet."""
-        live = next((live for live in self._live.values() if live.is_reading), None)
-        if live is None:
-            return False
-        tokens = live.request.tokens
-        size = chunk_size(self.layout.chunks, len(tokens) - live.read)
-        count = min(len(tokens) - live.read, size)
-        tokens_C = np.zeros(size, np.int32)
-        tokens_C[:count] = tokens[live.read : live.read + count]
-        is_last = live.read + count == len(tokens)
-        numbers = np.int32(live.ring[0]), tokens_C, np.int32(count), np.int32(live.read), np.bool_(is_last)
-        report = self._programs.prefill(Chunk(*cast(Any, numbers)))
+    def _read_prompts(self) -> None:
+        """Reads what is left of prompts, those first that have been in for the longest: so many tokens in a turn that
+        they fill the largest chunk, so that those who wait for their next token do not wait for long prompts."""
+        budget = self.layout.chunks[-1]
+        for live in [live for live in self._live.values() if live.is_reading]:
+            while live.is_reading:
+                size = chunk_size(self.layout.chunks, len(live.request.tokens) - live.read)
+                if size > budget:
+                    return
+                budget -= size
+                self._read_chunk(live, size)
+
+    def _read_chunk(self, live: Live, size: int) -> None:
+        tokens, start = live.request.tokens, live.read
+        count = min(len(tokens) - start, size)
+        tokens_C, ring_P = np.zeros(size, np.int32), np.full(self.layout.places, self.layout.places, np.int32)
+        tokens_C[:count], ring_P[: len(live.ring)] = tokens[start : start + count], live.ring
+        numbers = np.int32(count), np.int32(start), np.bool_(start + count == len(tokens))
+        report = self._programs.prefill(Chunk(*cast(Any, (ring_P, live.terms, tokens_C, *numbers))))
         live.read += count
         self._pages.publish(live.held, live.read)
         self._calls.append(Call(report, [live], steps=0))
         self.counters.chunks += 1
         self.counters.prompt_tokens += count
-        return True
 
-    def _step(self) -> bool:
-        """Starts one step of all places whose prompts are read."""
+    def _step(self) -> None:
+        """Starts a call of steps of all places whose prompts are read."""
         lives = [live for live in self._live.values() if not live.is_reading]
         if not lives:
-            return False
+            return
         rows: list[Live | None] = [live for live in lives for _ in live.ring]
         size = smallest(self.layout.place_buckets, len(rows))
         pace = self._programs.pace[size]
@@ -214,11 +218,10 @@ class Engine:
         report = self._programs.steps(at_K, pace, -(-longest // self.layout.page))
         self._calls.append(Call(report, rows, steps=pace))
         self.counters.steps += pace
-        return True
 
-    def _hear(self, keep: int) -> None:
-        """Reads what calls have brought, up to the last `keep` of them."""
-        while len(self._calls) > keep:
+    def _hear(self, count: int) -> None:
+        """Reads what the first calls have brought. Those that were just started, the device is at work on."""
+        for _ in range(count):
             call = self._calls.popleft()
             numbers = np.asarray(call.report.numbers)  # waits for the device
             seconds = time.perf_counter()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mythos_jax.serving.pages import Held
+from mythos_jax.serving.places import Terms
 from mythos_jax.serving.programs import Report
 from mythos_jax.serving.readout import DRAFT, FINAL, NOTHING
 from mythos_jax.serving.request import Event, Finished, Listener, NewToken, Request, TakenBack
@@ -27,14 +28,16 @@ class Ticket:
 class Live:
     """A request that has places.
 
-    ring: its places, in their order. held: its pages. read: tokens of the prompt that are in the cache. since: when it
-    was let in. produced: final tokens so far. drafts: tokens by index that were shown and are not final; drafted,
-    accepted: how many of them have not been counted yet. over: its last event has been told.
+    ring: its places, in their order. held: its pages. terms: as the device knows them. read: tokens of the prompt that
+    are in the cache. since: when it was let in. produced: final tokens so far. drafts: tokens by index that were shown
+    and are not final; drafted, accepted: how many of them have not been counted yet. over: its last event has been
+    told.
     """
 
     ticket: Ticket
     ring: list[int]
     held: Held
+    terms: Terms
     read: int
     since: float
     produced: int = 0

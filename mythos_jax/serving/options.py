@@ -6,7 +6,6 @@ from mythos_jax.config import ModelConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import cache_bytes
 
-
 PAGE = 16  # tokens of a page of the cache
 DEFAULT_CACHE_BYTES = 2 << 30  # at most, where the options do not say
 MIN_SEEN = 256  # tokens that attention looks at, at least, if there are as many; each four times as many are a program

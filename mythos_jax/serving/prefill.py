@@ -9,36 +9,31 @@ from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.state import TokenState
-from mythos_jax.serving.places import EMPTY, Places, Setup, Terms, begin, new_work, put, rows, seen_pages
+from mythos_jax.serving.places import EMPTY, Places, Setup, Terms, begin, new_work, put, seen_pages
 from mythos_jax.serving.policy import is_done, predictions, run_loop
 from mythos_jax.serving.readout import FINAL, NOTHING, News, choose
 
 
 class Chunk(NamedTuple):
-    """Tokens of a prompt. place: int32 [], of the request. tokens_C: int32, `length` of them, the rest is padding.
-    start: int32, the position of the first. is_last: bool, the prompt ends with it."""
+    """Tokens of a prompt, and what their request asks for.
 
-    place: jax.Array
+    ring_P: int32, the places of the request in their order; P stands for no place. terms: of the first, [1, ...].
+    tokens_C: int32, `length` of them, the rest is padding. start: int32, the position of the first. is_last: bool, the
+    prompt ends with it.
+    """
+
+    ring_P: jax.Array
+    terms: Terms
     tokens_C: jax.Array
     length: jax.Array
     start: jax.Array
     is_last: jax.Array
 
 
-def admit(places: Places, at_R: jax.Array, terms: Terms) -> Places:
-    """The places with the terms of a new request, in all places of its ring; nothing is in them yet.
-
-    at_R: int32, P stands for no place. terms: those of each, [R, ...].
-    """
-    phase_P = places.work.phase_P.at[at_R].set(EMPTY, mode="drop")
-    return places.replace(terms=put(places.terms, at_R, terms), work=places.work.replace(phase_P=phase_P))
-
-
 def prefill(setup: Setup, places: Places, chunk: Chunk, pages: int) -> tuple[Places, News]:
     """Reads a chunk, which follows what the request's pages hold. pages: so many of them are in use."""
-    at_1 = jnp.reshape(chunk.place, 1)
-    terms = rows(places.terms, at_1)
-    terms = terms.replace(pages_PN=terms.pages_PN[:, :pages])
+    places, at_1 = _admit(places, chunk), chunk.ring_P[:1]
+    terms = chunk.terms.replace(pages_PN=chunk.terms.pages_PN[:, :pages])
     start_1, length_1 = jnp.reshape(chunk.start, 1), jnp.reshape(chunk.length, 1)
     active_1C = jnp.arange(len(chunk.tokens_C)) < length_1[:, None]
     cache = places.pool.at(terms.pages_PN, start_1)
@@ -70,6 +65,17 @@ def prefill(setup: Setup, places: Places, chunk: Chunk, pages: int) -> tuple[Pla
         ran=ran,
     )
     return Places(places.terms, work, cache.pool()), news
+
+
+def _admit(places: Places, chunk: Chunk) -> Places:
+    """The request's terms in all places of its ring, in which nothing is yet."""
+    ring_P, count = chunk.ring_P, len(chunk.ring_P)
+    after_P = jnp.append(ring_P[1:], count)
+    next_P = jnp.where(after_P < count, after_P, ring_P[0])
+    spread = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), chunk.terms)
+    terms = put(places.terms, ring_P, spread.replace(next_P=next_P))
+    phase_P = places.work.phase_P.at[ring_P].set(EMPTY, mode="drop")
+    return places.replace(terms=terms, work=places.work.replace(phase_P=phase_P))
 
 
 def _all_loops(setup: Setup, terms: Terms, tokens: TokenState, cache: Cache) -> tuple[TokenState, Cache, jax.Array]:

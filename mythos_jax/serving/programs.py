@@ -16,12 +16,11 @@ from mythos_jax.model.cache import init_paged_cache
 from mythos_jax.serving.options import Layout, smallest
 from mythos_jax.serving.places import EMPTY, Places, Setup, Terms, begin, new_work
 from mythos_jax.serving.policy import NEVER, Policy
-from mythos_jax.serving.prefill import Chunk, admit, prefill
+from mythos_jax.serving.prefill import Chunk, prefill
 from mythos_jax.serving.readout import News
 from mythos_jax.serving.request import MAX_STOP_TOKENS
 from mythos_jax.serving.step import MAX_STEPS, steps
 from mythos_jax.sharding import use_mesh
-
 
 CALL_SECONDS = 0.004  # what a call of the device should take at least, so that starting it costs little
 
@@ -48,7 +47,7 @@ def pack(news: News) -> Report:
 
 
 class Programs:
-    """The state of the places on the device, and the three programs that change it, in the sizes of a layout."""
+    """The state of the places on the device, and the programs that change it: `steps` and `prefill` in a few sizes."""
 
     def __init__(self, setup: Setup, layout: Layout, mesh: Mesh, loop_cache: str):
         self._setup, self._layout, self._mesh = setup, layout, mesh
@@ -64,22 +63,15 @@ class Programs:
     def compile_all(self, progress: Callable[[str], None]) -> None:
         """Compiles every program; `progress` is told before each."""
         layout = self._layout
-        wanted: list[tuple[str, int, int]] = [("admit", 0, 0)]
-        wanted += [("steps", size, pages) for pages in layout.page_buckets for size in layout.place_buckets]
+        wanted = [("steps", size, pages) for pages in layout.page_buckets for size in layout.place_buckets]
         wanted += [("prefill", size, pages) for pages in layout.page_buckets for size in layout.chunks]
         for i, key in enumerate(wanted):
             progress(f"{i} of {len(wanted)} programs")
             if key not in self._compiled:
                 self._compiled[key] = self._compile(*key)
-                self._try(*key)
         for size in layout.place_buckets:
             step_seconds = self._time_step(size)
             self.pace[size] = max(1, min(MAX_STEPS, round(CALL_SECONDS / step_seconds)))
-
-    def admit(self, at: list[int], terms: Terms) -> None:
-        """The terms, [P] in each field, of the places of a new request."""
-        at_P = _padded(at, self._layout.places, self._layout.places)
-        self._places = self._compiled["admit", 0, 0](self._places, at_P, terms)
 
     def steps(self, at: np.ndarray, count: int, pages: int) -> Report:
         """`count` steps of the places at `at`, of a bucket's size; the tokens of all are within so many pages."""
@@ -95,54 +87,40 @@ class Programs:
         self._places, report = program(self._setup.variables, self._places, chunk)
         return report
 
-    def _try(self, name: str, size: int, pages: int) -> None:
-        """Runs a program on no request: its first run takes longer than others."""
-        program, none = self._compiled[name, size, pages], self._layout.places
-        if name == "admit":
-            self.admit([], no_terms(self._layout, none))
-        else:
-            given = (np.full(size, none, np.int32), np.int32(1)) if name == "steps" else no_chunk(size)
-            self._places, report = program(self._setup.variables, self._places, given)
-            report.numbers.block_until_ready()
-
     def _time_step(self, size: int) -> float:
         """Seconds of a step of so many places. One of them is at work, which costs as much as all of them."""
         layout, at = self._layout, np.full(size, self._layout.places, np.int32)
-        terms = jax.tree.map(np.copy, no_terms(layout, layout.places))
-        terms.policy.limit_B[:1], terms.last_P[:1], at[0] = layout.max_loops, layout.max_length, 0
-        self.admit([0], terms)
-        chunk = no_chunk(layout.chunks[0])._replace(length=np.int32(1), is_last=np.bool_(True))
-        self.prefill(chunk)
+        at[0] = 0
+        self.prefill(_chunk_of_one_token(layout, is_last=True))
         seconds = []
         for _ in range(3):
             start = time.perf_counter()
             self.steps(at, MAX_STEPS, layout.row_pages).numbers.block_until_ready()
             seconds.append(time.perf_counter() - start)
-        self.admit([0], no_terms(layout, layout.places))
+        self.prefill(_chunk_of_one_token(layout, is_last=False))  # the place is empty again
         return min(seconds) / MAX_STEPS
 
     def _compile(self, name: str, size: int, pages: int) -> Any:
-        layout, whole = self._layout, NamedSharding(self._mesh, PartitionSpec())
+        layout, whole, setup = self._layout, NamedSharding(self._mesh, PartitionSpec()), self._setup
+
+        def run(variables: Any, places: Places, given: Any) -> tuple[Places, Report]:
+            bound = setup.replace(variables=variables)
+            if name == "steps":
+                places, news = steps(bound, places, given[0], given[1], pages)
+            else:
+                places, news = prefill(bound, places, given, pages)
+            return places, pack(news)
+
+        nothing = np.full(size, layout.places, np.int32), np.int32(1)
+        given = nothing if name == "steps" else no_chunk(layout, size)
         stays = jax.tree.map(lambda x: x.sharding, self._places)
         with use_mesh(self._mesh):
-            if name == "admit":
-                job = jax.jit(admit, donate_argnums=0, out_shardings=stays)
-                none = _padded([], layout.places, layout.places)
-                return job.lower(self._places, none, no_terms(layout, layout.places)).compile()
-            setup = self._setup
-
-            def run(variables: Any, places: Places, given: Any) -> tuple[Places, Report]:
-                bound = setup.replace(variables=variables)
-                if name == "steps":
-                    places, news = steps(bound, places, given[0], given[1], pages)
-                else:
-                    places, news = prefill(bound, places, given, pages)
-                return places, pack(news)
-
-            given = (np.zeros(size, np.int32), np.int32(0)) if name == "steps" else no_chunk(size)
-
             job = jax.jit(run, donate_argnums=1, out_shardings=(stays, whole))
-            return job.lower(setup.variables, self._places, given).compile()
+            program = job.lower(setup.variables, self._places, given).compile()
+        # Run once for no request: the first run of a program takes longer than others.
+        self._places, report = program(setup.variables, self._places, given)
+        report.numbers.block_until_ready()
+        return program
 
 
 def no_terms(layout: Layout, count: int) -> Terms:
@@ -156,13 +134,19 @@ def no_terms(layout: Layout, count: int) -> Terms:
     return Terms(Policy(*cast(Any, policy)), Sampling(*cast(Any, sampling)), *rest)
 
 
-def no_chunk(size: int) -> Chunk:
-    zero = np.int32(0)
-    return Chunk(*cast(Any, (zero, np.zeros(size, np.int32), zero, zero, np.bool_(False))))
+def no_chunk(layout: Layout, size: int) -> Chunk:
+    """A chunk of no request."""
+    ring_P, tokens_C = np.full(layout.places, layout.places, np.int32), np.zeros(size, np.int32)
+    return Chunk(*cast(Any, (ring_P, no_terms(layout, 1), tokens_C, np.int32(1), np.int32(0), np.bool_(False))))
 
 
-def _padded(at: list[int], count: int, none: int) -> np.ndarray:
-    return np.array(at + [none] * (count - len(at)), np.int32)
+def _chunk_of_one_token(layout: Layout, is_last: bool) -> Chunk:
+    """A request in place 0, without pages, that runs all loops of many tokens."""
+    chunk = no_chunk(layout, layout.chunks[0])
+    terms: Any = jax.tree.map(np.copy, chunk.terms)
+    terms.policy.limit_B[:], terms.last_P[:] = layout.max_loops, layout.max_length
+    ring_P: Any = np.array([0, *[layout.places] * (layout.places - 1)], np.int32)
+    return chunk._replace(terms=terms, ring_P=ring_P, is_last=cast(Any, np.bool_(is_last)))
 
 
 def _empty_places(setup: Setup, layout: Layout, mesh: Mesh, loop_cache: str) -> Places:

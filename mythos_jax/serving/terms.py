@@ -1,13 +1,12 @@
 """From a request to the numbers that the device knows it by."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.serving.live import Live
 from mythos_jax.serving.options import Layout
 from mythos_jax.serving.places import Terms
 from mythos_jax.serving.policy import NEVER, policy_numbers
@@ -15,26 +14,25 @@ from mythos_jax.serving.programs import no_terms
 from mythos_jax.serving.request import Request
 
 
-def make_terms(config: ModelConfig, layout: Layout, live: Live) -> Terms:
-    """The terms of the places of `live.ring`, in its order; the rest of [P] is not looked at."""
-    request, places = live.request, live.ring
-    terms, n = jax.tree.map(np.copy, no_terms(layout, layout.places)), len(places)
-    rows: list[tuple[Any, Any]] = [
+def make_terms(config: ModelConfig, layout: Layout, request: Request, ring: int, pages: Sequence[int]) -> Terms:
+    """The terms of a request, [1, ...], in NumPy. ring: its first place. pages: of its keys and values."""
+    terms: Any = jax.tree.map(np.copy, no_terms(layout, 1))
+    sampling = terms.sampling
+    numbers = [
         *zip(jax.tree.leaves(terms.policy), policy_numbers(config, request.loops, request.halting), strict=True),
-        (terms.sampling.temperature_B, request.temperature),
-        (terms.sampling.top_k_B, request.top_k),
-        (terms.sampling.top_p_B, request.top_p),
-        (terms.sampling.seed_B, request.seed),
-        (terms.last_P, live.capacity() - 1),
+        (sampling.temperature_B, request.temperature),
+        (sampling.top_k_B, request.top_k),
+        (sampling.top_p_B, request.top_p),
+        (sampling.seed_B, request.seed),
+        (terms.last_P, len(request.tokens) + request.max_new_tokens - 1),
         (terms.draft_loops_P, request.draft_loops or 0),
-        (terms.ring_P, places[0]),
-        (terms.next_P, [*places[1:], places[0]]),
+        (terms.ring_P, ring),
         (terms.logprobs_P, request.logprobs is not None),
     ]
-    for array, value in rows:
-        array[:n] = value
-    terms.stops_PS[:n, : len(request.stop_tokens)] = request.stop_tokens
-    terms.pages_PN[:n, : len(live.held.pages)] = live.held.pages
+    for array, number in numbers:
+        array[:] = number
+    terms.stops_PS[:, : len(request.stop_tokens)] = request.stop_tokens
+    terms.pages_PN[:, : len(pages)] = pages
     return terms
 
 
