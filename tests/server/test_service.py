@@ -4,6 +4,7 @@ import asyncio
 import signal
 import threading
 import time
+from collections import deque
 from dataclasses import replace
 
 import httpx
@@ -325,3 +326,30 @@ def test_an_inbox_has_an_end():
             await inbox.take(1)
 
     asyncio.run(fill())
+
+
+def test_no_event_waits_for_the_next():
+    """Found by `make fuzz`: what came while a reader took the rest, and was taken with it, had woken it for nothing,
+    and what came after that did not wake it."""
+
+    async def read():
+        inbox = Inbox()
+        listen_to = inbox.listener(0)
+        first, second, third = [Finished("length")], [Finished("stop")], [Finished("failed")]
+
+        class Batches(deque):
+            def popleft(self):
+                if self[0][1] is first:
+                    listen_to(second)
+                return super().popleft()
+
+        inbox._batches = Batches()
+        listen_to(first)
+        assert [events for _, events in await inbox.take(5)] == [first, second]
+        await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(inbox.take(5))
+        await asyncio.sleep(0.01)
+        listen_to(third)
+        assert await waiting == [(0, third)]
+
+    asyncio.run(read())
