@@ -19,7 +19,19 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from mythos_jax import interrupts
-from mythos_jax.commands import chat, compile, convert, data, eval, generate, info, retrofit, train, train_predictor
+from mythos_jax.commands import (
+    chat,
+    compile,
+    convert,
+    data,
+    eval,
+    generate,
+    info,
+    retrofit,
+    serve,
+    train,
+    train_predictor,
+)
 from mythos_jax.commands.words import find_parser, split_overrides
 from mythos_jax.errors import (
     CLOSED_PIPE,
@@ -40,6 +52,7 @@ COMMANDS: dict[str, ModuleType] = {
     "eval": eval,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "train-predictor": train_predictor,
     "info": info,
     "compile": compile,

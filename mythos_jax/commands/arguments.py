@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,6 +65,16 @@ def positive_integers(text: str) -> list[int]:
     return [value for part in ranges for value in part]
 
 
+def byte_count(text: str) -> int:
+    """2GiB, 512MB, 1000000."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([kmgt]?)(i?b)?", text.strip().lower())
+    base = 1000 if found and found[3] == "b" else 1024
+    count = float(found[1]) * base ** " kmgt".index(found[2] or " ") if found else 0
+    if not 1 <= count < 2**60:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: a number of bytes, such as 2GiB, 512MB or 1000000")
+    return int(count)
+
+
 def words(text: str) -> list[str]:
     """a,b"""
     found = [path(word) for word in text.split(",") if word]
@@ -108,6 +119,17 @@ def add_seed(parser: argparse.ArgumentParser, use: str, default: int | None = 0)
     """default: None if `use` says what that is."""
     words = use if default is None else f"{use} (default {default})"
     parser.add_argument("--seed", type=of_type(Seed), default=default, metavar="N", help=words)
+
+
+def add_loop_cache(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--loop-cache",
+        type=loop_cache,
+        default="all",
+        metavar="RULE",
+        help="loops that the cache keeps: all (the default), or to save memory, as an approximation, last, first "
+        "(the first and the last), or modulo:N (loop t in place t mod N)",
+    )
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
@@ -157,14 +179,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         help="draft tokens with D loops and verify them at full depth: the same text, faster",
     )
     parser.add_argument("--draft-tokens", type=positive, default=3, metavar="N", help="tokens per draft (default 3)")
-    parser.add_argument(
-        "--loop-cache",
-        type=loop_cache,
-        default="all",
-        metavar="RULE",
-        help="loops that the cache keeps: all (the default), or to save memory, as an approximation, last, first "
-        "(the first and the last), or modulo:N (loop t in place t mod N)",
-    )
+    add_loop_cache(parser)
     parser.add_argument(
         "--prefill-chunk",
         type=positive,

@@ -115,7 +115,7 @@ async def _generate(
 ) -> Response:
     state = request.scope["state"]
     choices = Choices(service, wanted, prompts, state["accepted"])
-    writer = Writer(shape, choices, f"{shape.prefix}-{state['id']}")
+    writer = Writer(shape, choices, state["id"])
 
     def done() -> None:
         choices.close()

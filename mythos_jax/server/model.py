@@ -49,10 +49,6 @@ class ServedModel:
             )
         return self.conventions.begin(self.tokenizer.encode(text).tolist())
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Raises ConfigError for what the template refuses."""
-        return self.require_chat().tokens(messages)
-
     def require_chat(self) -> Chat:
         if self.chat is None:
             message = "the model has no chat template; allowed: /v1/completions, or a server with --chat-template FILE"

@@ -17,7 +17,7 @@ from mythos_jax.server.app import create_app
 from mythos_jax.server.protocol import ConnectionLimits, guarded
 from mythos_jax.server.service import Service
 from mythos_jax.serving.request import Finished
-from mythos_jax.streams import log, print_result
+from mythos_jax.streams import print_result, say
 
 _GRACE = 2  # seconds for the last answers of a server that ends
 
@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=_GRACE,
         )
         super().__init__(config)
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it has to say, `log` says here
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it has to say is said here
         self._service, self._drain_seconds, self._address = service, drain_seconds, address
         self._starter = threading.Thread(target=self._make_ready, args=(start,), name="starting", daemon=True)
         self._start_error: Exception | None = None
@@ -122,7 +122,7 @@ class Server(uvicorn.Server):
 
     def _fail(self, reason: str) -> None:
         """Ends everything: there is no engine any more."""
-        log(f"mythos: the engine has failed: {' '.join(reason.split())}")
+        say(f"mythos: the engine has failed: {' '.join(reason.split())}")
         self._service.state, self.code = "failed", FAILED
         self._service.end_all(Finished("failed", reason))
         self.should_exit = True
@@ -131,7 +131,7 @@ class Server(uvicorn.Server):
         """Ends when nothing is under way any more, or when there is no more time."""
         late = time.monotonic() >= (self._drain_until or 0)
         if late and self._service.inboxes:
-            log(f"mythos: {len(self._service.inboxes)} requests have not ended in time and are cut off")
+            say(f"mythos: {len(self._service.inboxes)} requests have not ended in time and are cut off")
             self._service.end_all(Finished("cancelled"))
         self.should_exit = self.should_exit or late or not self._service.inboxes
 
@@ -143,4 +143,4 @@ class Server(uvicorn.Server):
         if self._service.state != "failed":
             self._service.state = "draining"
         with contextlib.suppress(RuntimeError):  # a signal may come while the same stream is written to
-            log(f"mythos: {signal.Signals(sig).name}: ending {len(self._service.inboxes)} requests")
+            say(f"mythos: {signal.Signals(sig).name}: ending {len(self._service.inboxes)} requests")

@@ -1,7 +1,6 @@
 """What replies look like: the parts that completions and chats share."""
 
 import time
-import uuid
 from typing import Any, Protocol
 
 from mythos_jax.data.tokenizer import Tokenizer
@@ -36,14 +35,14 @@ class Shape(Protocol):
 class Writer:
     """Writes the replies of one request."""
 
-    def __init__(self, shape: Shape, choices: Choices, identity: str | None = None):
-        self._shape, self._choices = shape, choices
-        self.id = identity or f"{shape.prefix}-{uuid.uuid4().hex}"
+    def __init__(self, shape: Shape, choices: Choices, number: str):
+        """number: of the request, a part of the reply's id."""
+        self._shape, self._choices, self._id = shape, choices, f"{shape.prefix}-{number}"
         self._created, self._model = int(time.time()), choices.service.model
         self._offsets = [0] * len(choices.choices)
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self._model.names[0]}
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model.names[0]}
 
     def reply(self) -> dict[str, Any]:
         """All choices, which have ended."""
@@ -147,5 +146,5 @@ def spelled(tokenizer: Tokenizer | None, number: int) -> str:
 
 
 def finite(logprob: float) -> float:
-    """A logarithm that JSON can write."""
-    return max(float(logprob), -9999.0)
+    """A logarithm that JSON can write, also of a probability that is 0 or no number."""
+    return logprob if logprob > -9999.0 else -9999.0

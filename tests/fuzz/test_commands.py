@@ -205,7 +205,8 @@ def check(place: Path, words: list[str]) -> int:
         environment = mock.patch.dict(os.environ, {"HOME": str(sandbox / "empty")})
         with environment, contextlib.chdir(sandbox), no_hang():
             os.environ.pop("NOTHING", None)
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            until_a_signal = mock.patch("mythos_jax.server.run.serve", return_value=0)
+            with until_a_signal, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 try:
                     code = main(words)
                 except SystemExit as stop:  # argparse
