@@ -37,8 +37,15 @@ def told(stream):
     return "".join(choice.text if hasattr(choice, "text") else choice.delta.content or "" for choice in choices)
 
 
-@pytest.mark.parametrize("fields", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("extra", [{}, {"halting": "latent:0.6", "loops": 2}, {"provisional": True}], ids=str)
+@pytest.mark.parametrize(
+    ("fields", "extra"),
+    [
+        ({"temperature": 0}, {}),
+        (SAMPLED, {"halting": "latent:0.6", "loops": 2}),
+        (SAMPLED, {"provisional": True}),
+    ],
+    ids=str,
+)
 def test_an_answer(model, client, fields, extra):
     """Whole and in a stream, with and without drafts, at a depth and with a policy of its own."""
     own = {name: value for name, value in extra.items() if name != "provisional"}

@@ -9,27 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mythos_jax.errors import ConfigError
+from mythos_jax.serving.counters import Counters
 from mythos_jax.serving.request import BusyError, Event, Finished, Listener, NewToken, Request, TakenBack
-
-
-@dataclass
-class Counters:
-    steps: int = 0
-    loops: int = 0
-    full_loops: int = 0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    requests_started: int = 0
-    requests_finished: int = 0
-    places: int = 0
-    occupied: int = 0
-    queued: int = 0
-    pages: int = 0
-    pages_used: int = 0
-    compiled: int = 0
 
 
 @dataclass(eq=False)
