@@ -257,7 +257,7 @@ def test_drafts_are_grey_until_they_are_confirmed_or_taken_back(visit):
     (style,) = seen["styles"]
     quiet = reader.run("getComputedStyle(document.querySelector('article footer')).color")
     assert style == f"italic {quiet}"
-    assert "drafts confirmed" in reader.page.inner_text("#drafts")
+    assert "drafts kept" in reader.page.inner_text("#drafts")
     reader.page.wait_for_function("() => !document.querySelector('.draft, .gone')")
     reader.page.hover(".token >> nth=4")
     assert "draft said\n5" in reader.page.inner_text("#card")

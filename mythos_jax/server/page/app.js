@@ -98,7 +98,7 @@ async function follow(answer, path, content, say) {
       say(answer.text);
       drawSoon(answer);
     }
-    return { note: reason === "length" ? "limit of tokens reached" : "" };
+    return { note: reason === "length" ? "token limit" : "" };
   } catch (error) {
     if (error.name === "AbortError") return { note: "stopped" };
     return { error };

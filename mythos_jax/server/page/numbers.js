@@ -43,14 +43,13 @@ export function draw(answer) {
   drawSpark(answer);
 }
 
-const drafts = ({ confirmed, drafted }) => (drafted ? `${confirmed} of ${drafted} drafts confirmed` : "");
+const drafts = ({ confirmed, drafted }) => (drafted ? `${confirmed} of ${drafted} drafts kept` : "");
 
 // The same in one line, which stays below an answer.
 export function summary(answer) {
   const { count, mean, saved, rate } = answer.numbers();
   if (!count) return "";
-  const parts = [`${count} token${count === 1 ? "" : "s"}`];
-  if (rate) parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`);
+  const parts = [`${count} token${count === 1 ? "" : "s"}${rate ? ` at ${rate.toFixed(rate < 10 ? 1 : 0)}/s` : ""}`];
   if (answer.most > 1) parts.push(`${mean.toFixed(1)} of ${answer.full} loops`, `${percent(saved)} saved`);
   parts.push(drafts(answer));
   return parts.filter(Boolean).join(" · ");
