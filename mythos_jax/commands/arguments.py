@@ -281,6 +281,10 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds without a heartbeat after which a process counts as dead and the others exit (default 100)",
     )
+    add_compilation_cache(parser)
+
+
+def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compilation-cache",
         type=path,

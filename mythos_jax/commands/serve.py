@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from mythos_jax.bounds import Between, NonNegativeFloat, NonNegativeInt, PositiveInt
 from mythos_jax.commands.arguments import (
     add_base,
+    add_compilation_cache,
     add_loop_cache,
     add_step,
     add_storage,
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base(parser)
     add_storage(parser)
     add_step(parser)
+    add_compilation_cache(parser)
     parser.set_defaults(takes_overrides=("mesh",))
 
 
@@ -127,7 +129,7 @@ def _add_defaults(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _require_extra()
-    from mythos_jax.progress import Progress
+    from mythos_jax import cluster
     from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.server.auth import read_key
     from mythos_jax.server.run import bind, serve
@@ -135,6 +137,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if not arguments.debug:
         quiet_background_errors()
+    cluster.cache_compilations(arguments.compilation_cache)
     key = read_key(arguments.api_key_file)
     listener = bind(arguments.host, arguments.port)  # an error of the address comes before the work
     log(f"{arguments.model}: loading")
@@ -142,8 +145,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     engine, service = _prepare(arguments, loaded, key)
 
     def start() -> None:
-        with Progress(None, "compiling", "program") as progress:
-            engine.warm_up(lambda note: progress.update(note=note))
+        engine.warm_up(lambda note: log(f"{arguments.model}: compiling, {note}"))
         engine.start()
 
     try:

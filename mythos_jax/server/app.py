@@ -13,7 +13,7 @@ from mythos_jax.server import chat, completions
 from mythos_jax.server.choices import Choices
 from mythos_jax.server.errors import ApiError, Json, invalid
 from mythos_jax.server.gate import Gate
-from mythos_jax.server.limits import read_json
+from mythos_jax.server.limits import parse, read_body
 from mythos_jax.server.metrics import CONTENT_TYPE
 from mythos_jax.server.openapi import ERRORS, describe, takes
 from mythos_jax.server.options import Asked
@@ -23,6 +23,8 @@ from mythos_jax.server.service import Service
 from mythos_jax.server.shapes import Shape, Writer
 from mythos_jax.server.streams import stream, whole
 from mythos_jax.version import __version__
+
+_LARGE = 2**15  # bytes of a body
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -100,14 +102,20 @@ async def _read(request: Request, service: Service, kind: type[Body]) -> Body:
     except ApiError as error:
         error.close = True
         raise
-    tree = await read_json(request, service.limits)
-    try:
-        body = kind.model_validate(tree)
-    except ValidationError as error:
-        raise invalid(error) from None
+    content = await read_body(request, service.limits, service.buffered)
+    # A large one takes some time.
+    body = _validated(kind, content) if len(content) < _LARGE else await service.aside(_validated, kind, content)
     if isinstance(body, Common):
         service.model.require_name(body.model)
     return body
+
+
+def _validated(kind: type[Body], content: bytes) -> Body:
+    """Raises ApiError."""
+    try:
+        return kind.model_validate(parse(content))
+    except ValidationError as error:
+        raise invalid(error) from None
 
 
 async def _generate(

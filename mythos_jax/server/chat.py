@@ -19,7 +19,7 @@ async def read(service: Service, body: ChatRequest) -> tuple[Asked, list[list[in
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     wanted = asked(body, chat.stop_tokens, MOST_ANSWER_TOKENS, body.max_completion_tokens or body.max_tokens, logprobs)
     try:
-        tokens = await service.tokenize(chat.tokens, [message.plain for message in body.messages])
+        tokens = await service.aside(chat.tokens, [message.plain for message in body.messages])
     except ConfigError as error:
         raise ApiError(400, f"messages: {error}", "messages") from None
     if not tokens:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mythos_jax.errors import ConfigError
 from mythos_jax.server.errors import ApiError, busy
-from mythos_jax.server.inbox import Inbox, Overflow
+from mythos_jax.server.inbox import Overflow
 from mythos_jax.server.options import Asked, depth, engine_request, refused
 from mythos_jax.server.service import Service
 from mythos_jax.serving.request import BusyError, Event, Finished, NewToken, Request
@@ -46,7 +46,7 @@ class Choices:
             message = f"n: got {count} for each of {len(prompts)} prompts, allowed: {most} replies of one request"
             raise ApiError(400, message, "n")
         self.choices = [self._choice(i, j, j * count + i) for j in range(len(prompts)) for i in range(count)]
-        self._inbox = Inbox()
+        self._inbox = service.inbox(len(self.choices))
 
     def _choice(self, number: int, prompt: int, index: int) -> Choice:
         tokens = self.prompts[prompt]
@@ -56,8 +56,6 @@ class Choices:
 
     def submit(self) -> None:
         """Raises ApiError if the engine does not take all of them; it then has none of them."""
-        if len(self.service.inboxes) >= self.service.limits.requests:
-            raise busy(f"{self.service.limits.requests} requests are under way", retry_after=1)
         self.service.inboxes.add(self._inbox)
         try:
             for choice in self.choices:

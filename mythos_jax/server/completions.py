@@ -23,7 +23,7 @@ async def read(service: Service, body: CompletionRequest) -> tuple[Asked, list[l
     for prompt in _each(body.prompt):
         if isinstance(prompt, str):
             try:
-                prompt = await service.tokenize(model.encode, prompt)
+                prompt = await service.aside(model.encode, prompt)
             except ConfigError as error:
                 raise refused(error) from None
         elif max(prompt) >= model.vocab_size:

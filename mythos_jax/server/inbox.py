@@ -6,21 +6,43 @@ from collections.abc import Sequence
 
 from mythos_jax.serving.request import Event, Finished, Listener
 
-MOST_EVENTS = 20_000  # that wait to be read; a client that lets more of them wait is cut off
+# Events that may wait to be read, of a request and for each of its choices; a client that lets more wait is cut off.
+MOST_EVENTS, MOST_FOR_EACH = 4000, 200
 
 
 class Overflow(Exception):
     """The client reads too slowly."""
 
 
-class Inbox:
-    """Holds events until the request's task reads them. To be made in the event loop."""
+class Bell:
+    """Wakes the readers of all inboxes, with one call from the engine's thread to the event loop for all that happens
+    until the loop runs. To be made in the event loop."""
 
-    def __init__(self, most: int = MOST_EVENTS):
-        self._loop = asyncio.get_running_loop()
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._waiting: deque[asyncio.Event] = deque()
+        self._rung = False
+
+    def ring(self, ready: asyncio.Event) -> None:
+        self._waiting.append(ready)
+        if not self._rung:
+            self._rung = True
+            self.loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._rung = False  # what is appended from here on is seen below, or rings again
+        while self._waiting:
+            self._waiting.popleft().set()
+
+
+class Inbox:
+    """Holds events until the request's task reads them."""
+
+    def __init__(self, bell: Bell, choices: int = 1, most: int = MOST_EVENTS):
+        self._bell, self._most = bell, most + choices * MOST_FOR_EACH
         self._batches: deque[tuple[int, Sequence[Event]]] = deque()  # appended in one thread, taken in the other
         self._ready = asyncio.Event()
-        self._most, self._waiting = most, 0
+        self._waiting = 0
         self._woken = self._closed = False
 
     def listener(self, choice: int) -> Listener:
@@ -74,6 +96,6 @@ class Inbox:
             return
         self._woken = True
         try:
-            self._loop.call_soon_threadsafe(self._ready.set)
+            self._bell.ring(self._ready)
         except RuntimeError:  # the loop has ended
             self._closed = True

@@ -2,7 +2,9 @@
 the JSON in it."""
 
 import asyncio
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +18,45 @@ _DISCARDED = 16  # times the limit, of a body that is too large, are read so tha
 
 @dataclass(frozen=True)
 class Limits:
-    """body: bytes. body_seconds: in which it must arrive. requests: at the same time. choices: of one request.
-
-    stall_seconds: a client that does not read for so long is cut off. keep_alive_seconds: after which a stream without
-    news gets a comment.
+    """body: bytes of a request's. body_seconds: in which it must arrive. buffered: bytes of all bodies that are being
+    read. choices: of one request. keep_alive_seconds: after which a stream without news gets a comment.
     """
 
     body: int = 4 * 2**20
     body_seconds: float = 30.0
-    requests: int = 1024
+    buffered: int = 64 * 2**20
     choices: int = 128
     keep_alive_seconds: float = 10.0
 
 
-async def read_json(request: Request, limits: Limits) -> Any:
-    """The JSON value in a body. Raises ApiError for anything else, and ClientDisconnect."""
+@dataclass
+class Buffered:
+    """The bytes of all bodies that are being read."""
+
+    most: int
+    bytes: int = 0
+
+    @contextlib.contextmanager
+    def of_a_body(self) -> Iterator[Callable[[int], None]]:
+        """Gives a function that counts some more bytes until the end of the block, and raises ApiError if these are too
+        many."""
+        counted = 0
+
+        def add(count: int) -> None:
+            nonlocal counted
+            if self.bytes + count > self.most:
+                raise ApiError(429, "the bodies of too many requests come at once", retry_after=1, close=True)
+            counted += count
+            self.bytes += count
+
+        try:
+            yield add
+        finally:
+            self.bytes -= counted
+
+
+async def read_body(request: Request, limits: Limits, buffered: Buffered) -> bytes:
+    """A body that says to be JSON. Raises ApiError if it may not be read, and ClientDisconnect."""
     kind, _, parameters = request.headers.get("content-type", "").partition(";")
     if kind.strip().lower() != "application/json":
         # This also keeps pages of other sites from asking, which a browser lets them do with other types of content.
@@ -40,28 +66,28 @@ async def read_json(request: Request, limits: Limits) -> Any:
         raise ApiError(415, f"content-type: got {charset[:100]!r}, allowed: charset=utf-8", close=True)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "content-encoding: allowed: identity, that is none", close=True)
-    body = await _read_body(request, limits)
-    if len(body) > 2**16:  # which takes some time
-        return await asyncio.to_thread(parse, body)
-    return parse(body)
-
-
-async def _read_body(request: Request, limits: Limits) -> bytes:
-    pieces, size = [], 0
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > limits.body and "expect" in request.headers:
+        raise _too_large(limits)  # the client waits for leave to send it
     try:
         async with asyncio.timeout(limits.body_seconds):
-            announced = request.headers.get("content-length", "")
-            if announced.isdecimal() and int(announced[:20]) > limits.body and "expect" in request.headers:
-                raise _too_large(limits)
-            async for piece in request.stream():
-                size += len(piece)
-                if size > limits.body * _DISCARDED:
-                    break
-                pieces.append(piece)
-                if size > limits.body:
-                    pieces.clear()
+            return await _read_pieces(request, limits, buffered)
     except TimeoutError:
         raise ApiError(408, f"body: not here after {limits.body_seconds:g} seconds", close=True) from None
+
+
+async def _read_pieces(request: Request, limits: Limits, buffered: Buffered) -> bytes:
+    pieces, size = [], 0
+    with buffered.of_a_body() as count:
+        async for piece in request.stream():
+            size += len(piece)
+            if size > limits.body * _DISCARDED:
+                break
+            if size <= limits.body:
+                count(len(piece))
+                pieces.append(piece)
+            else:
+                pieces.clear()
     if size > limits.body:
         raise _too_large(limits)
     return b"".join(pieces)

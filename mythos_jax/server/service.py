@@ -1,20 +1,21 @@
 """The server's state: the engine, the model, the limits, and the requests that are under way."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from mythos_jax.errors import one_line
 from mythos_jax.model.halting import Halting
 from mythos_jax.server.errors import ApiError
-from mythos_jax.server.inbox import Inbox
-from mythos_jax.server.limits import Limits
+from mythos_jax.server.inbox import Bell, Inbox
+from mythos_jax.server.limits import Buffered, Limits
 from mythos_jax.server.metrics import Metrics
 from mythos_jax.server.model import ServedModel
 from mythos_jax.serving.request import Finished, Listener, Request
 
+Result = TypeVar("Result")
 State = Literal["starting", "ready", "draining", "failed"]
 _RETRY_AFTER = 5.0  # seconds, of a server that starts or stops
 
@@ -63,8 +64,10 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
         self.inboxes: set[Inbox] = set()
-        # One thread: a tokenizer is not made for several at a time.
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
+        self.buffered = Buffered(self.limits.buffered)
+        self._bell: Bell | None = None
+        # One thread: a tokenizer is not made for several at a time, and large bodies take much memory.
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="reading")
 
     def require_ready(self) -> None:
         """Raises ApiError if it takes no requests now."""
@@ -82,9 +85,16 @@ class Service:
             return ""
         return one_line(error or "unknown", 300)
 
-    async def tokenize(self, encode: Any, *arguments: Any) -> list[int]:
-        """Calls one of the model's functions that make tokens, in a thread of its own."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode, *arguments)
+    async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Does something that takes long in a thread of its own, one after the other: reads large bodies, makes tokens
+        of texts."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, work, *arguments)
+
+    def inbox(self, choices: int) -> Inbox:
+        """For a request that comes now."""
+        if self._bell is None or self._bell.loop is not asyncio.get_running_loop():
+            self._bell = Bell()
+        return Inbox(self._bell, choices)
 
     def end_all(self, event: Finished) -> None:
         """Ends every request that is under way. For the thread of the event loop."""

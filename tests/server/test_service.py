@@ -16,7 +16,7 @@ from mythos_jax.errors import DONE, FAILED, ConfigError
 from mythos_jax.model.halting import Halting
 from mythos_jax.server.app import create_app
 from mythos_jax.server.auth import read_key
-from mythos_jax.server.inbox import Inbox, Overflow
+from mythos_jax.server.inbox import MOST_FOR_EACH, Bell, Inbox, Overflow
 from mythos_jax.server.limits import Limits
 from mythos_jax.server.run import bind
 from mythos_jax.server.service import Defaults
@@ -123,7 +123,7 @@ def test_the_page_asks_nothing_of_the_network():
 
 
 def test_full():
-    """The queue, and requests at the same time; nothing of a request that is refused stays behind."""
+    """The queue, and memory for bodies; nothing of a request that is refused stays behind."""
     with running(fake_service(FakeEngine(places=1, queue=2, delay=0.05))) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.RateLimitError) as error:
@@ -133,9 +133,10 @@ def test_full():
         while server.engine.counters.occupied or server.engine.counters.queued:
             time.sleep(0.01)
         assert client.completions.create(**PROMPT, n=3).choices[2].finish_reason == "length"
-    service = fake_service(limits=Limits(requests=0))
-    (reply,) = ask(service, completion())
-    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+    service = fake_service(limits=Limits(buffered=100))
+    large, small = ask(service, completion(prompt="x" * 100), completion())
+    assert (large.status_code, large.headers["retry-after"], small.status_code) == (429, "1", 200)
+    assert service.buffered.bytes == 0
 
 
 def test_states():
@@ -307,7 +308,7 @@ def test_addresses():
 
 def test_an_inbox_has_an_end():
     async def fill():
-        inbox = Inbox(most=10)
+        inbox = Inbox(Bell(), most=10)
         listen_to = inbox.listener(3)
         event = Finished("length")
         thread = threading.Thread(target=lambda: [listen_to([event]) for _ in range(5)])
@@ -321,7 +322,7 @@ def test_an_inbox_has_an_end():
         assert await inbox.take(0.01) == []
         for _ in range(1000):
             listen_to([event])
-        assert len(inbox._batches) == 11
+        assert len(inbox._batches) == 10 + MOST_FOR_EACH + 1
         with pytest.raises(Overflow):
             await inbox.take(1)
 
@@ -333,7 +334,7 @@ def test_no_event_waits_for_the_next():
     and what came after that did not wake it."""
 
     async def read():
-        inbox = Inbox()
+        inbox = Inbox(Bell())
         listen_to = inbox.listener(0)
         first, second, third = [Finished("length")], [Finished("stop")], [Finished("failed")]
 
