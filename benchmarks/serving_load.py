@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mythos_jax.model.halting import Halting
-from mythos_jax.serving.request import Event, Finished, NewToken, Request
+from mythos_jax.serving.request import Event, Finished, NewToken, Request, TakenBack
 
 Send = Callable[[Request, Any], object]  # the second is called with what comes, as a `Listener`
 WAIT = 600.0  # seconds without a reply after which a side has failed
@@ -79,8 +79,8 @@ class Reply:
     """What is noted of one reply. Times are of `time.perf_counter`.
 
     due: when the request was to be sent. times, loops, tokens: of each final token; a token's loops are None if the
-    server does not tell. first_shown: of the first token, draft or final. count: new tokens, if it differs from those
-    that could be timed.
+    server does not tell. first_shown: of the first token, draft or final. ahead: seconds for which each token that was
+    shown as a draft waited to be confirmed. count: new tokens, if it differs from those that could be timed.
     """
 
     due: float
@@ -90,19 +90,17 @@ class Reply:
     first_shown: float | None = None
     ended: float | None = None
     reason: str = ""
+    ahead: list[float] = field(default_factory=list)
     count: int | None = None
+    _drafts: dict[int, tuple[int, float]] = field(default_factory=dict)  # index -> token and time
 
     def note(self, events: Sequence[Event | Counted], now: float) -> bool:
         """Notes what came; true if the reply is complete."""
         for event in events:
             if isinstance(event, NewToken):
-                # Of a server elsewhere: when this machine read it.
-                seconds = event.seconds or now
-                self.first_shown = seconds if self.first_shown is None else self.first_shown
-                if event.final:
-                    self.times.append(seconds)
-                    self.tokens.append(event.token)
-                    self.loops.append(event.loops or None)
+                self._note_token(event, event.seconds or now)  # of a server elsewhere: when this machine read it
+            elif isinstance(event, TakenBack):
+                self._drafts = {index: draft for index, draft in self._drafts.items() if index < event.index}
             elif isinstance(event, Counted):
                 self.count = event.tokens
             elif isinstance(event, Finished):
@@ -111,6 +109,18 @@ class Reply:
                     raise RuntimeError(f"a request ended with {event.reason}: {event.message}")
                 return True
         return False
+
+    def _note_token(self, event: NewToken, seconds: float) -> None:
+        self.first_shown = seconds if self.first_shown is None else self.first_shown
+        if not event.final:
+            self._drafts[event.index] = event.token, seconds
+            return
+        token, shown = self._drafts.pop(event.index, (None, 0.0))
+        if token == event.token:
+            self.ahead.append(seconds - shown)
+        self.times.append(seconds)
+        self.tokens.append(event.token)
+        self.loops.append(event.loops or None)
 
     @property
     def new_tokens(self) -> int:

@@ -34,11 +34,13 @@ def loops_of(replies: Sequence[Reply], skip: int = 0) -> int | None:
 
 
 def latencies(runs: Iterable[Measured]) -> dict[str, list[float]]:
-    """Seconds of all replies of all rounds: to the first token, to the first one shown, between tokens, per token."""
+    """Seconds of all replies of all rounds: to the first token, to the first one shown, from a draft to its
+    confirmation, between tokens, per token."""
     replies = [reply for run in runs for reply in run.replies if reply.times]
     return {
         "first": [reply.times[0] - reply.due for reply in replies],
         "shown": [reply.first_shown - reply.due for reply in replies if reply.first_shown is not None],
+        "ahead": [seconds for reply in replies for seconds in reply.ahead],
         "between": [gap for reply in replies for gap in np.diff(reply.times).tolist()],
         "normalised": [(reply.ended - reply.due) / reply.new_tokens for reply in replies if reply.ended is not None],
     }

@@ -16,7 +16,7 @@ from benchmarks.serving_load import Counted, Load, Reply
 from mythos_jax.inference.generate import decode, prefill_all
 from mythos_jax.inference.request import prepare
 from mythos_jax.runs.load import LoadedModel
-from mythos_jax.serving.request import Event, Finished, Listener, NewToken, Request
+from mythos_jax.serving.request import Event, Finished, Listener, NewToken, Request, TakenBack
 from mythos_jax.sharding import use_mesh
 
 if TYPE_CHECKING:
@@ -260,8 +260,10 @@ def events_of(chunk: dict[str, Any]) -> list[Event | Counted]:
     events: list[Event | Counted] = []
     for choice in chunk.get("choices", ()):
         ours = choice.get("mythos", {})
+        if "taken_back" in ours:
+            events.append(TakenBack(ours["taken_back"]))
         if "tokens" in ours or "provisional" in ours:
-            for final, name in [(False, "provisional"), (True, "tokens")]:
+            for final, name in [(True, "tokens"), (False, "provisional")]:
                 for token in ours.get(name, ()):
                     events.append(NewToken(token["index"], -1, token.get("loops", 0), final, None, (), 0.0))
         elif choice.get("text"):

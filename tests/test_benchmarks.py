@@ -25,7 +25,7 @@ from mythos_jax.inference.generate import generate
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel
-from mythos_jax.serving.request import Finished, NewToken, Request
+from mythos_jax.serving.request import Finished, NewToken, Request, TakenBack
 from mythos_jax.sharding import make_mesh
 from tests import tiny
 from tests.server.running import fake_service, running, talking_model
@@ -132,6 +132,16 @@ def test_the_open_loop_counts_from_the_time_at_which_a_request_was_due():
     assert mean_gap == pytest.approx(1 / 50, rel=0.05)
 
 
+def test_drafts_are_ahead_of_their_confirmation():
+    def token(index, number, seconds, final=True):
+        return NewToken(index, number, 1, final, None, (), seconds)
+
+    reply = Reply(due=0.0)
+    reply.note([token(0, 5, 1.0), token(1, 6, 1.5, False), token(2, 7, 1.5, False), token(3, 8, 1.5, False)], now=0.0)
+    reply.note([token(1, 6, 2.0), TakenBack(2), token(2, 9, 4.0), token(3, 8, 5.0, False), token(3, 4, 6.0)], now=0.0)
+    assert (reply.tokens, reply.ahead, reply.first_shown) == ([5, 6, 9, 4], [0.5], 1.0)
+
+
 def test_a_failed_request_ends_the_measurement():
     load = Load(lambda request, listener: listener([Finished("failed", "out of pages")]), [asks(0, 2)])
     with pytest.raises(RuntimeError, match="out of pages"):
@@ -188,7 +198,7 @@ def test_what_a_stream_over_http_says():
         "tokens": [{"index": 0, "text": "a", "loops": 3, "ms": 1.5}, {"index": 1, "text": "b", "loops": 2, "ms": 2.5}],
         "provisional": [{"index": 2, "text": "c"}],
     }}]}  # fmt: skip
-    assert [(e.index, e.loops, e.final) for e in events_of(chunk)] == [(2, 0, False), (0, 3, True), (1, 2, True)]
+    assert [(e.index, e.loops, e.final) for e in events_of(chunk)] == [(0, 3, True), (1, 2, True), (2, 0, False)]
     ordinary = [{"choices": [{"text": "two words"}]}, {"choices": [], "usage": {"completion_tokens": 5}}]
     reply = Reply(due=1.0)
     for number, part in enumerate(ordinary):
