@@ -95,10 +95,8 @@ def overhead(
 ) -> tuple[list[float], list[float]]:
     """Seconds per step with `args.overhead` users: of the engine as it serves, and of its program alone; in turn."""
     unstarted = new_engine(args, loaded, requests)
+    unstarted._programs.pace.update(engine._programs.pace)  # which depends on how busy the machine was
     shortest = min(requests, key=lambda request: len(request.tokens))
     equal = equal_requests(shortest, args.overhead, engine.layout.max_length)
-    pairs = []
-    for _ in range(args.repeats + 1):
-        with_engine, pace = served(engine, equal)
-        pairs.append((with_engine, bare(unstarted, equal, pace)))
-    return [pair[0] for pair in pairs[1:]], [pair[1] for pair in pairs[1:]]
+    pairs = [(served(engine, equal), bare(unstarted, equal)) for _ in range(args.repeats + 1)][1:]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]

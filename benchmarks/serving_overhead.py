@@ -22,8 +22,8 @@ def equal_requests(request: Request, users: int, room: int) -> list[Request]:
     return [replace(request, halting=None, temperature=0.0, max_new_tokens=new, seed=i) for i in range(users)]
 
 
-def served(engine: Engine, requests: Sequence[Request]) -> tuple[float, int]:
-    """Seconds per step of a started engine, and how many steps it makes in a call."""
+def served(engine: Engine, requests: Sequence[Request]) -> float:
+    """Seconds per step of a started engine, from the thread that asks to the one that hears."""
     marks: list[tuple[float, int]] = []
     ended, left = threading.Event(), len(requests)
     last = requests[-1].max_new_tokens - 1
@@ -44,31 +44,32 @@ def served(engine: Engine, requests: Sequence[Request]) -> tuple[float, int]:
     if not ended.wait(timeout=600):
         raise RuntimeError("the engine has not answered for ten minutes")
     (start, before), (end, after) = marks
-    return (end - start) / (after - before), engine._pace
+    return (end - start) / (after - before)
 
 
-def bare(engine: Engine, requests: Sequence[Request], pace: int) -> float:
+def bare(engine: Engine, requests: Sequence[Request]) -> float:
     """Seconds per step of the program of an engine that was not started, on places in the state that the requests
-    bring them into: calls of `pace` steps, one after the other; nothing is read."""
+    bring them into: calls of as many steps as when it serves, one after the other; nothing is read."""
     tickets = [engine.submit(request, lambda events: None) for request in requests]
-    while engine.counters.queued or any(live.is_reading for live in engine._live.values()):
-        engine._admit()
-        engine._read_prompt()
-    engine._hear(keep=0)
+    while len(engine._live) < len(requests) or any(live.is_reading for live in engine._live.values()):
+        engine._turn()
+    engine._hear(len(engine._calls))
     places = [place for live in engine._live.values() for place in live.ring]
-    size = smallest(engine.layout.place_buckets, len(places))
-    at = np.full(size, engine.layout.places, np.int32)
+    size, pages = smallest(engine.layout.place_buckets, len(places)), engine.layout.row_pages
+    at, pace = np.full(size, engine.layout.places, np.int32), engine._programs.pace[size]
     at[: len(places)] = places
-    calls = (requests[0].loops or 1) * (requests[0].max_new_tokens - 2) // pace - FIRST
+    left = min(live.capacity() - len(live.request.tokens) - live.produced for live in engine._live.values())
+    calls = (requests[0].loops or 1) * (left - 1) // pace - FIRST
     for _ in range(FIRST):
-        report = engine._programs.steps(at, pace, engine.layout.row_pages)
+        report = engine._programs.steps(at, pace, pages)
     jax.block_until_ready(report)
     start = time.perf_counter()
     for _ in range(calls):
-        report = engine._programs.steps(at, pace, engine.layout.row_pages)
+        report = engine._programs.steps(at, pace, pages)
     jax.block_until_ready(report)
     seconds = time.perf_counter() - start
     for ticket in tickets:
         engine.cancel(ticket)
-    engine._drop_cancelled()
+    engine._turn()
+    engine._hear(len(engine._calls))
     return seconds / (calls * pace)
