@@ -6,6 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from mythos_jax.cli import build_parser
+from mythos_jax.commands.words import find_parser
 from tests.server.running import fake_service, running
 from tests.serving.fake_engine import FakeEngine
 
@@ -39,3 +41,9 @@ def test_the_metrics(server):
 def test_the_paths(server):
     paths = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()["paths"]
     assert set(re.findall(r"`(?:GET|POST) (/\S*)`", PAGE)) | {"/v1/models/{name}"} == {*paths, "/openapi.json", "/"}
+
+
+def test_the_flags():
+    actions = find_parser(build_parser(), ["serve"])._actions
+    known = {flag for action in actions for flag in action.option_strings} - {"-h", "--help", "--debug"}
+    assert set(re.findall(r"--[a-z][\w-]*", PAGE)) - {"--no-deps", "--mesh"} == known
