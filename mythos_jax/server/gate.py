@@ -1,6 +1,7 @@
 """What every request goes through: the key, errors as JSON, numbers for /metrics, and a line in the log."""
 
 import time
+import traceback
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -57,7 +58,7 @@ class Gate:
             if not isinstance(error, ApiError):
                 log(f"{scope['state']['id']}: {type(error).__name__}: {one_line(error, 300)}")
                 if self._service.debug:
-                    raise
+                    traceback.print_exception(error)
                 error = ApiError(500, f"an error of the server; its log has it as {scope['state']['id']}", close=True)
             if status[0]:
                 return  # it has begun to answer, and the connection will end without an end of the answer

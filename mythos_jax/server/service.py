@@ -48,7 +48,8 @@ class Defaults:
 class Service:
     """key: what clients must send as a bearer token; None: nothing. origins: of pages that may ask from a browser.
 
-    local: only this machine reaches it, under the name localhost or an address. debug: errors of the server are raised.
+    local: only this machine reaches it, under the name localhost or an address. debug: the log has the traceback of
+    an error of the server.
     """
 
     engine: EngineLike

@@ -12,7 +12,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mythos_jax.errors import DONE, FAILED, ConfigError
+from mythos_jax.errors import DONE, FAILED, INTERRUPTED, ConfigError
 from mythos_jax.model.halting import Halting
 from mythos_jax.server.app import create_app
 from mythos_jax.server.auth import read_key
@@ -152,19 +152,21 @@ def test_states():
     assert reply.json()["error"]["message"] == "the engine has failed: no more memory"
 
 
-def test_an_error_of_the_server_is_json(monkeypatch, capsys):
-    """And the log has one line about it, without what was said."""
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_error_of_the_server_is_json(monkeypatch, capsys, debug):
+    """And the log has one line about it, without what was said; with --debug also where it was."""
 
     def fails(text):
         raise RuntimeError("broken\nhere")
 
-    service = fake_service()
+    service = fake_service(debug=debug)
     monkeypatch.setattr(type(service.model), "encode", lambda self, text: fails(text))
     reply, after = ask(service, completion(prompt="my secret"), completion())
     assert (reply.status_code, after.status_code) == (500, 200)
     assert reply.json()["error"]["type"] == "server_error"
     log = capsys.readouterr().err.splitlines()
-    assert [line.partition(": ")[2] for line in log if "Error" in line] == ["RuntimeError: broken here"]
+    assert ("Traceback (most recent call last):" in log) is debug
+    assert [line.partition(": ")[2] for line in log if "broken here" in line] == ["RuntimeError: broken here"]
     assert reply.headers["x-request-id"] in log[0]
     assert "secret" not in "".join(log)
 
@@ -249,6 +251,21 @@ def test_a_signal_drains():
         server.thread.join(5)
         assert not server.thread.is_alive()
         assert server.server.code == DONE
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, FAILED)])
+def test_a_second_signal_ends_at_once(monkeypatch, number, code):
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    with running(fake_service(FakeEngine(delay=0.1))) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(**PROMPT | {"max_tokens": 100}, stream=True)
+        next(stream)
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert not ended
+        server.server.handle_exit(number, None)
+        assert ended == [code]
+        stream.close()
 
 
 def test_what_does_not_end_in_time_is_cut_off():
