@@ -46,7 +46,7 @@ class Engine:
         self.layout = make_layout(loaded.config.model, options)
         setup = Setup(loaded.model, loaded.variables)
         self._programs = Programs(setup, self.layout, loaded.mesh, options.loop_cache)
-        self._pages = Pages(self.layout.pages, self.layout.page)
+        self._pages = Pages(self.layout.pages, self.layout.page, self.layout.granularity)
         self._free = list(reversed(range(self.layout.places)))
         self._queue: deque[Ticket] = deque()
         self._cancelled: set[Ticket] = set()
@@ -103,6 +103,8 @@ class Engine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+        else:
+            self._end_all("cancelled", "")
 
     def _seconds_to_wait(self) -> float:
         return self._mean_seconds * max(len(self._queue) / self.layout.places, 0.1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from mythos_jax.config import ModelConfig
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import cache_bytes
+from mythos_jax.model.cache import loop_cache_for
 
 PAGE = 16  # tokens of a page of the cache
 DEFAULT_CACHE_BYTES = 2 << 30  # at most, where the options do not say
@@ -34,7 +35,8 @@ class EngineOptions:
 class Layout:
     """The sizes of an engine.
 
-    pages: of the pool, `page` tokens each; row_pages: of a request, at most. max_loops: of a request. place_buckets,
+    pages: of the pool, `page` tokens each; row_pages: of a request, at most. granularity: tokens of a prompt that were
+    read for another request count in multiples of it. max_loops: of a request. place_buckets,
     page_buckets, chunks: the numbers of places, of pages seen by attention, and of tokens read by a call, for which
     there are programs; ascending.
     """
@@ -43,6 +45,7 @@ class Layout:
     page: int
     pages: int
     row_pages: int
+    granularity: int
     max_length: int
     max_loops: int
     place_buckets: tuple[int, ...]
@@ -73,17 +76,19 @@ def make_layout(config: ModelConfig, options: EngineOptions) -> Layout:
         f"at least {row_pages * page_bytes:,}, one request of max_length {max_length}",
     )
     largest = min(options.prefill_chunk, max_length)
+    exact = loop_cache_for(options.loop_cache, max_loops) == "all"
     return Layout(
         places=options.places,
         page=PAGE,
         pages=pages,
         row_pages=row_pages,
+        granularity=1 if exact else largest,
         max_length=max_length,
         max_loops=max_loops,
         place_buckets=_quarters(options.places, 1),
         page_buckets=_quarters(row_pages, MIN_SEEN // PAGE),
         # Where loops share slots, the result depends on the cuts, which therefore are always the same.
-        chunks=_chunks(largest) if options.loop_cache == "all" else (largest,),
+        chunks=_chunks(largest) if exact else (largest,),
     )
 
 

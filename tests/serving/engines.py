@@ -1,5 +1,6 @@
 """Engines of tiny models, requests drawn at random, and what `generate` gives for them."""
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,10 +27,13 @@ THRESHOLDS = {"act": 0.7, "latent": 0.3, "cosine": 0.05, "gate": 0.6, "kl": 0.05
 
 
 def tiny_model(config: ModelConfig, **mesh: int) -> LoadedModel:
+    """On one device, or on as many as the axes of the mesh take."""
     config = replace(config, max_seq_len=LENGTH)
     weights = {"balance": {}, **jax.device_put(variables(config))}
+    devices = jax.devices()[: math.prod(mesh.values())]
+    device_mesh = make_mesh(MeshConfig(**{"fsdp": 1, **mesh}), devices)
     run = Config(model=config, data=DataConfig(seq_len=8))
-    return LoadedModel(Path("tiny"), run, Mythos(config), weights, None, make_mesh(MeshConfig(**mesh)), None)
+    return LoadedModel(Path("tiny"), run, Mythos(config), weights, None, device_mesh, None)
 
 
 def started(config: ModelConfig, options: EngineOptions = EngineOptions(places=8), **mesh: int) -> Engine:  # noqa: B008
@@ -155,7 +159,7 @@ def check_drafts(heard: Heard) -> None:
     assert not drafts
 
 
-def is_sensitive(loaded: LoadedModel, request: Request, result: tuple[list[int], list[int]]) -> bool:
+def is_sensitive(loaded: LoadedModel, request: Request, result: Any, **options: Any) -> bool:
     """Whether `generate` gives this result with weights that differ by a few parts in ten million: then it hangs on a
     comparison, of two logits or with a threshold, that float32 cannot decide."""
     for seed in range(30):
@@ -165,16 +169,17 @@ def is_sensitive(loaded: LoadedModel, request: Request, result: tuple[list[int],
             return x * (1 + 5e-7 * random.standard_normal(x.shape).astype(np.float32))
 
         nudged = replace(loaded, variables=jax.tree.map(nudge, loaded.variables))
-        if offline(nudged, request) == result:
+        if offline(nudged, request, **options) == result:
             return True
     return False
 
 
 def assert_as_offline(
-    loaded: LoadedModel, requests: Sequence[Request], results: Sequence[Any], allowed: int = 0
+    loaded: LoadedModel, requests: Sequence[Request], results: Sequence[Any], allowed: int = 0, **options: Any
 ) -> None:
     """Token for token, and loop for loop. allowed: results that may differ where float32 cannot decide."""
-    differ = [i for i, request in enumerate(requests) if results[i] != offline(loaded, request)]
-    assert len(differ) <= allowed, [(requests[i], results[i], offline(loaded, requests[i])) for i in differ[:3]]
+    wanted = [offline(loaded, request, **options) for request in requests]
+    differ = [i for i, result in enumerate(results) if result != wanted[i]]
+    assert len(differ) <= allowed, [(requests[i], results[i], wanted[i]) for i in differ[:3]]
     for i in differ:
-        assert is_sensitive(loaded, requests[i], results[i]), requests[i]
+        assert is_sensitive(loaded, requests[i], results[i], **options), requests[i]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from mythos_jax.errors import ConfigError
+from mythos_jax.flops import cache_bytes
 from mythos_jax.model.halting import Halting
 from mythos_jax.serving.engine import Engine
-from mythos_jax.serving.options import EngineOptions
+from mythos_jax.serving.options import PAGE, EngineOptions
 from mythos_jax.serving.request import BusyError, NewToken, Request
 from tests.serving.engines import (
     ask,
@@ -90,24 +91,44 @@ def assert_idle(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "criteria"),
+    ("config", "criteria", "rule"),
     [
-        pytest.param(GQA, ("", "act"), id="act, experts"),
-        pytest.param(replace(GQA, freeze_halted=False), ("",), id="act, not frozen"),
-        pytest.param(HUGINN, ("", "latent", "entropy"), id="noise"),
-        pytest.param(MLA, ("", "cosine"), id="mla"),
+        pytest.param(GQA, ("", "act"), "all", id="act, experts"),
+        pytest.param(replace(GQA, freeze_halted=False), ("",), "all", id="act, not frozen"),
+        pytest.param(HUGINN, ("", "latent", "entropy"), "all", id="noise"),
+        pytest.param(MLA, ("", "cosine"), "last", id="mla, last loop only"),
     ],
 )
-def test_families(config, criteria):
-    engine = started(config, EngineOptions(places=4, max_length=48, prefill_chunk=16))
+def test_families(config, criteria, rule):
+    """Of each family 16 requests on a cache that has room for three of the longest, so that they wait for pages."""
+    room = 9 * PAGE * cache_bytes(config, config.loops, rule)
+    engine = started(config, EngineOptions(4, room, max_length=48, loop_cache=rule, prefill_chunk=16))
+    assert engine.layout.pages == 9
     requests = [
-        replace(request, tokens=request.tokens[:30], max_new_tokens=min(request.max_new_tokens, 18))
+        replace(
+            request,
+            tokens=request.tokens[:30],
+            max_new_tokens=min(request.max_new_tokens, 18),
+            draft_loops=request.draft_loops if rule == "all" else None,
+        )
         for request in random_requests(engine.loaded.config.model, 16, criteria)
     ]
     asked = [ask(engine, request)[1] for request in requests]
+    engine.close(drain=True)
+    assert all(heard.reason in ("stop", "length") for heard in asked)
+    results = [heard.result for heard in asked]
+    assert_as_offline(engine.loaded, requests, results, allowed=1, loop_cache=rule, prefill_chunk=16)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        ask(engine, requests[0])
+
+
+def test_a_mesh_of_four_devices():
+    engine = started(OURO, EngineOptions(places=4, max_length=32, prefill_chunk=16), fsdp=2, tensor=2)
+    requests = [Request(PROMPT, 8, seed=i, temperature=1.0, halting=Halting("latent", 0.3)) for i in range(4)]
+    requests[1] = replace(requests[1], draft_loops=1)
+    asked = [ask(engine, request)[1] for request in requests]
     engine.close()
-    assert all(heard.reason != "failed" for heard in asked)
-    assert_as_offline(engine.loaded, requests, [heard.result for heard in asked], allowed=1)
+    assert_as_offline(tiny_model(OURO), requests, [heard.result for heard in asked], allowed=1)
 
 
 def test_loops_that_are_executed_are_those_that_the_policies_ask_for(engine):
@@ -154,17 +175,6 @@ def test_log_probabilities(engine):
         np.testing.assert_allclose(event.logprob, row[event.token], atol=1e-4)
 
 
-def test_places_and_pages_that_do_not_suffice_are_waited_for():
-    """A pool with room for one long request only: all are served, one after the other."""
-    engine = started(MLA, EngineOptions(places=2, max_length=32, prefill_chunk=16, cache_bytes=9_000))
-    assert engine.layout.pages < 4
-    requests = [Request(PROMPT, 12, seed=i, temperature=1.0) for i in range(5)]
-    asked = [ask(engine, request)[1] for request in requests]
-    assert [heard.reason for heard in asked] == ["length"] * 5
-    assert_as_offline(engine.loaded, requests, [heard.result for heard in asked])
-    engine.close()
-
-
 def test_cancelled_requests_leave(engine):
     waiting = [ask(engine, Request(PROMPT, 40, seed=i)) for i in range(20)]
     for ticket, _ in waiting:
@@ -186,18 +196,14 @@ def test_a_listener_that_fails_stops_only_its_own_request(engine):
     assert_idle(engine)
 
 
-def test_a_full_queue_and_a_closed_engine_refuse():
+def test_a_full_queue_refuses():
     engine = Engine(tiny_model(MLA), EngineOptions(places=2, max_length=32, queue=3))
-    asked = [ask(engine, Request(PROMPT, 2)) for _ in range(3)]  # not started: all wait
+    asked = [ask(engine, Request(PROMPT, 2)) for _ in range(3)]  # it is not started: all wait
     with pytest.raises(BusyError, match="queue: 3 requests wait") as error:
         ask(engine, Request(PROMPT, 2))
     assert error.value.retry_after > 0
-    engine.warm_up()
-    engine.start()
-    engine.close(drain=True)
-    assert [heard.reason for _, heard in asked] == ["length"] * 3
-    with pytest.raises(RuntimeError, match="closed"):
-        ask(engine, Request(PROMPT, 2))
+    engine.close()
+    assert [heard.reason for _, heard in asked] == ["cancelled"] * 3
 
 
 @pytest.mark.parametrize(
