@@ -70,7 +70,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         help="pages from there, such as https://example.org, may ask from a browser; may be given several times",
     )
     group.add_argument(
-        "--served-name", metavar="NAME", help="what clients call the model (default: the last part of its path)"
+        "--served-name",
+        type=_model_name,
+        metavar="NAME",
+        help="what clients call the model (default: the last part of its path)",
     )
     group.add_argument(
         "--drain-seconds",
@@ -198,6 +201,12 @@ def _name(model: str) -> str:
     """What clients call a model: a hub id or a word as it is, the last part of a path."""
     where = Path(model)
     return where.resolve().name if where.exists() else model
+
+
+def _model_name(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: a name of printable characters")
+    return text
 
 
 def _origin(text: str) -> str:

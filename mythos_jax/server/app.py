@@ -97,11 +97,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
 async def _read(request: Request, service: Service, kind: type[Body]) -> Body:
     """The body of a request to generate. Raises ApiError, at once if it would be refused anyway."""
-    try:
-        service.require_ready()
-    except ApiError as error:
-        error.close = True
-        raise
+    service.require_ready()
     content = await read_body(request, service.limits, service.buffered)
     # A large one takes some time.
     body = _validated(kind, content) if len(content) < _LARGE else await service.aside(_validated, kind, content)
@@ -145,6 +141,6 @@ async def _on_api_error(request: Request, error: Any) -> Response:
 async def _on_http_error(request: Request, error: Any) -> Response:
     """Starlette's own: no such path, or not this method."""
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    response = ApiError(error.status_code, message, close=error.status_code != 404).response()
+    response = ApiError(error.status_code, message).response()
     response.headers.update(error.headers or {})
     return response

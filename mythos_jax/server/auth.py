@@ -42,7 +42,7 @@ def require_key(headers: Headers, key: str | None) -> None:
     same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
     if scheme.lower() != "bearer" or not same:
         message = "no such API key" if given else "no API key; allowed: Authorization: Bearer KEY"
-        raise ApiError(401, message, code="invalid_api_key", close=True)
+        raise ApiError(401, message, code="invalid_api_key")
 
 
 def require_local_name(headers: Headers) -> None:
@@ -58,4 +58,4 @@ def require_local_name(headers: Headers) -> None:
         ipaddress.ip_address(name)
     except ValueError:
         allowed = "localhost or an address, unless the server has an API key"
-        raise ApiError(403, f"host: got {host[:100]!r}, allowed: {allowed}", code="host", close=True) from None
+        raise ApiError(403, f"host: got {host[:100]!r}, allowed: {allowed}", code="host") from None

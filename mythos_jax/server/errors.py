@@ -1,6 +1,7 @@
 """Errors as OpenAI's API has them: {"error": {"message", "type", "param", "code"}}."""
 
 import json
+import math
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ from starlette.responses import Response
 from mythos_jax.errors import one_line
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_LINE_ENDS = "\x85\u2028\u2029"  # where many a client would break an event of a stream
 _MOST = 300  # characters of a value, or of a name that a client gave
 
 
@@ -57,7 +59,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> "Json":
-        headers = {} if self.retry_after is None else {"retry-after": str(max(1, round(self.retry_after + 0.499)))}
+        headers = {} if self.retry_after is None else {"retry-after": str(max(1, math.ceil(self.retry_after)))}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         if self.close:
@@ -75,7 +77,10 @@ class Json(Response):
 
 
 def to_json(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in _LINE_ENDS:
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8", "replace")
 
 
 def busy(message: str, retry_after: float) -> ApiError:

@@ -59,7 +59,7 @@ class Gate:
                 log(f"{scope['state']['id']}: {type(error).__name__}: {one_line(error, 300)}")
                 if self._service.debug:
                     traceback.print_exception(error)
-                error = ApiError(500, f"an error of the server; its log has it as {scope['state']['id']}", close=True)
+                error = ApiError(500, f"an error of the server; its log has it as {scope['state']['id']}")
             if status[0]:
                 return  # it has begun to answer, and the connection will end without an end of the answer
             await error.response()(scope, receive, send)

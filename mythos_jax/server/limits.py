@@ -45,7 +45,7 @@ class Buffered:
         def add(count: int) -> None:
             nonlocal counted
             if self.bytes + count > self.most:
-                raise ApiError(429, "the bodies of too many requests come at once", retry_after=1, close=True)
+                raise ApiError(429, "the bodies of too many requests come at once", retry_after=1)
             counted += count
             self.bytes += count
 
@@ -60,12 +60,12 @@ async def read_body(request: Request, limits: Limits, buffered: Buffered) -> byt
     kind, _, parameters = request.headers.get("content-type", "").partition(";")
     if kind.strip().lower() != "application/json":
         # This also keeps pages of other sites from asking, which a browser lets them do with other types of content.
-        raise ApiError(415, f"content-type: got {kind[:100]!r}, allowed: application/json", close=True)
+        raise ApiError(415, f"content-type: got {kind[:100]!r}, allowed: application/json")
     charset = parameters.strip().lower()
     if charset not in ("", "charset=utf-8", 'charset="utf-8"'):
-        raise ApiError(415, f"content-type: got {charset[:100]!r}, allowed: charset=utf-8", close=True)
+        raise ApiError(415, f"content-type: got {charset[:100]!r}, allowed: charset=utf-8")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise ApiError(415, "content-encoding: allowed: identity, that is none", close=True)
+        raise ApiError(415, "content-encoding: allowed: identity, that is none")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > limits.body and "expect" in request.headers:
         raise _too_large(limits)  # the client waits for leave to send it

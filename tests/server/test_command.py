@@ -54,6 +54,7 @@ def test_sizes():
         (["--halting", "never"], "halting criterion: got 'never'"),
         (["--allow-origin", "example.org"], "--allow-origin: got 'example.org', allowed: SCHEME://HOST[:PORT]"),
         (["--allow-origin", "https://example.org/a"], "--allow-origin: got 'https://example.org/a', allowed: "),
+        (["--served-name", " "], "--served-name: got ' ', allowed: a name"),
         (["--api-key-file", "nowhere"], "--api-key-file nowhere: cannot be read"),
         (["--chat-template", "nowhere"], "chat template nowhere: cannot be read"),
         (["--host", "no.such.host.invalid"], "--host: got 'no.such.host.invalid', allowed: "),

@@ -261,6 +261,26 @@ def test_a_connection_is_used_again(server):
         assert read_all(client) == b""  # it ends when nothing comes
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"POST /v1/nothing HTTP/1.1\r\n", b"404"),
+        (b"GET /v1/completions HTTP/1.1\r\n", b"405"),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Type: text/plain\r\n", b"415"),
+    ],
+)
+def test_a_client_that_is_refused_before_its_body_came_hears_why(server, head, status):
+    """Its body is not met by an end of the connection, which could come before the answer; and it may ask again."""
+    with connected(server) as client:
+        client.sendall(head + b"Host: localhost\r\nContent-Length: 1000000\r\n\r\n")
+        time.sleep(0.1)
+        client.sendall(b" " * 1_000_000)
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answers = read_all(client)
+    assert answers[9:12] == status
+    assert answers.endswith(b'{"status":"ok"}')
+
+
 def test_too_many_connections(server):
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connected(server)) for _ in range(CONNECTION.connections + 1)]

@@ -1,7 +1,9 @@
 """The `openai` client, unchanged, against a running server."""
 
 import asyncio
+import json
 
+import httpx
 import openai
 import pytest
 
@@ -151,6 +153,17 @@ def test_provisional(client, server, monkeypatch):
     last = chunks[-1].choices[0].mythos
     assert withdrawn
     assert last["drafted"] > last["accepted"] > 0
+
+
+def test_characters_that_end_lines_elsewhere(server, monkeypatch):
+    """A client that reads a stream line by line, with whatever it takes for one, gets whole events."""
+    text = "a\u2028b\u2029c\x85d\x1ce\x0bf"
+    tokens = server.service.model.tokenizer.encode(text).tolist()
+    monkeypatch.setattr(server.engine, "answer", lambda request: tokens)
+    body = {"model": NAME, "prompt": "a", "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as reply:
+        told = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in told) == text
 
 
 def test_errors(client):
