@@ -232,7 +232,7 @@ def test_a_server_that_starts_and_one_that_is_gone(visit):
 
 
 def test_drafts_are_grey_until_they_are_confirmed_or_taken_back(visit):
-    reader = visit("0123456789 final", delay=0.03)
+    reader = visit("0123456789 final", delay=0.05)
     reader.run(
         """() => {
             window.seen = { drafts: new Set(), gone: new Set(), styles: new Set() };

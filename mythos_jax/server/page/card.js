@@ -26,11 +26,11 @@ function alternative([text, logprob], chosen) {
 
 function fill(told) {
   const title = make("p", "title");
-  const swatch = make("span", "swatch", `${told.loops}`);
+  const swatch = make("span", "swatch deep", `${told.loops}`);
   paint(swatch, told.loops, told.most);
   title.append(make("b", "", visible(told.text)), swatch);
   const facts = make("dl");
-  facts.append(row("loops", `${told.loops} of ${told.full}`));
+  if (told.most > 1) facts.append(row("loops", `${told.loops} of ${told.full}`));
   facts.append(row("time", `${duration(told.since)}, at ${duration(told.ms)}`));
   if (typeof told.logprob === "number") facts.append(row("probability", percent(Math.exp(told.logprob))));
   if (told.instead) facts.append(row("draft said", visible(told.instead)));
