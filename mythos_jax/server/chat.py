@@ -6,7 +6,7 @@ from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.inference.chat import MOST_ANSWER_TOKENS
 from mythos_jax.server.errors import ApiError
-from mythos_jax.server.options import Asked, asked
+from mythos_jax.server.options import Asked
 from mythos_jax.server.schemas import ChatRequest
 from mythos_jax.server.service import Service
 from mythos_jax.server.shapes import finite, token_bytes
@@ -17,7 +17,8 @@ async def read(service: Service, body: ChatRequest) -> tuple[Asked, list[list[in
     """What is asked for, and the tokens of the conversation. Raises ApiError."""
     chat = service.model.require_chat()
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    wanted = asked(body, chat.stop_tokens, MOST_ANSWER_TOKENS, body.max_completion_tokens or body.max_tokens, logprobs)
+    most = body.max_completion_tokens or body.max_tokens
+    wanted = Asked(body, "messages", chat.stop_tokens, most, MOST_ANSWER_TOKENS, logprobs)
     try:
         tokens = await service.aside(chat.tokens, [message.plain for message in body.messages])
     except ConfigError as error:

@@ -8,7 +8,7 @@ from typing import Any
 from mythos_jax.errors import ConfigError
 from mythos_jax.server.errors import ApiError, busy
 from mythos_jax.server.inbox import Overflow
-from mythos_jax.server.options import Asked, depth, engine_request, refused
+from mythos_jax.server.options import Asked, engine_request, refused
 from mythos_jax.server.service import Service
 from mythos_jax.serving.request import BusyError, Event, Finished, NewToken, Request
 from mythos_jax.serving.text import Piece, ReplyText
@@ -16,7 +16,7 @@ from mythos_jax.serving.text import Piece, ReplyText
 
 @dataclass
 class Choice:
-    """One reply. prompt: the number of its prompt among those of the request. depth: loops per token without halting.
+    """One reply. prompt: the number of its prompt among those of the request.
 
     finish: why it ended, as OpenAI says it; None while it goes on.
     """
@@ -25,7 +25,6 @@ class Choice:
     prompt: int
     request: Request
     reply: ReplyText
-    depth: int
     ticket: Any = None
     finish: str | None = None
     last_seconds: float | None = None
@@ -52,7 +51,7 @@ class Choices:
         tokens = self.prompts[prompt]
         request = engine_request(self.service, self.wanted, tokens, number)
         reply = ReplyText(self.service.model.tokenizer, tokens, self.wanted.stop_tokens, self.wanted.body.stops)
-        return Choice(index, prompt, request, reply, depth(self.service, request))
+        return Choice(index, prompt, request, reply)
 
     def submit(self) -> None:
         """Raises ApiError if the engine does not take all of them; it then has none of them."""

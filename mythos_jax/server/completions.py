@@ -6,7 +6,7 @@ from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.inference.text import MOST_TOKENS
 from mythos_jax.server.errors import ApiError
-from mythos_jax.server.options import Asked, asked, refused
+from mythos_jax.server.options import Asked, refused
 from mythos_jax.server.schemas import CompletionRequest
 from mythos_jax.server.service import Service
 from mythos_jax.server.shapes import finite, token_bytes
@@ -18,7 +18,7 @@ async def read(service: Service, body: CompletionRequest) -> tuple[Asked, list[l
     model = service.model
     if body.stops and model.tokenizer is None:
         raise ApiError(400, "stop: got texts, allowed: none, because the model has no tokenizer", "stop")
-    wanted = asked(body, model.stop_tokens, MOST_TOKENS, body.max_tokens, body.logprobs)
+    wanted = Asked(body, "prompt", model.stop_tokens, body.max_tokens, MOST_TOKENS, body.logprobs)
     prompts: list[list[int]] = []
     for prompt in _each(body.prompt):
         if isinstance(prompt, str):

@@ -21,7 +21,8 @@ class ServedModel:
     """names: what clients may call it; replies have the first. created: seconds since 1970.
 
     tokenizer, conventions: None for a model without text. chat: None without a chat template. criteria: of halting,
-    those that it can follow. loops: its own depth; max_loops, max_length: the most that the engine was built for.
+    those that it can follow. loops: of requests that do not say: its own depth, if the engine was built for that.
+    max_loops, max_length: the most that the engine was built for.
     """
 
     names: Sequence[str]
@@ -94,7 +95,7 @@ def served_model(
         tokenizer=tokenizer,
         conventions=conventions,
         chat=Chat(loaded, chat_template) if has_chat else None,
-        loops=config.loops,
+        loops=min(config.loops, max_loops or config.loops),
         max_loops=max_loops or config.loops,
         max_length=max_length or config.max_seq_len,
         vocab_size=config.vocab_size,

@@ -2,7 +2,7 @@
 
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.halting import Halting
@@ -11,34 +11,30 @@ from mythos_jax.server.schemas import Common
 from mythos_jax.server.service import Service
 from mythos_jax.serving.request import MAX_STOP_TOKENS, Request
 
-_DRAFT_PART = 4  # drafts have run this part of all loops, if a request does not say
+# If a request does not say: drafts have run this part of all loops, and there are so many, if there are places.
+_DRAFT_PART, _DRAFT_TOKENS = 4, 3
 
 
 @dataclass(frozen=True)
 class Asked:
     """What the choices of a request have in common.
 
-    stop_tokens: all that end a reply; the engine is told of the first few. most_tokens: new ones, if nothing says how
-    many. logprobs: how many alternatives.
+    source: the field that the prompt is in. stop_tokens: all that end a reply; the engine is told of the first few.
+    max_new_tokens: None: as many as fit, at most `most_tokens`, if the server has no default. logprobs: how many
+    alternatives; None: no log-probabilities at all.
     """
 
     body: Common
+    source: str
     stop_tokens: tuple[int, ...]
-    most_tokens: int
     max_new_tokens: int | None
+    most_tokens: int
     logprobs: int | None
-    seed: int
 
-
-def asked(
-    body: Common,
-    stop_tokens: tuple[int, ...],
-    most_tokens: int,
-    max_new_tokens: int | None,
-    logprobs: int | None,
-) -> Asked:
-    seed = secrets.randbits(32) if body.seed is None else body.seed
-    return Asked(body, stop_tokens, most_tokens, max_new_tokens, logprobs, seed % 2**32)
+    @cached_property
+    def seed(self) -> int:
+        """Of the first choice; drawn if the client gives none."""
+        return secrets.randbits(32) if self.body.seed is None else self.body.seed % 2**32
 
 
 def engine_request(service: Service, wanted: Asked, tokens: list[int], choice: int) -> Request:
@@ -72,27 +68,19 @@ def refused(error: ConfigError) -> ApiError:
     return ApiError(400, str(error), param=param)
 
 
-def depth(service: Service, request: Request) -> int:
-    """The loops that each token would run without halting."""
-    return request.loops or service.model.loops
-
-
 def _new_tokens(service: Service, wanted: Asked, tokens: list[int]) -> int:
     limit = service.model.max_length
     most, room = wanted.max_new_tokens, limit - len(tokens)
     if room < (most or 1):
         more = "" if most is None else f" and {most} new ones"
         message = f"prompt: got {len(tokens)} tokens{more}, allowed: at most {limit}, together with the new ones"
-        raise ApiError(400, message, "messages" if hasattr(wanted.body, "messages") else "prompt", _TOO_LONG)
+        raise ApiError(400, message, wanted.source, "context_length_exceeded")
     return most or min(service.defaults.max_new_tokens or wanted.most_tokens, room)
 
 
-_TOO_LONG = "context_length_exceeded"
-
-
-def _loops(service: Service, body: Common) -> int | None:
-    loops, most = body.loops or service.defaults.loops, service.model.max_loops
-    if loops is not None and loops > most:
+def _loops(service: Service, body: Common) -> int:
+    loops, most = body.loops or service.defaults.loops or service.model.loops, service.model.max_loops
+    if loops > most:
         raise ApiError(400, f"loops: got {loops}, allowed: 1 to {most}", "loops")
     return loops
 
@@ -113,8 +101,11 @@ def _halting(service: Service, body: Common) -> Halting | None:
     return halting.replace(**bounds) if halting is not None else None
 
 
-def _drafts(service: Service, body: Common, loops: int | None) -> dict[str, Any]:
+def _drafts(service: Service, body: Common, loops: int) -> dict[str, int]:
     if not body.provisional:
         return {}
-    drafts = body.draft_loops or max(1, (loops or service.model.loops) // _DRAFT_PART)
-    return {"draft_loops": drafts, **({} if body.draft_tokens is None else {"draft_tokens": body.draft_tokens})}
+    fitting = max(1, min(_DRAFT_TOKENS, service.engine.counters.places - 1))
+    return {
+        "draft_loops": body.draft_loops or max(1, loops // _DRAFT_PART),
+        "draft_tokens": body.draft_tokens or fitting,
+    }

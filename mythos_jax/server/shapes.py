@@ -129,7 +129,7 @@ class Writer:
         reply = choice.reply
         return {
             "loops_mean": round(reply.loops / reply.new_tokens, 4) if reply.new_tokens else None,
-            "full_loops": choice.depth,
+            "full_loops": choice.request.loops,
             "drafted": reply.drafted,
             "accepted": reply.accepted,
             "seed": choice.request.seed,

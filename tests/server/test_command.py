@@ -115,3 +115,15 @@ def test_from_start_to_end(folder, tmp_path):
         errors = process.stderr.read()
     assert "mythos: SIGTERM: ending 1 requests" in errors
     assert "Traceback" not in errors
+
+
+def test_less_depth_than_the_model_s(monkeypatch, folder):
+    """Is what requests get that do not say."""
+    seen = []
+    monkeypatch.setattr("mythos_jax.server.run.serve", lambda service, *_: seen.append(service) or 0)
+    assert main(["serve", str(folder), "--port", "0", "--max-loops", "1", "--places", "2"]) == 0
+    (service,) = seen
+    card = service.model.card("x")["mythos"]
+    assert (card["loops"], card["max_loops"], card["max_length"]) == (1, 1, 256)
+    assert service.state == "starting"
+    assert service.local
