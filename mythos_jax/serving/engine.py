@@ -24,7 +24,6 @@ from mythos_jax.serving.pages import Pages
 from mythos_jax.serving.places import Setup
 from mythos_jax.serving.prefill import Chunk
 from mythos_jax.serving.programs import Programs, Report
-from mythos_jax.serving.readout import DRAFT, FINAL
 from mythos_jax.serving.request import BusyError, Event, Finished, Listener, NewToken, Request
 from mythos_jax.serving.terms import make_terms, shared_key
 
@@ -228,27 +227,34 @@ class Engine:
             numbers = np.asarray(call.report.numbers)  # waits for the device
             seconds = time.perf_counter()
             if call.steps:
-                self.counters.loops += int(numbers[: call.steps, 6, 0].sum())
-                for step in range(call.steps):
-                    self._hear_rows(call, (step,), numbers[step], seconds)
+                numbers = numbers[: call.steps]
+                self.counters.loops += int(numbers[:, 6, 0].sum())
             else:
-                self.counters.prompt_loops += int(numbers[6, 0])
-                self._hear_rows(call, (), numbers, seconds)
-
-    def _hear_rows(self, call: Call, step: tuple[int, ...], numbers: np.ndarray, seconds: float) -> None:
-        kinds = numbers[0].tolist()
-        # Final tokens first: they decide about the drafts of the same step.
-        for kind in (FINAL, DRAFT):
-            for row in (i for i, value in enumerate(kinds) if value == kind):
-                live = call.lives[row]
-                if live is None or live.over:
-                    continue
-                events = live.take(call.report, (*step, row), kind, numbers[1:6, row].tolist(), seconds)
+                numbers = numbers[None]
+                self.counters.prompt_loops += int(numbers[0, 6, 0])
+            for live, events in self._events(call, numbers, seconds):
                 self._count(live, events)
                 self._tell(live.ticket, events)
                 if live.over:
                     self._mean_seconds += 0.1 * (seconds - live.since - self._mean_seconds)
                     self._leave(live)
+
+    def _events(self, call: Call, numbers: np.ndarray, seconds: float) -> list[tuple[Live, list[Event]]]:
+        """What a call has brought for each request that is still there. numbers: as in `Report`, [steps, 7, K]."""
+        kinds = numbers[:, 0]
+        steps, rows = np.nonzero(kinds)
+        # Step by step, and final tokens first: they decide about the drafts of the same step.
+        order = np.lexsort((kinds[steps, rows], steps))
+        steps, rows = steps[order], rows[order]
+        news: dict[Live, list[Event]] = {}
+        for step, row, (kind, *rest) in zip(
+            steps.tolist(), rows.tolist(), numbers[steps, :6, rows].tolist(), strict=True
+        ):
+            live = call.lives[row]
+            if live is not None and not live.over:
+                index = (step, row) if call.steps else (row,)
+                news.setdefault(live, []).extend(live.take(call.report, index, kind, rest, seconds))
+        return list(news.items())
 
     def _count(self, live: Live, events: list[Event]) -> None:
         counters, depth = self.counters, live.request.loops or self.loaded.config.model.loops
