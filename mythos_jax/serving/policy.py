@@ -15,7 +15,7 @@ from mythos_jax.config import ModelConfig
 from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache
 from mythos_jax.model.exit_probe import LOGIT_CRITERIA
-from mythos_jax.model.halting import CRITERIA, STATE_CHANGE, Halting
+from mythos_jax.model.halting import CRITERIA, MANUAL, STATE_CHANGE, Halting, state_criterion_met
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import PREDICTOR, predicted_loops
 from mythos_jax.model.state import TokenState
@@ -84,8 +84,7 @@ def run_loop(
         if c.readout == "act":
             tokens = _go_on(old, tokens, policy, loop)
         elif c.freeze_halted:
-            ended_B1 = jnp.reshape(loop + 1, (-1, 1))
-            halts_BT = state_halts(policy, old, tokens, ended_B1, predicted_BT) & ~tokens.halted_BT
+            halts_BT = state_halts(policy, old, tokens, jnp.reshape(loop, (-1, 1)), predicted_BT) & ~tokens.halted_BT
             tokens, filled = model.halt(tokens, filled, halts_BT, loop + 1)
         return tokens, filled
 
@@ -99,22 +98,21 @@ def loop_halting(config: ModelConfig, policy: Policy) -> Halting | None:
         return None  # such a model follows no policy on a cache
     if config.readout == "act":
         return Halting("act", policy.threshold_B[:, None], policy.min_loops_B[:, None])
-    return Halting("manual")
+    return Halting(MANUAL)
 
 
 def state_halts(
-    policy: Policy, old: TokenState, new: TokenState, ended_B1: jax.Array, predicted_BT: jax.Array
+    policy: Policy, old: TokenState, new: TokenState, loop_B1: jax.Array, predicted_BT: jax.Array
 ) -> jax.Array:
-    """Whether the loop from `old` to `new` meets each token's criterion, for those that look at the state; bool [B, T].
-    ended_B1: loops that have been run."""
-    threshold_B1 = policy.threshold_B[:, None]
-    met_BT = ended_B1 >= predicted_BT
-    for name, change in STATE_CHANGE.items():
-        met_BT |= policy.is_(name)[:, None] & (change(new.state_BTD, old.state_BTD) < threshold_B1)
-    if new.survival_BT is not None:  # as in `RecurrentCell.criterion_met`
-        gone_BT = (new.survival_BT <= 1 - threshold_B1) & (threshold_B1 < 1)
-        met_BT |= policy.is_("gate")[:, None] & gone_BT
-    return met_BT & (ended_B1 >= policy.min_loops_B[:, None])
+    """Whether loop t, from `old` to `new`, meets each token's criterion, for those that look at the state; bool
+    [B, T]."""
+    met_BT = jnp.zeros_like(new.halted_BT)
+    gate = () if new.survival_BT is None else ("gate",)
+    for name in (*STATE_CHANGE, "predicted", *gate):
+        halting = Halting(name, policy.threshold_B[:, None], policy.min_loops_B[:, None])
+        states = new.state_BTD, old.state_BTD, new.survival_BT
+        met_BT |= policy.is_(name)[:, None] & state_criterion_met(halting, loop_B1, *states, predicted_BT)
+    return met_BT
 
 
 def _go_on(old: TokenState, new: TokenState, policy: Policy, loop: jax.Array) -> TokenState:
