@@ -77,6 +77,7 @@ async def _events(choices: Choices, writer: Writer) -> AsyncIterator[bytes]:
             if data := _COMMENT if news is None else b"".join(map(_event, writer.piece(*news))):
                 yield data
     except ApiError as error:
+        choices.close()  # now: a client that does not read lets this event wait
         yield _event(error.body)
         return
     yield b"".join(map(_event, writer.closing())) + _DONE

@@ -14,12 +14,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mythos_jax.errors import DONE, FAILED, INTERRUPTED, ConfigError
 from mythos_jax.model.halting import Halting
+from mythos_jax.server import completions
 from mythos_jax.server.app import create_app
 from mythos_jax.server.auth import read_key
+from mythos_jax.server.choices import Choices
 from mythos_jax.server.inbox import MOST_FOR_EACH, Bell, Inbox, Overflow
 from mythos_jax.server.limits import Limits
 from mythos_jax.server.run import bind
+from mythos_jax.server.schemas import CompletionRequest
 from mythos_jax.server.service import Defaults
+from mythos_jax.server.shapes import Writer
+from mythos_jax.server.streams import stream
 from mythos_jax.serving.request import Finished
 from tests.server.running import NAME, fake_service, running
 from tests.serving.fake_engine import FakeEngine
@@ -344,6 +349,28 @@ def test_an_inbox_has_an_end():
             await inbox.take(1)
 
     asyncio.run(fill())
+
+
+def test_a_reader_that_is_too_slow_is_cancelled_at_once():
+    """Before it has read why."""
+
+    async def read():
+        service = fake_service(FakeEngine(delay=0.001))
+        service.engine.start()
+        body = CompletionRequest(**PROMPT | {"max_tokens": 200}, stream=True)
+        wanted, prompts = await completions.read(service, body)
+        choices = Choices(service, wanted, prompts, time.perf_counter())
+        choices._inbox._most = 5
+        choices.submit()
+        events = stream(choices, Writer(completions.CompletionShape(), choices, "1"), lambda: None)._events
+        while not choices._inbox._closed:
+            await asyncio.sleep(0.01)
+        last = [data async for data in events][-1]
+        assert b'"code":"slow_reader"' in last
+        assert service.engine.cancelled == [choices.choices[0].ticket]
+        service.engine.close(drain=False)
+
+    asyncio.run(read())
 
 
 def test_no_event_waits_for_the_next():
