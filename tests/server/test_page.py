@@ -249,6 +249,7 @@ def test_drafts_are_grey_until_they_are_confirmed_or_taken_back(visit):
     reader.page.check("#provisional")
     reader.hears("?")
     assert reader.asked[0]["provisional"] is True
+    reader.page.wait_for_function("() => !document.querySelector('.draft, .gone')")  # what is withdrawn fades
     assert reader.answer == "0123456789 final"
     seen = reader.run("() => Object.fromEntries(Object.entries(seen).map(([name, values]) => [name, [...values]]))")
     assert {"2", "3", "5", "6"} <= set(seen["drafts"])  # the fake engine drafts every fifth token wrongly
@@ -258,7 +259,6 @@ def test_drafts_are_grey_until_they_are_confirmed_or_taken_back(visit):
     quiet = reader.run("getComputedStyle(document.querySelector('article footer')).color")
     assert style == f"italic {quiet}"
     assert "drafts kept" in reader.page.inner_text("#drafts")
-    reader.page.wait_for_function("() => !document.querySelector('.draft, .gone')")
     reader.page.hover(".token >> nth=4")
     assert "draft said\n5" in reader.page.inner_text("#card")
     reader.page.select_option("#halting", "kl")
