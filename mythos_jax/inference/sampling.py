@@ -33,22 +33,23 @@ def sample(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> j
     return jax.lax.cond((sampling.temperature_B > 0).any(), _draw, _greedy, logits_BV, sampling, position_B)
 
 
-def truncate(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits in descending order, -inf where cut off, and the tokens they belong to; both [B, V].
+def truncate(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """The logits [B, V] with -inf where they are cut off.
 
     First the k most likely are kept (0: all), then, of their renormalised probabilities, the fewest whose sum reaches
     top_p. The most likely token always stays.
     """
-    top_k_B1, top_p_B1 = top_k_B[:, None], top_p_B[:, None]
+    top_k_B1, top_p_B1, rows_B1 = top_k_B[:, None], top_p_B[:, None], jnp.arange(len(logits_BV))[:, None]
     # Stable, so that of equal logits the lower token comes first, on every platform.
-    tokens_BV = jnp.argsort(logits_BV, axis=-1, stable=True, descending=True).astype(jnp.int32)
-    logits_BV = jnp.take_along_axis(logits_BV, tokens_BV, axis=-1)
+    tokens_BV = jnp.argsort(logits_BV, axis=-1, stable=True, descending=True)
+    sorted_BV = jnp.take_along_axis(logits_BV, tokens_BV, axis=-1)
     ranks_V = jnp.arange(logits_BV.shape[-1])
-    logits_BV = jnp.where((ranks_V < top_k_B1) | (top_k_B1 == 0), logits_BV, -jnp.inf)
-    probabilities_BV = jax.nn.softmax(logits_BV)
+    kept_BV = (ranks_V < top_k_B1) | (top_k_B1 == 0)
+    probabilities_BV = jax.nn.softmax(jnp.where(kept_BV, sorted_BV, -jnp.inf))
     before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
     # A token stays while those before it hold less than top_p; at 1 rounding must not cut off the last ones.
-    return jnp.where((before_BV < top_p_B1) | (top_p_B1 >= 1), logits_BV, -jnp.inf), tokens_BV
+    kept_BV &= (before_BV < top_p_B1) | (top_p_B1 >= 1)
+    return jnp.where(jnp.zeros_like(kept_BV).at[rows_B1, tokens_BV].set(kept_BV), logits_BV, -jnp.inf)
 
 
 def position_noise(config: ModelConfig, seed_B: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -81,13 +82,17 @@ def _draw(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> ja
     temperature_B = jnp.where(random_B, sampling.temperature_B, 1)
     # Relative to the largest, so that even a tiny temperature does not overflow.
     sharpened_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature_B[:, None]
-    truncated_BV, tokens_BV = truncate(sharpened_BV, sampling.top_k_B, sampling.top_p_B)
+    cuts = ((sampling.top_k_B > 0) | (sampling.top_p_B < 1)) & random_B
+    # The vocabulary is sorted only if a row cuts it.
+    kept_BV = jax.lax.cond(
+        cuts.any(), truncate, lambda logits_BV, *_: logits_BV, sharpened_BV, sampling.top_k_B, sampling.top_p_B
+    )
 
     def draw(seed: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
         return jax.random.categorical(_key(seed, TOKENS, position), logits_V)
 
-    rank_B = jax.vmap(draw)(sampling.seed_B, position_B, truncated_BV)
-    drawn_B = jnp.take_along_axis(tokens_BV, rank_B[:, None], axis=-1)[:, 0]
+    # The noise belongs to a token and not to its rank: a draft and the final logits then mostly draw the same token.
+    drawn_B = jax.vmap(draw)(sampling.seed_B, position_B, kept_BV).astype(jnp.int32)
     return jnp.where(random_B, drawn_B, _greedy(logits_BV, sampling, position_B))
 
 

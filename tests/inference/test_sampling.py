@@ -63,11 +63,20 @@ def test_top_p_counts_mass_after_top_k():
     assert set(np.unique(draws(1.0, 2, 0.63))) == {1, 3}
 
 
-def test_top_p_one_cuts_nothing_and_ties_keep_their_order():
+def test_top_p_one_cuts_nothing_and_of_equals_the_first_stay():
     flat = np.zeros((1, 1000), np.float32)  # its cumulative sum rounds past 1 before the end
-    logits, tokens = jax.jit(truncate)(flat, np.zeros(1, int), np.ones(1))
-    assert np.isfinite(logits).all()
-    np.testing.assert_array_equal(tokens[0], np.arange(1000))
+    cut = jax.jit(truncate)
+    assert np.isfinite(cut(flat, np.zeros(1, int), np.ones(1))).all()
+    (kept,) = np.isfinite(cut(flat, np.full(1, 7), np.ones(1)))
+    np.testing.assert_array_equal(np.flatnonzero(kept), np.arange(7))
+
+
+def test_what_is_not_cut_is_drawn_as_without_a_cut():
+    """The noise belongs to tokens: a cut that leaves the drawn token leaves the draw."""
+    free, cut = draws(1.0, 0, 1.0), draws(1.0, 3, 1.0)
+    left = np.isin(free, [1, 3, 4])
+    assert 0.8 < left.mean() < 0.9
+    np.testing.assert_array_equal(cut[left], free[left])
 
 
 def test_each_row_is_sampled_by_its_own_numbers():
