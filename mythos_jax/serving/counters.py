@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Counters:
-    """Written by the engine's thread alone; any thread may read.
+    """Any thread may read them.
 
     steps: of all places together; chunks: of prompts. loops: run by places, those of drafts that were taken back
     included; prompt_loops: by tokens of prompts. tokens: new ones, final; token_loops: spent on them; full_loops: what

@@ -1,8 +1,8 @@
 """The engine: requests enter, tokens come out, each at a depth of its own, and no one waits for another's depth.
 
-A thread of its own runs turn after turn. In a turn it lets waiting requests in, reads one chunk of a prompt, and starts
-one step of all places (serving/step.py); then it reads what the step before has brought, while the device is at work on
-this one. The device is never waited for otherwise.
+A thread of its own runs turn after turn. In a turn it lets waiting requests in, has chunks of prompts read, and starts
+a few steps of all places (serving/step.py); then it reads what the turn before has brought, while the device is at work
+on this one. The device is never waited for otherwise.
 """
 
 import threading
@@ -50,6 +50,8 @@ class Engine:
         self._queue: deque[Ticket] = deque()
         self._cancelled: set[Ticket] = set()
         self._live: dict[Ticket, Live] = {}
+        self._reading: deque[Live] = deque()  # those with a prompt that is not read yet, the next one first
+        self._lacks_pages = False
         self._calls: deque[Call] = deque()
         self._wake = threading.Condition()
         self._closing, self._draining = False, True
@@ -78,15 +80,17 @@ class Engine:
         with self._wake:
             if self._closing or self.error is not None:
                 raise RuntimeError("the engine is closed" if self.error is None else "the engine has failed")
-            if len(self._queue) >= max(self.options.queue, 1):
-                raise BusyError(f"queue: {len(self._queue)} requests wait, allowed: no more", self._seconds_to_wait())
+            most = self.options.queue + len(self._free)  # those that will not have to wait are not counted
+            if len(self._queue) >= most:
+                message = f"queue: got {len(self._queue)} waiting requests, allowed: {most}"
+                raise BusyError(message, self._seconds_to_wait())
             self._queue.append(ticket)
             self.counters.queued = len(self._queue)
             self._wake.notify()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Ends a request: its places are free within a step. Does nothing if it has ended."""
+        """Ends a request: its places are free after the turn that is under way. Does nothing if it has ended."""
         with self._wake:
             self._cancelled.add(ticket)
             self._wake.notify()
@@ -96,10 +100,16 @@ class Engine:
         self._thread.start()
 
     def close(self, drain: bool = True) -> None:
-        """Takes no more requests, and returns when all have ended: drain lets them finish, else they are cancelled."""
+        """Takes no more requests, and returns when all have ended: drain lets them finish, else they are cancelled.
+
+        It may be called again, to cancel what is being finished. In a listener it returns at once.
+        """
         with self._wake:
-            self._closing, self._draining = True, drain
+            self._draining &= drain
+            self._closing = True
             self._wake.notify()
+        if self._thread is threading.current_thread():
+            return
         if self._thread is not None:
             self._thread.join()
         else:
@@ -149,46 +159,49 @@ class Engine:
             self._tell(ticket, [Finished("cancelled")])
         for ticket in cancelled:
             if (live := self._live.get(ticket)) is not None:
-                self._tell(ticket, [Finished("cancelled")])
+                self._tell(ticket, [*live.take_back(live.produced), Finished("cancelled")])
                 self._leave(live)
 
     def _admit(self) -> None:
         """Lets requests in, in the order in which they came, as long as there are places and pages."""
-        config = self.loaded.config.model
-        while self._queue:
-            ticket = self._queue[0]
-            request = ticket.request
+        config, layout = self.loaded.config.model, self.layout
+        while self._queue and not self._lacks_pages:
+            ticket, request = self._queue[0], self._queue[0].request
             places = 1 if request.draft_loops is None else 1 + request.draft_tokens
-            capacity = len(request.tokens) + request.max_new_tokens
             if places > len(self._free):
                 return
-            held = self._pages.allocate(request.tokens, capacity, shared_key(config, request))
+            capacity = len(request.tokens) + request.max_new_tokens
+            held = self._pages.allocate(request.tokens, capacity, shared_key(config, layout, request))
             if held is None:
+                self._lacks_pages = True  # until a request leaves
                 return
+            ring = [self._free.pop() for _ in range(places)]
+            terms = make_terms(config, layout, request, ring[0], held.pages)
+            live = Live(ticket, ring, held, terms, held.cached_tokens, time.perf_counter())
             with self._wake:
-                if not self._queue or self._queue[0] is not ticket:  # cancelled meanwhile
-                    self._pages.release(held)
-                    continue
+                self._live[ticket] = live
                 self._queue.popleft()
                 self.counters.queued = len(self._queue)
-            ring = [self._free.pop() for _ in range(places)]
-            terms = make_terms(config, self.layout, request, ring[0], held.pages)
-            self._live[ticket] = Live(ticket, ring, held, terms, held.cached_tokens, time.perf_counter())
+            self._reading.append(live)
             self.counters.requests_started += 1
             self.counters.cached_tokens += held.cached_tokens
             self._count_use()
 
     def _read_prompts(self) -> None:
-        """Reads what is left of prompts, those first that have been in for the longest: so many tokens in a turn that
-        they fill the largest chunk, so that those who wait for their next token do not wait for long prompts."""
+        """Reads a chunk of each prompt in turn, as many tokens as fill the largest chunk: those who wait for their next
+        token do not wait for long prompts, and short prompts do not either."""
         budget = self.layout.chunks[-1]
-        for live in [live for live in self._live.values() if live.is_reading]:
-            while live.is_reading:
+        while self._reading:
+            live = self._reading[0]
+            if not live.over:
                 size = chunk_size(self.layout.chunks, len(live.request.tokens) - live.read)
                 if size > budget:
                     return
                 budget -= size
                 self._read_chunk(live, size)
+            self._reading.popleft()
+            if not live.over and live.is_reading:
+                self._reading.append(live)
 
     def _read_chunk(self, live: Live, size: int) -> None:
         tokens, start = live.request.tokens, live.read
@@ -257,7 +270,7 @@ class Engine:
         return list(news.items())
 
     def _count(self, live: Live, events: list[Event]) -> None:
-        counters, depth = self.counters, live.request.loops or self.loaded.config.model.loops
+        counters, depth = self.counters, self.layout.loops(self.loaded.config.model, live.request.loops)
         for event in events:
             if isinstance(event, NewToken) and event.final:
                 counters.tokens += 1
@@ -280,6 +293,7 @@ class Engine:
         del self._live[live.ticket]
         self._free.extend(reversed(live.ring))
         self._pages.release(live.held)
+        self._lacks_pages = False
         self.counters.requests_finished += 1
         self._count_use()
 

@@ -8,7 +8,7 @@ import numpy as np
 from mythos_jax.serving.pages import Held
 from mythos_jax.serving.places import Terms
 from mythos_jax.serving.programs import Report
-from mythos_jax.serving.readout import DRAFT, FINAL, NOTHING
+from mythos_jax.serving.readout import DRAFT, FINAL
 from mythos_jax.serving.request import Event, Finished, Listener, NewToken, Request, TakenBack
 
 NOT_FINITE = "the model gave logits that are NaN or infinite"
@@ -57,15 +57,18 @@ class Live:
     def capacity(self) -> int:
         return len(self.request.tokens) + self.request.max_new_tokens
 
+    def take_back(self, index: int) -> list[Event]:
+        """Withdraws the drafts that are shown, which begin at this index."""
+        shown, self.drafts = self.drafts, {}
+        return [TakenBack(index)] if shown else []
+
     def take(self, report: Report, row: tuple[int, ...], kind: int, numbers: list[int], seconds: float) -> list[Event]:
         """The events of the row at this index of a report. numbers: position, token, loops, ended, finite."""
-        if kind == NOTHING:
-            return []
         position, token, loops, ended, finite = numbers
         index = position - len(self.request.tokens)
         if not finite and kind == FINAL:
             self.over = True
-            return [Finished("failed", NOT_FINITE)]
+            return [*self.take_back(index), Finished("failed", NOT_FINITE)]
         new = NewToken(index, token, loops, kind == FINAL, *_probabilities(self.request, report, row), seconds)
         if kind == DRAFT:
             self.drafts[index] = token
@@ -73,17 +76,16 @@ class Live:
             return [new]
         events: list[Event] = []
         if index in self.drafts:
-            if self.drafts.pop(index) == token:
+            if self.drafts[index] == token:
                 self.accepted += 1
+                del self.drafts[index]
             else:
-                self.drafts.clear()
-                events.append(TakenBack(index))
+                events += self.take_back(index)
         events.append(new)
         self.produced += 1
         if ended:
             self.over = True
-            if self.drafts:
-                events.append(TakenBack(index + 1))
+            events += self.take_back(index + 1)
             events.append(Finished("stop" if token in self.request.stop_tokens else "length"))
         return events
 

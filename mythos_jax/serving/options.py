@@ -52,6 +52,10 @@ class Layout:
     page_buckets: tuple[int, ...]
     chunks: tuple[int, ...]
 
+    def loops(self, config: ModelConfig, asked: int | None) -> int:
+        """The most loops of a token of a request: what it asks for, else the model's, as far as the engine goes."""
+        return min(config.loops, self.max_loops) if asked is None else asked
+
 
 def make_layout(config: ModelConfig, options: EngineOptions) -> Layout:
     """Raises ConfigError for options that cannot be."""
@@ -85,8 +89,8 @@ def make_layout(config: ModelConfig, options: EngineOptions) -> Layout:
         granularity=1 if exact else largest,
         max_length=max_length,
         max_loops=max_loops,
-        place_buckets=_quarters(options.places, 1),
-        page_buckets=_quarters(row_pages, MIN_SEEN // PAGE),
+        place_buckets=_place_buckets(options.places),
+        page_buckets=_page_buckets(row_pages),
         # Where loops share slots, the result depends on the cuts, which therefore are always the same.
         chunks=_chunks(largest) if exact else (largest,),
     )
@@ -107,11 +111,19 @@ def chunk_size(chunks: tuple[int, ...], left: int) -> int:
     return filled[-1]
 
 
-def _quarters(largest: int, smallest: int) -> tuple[int, ...]:
-    """A size, a quarter of it, a quarter of that, and so on, down to about the smallest; ascending."""
-    sizes = [largest]
-    while sizes[-1] >= 2 * smallest and sizes[-1] > 1:
-        sizes.append(max(-(-sizes[-1] // 4), min(smallest, sizes[-1])))
+def _place_buckets(places: int) -> tuple[int, ...]:
+    """Halves down to 8 places, where one more row costs its share on a CPU; below, and of many places, quarters."""
+    sizes = [places]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // (2 if 8 < sizes[-1] <= 64 else 4)))
+    return tuple(sorted(sizes))
+
+
+def _page_buckets(row_pages: int) -> tuple[int, ...]:
+    """All pages of a row, a quarter of them, and so on, down to MIN_SEEN tokens."""
+    sizes = [row_pages]
+    while sizes[-1] * PAGE >= 2 * MIN_SEEN:
+        sizes.append(max(-(-sizes[-1] // 4), MIN_SEEN // PAGE))
     return tuple(sorted(set(sizes)))
 
 

@@ -46,9 +46,9 @@ class Policy(struct.PyTreeNode):
         return self.replace(criterion_B=jnp.where(self.reads_logits_B, NEVER, self.criterion_B))
 
 
-def policy_numbers(config: ModelConfig, loops: int | None, halting: Halting | None) -> tuple[int, int, float, int]:
+def policy_numbers(config: ModelConfig, loops: int, halting: Halting | None) -> tuple[int, int, float, int]:
     """The fields of a row of `Policy`, for `loops` and `halting` as in `inference.generate.generate`."""
-    limit = config.loops if loops is None else loops
+    limit = loops
     if halting is None:  # ACT's weights depend on its threshold also where no token stops by it
         return limit, NEVER, config.act_threshold, 1
     limit = limit if halting.max_loops is None else min(limit, int(halting.max_loops))
@@ -70,8 +70,8 @@ def predictions(model: Mythos, variables: Any, policy: Policy, injected_BTD: jax
 def run_loop(
     model: Mythos, variables: Any, tokens: TokenState, cache: Cache, policy: Policy, loop: jax.Array, predicted_BT: Any
 ) -> tuple[TokenState, Cache]:
-    """Loop t = `loop` (int32 [] or one per row [B]) of each row, and the end of the loops of tokens that it brings to
-    their policy's end. A row whose limit is not above t stays as it is.
+    """Runs loop t = `loop` (int32 [] or one per row [B]) of each row, and ends the loops of tokens whose policy is met.
+    A row whose limit is not above t stays as it is.
 
     Criteria that look at the logits are not looked at here.
     """

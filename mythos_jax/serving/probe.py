@@ -16,7 +16,8 @@ def halt_by_logits(setup: Setup, terms: Terms, work: Work, cache: Cache, looks_K
     """The work after a look at the logits of the rows of `looks_K`, as `model.exit_probe.LogitProbe` takes it: tokens
     whose logits meet their criterion have halted.
 
-    `work.loop_P` counts the loops that have been run. Costs nothing if no row looks.
+    `work.loop_P` counts the loops that have been run. If one row looks, coda and head run for all; if none
+    does, for none.
     """
 
     def look(state: tuple[Work, Cache]) -> tuple[Work, Cache]:

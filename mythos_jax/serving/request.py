@@ -63,7 +63,7 @@ class TakenBack:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of every request.
+    """The last event of every request. No drafts are left with it.
 
     reason: "stop", it ended with one of its stop tokens, which was reported; "length", it has all tokens that it asked
     for; "cancelled"; "failed", the message says why.

@@ -61,6 +61,7 @@ def _reads(terms: Terms, work: Work, next_K: jax.Array) -> Reads:
     """Whose tokens are read out: a token that is done, if all before it are final; and once before, for a draft, if
     the next place is free."""
     final_K = (work.phase_P == WAITING) & work.head_P
-    shallow_K = (terms.draft_loops_P > 0) & (work.loop_P >= terms.draft_loops_P) & (work.phase_P != EMPTY)
-    draft_K = shallow_K & ~final_K & ~work.drafted_P & (work.phase_P[next_K] == EMPTY)
+    # One that has halted before that is as deep as it will be.
+    deep_K = (work.phase_P == WAITING) | ((work.phase_P == LOOPING) & (work.loop_P >= terms.draft_loops_P))
+    draft_K = (terms.draft_loops_P > 0) & deep_K & ~final_K & ~work.drafted_P & (work.phase_P[next_K] == EMPTY)
     return Reads(final_K, draft_K, next_K)

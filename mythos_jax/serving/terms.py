@@ -19,7 +19,11 @@ def make_terms(config: ModelConfig, layout: Layout, request: Request, ring: int,
     terms: Any = jax.tree.map(np.copy, no_terms(layout, 1))
     sampling = terms.sampling
     numbers = [
-        *zip(jax.tree.leaves(terms.policy), policy_numbers(config, request.loops, request.halting), strict=True),
+        *zip(
+            jax.tree.leaves(terms.policy),
+            policy_numbers(config, layout.loops(config, request.loops), request.halting),
+            strict=True,
+        ),
         (sampling.temperature_B, request.temperature),
         (sampling.top_k_B, request.top_k),
         (sampling.top_p_B, request.top_p),
@@ -36,9 +40,11 @@ def make_terms(config: ModelConfig, layout: Layout, request: Request, ring: int,
     return terms
 
 
-def shared_key(config: ModelConfig, request: Request) -> Hashable:
+def shared_key(config: ModelConfig, layout: Layout, request: Request) -> Hashable:
     """What keys and values of a prompt depend on, besides its tokens: two requests with equal keys can share them."""
-    limit, criterion, threshold, min_loops = policy_numbers(config, request.loops, request.halting)
+    limit, criterion, threshold, min_loops = policy_numbers(
+        config, layout.loops(config, request.loops), request.halting
+    )
     if request.halting is not None and request.halting.reads_logits:  # applies to new tokens only
         criterion, threshold, min_loops = NEVER, config.act_threshold, 1
     noise = request.seed if config.initial_state == "noise" else None

@@ -19,17 +19,27 @@ from mythos_jax.serving.live import Ticket
 from mythos_jax.serving.options import EngineOptions
 from mythos_jax.serving.request import Event, Finished, NewToken, Request, TakenBack
 from mythos_jax.sharding import make_mesh, use_mesh
-from tests.tiny import V, halting, variables
+from tests.model.test_predictor import with_predictor
+from tests.tiny import V, halting
 
 LENGTH, PROMPT = 64, 40  # tokens of a request in all, and of a prompt at most
 # For tiny random models: some tokens stop early, some do not.
-THRESHOLDS = {"act": 0.7, "latent": 0.3, "cosine": 0.05, "gate": 0.6, "kl": 0.05, "entropy": 0.1, "argmax": 2.0}
+THRESHOLDS = {
+    "act": 0.7,
+    "latent": 0.3,
+    "cosine": 0.05,
+    "gate": 0.6,
+    "kl": 0.05,
+    "entropy": 0.1,
+    "argmax": 2.0,
+    "predicted": 2.0,
+}
 
 
 def tiny_model(config: ModelConfig, **mesh: int) -> LoadedModel:
     """On one device, or on as many as the axes of the mesh take."""
     config = replace(config, max_seq_len=LENGTH)
-    weights = {"balance": {}, **jax.device_put(variables(config))}
+    weights = {"balance": {}, **jax.device_put(with_predictor(config))}
     devices = jax.devices()[: math.prod(mesh.values())]
     device_mesh = make_mesh(MeshConfig(**{"fsdp": 1, **mesh}), devices)
     run = Config(model=config, data=DataConfig(seq_len=8))
@@ -160,7 +170,7 @@ def check_drafts(heard: Heard) -> None:
 
 
 def is_sensitive(loaded: LoadedModel, request: Request, result: Any, **options: Any) -> bool:
-    """Whether `generate` gives this result with weights that differ by a few parts in ten million: then it hangs on a
+    """Whether `generate` gives this result with weights that differ by a few parts in ten million: then it depends on a
     comparison, of two logits or with a threshold, that float32 cannot decide."""
     for seed in range(30):
         random = np.random.default_rng(seed)

@@ -1,8 +1,10 @@
 """Many requests at once against `generate`, one at a time."""
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,8 +16,11 @@ from mythos_jax.flops import cache_bytes
 from mythos_jax.model.halting import Halting
 from mythos_jax.serving.engine import Engine
 from mythos_jax.serving.options import PAGE, EngineOptions
+from mythos_jax.serving.places import EMPTY, LOOPING, WAITING
 from mythos_jax.serving.request import BusyError, NewToken, Request
+from mythos_jax.serving.step import _reads
 from tests.serving.engines import (
+    Heard,
     ask,
     assert_as_offline,
     check_drafts,
@@ -26,7 +31,7 @@ from tests.serving.engines import (
 )
 from tests.tiny import GQA, HUGINN, MLA, OURO, V
 
-CRITERIA = ("", "", "latent", "cosine", "gate", "kl", "argmax")
+CRITERIA = ("", "", "latent", "cosine", "gate", "kl", "argmax", "predicted")
 PROMPT = list(range(20))
 
 
@@ -186,6 +191,67 @@ def test_cancelled_requests_leave(engine):
     assert heard.reason == "length"
 
 
+def test_cancelled_while_it_is_read_and_while_it_shows_drafts(engine):
+    reading, heard = ask(engine, Request(PROMPT * 2, 20))
+    engine.cancel(reading)
+    assert heard.reason == "cancelled"
+    shown = threading.Event()
+    with_drafts = Heard()
+
+    def hear(events):
+        with_drafts(events)
+        if any(isinstance(event, NewToken) and not event.final for event in events):
+            shown.set()
+
+    ticket = engine.submit(Request(PROMPT, 44, draft_loops=1, temperature=3.0, draft_tokens=3), hear)
+    assert shown.wait(60)
+    engine.cancel(ticket)
+    assert with_drafts.reason in ("cancelled", "length")
+    check_drafts(with_drafts)
+    assert_idle(engine)
+
+
+def test_a_listener_may_submit_and_cancel(engine):
+    """Requests that are asked for and cancelled in the engine's own thread."""
+    others: list[Any] = []
+
+    def hear(events):
+        if not others:
+            others.extend(ask(engine, Request(PROMPT, 9, seed=i)) for i in range(2))
+            engine.cancel(others[0][0])
+
+    engine.submit(Request(PROMPT, 5), hear)
+    until = time.monotonic() + 60
+    while len(others) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [heard.reason for _, heard in others] == ["cancelled", "length"]
+    assert_idle(engine)
+
+
+def test_prompts_are_read_in_turn(engine):
+    """A short prompt that comes later is read before the end of a long one."""
+    before = [ask(engine, Request(list(range(i, i + 20)) * 2, 2)) for i in range(6)]  # they keep it busy
+    long, short = ask(engine, Request([5] * 62, 1))[1], ask(engine, Request([6] * 2, 1))[1]
+    assert [heard.reason for heard in (long, short)] == ["length"] * 2
+    assert short.final[0].seconds < long.final[0].seconds
+    assert [heard.reason for _, heard in before] == ["length"] * 6
+
+
+def test_a_draft_follows_a_token_that_has_halted_before_its_draft():
+    """The token of place 1 has halted after a loop and waits for that of place 0; drafts begin after two loops."""
+    three = np.ones(3, np.int32)
+    terms = SimpleNamespace(draft_loops_P=three * 2)
+    work = SimpleNamespace(
+        phase_P=np.array([LOOPING, WAITING, EMPTY]),
+        head_P=np.array([True, False, False]),
+        drafted_P=np.array([True, False, False]),
+        loop_P=np.array([2, 1, 0]),
+    )
+    final, draft, _ = _reads(terms, work, np.array([1, 2, 0]))
+    assert not final.any()
+    assert draft.tolist() == [False, True, False]
+
+
 def test_a_listener_that_fails_stops_only_its_own_request(engine):
     def fails(events):
         raise RuntimeError("no")
@@ -197,11 +263,12 @@ def test_a_listener_that_fails_stops_only_its_own_request(engine):
 
 
 def test_a_full_queue_refuses():
-    engine = Engine(tiny_model(MLA), EngineOptions(places=2, max_length=32, queue=3))
+    engine = Engine(tiny_model(MLA), EngineOptions(places=2, max_length=32, queue=1))
     asked = [ask(engine, Request(PROMPT, 2)) for _ in range(3)]  # it is not started: all wait
-    with pytest.raises(BusyError, match="queue: 3 requests wait") as error:
+    with pytest.raises(BusyError, match="queue: got 3 waiting requests, allowed: 3") as error:
         ask(engine, Request(PROMPT, 2))
     assert error.value.retry_after > 0
+    engine.close()
     engine.close()
     assert [heard.reason for _, heard in asked] == ["cancelled"] * 3
 
@@ -216,7 +283,12 @@ def test_a_full_queue_refuses():
         ({"loops": 0}, "loops: got 0"),
         ({"loops": 4}, "loops: got 4, allowed: at most 3"),
         ({"halting": Halting("act")}, "halting criterion: got 'act'"),
-        ({"halting": Halting("predicted")}, "without a predictor"),
+        ({"loops": 2.5}, "loops: got 2.5, allowed: an integer"),
+        (
+            {"halting": Halting("latent", 0.3, min_loops=2**40)},
+            "min_loops: got 1099511627776, allowed: an integer of 32",
+        ),
+        ({"draft_loops": 1, "draft_tokens": 1.5}, "draft_tokens: got 1.5"),
         ({"temperature": float("nan")}, "temperature: got nan"),
         ({"top_k": -1}, "top_k: got -1"),
         ({"top_p": 0.0}, "top_p: got 0.0"),
