@@ -35,13 +35,6 @@ CRITERIA = ("", "", "latent", "cosine", "gate", "kl", "argmax", "predicted")
 PROMPT = list(range(20))
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    engine = started(OURO, EngineOptions(places=8, prefill_chunk=16, queue=300))
-    yield engine
-    engine.close(drain=False)
-
-
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
     """What is compiled while a test runs."""
