@@ -64,6 +64,7 @@ def numbers(runs: Sequence[Measured], baseline: Sequence[Measured], truth: Seque
         "tokens_per_second": [throughput(run) for run in runs],
         "ratio": ratios([throughput(run) for run in runs], [throughput(run) for run in baseline]),
         "seconds": [run.seconds for run in runs],
+        "cpu_seconds": [run.cpu for run in runs],
         "tokens": sum(reply.new_tokens for reply in runs[0].replies),
         "loops": loops_of(replies),
         "loops_asked": loops_of(replies, skip=1),
@@ -103,17 +104,20 @@ def table(load: str, sides: dict[str, dict[str, Any]], baseline: str) -> str:
     lines = [f"**{load}**; ratio: to {baseline!r}, within each round", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += [row(side, mine) for side, mine in sides.items()]
-    lines += [line for note in notes(sides, baseline) for line in ("", note)]
+    lines += [line for note in notes(sides) for line in ("", note)]
     return "\n".join(lines)
 
 
-def notes(sides: dict[str, dict[str, Any]], baseline: str) -> list[str]:
+def notes(sides: dict[str, dict[str, Any]]) -> list[str]:
     """What the columns do not say."""
     lines = []
     for side, mine in sides.items():
-        if "engine" in sides and side not in ("engine", baseline):
-            speeds = sides["engine"]["tokens_per_second"], mine["tokens_per_second"]
-            lines.append(f"engine : {side} {median_and_range(ratios(*speeds), digits=2)} in tokens/s.")
+        if "engine" in sides and side != "engine":
+            of_time, of_cpu = (
+                median_and_range(ratios(mine[name], sides["engine"][name]), digits=2)
+                for name in ("seconds", "cpu_seconds")
+            )
+            lines.append(f"{side}: {of_time} times the engine's time, {of_cpu} times its CPU time.")
     equal = {side: mine for side, mine in sides.items() if "replies" in mine}
     if equal:
         counts = [f"{side}: {mine['replies_equal_to_offline']} of {mine['replies']}" for side, mine in equal.items()]

@@ -31,10 +31,12 @@ class Measured:
 
     executed: loops run for new tokens, also those that nobody needed. It is the last token of the prompt that predicts
     the first new one, so the loops of that are not among them. steps: of the engine. None: the side does not tell.
+    cpu: seconds of this process on all cores, which are less sensitive to what else the machine does.
     """
 
     seconds: float
     replies: list[Reply]
+    cpu: float | None = None
     executed: int | None = None
     steps: int | None = None
     drafted: int = 0
@@ -62,13 +64,15 @@ class EngineSide:
 
     def _measure(self, requests: Sequence[Request], run: Callable[[Load], float]) -> Measured:
         load, before = Load(self.engine.submit, [self.change(r) for r in requests]), copy.copy(self.engine.counters)
+        cpu = time.process_time()
         seconds, after = run(load), self.engine.counters
+        cpu = time.process_time() - cpu
 
         def grown(name: str) -> int:
             return getattr(after, name) - getattr(before, name)
 
         names = {"executed": "loops", "steps": "steps", "drafted": "drafted", "accepted": "accepted"}
-        return Measured(seconds, load.finished, **{ours: grown(theirs) for ours, theirs in names.items()})
+        return Measured(seconds, load.finished, cpu, **{ours: grown(theirs) for ours, theirs in names.items()})
 
 
 Answer = tuple[list[int], list[int | None]]  # new tokens, and the loops of each
@@ -90,16 +94,18 @@ class BatchSide:
 
     def closed(self, requests: Sequence[Request], users: int) -> Measured:
         """As many rows as users. The batches are ready made: no user's thinking time is counted."""
-        start, measured = time.perf_counter(), Measured(0.0, [Reply(0.0) for _ in requests])
+        start, cpu = time.perf_counter(), time.process_time()
+        measured = Measured(0.0, [Reply(0.0) for _ in requests])
         for numbers in self._batches(requests, users):
             now = time.perf_counter()
             self._run(requests, numbers, dict.fromkeys(numbers, now), measured)
-        measured.seconds = time.perf_counter() - start
+        measured.seconds, measured.cpu = time.perf_counter() - start, time.process_time() - cpu
         return measured
 
     def arriving(self, requests: Sequence[Request], times: np.ndarray) -> Measured:
         """A batch is made of what waits when the last one has ended."""
-        start, measured = time.perf_counter(), Measured(0.0, [Reply(0.0) for _ in requests])
+        start, cpu = time.perf_counter(), time.process_time()
+        measured = Measured(0.0, [Reply(0.0) for _ in requests])
         left = list(range(len(requests)))
         while left:
             time.sleep(max(0.0, start + times[left[0]] - time.perf_counter()))
@@ -108,7 +114,7 @@ class BatchSide:
             numbers = [i for i in waiting if self.alike(requests[i]) == kind][: self.rows] or left[:1]
             left = [i for i in left if i not in numbers]
             self._run(requests, numbers, {i: start + times[i] for i in numbers}, measured)
-        measured.seconds = time.perf_counter() - start
+        measured.seconds, measured.cpu = time.perf_counter() - start, time.process_time() - cpu
         return measured
 
     def _batches(self, requests: Sequence[Request], rows: int) -> Iterator[list[int]]:

@@ -210,7 +210,7 @@ def test_what_a_stream_over_http_says():
 def test_the_serving_tables_show_ratios_loops_and_latencies(tmp_path):
     def measured(seconds, executed, tokens):
         reply = Reply(0.0, [0.010, 0.014, 0.018], [1, 2, tokens], [2, 4, 3], first_shown=0.01, ended=0.018)
-        return Measured(seconds, [reply], executed=executed, steps=4)
+        return Measured(seconds, [reply], cpu=2 * seconds, executed=executed, steps=4)
 
     engine, full = [measured(1.0, 7, 5), measured(2.0, 7, 5)], [measured(2.0, 16, 6), measured(3.0, 16, 6)]
     truth = [Reply(0.0, [], [1, 2, 5], [2, 4, 3])]
@@ -220,6 +220,8 @@ def test_the_serving_tables_show_ratios_loops_and_latencies(tmp_path):
     assert lines[4] == (
         "| engine | 2 (2 to 3) | 1.75 (1.50 to 2.00) | 1.000 | 3.00 | 10.0 / 10.0 | 4.0 / 4.0 | 6.0 / 6.0 | 1.8 |"
     )
+    times = "1.75 (1.50 to 2.00) times"
+    assert lines[-3] == f"all loops: {times} the engine's time, {times} its CPU time."
     assert lines[-1] == "Replies with the tokens of offline generation: engine: 1 of 1; all loops: 0 of 1."
     draw({"8 users": sides, "32 users": sides}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
