@@ -13,6 +13,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 _COUNTERS = {
     "steps": "steps of the engine, each one loop of all places in use",
     "loops": "loops that places have executed",
+    "token_loops": "loops that new tokens have taken",
     "full_loops": "loops that would have been executed if no token had halted early",
     "tokens": "new tokens",
     "prompt_tokens": "tokens of prompts",
@@ -42,7 +43,7 @@ class _Engine(Collector):
             yield CounterMetricFamily(f"mythos_{name}", text, value=getattr(counters, name))
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(f"mythos_{name}", text, value=getattr(counters, name))
-        saving = 1 - counters.loops / counters.full_loops if counters.full_loops else 0.0
+        saving = 1 - counters.token_loops / counters.full_loops if counters.full_loops else 0.0
         yield GaugeMetricFamily("mythos_halting_saving", "part of all loops that halting has saved", value=saving)
 
 

@@ -183,6 +183,7 @@ class FakeEngine:
         assert isinstance(event, NewToken)
         self.counters.tokens += 1
         self.counters.loops += event.loops
+        self.counters.token_loops += event.loops
         self.counters.full_loops += self.loops
 
     def _end_all(self, event: Finished) -> None:
