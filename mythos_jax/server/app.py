@@ -42,7 +42,8 @@ def create_app(service: Service) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(service.origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # OpenAI's client for JavaScript sends many of its own
+            expose_headers=["retry-after", "x-request-id"],
         )
     describe(app, CompletionRequest, ChatRequest)
     return app

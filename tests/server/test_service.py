@@ -92,7 +92,11 @@ def test_where_keys_come_from(tmp_path, monkeypatch):
 
 def test_pages_of_other_sites():
     """May not ask, unless they are allowed to; nor may a name that somebody else made for this machine."""
-    origin = {"origin": "https://page.example", "access-control-request-method": "POST"}
+    origin = {
+        "origin": "https://page.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, x-stainless-os",
+    }
     preflight = ("OPTIONS", "/v1/completions", {"headers": origin})
     (refused,) = ask(fake_service(), preflight)
     assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (405, False)
@@ -104,9 +108,12 @@ def test_pages_of_other_sites():
         ("POST", "/v1/completions", {"json": PROMPT, "headers": {**origin, "authorization": "Bearer k"}}),
     )
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+    assert allowed.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
     assert other.status_code == 400
     assert "access-control-allow-origin" not in other.headers
     assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, "https://page.example")
+    assert reply.headers["access-control-expose-headers"] == "retry-after, x-request-id"
+    assert "x-request-id" in reply.headers
 
     hosts = ["localhost", "localhost:8000", "127.0.0.1:80", "[::1]:8000", "evil.example", "localhost.evil.example:8000"]
     requests = [("GET", "/health", {"headers": {"host": host}}) for host in hosts]
