@@ -49,6 +49,7 @@ class CompletionShape:
     message = delta
 
     def logprobs(self, tokenizer: Tokenizer | None, tokens: list[TextToken], offset: int) -> dict[str, Any]:
+        likely = [_likely(tokenizer, token) for token in tokens]
         offsets = []
         for token in tokens:
             offsets.append(offset)
@@ -56,16 +57,17 @@ class CompletionShape:
         return {
             "tokens": [_name(tokenizer, token.event.token) for token in tokens],
             "token_logprobs": [finite(token.event.logprob or 0.0) for token in tokens],
-            "top_logprobs": [_likely(tokenizer, token) for token in tokens],
+            # Null as a whole if none were asked for, as OpenAI's type has it.
+            "top_logprobs": likely if any(likely) else None,
             "text_offset": offsets,
         }
 
 
-def _likely(tokenizer: Tokenizer | None, token: TextToken) -> dict[str, float] | None:
-    """The most likely tokens, and the one that was chosen; None if none were asked for."""
+def _likely(tokenizer: Tokenizer | None, token: TextToken) -> dict[str, float]:
+    """The most likely tokens, and the one that was chosen; empty if none were asked for."""
     event = token.event
     if not event.alternatives:
-        return None
+        return {}
     likely = {_name(tokenizer, number): finite(p) for number, p in event.alternatives}
     return {**likely, _name(tokenizer, event.token): finite(event.logprob or 0.0)}
 

@@ -118,6 +118,9 @@ def test_logprobs(client):
     chunks = list(client.completions.create(model=NAME, prompt=[1], max_tokens=3, logprobs=0, seed=0, stream=True))
     parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
     assert [offset for part in parts for offset in part.text_offset] == [0, 1, 2]
+    assert {part.top_logprobs for part in parts} == {None}
+    text = client.completions.create(model=NAME, prompt=[1], max_tokens=3, logprobs=0, seed=0).choices[0]
+    assert (text.logprobs.token_logprobs, text.logprobs.top_logprobs) == ([-0.5] * 3, None)
     assert client.completions.create(model=NAME, prompt=[1], max_tokens=1).choices[0].logprobs is None
 
 
