@@ -326,7 +326,6 @@ def test_a_start_that_fails(capsys):
 
 def test_addresses():
     with bind("127.0.0.1", 0) as listener:
-        listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port}: cannot listen there"):
             bind("127.0.0.1", port)
