@@ -58,7 +58,8 @@ def serve(
     """
     server = Server(service, limits or ConnectionLimits(), start, drain_seconds, address_of(listener))
     server.run(sockets=[listener])
-    if server.is_starting:  # a program that is being compiled cannot be stopped
+    # Neither a program that is being compiled nor a text that is being tokenized can be stopped.
+    if service.close() or server.is_starting:
         os._exit(server.code)
     return server.code
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -69,6 +69,7 @@ class Service:
         self._bell: Bell | None = None
         # One thread: a tokenizer is not made for several at a time, and large bodies take much memory.
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="reading")
+        self._works: set[Future[Any]] = set()
 
     def require_ready(self) -> None:
         """Raises ApiError if it takes no requests now."""
@@ -89,7 +90,17 @@ class Service:
     async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Does something that takes long in a thread of its own, one after the other: reads large bodies, makes tokens
         of texts."""
-        return await asyncio.get_running_loop().run_in_executor(self._aside, work, *arguments)
+        future = self._aside.submit(work, *arguments)
+        self._works.add(future)
+        future.add_done_callback(self._works.discard)
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> bool:
+        """Lets nothing begin aside any more. Whether something is still being done, for which Python's end would wait.
+
+        For when the event loop has ended."""
+        self._aside.shutdown(wait=False, cancel_futures=True)
+        return bool(self._works)
 
     def inbox(self, choices: int) -> Inbox:
         """For a request that comes now."""

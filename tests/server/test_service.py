@@ -1,6 +1,7 @@
 """Keys, limits, states of the server, numbers for Prometheus, and its end."""
 
 import asyncio
+import contextlib
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from mythos_jax.server.auth import read_key
 from mythos_jax.server.choices import Choices
 from mythos_jax.server.inbox import MOST_FOR_EACH, Bell, Inbox, Overflow
 from mythos_jax.server.limits import Limits
-from mythos_jax.server.run import bind
+from mythos_jax.server.run import bind, serve
 from mythos_jax.server.schemas import CompletionRequest
 from mythos_jax.server.service import Defaults
 from mythos_jax.server.shapes import Writer
@@ -322,6 +323,38 @@ def test_a_start_that_fails(capsys):
         server.thread.join(5)
         assert server.server.code == FAILED
     assert "mythos: the engine has failed: ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_end_does_not_wait_for_texts_that_are_tokenized(monkeypatch, busy):
+    ended, begun, go_on, codes = [], threading.Event(), threading.Event(), []
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr("mythos_jax.server.run._GRACE", 0.1)
+    service = fake_service(state="starting")
+    monkeypatch.setattr(type(service.model), "encode", lambda self, text: begun.set() or go_on.wait(20))
+    listener = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+    words = (service, listener, service.engine.start, 0.1)
+    server = threading.Thread(target=lambda: codes.append(serve(*words)), daemon=True)
+    server.start()
+    while service.state == "starting":
+        time.sleep(0.01)
+
+    def ask_for_text():
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.post(url, json=PROMPT | {"prompt": "hi"})
+
+    clients = [threading.Thread(target=ask_for_text, daemon=True) for _ in range(2 if busy else 0)]
+    for client in clients:
+        client.start()
+    assert not busy or begun.wait(5)
+    service.engine.error = RuntimeError("no more")
+    server.join(5)
+    assert (codes, ended) == ([FAILED], [FAILED] if busy else [])
+    go_on.set()
+    for client in clients:
+        client.join(5)
+    service.engine.close(drain=False)
 
 
 def test_addresses():
