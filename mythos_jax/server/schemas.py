@@ -14,7 +14,7 @@ from pydantic import (
     StringConstraints,
     model_validator,
 )
-from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
+from pydantic_core.core_schema import CoreSchema, custom_error_schema, no_info_after_validator_function
 
 from mythos_jax.server.errors import FieldError
 from mythos_jax.serving.request import MAX_ALTERNATIVES
@@ -43,6 +43,16 @@ class _Only:
         return value
 
 
+@dataclass(frozen=True)
+class _Said:
+    """Says in one text what a field of several types may be, in place of pydantic's errors for each of them."""
+
+    allowed: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return custom_error_schema(handler(source), "not_allowed", custom_error_message=self.allowed)
+
+
 def _only(*allowed: Any) -> _Only:
     return _Only(allowed)
 
@@ -53,6 +63,8 @@ Positive = Annotated[int, Field(ge=1, le=_INT32)]
 _ITEMS = Field(min_length=1, fail_fast=True)
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+_STOPS = f"a text of 1 to {LONGEST_STOP} characters, or a list of at most {MOST_STOPS} such texts"
+Stop = Annotated[StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)], _Said(_STOPS)]
 Zero = Annotated[Any, _only(None, 0, 0.0)]
 Nothing = Annotated[Any, _only(None, [], {})]
 Ignored = Annotated[Any, Field(description="has no effect")]
@@ -77,7 +89,7 @@ class Common(Strict):
     n: Annotated[int, Field(ge=1, le=MOST_PROMPTS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop: Stop | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """Of its lower 32 bits; choice i of a request has this seed + i. A random one if it is not given."""
     # Ours.

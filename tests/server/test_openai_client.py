@@ -187,6 +187,24 @@ def test_errors(client):
     assert fails(openai.BadRequestError, extra_body={"loops": 5}).param == "loops"
 
 
+@pytest.mark.parametrize(
+    ("stop", "got"),
+    [("", '""'), ("x" * 257, '"xxx'), (["a"] * 17, "a list of 17"), (["a", ""], "a list of 2"), (5, "5")],
+)
+def test_wrong_stops(client, stop, got):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=NAME, prompt=[1], stop=stop)
+    assert (error.value.param, error.value.code) == ("stop", "not_allowed")
+    assert f"stop: got {got}" in error.value.message
+    allowed = "allowed: a text of 1 to 256 characters, or a list of at most 16 such texts"
+    assert allowed in error.value.message
+
+
+def test_the_most_stops(client):
+    for stop in (["~" * 256] * 16, "~", [], None):
+        assert client.completions.create(model=NAME, prompt=[1], max_tokens=2, stop=stop).usage.completion_tokens == 2
+
+
 def test_the_async_client(server):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
