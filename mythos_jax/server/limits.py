@@ -13,13 +13,15 @@ from starlette.requests import Request
 from mythos_jax.server.errors import ApiError
 
 _MOST_KEYS = 1000  # of an object
+_FREE = 2**16  # bytes of every body that are not counted, so that a few large ones do not keep out the small
 _DISCARDED = 16  # times the limit, of a body that is too large, are read so that the client gets to see the answer
 
 
 @dataclass(frozen=True)
 class Limits:
     """body: bytes of a request's. body_seconds: in which it must arrive. buffered: bytes of all bodies that are being
-    read. choices: of one request. keep_alive_seconds: after which a stream without news gets a comment.
+    read, without the first 64 KiB of each. choices: of one request. keep_alive_seconds: after which a stream without
+    news gets a comment.
     """
 
     body: int = 4 * 2**20
@@ -31,7 +33,7 @@ class Limits:
 
 @dataclass
 class Buffered:
-    """The bytes of all bodies that are being read."""
+    """The bytes of all bodies that are being read, without the first ones of each."""
 
     most: int
     bytes: int = 0
@@ -40,14 +42,16 @@ class Buffered:
     def of_a_body(self) -> Iterator[Callable[[int], None]]:
         """Gives a function that counts some more bytes until the end of the block, and raises ApiError if these are too
         many."""
-        counted = 0
+        size = counted = 0
 
         def add(count: int) -> None:
-            nonlocal counted
-            if self.bytes + count > self.most:
+            nonlocal size, counted
+            size += count
+            more = max(0, size - _FREE) - counted
+            if self.bytes + more > self.most:
                 raise ApiError(429, "the bodies of too many requests come at once", retry_after=1)
-            counted += count
-            self.bytes += count
+            counted += more
+            self.bytes += more
 
         try:
             yield add

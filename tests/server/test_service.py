@@ -19,6 +19,7 @@ from mythos_jax.server import completions
 from mythos_jax.server.app import create_app
 from mythos_jax.server.auth import read_key
 from mythos_jax.server.choices import Choices
+from mythos_jax.server.errors import ApiError
 from mythos_jax.server.inbox import MOST_FOR_EACH, Bell, Inbox, Overflow
 from mythos_jax.server.limits import Limits
 from mythos_jax.server.run import bind, serve
@@ -147,8 +148,24 @@ def test_full():
             time.sleep(0.01)
         assert client.completions.create(**PROMPT, n=3).choices[2].finish_reason == "length"
     service = fake_service(limits=Limits(buffered=100))
-    large, small = ask(service, completion(prompt="x" * 100), completion())
+    large, small = ask(service, completion(prompt="x" * (2**16 + 100)), completion())
     assert (large.status_code, large.headers["retry-after"], small.status_code) == (429, "1", 200)
+    assert service.buffered.bytes == 0
+
+
+def test_large_bodies_do_not_keep_out_small_ones():
+    service = fake_service(limits=Limits(buffered=100))
+    with service.buffered.of_a_body() as add:
+        add(2**16 - 1)
+        assert service.buffered.bytes == 0
+        add(2)
+        assert service.buffered.bytes == 1
+        add(99)
+        assert service.buffered.bytes == 100
+        (small,) = ask(service, completion())
+        assert small.status_code == 200
+        with pytest.raises(ApiError, match="too many requests"):
+            add(1)
     assert service.buffered.bytes == 0
 
 
