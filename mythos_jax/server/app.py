@@ -100,6 +100,7 @@ async def _read(request: Request, service: Service, kind: type[Body]) -> Body:
     """The body of a request to generate. Raises ApiError, at once if it would be refused anyway."""
     service.require_ready()
     content = await read_body(request, service.limits, service.buffered)
+    service.require_ready()  # it may have been asked to stop since
     # A large one takes some time.
     body = _validated(kind, content) if len(content) < _LARGE else await service.aside(_validated, kind, content)
     if isinstance(body, Common):

@@ -132,10 +132,10 @@ class Server(uvicorn.Server):
     def _drain(self) -> None:
         """Ends when nothing is under way any more, or when there is no more time."""
         late = time.monotonic() >= (self._drain_until or 0)
-        if late and self._service.inboxes:
-            say(f"mythos: {len(self._service.inboxes)} requests have not ended in time and are cut off")
+        if late and self._service.under_way:
+            say(f"mythos: {self._service.under_way} requests have not ended in time and are cut off")
             self._service.end_all(Finished("cancelled"))
-        self.should_exit = self.should_exit or late or not self._service.inboxes
+        self.should_exit = self.should_exit or late or not self._service.under_way
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends at once."""
@@ -145,4 +145,4 @@ class Server(uvicorn.Server):
         if self._service.state != "failed":
             self._service.state = "draining"
         with contextlib.suppress(RuntimeError):  # a signal may come while the same stream is written to
-            say(f"mythos: {signal.Signals(sig).name}: ending {len(self._service.inboxes)} requests")
+            say(f"mythos: {signal.Signals(sig).name}: ending {self._service.under_way} requests")

@@ -70,6 +70,7 @@ class Service:
         # One thread: a tokenizer is not made for several at a time, and large bodies take much memory.
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._works: set[Future[Any]] = set()
+        self._reading = 0
 
     def require_ready(self) -> None:
         """Raises ApiError if it takes no requests now."""
@@ -90,10 +91,19 @@ class Service:
     async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Does something that takes long in a thread of its own, one after the other: reads large bodies, makes tokens
         of texts."""
-        future = self._aside.submit(work, *arguments)
-        self._works.add(future)
-        future.add_done_callback(self._works.discard)
-        return await asyncio.wrap_future(future)
+        self._reading += 1
+        try:
+            future = self._aside.submit(work, *arguments)
+            self._works.add(future)
+            future.add_done_callback(self._works.discard)
+            return await asyncio.wrap_future(future)
+        finally:
+            self._reading -= 1  # the request goes on, without a pause, to the next text or to its inbox
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have been taken and have not ended: that are being tokenized, or wait for events."""
+        return self._reading + len(self.inboxes)
 
     def close(self) -> bool:
         """Lets nothing begin aside any more. Whether something is still being done, for which Python's end would wait.

@@ -252,7 +252,10 @@ def test_a_connection_is_used_again(server):
     with connected(server) as client:
         for _ in range(3):
             client.sendall(request)
-            assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+            answer = client.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            if not answer.endswith(b'{"status":"ok"}'):  # it may come in two pieces
+                assert client.recv(65536) == b'{"status":"ok"}'
             time.sleep(0.5)  # longer than headers may take
         client.sendall(request * 3)  # all at once
         answers = b""

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -281,6 +282,45 @@ def test_a_signal_drains():
         server.thread.join(5)
         assert not server.thread.is_alive()
         assert server.server.code == DONE
+
+
+def test_a_request_that_is_being_tokenized_is_under_way(monkeypatch, capsys):
+    begun, go_on = threading.Event(), threading.Event()
+    with running(fake_service()) as server:
+        monkeypatch.setattr(type(server.service.model), "encode", lambda self, text: begun.set() or [go_on.wait(5)])
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        chunks = []
+        fields = PROMPT | {"prompt": ["a", "b"], "stream": True}
+        reader = threading.Thread(target=lambda: chunks.extend(client.completions.create(**fields)), daemon=True)
+        reader.start()
+        assert begun.wait(5)
+        server.server.handle_exit(signal.SIGTERM, None)
+        server.thread.join(0.5)
+        assert server.thread.is_alive()
+        assert not server.server.should_exit
+        go_on.set()
+        reader.join(5)
+        assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"] * 2
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+    assert "mythos: SIGTERM: ending 1 requests" in capsys.readouterr().err
+
+
+def test_a_body_that_arrives_after_a_signal_is_refused():
+    body = b'{"model": "tiny", "prompt": [1], "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running(fake_service()) as server, socket.create_connection(server.address, timeout=5) as client:
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body[:10])
+        while not server.server.server_state.tasks:
+            time.sleep(0.01)
+        time.sleep(0.1)  # it has found the server ready
+        server.server.handle_exit(signal.SIGTERM, None)
+        client.sendall(body[10:])
+        answer = b""
+        while piece := client.recv(65536):  # up to the end of the connection
+            answer += piece
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"server_stopping" in answer
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, FAILED)])
