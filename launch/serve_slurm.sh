@@ -20,5 +20,5 @@ GPUS=${GPUS:-1}
 export PORT=${PORT:-8000} CACHE=${CACHE:-$PWD/compiled} KEY_FILE MYTHOS GRACE
 gpus=()
 [ "$GPUS" = 0 ] || gpus=(--gpus "$GPUS")
-# B: the batch script, which has become mythos.
-run sbatch --job-name "$NAME" "${gpus[@]}" --signal "B:TERM@$GRACE" "$(dirname "$0")/serve.sbatch" "$CONFIG" "${OVERRIDES[@]}"
+# B: the batch script, which has become mythos. Its last answers and its end have 20 seconds after GRACE.
+run sbatch --job-name "$NAME" "${gpus[@]}" --signal "B:TERM@$((GRACE + 20))" "$(dirname "$0")/serve.sbatch" "$CONFIG" "${OVERRIDES[@]}"

@@ -383,7 +383,7 @@ def test_slurm_submits_a_server(launch, tmp_path):
     assert "allowed: a file that holds the key" in launch("serve_slurm", *words, KEY_FILE=str(key)).stderr
     key.write_text("secret\n")
     done = launch("serve_slurm", *words, KEY_FILE=str(key), GPUS="2")
-    expected = "sbatch --job-name mythos-serve --gpus 2 --signal B:TERM@200"
+    expected = "sbatch --job-name mythos-serve --gpus 2 --signal B:TERM@220"
     assert done.calls == [f"{expected} {LAUNCH}/serve.sbatch runs/a --places 64"]
 
 
