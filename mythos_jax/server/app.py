@@ -37,7 +37,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(Gate, service=service)
-    if service.origins:
+    if service.origins:  # outermost: it answers a browser's question whether it may ask, which has no key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.origins),

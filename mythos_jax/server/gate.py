@@ -70,7 +70,7 @@ class Gate:
         headers = Headers(scope=scope)
         if self._service.key is None and self._service.local:
             require_local_name(headers)
-        if scope["path"] not in _OPEN and not _is_preflight(scope, headers):
+        if scope["path"] not in _OPEN:
             require_key(headers, self._service.key)
 
     def _note(self, scope: Scope, status: int) -> None:
@@ -81,7 +81,3 @@ class Gate:
             seconds = time.perf_counter() - state["accepted"]
             summary = state["summary"] or f"{seconds * 1000:.0f} ms"
             log(f"{state['id']} {scope['method']} {path} {status} {summary}")
-
-
-def _is_preflight(scope: Scope, headers: Headers) -> bool:
-    return scope["method"] == "OPTIONS" and "access-control-request-method" in headers

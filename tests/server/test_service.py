@@ -101,8 +101,9 @@ def test_pages_of_other_sites():
         "access-control-request-headers": "authorization, x-stainless-os",
     }
     preflight = ("OPTIONS", "/v1/completions", {"headers": origin})
-    (refused,) = ask(fake_service(), preflight)
-    assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (405, False)
+    for key, status in [(None, 405), ("k", 401)]:
+        (refused,) = ask(fake_service(key=key), preflight)
+        assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (status, False)
     service = fake_service(origins=["https://page.example"], key="k")
     allowed, other, reply = ask(
         service,
@@ -110,6 +111,7 @@ def test_pages_of_other_sites():
         ("OPTIONS", "/v1/completions", {"headers": origin | {"origin": "https://other.example"}}),
         ("POST", "/v1/completions", {"json": PROMPT, "headers": {**origin, "authorization": "Bearer k"}}),
     )
+    assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
     assert allowed.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
     assert other.status_code == 400
