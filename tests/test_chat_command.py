@@ -227,7 +227,7 @@ def test_at_a_terminal(capsys, monkeypatch, folder, echoes):
         (["chat", "{model}", "--halting", "act"], "halting criterion: got 'act', allowed with readout last"),
         (["chat", "{model}", "--top-k", "1000"], "top_k: got 1000, allowed: 0 (all)"),
         (["chat", "{model}", "--draft-loops", "5"], "draft_loops: got 5, allowed: 1 to loops, 2"),
-        (["chat", "{model}", "--draft-loops", "1", "--temperature", "1"], "allowed with draft_loops: 0 (greedy)"),
+        (["chat", "{model}", "--draft-loops", "1", "--temperature", "1"], "allowed: 0 (greedy) with draft_loops"),
     ],
 )
 def test_wrong_input_is_one_line(capsys, folder, words, message):

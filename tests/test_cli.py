@@ -155,7 +155,7 @@ def test_a_pretrained_model_is_evaluated_generated_from_and_described(place, cap
         (["generate", "{run}", "x", "--max-new-tokens", "4", "--top-k", "1000"], "top_k"),
         (["generate", "{run}", "x", "--max-new-tokens", "4", "--temperature", "-1"], "temperature"),
         (["evl", "{run}"], "mythos: unknown command 'evl'; did you mean eval?"),
-        (["serve"], "mythos: unknown command 'serve'; allowed: train, eval, generate, "),
+        (["sing"], "mythos: unknown command 'sing'; allowed: train, eval, generate, "),
         (["predictor", "{run}"], "mythos: `mythos predictor` is now `mythos train-predictor`"),
         (["data", "prepare", "nowhere", "--out", "{text}/../new"], "nowhere"),
         (
