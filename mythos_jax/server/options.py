@@ -11,7 +11,7 @@ from mythos_jax.server.schemas import Common
 from mythos_jax.server.service import Service
 from mythos_jax.serving.request import MAX_STOP_TOKENS, Request
 
-# If a request does not say: drafts have run this part of all loops, and there are so many, if there are places.
+# If a request does not say: drafts have run this part of all loops, and this is their number, if there are places.
 _DRAFT_PART, _DRAFT_TOKENS = 4, 3
 
 

@@ -97,12 +97,12 @@ def make_layout(config: ModelConfig, options: EngineOptions) -> Layout:
 
 
 def smallest(buckets: tuple[int, ...], count: int) -> int:
-    """The smallest bucket that holds so many."""
+    """The smallest bucket that holds `count`."""
     return next(size for size in buckets if size >= count)
 
 
 def chunk_size(chunks: tuple[int, ...], left: int) -> int:
-    """The size of the next chunk of a prompt that has so many tokens left: one that holds them
+    """The size of the next chunk of a prompt that has `left` tokens left: one that holds them
     all, if at most half of it is padding, else one that they fill."""
     filled = [size for size in chunks if size <= left]
     holds = next((size for size in chunks if size >= left), None)

@@ -38,7 +38,7 @@ class Held:
 class Pages:
     """Gives pages 0 to count - 1, of `page_size` tokens each, to requests. For one thread.
 
-    granularity: requests go on after a multiple of so many tokens (and of page_size) that are there already.
+    granularity: requests go on after a multiple of it (and of page_size) in tokens that are there already.
     cached_tokens counts the tokens of prompts that did not have to be read, over all requests.
 
     Every published page has an owner if one that follows it does, and is released after it. So the first of the unowned
@@ -72,7 +72,7 @@ class Pages:
         return self.count - self.free - self.cached
 
     def pages_for(self, tokens: int) -> int:
-        """How many pages hold so many tokens."""
+        """The number of pages that hold this number of tokens."""
         return -(-tokens // self.page_size)
 
     def allocate(self, tokens: Sequence[int], capacity: int, key: Hashable) -> Held | None:
@@ -98,7 +98,7 @@ class Pages:
         return Held(pages, cached_tokens, prompt, key, shared)
 
     def publish(self, held: Held, prompt_tokens_done: int) -> None:
-        """Lets others share the pages that are full with the first so many tokens of the prompt, which are there now.
+        """Lets others share the pages that are full with the first `prompt_tokens_done` tokens of the prompt, now there.
 
         If another request has published the same tokens meanwhile, that page is the one that is shared; the request
         keeps its own too, and is an owner of both.

@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
 
 
 def prefill(setup: Setup, places: Places, chunk: Chunk, pages: int) -> tuple[Places, News]:
-    """Reads a chunk, which follows what the request's pages hold. pages: so many of them are in use."""
+    """Reads a chunk, which follows what the request's pages hold. pages: how many of them are in use."""
     places, at_1 = _admit(places, chunk), chunk.ring_P[:1]
     terms = chunk.terms.replace(pages_PN=chunk.terms.pages_PN[:, :pages])
     start_1, length_1 = jnp.reshape(chunk.start, 1), jnp.reshape(chunk.length, 1)

@@ -74,7 +74,7 @@ class Programs:
             self.pace[size] = max(1, min(MAX_STEPS, round(CALL_SECONDS / step_seconds)))
 
     def steps(self, at: np.ndarray, count: int, pages: int) -> Report:
-        """`count` steps of the places at `at`, of a bucket's size; the tokens of all are within so many pages."""
+        """`count` steps of the places at `at`, of a bucket's size; all their tokens are in the first `pages` pages."""
         program = self._compiled["steps", len(at), smallest(self._layout.page_buckets, pages)]
         self._places, report = program(self._setup.variables, self._places, (at, np.int32(count)))
         return report
@@ -88,7 +88,7 @@ class Programs:
         return report
 
     def _time_step(self, size: int) -> float:
-        """Seconds of a step of so many places. One of them is at work, which costs as much as all of them."""
+        """Seconds of a step of `size` places. One of them is at work, which costs as much as all of them."""
         layout, at = self._layout, np.full(size, self._layout.places, np.int32)
         at[0] = 0
         self.prefill(_chunk_of_one_token(layout, is_last=True))

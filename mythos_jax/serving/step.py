@@ -16,7 +16,7 @@ def steps(setup: Setup, places: Places, at_K: jax.Array, count: jax.Array, pages
     """`count` steps of the places at `at_K`, at most MAX_STEPS: each runs one loop, reads out the tokens that are at
     the end of theirs, and begins those that come next.
 
-    at_K: int32, with all places of a ring or none; P stands for no place. pages: so many of a row's pages are in use.
+    at_K: int32, with all places of a ring or none; P stands for no place. pages: how many of a row's pages are in use.
     Returns the news of each step, [MAX_STEPS, ...].
     """
     P = len(places.work.phase_P)
