@@ -98,7 +98,7 @@ class Pages:
         return Held(pages, cached_tokens, prompt, key, shared)
 
     def publish(self, held: Held, prompt_tokens_done: int) -> None:
-        """Lets others share the pages that are full with the first `prompt_tokens_done` tokens of the prompt, now there.
+        """Lets others share the pages that are full with the first `prompt_tokens_done` tokens of the prompt.
 
         If another request has published the same tokens meanwhile, that page is the one that is shared; the request
         keeps its own too, and is an owner of both.

@@ -18,7 +18,8 @@ class Request:
     halting: a policy to stop earlier, its numbers Python's. temperature, top_k, top_p, seed, stop_tokens: as in
     `inference.generate.generate`. logprobs: how many alternatives to report beside each new token, with their
     log-probabilities; None reports none, and not the new token's either.
-    draft_loops: show what the model would say after that many loops before full depth is there, up to `draft_tokens` ahead.
+    draft_loops: show what the model would say after that many loops, before full depth is there, up to `draft_tokens`
+    ahead.
     """
 
     tokens: Sequence[int]
