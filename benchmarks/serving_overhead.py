@@ -58,7 +58,7 @@ def bare(engine: Engine, requests: Sequence[Request]) -> float:
     size, pages = smallest(engine.layout.place_buckets, len(places)), engine.layout.row_pages
     at, pace = np.full(size, engine.layout.places, np.int32), engine._programs.pace[size]
     at[: len(places)] = places
-    left = min(live.capacity() - len(live.request.tokens) - live.produced for live in engine._live.values())
+    left = min(live.request.capacity - len(live.request.tokens) - live.produced for live in engine._live.values())
     calls = (requests[0].loops or 1) * (left - 1) // pace - FIRST
     for _ in range(FIRST):
         report = engine._programs.steps(at, pace, pages)

@@ -175,8 +175,7 @@ def _prepare(arguments: argparse.Namespace, loaded: "LoadedModel", key: str | No
     )
     engine = Engine(loaded, options)
     layout = engine.layout
-    depth = arguments.loops or min(loaded.config.model.loops, layout.max_loops)
-    engine.check(Request([0], 1, loops=depth, halting=arguments.halting))
+    engine.check(Request([0], 1, loops=arguments.loops, halting=arguments.halting))
     names = dict.fromkeys(filter(None, [arguments.served_name, _name(arguments.model)]))
     model = served_model(loaded, list(names), arguments.chat_template, layout.max_loops, layout.max_length)
     service = Service(

@@ -197,7 +197,7 @@ def _next_token(
     """
 
     def forward(model: Mythos) -> tuple[Output, jax.Array]:
-        tokens, filled = begin(model, setup, cache, tokens_BT, active_BT)
+        tokens, filled = begin(model, cache, tokens_BT, active_BT, setup.sampling.seed_B, setup.initial_state)
         tokens, filled, _ = model.loop(tokens, filled, loops=loops, halting=halting)
         out = model.finish(tokens, filled, logits=False)
         # The head is the largest product of a small batch, and only one position of a row needs it.
@@ -212,9 +212,14 @@ def _next_token(
 
 
 def begin(
-    model: Mythos, setup: Setup, cache: Cache, tokens_BT: jax.Array, active_BT: jax.Array
+    model: Mythos,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    active_BT: jax.Array,
+    seed_B: jax.Array,
+    initial_state: str | None = None,
 ) -> tuple[TokenState, Cache | None]:
     """`Mythos.begin` for the active tokens, which follow what the cache holds."""
     positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
-    initial_state = starting_state(model.config, setup.initial_state, setup.sampling.seed_B, positions_BT)
-    return model.begin(tokens_BT, initial_state=initial_state, segment_ids=active_BT.astype(jnp.int32), cache=cache)
+    start = starting_state(model.config, initial_state, seed_B, positions_BT)
+    return model.begin(tokens_BT, initial_state=start, segment_ids=active_BT.astype(jnp.int32), cache=cache)

@@ -29,7 +29,7 @@ class Sampling(struct.PyTreeNode):
 
 def sample(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> jax.Array:
     """The tokens at `position_B`, int32 [B]; at temperature 0 exactly the argmax."""
-    # A branch at run time: where all rows are greedy, nobody pays for a sort of the vocabulary.
+    # A branch at run time: where all rows are greedy, nothing is drawn.
     return jax.lax.cond((sampling.temperature_B > 0).any(), _draw, _greedy, logits_BV, sampling, position_B)
 
 

@@ -209,7 +209,8 @@ def _draft(
         cache, token_B = carry
 
         def forward(model: Mythos) -> tuple[TokenState, Output]:
-            tokens, filled = begin(model, setup, cache, token_B[:, None], running_B1)
+            seed_B, start = setup.sampling.seed_B, setup.initial_state
+            tokens, filled = begin(model, cache, token_B[:, None], running_B1, seed_B, start)
             tokens, filled, _ = model.loop(tokens, filled, loops=setup.loops, halting=setup.halting, count=draft_loops)
             # A draft is better with all of its ACT weight, also where the model itself leaves some unspent.
             return tokens, model.finish(take_remainder(tokens), filled)

@@ -249,8 +249,9 @@ def fill_skipped_loops(
     """Copies the exit keys and values of `tokens_BT` (bool) to every slot from `ended` on: those of the loops that
     these tokens skip, in which deeper tokens will look for them. Slots that are shared hold a loop that they ran.
 
-    caches, exit_kv: one for each layer of the loop. ended: int32 [] or, one per row, [B]. Slot by slot and in place, so
-    that a token pays only for what it skipped and nothing of the cache's size is made.
+    caches, exit_kv: one for each layer of the loop. ended: int32 [] or, one per row, [B]. In place: of a prompt
+    slot by slot, so that a token pays only for what it skipped and nothing of the cache's size is made; of single
+    tokens all slots at once.
     """
     slots, capacity, first = caches[0].slots, caches[0].capacity, ended
     if index_BT.shape[1] == 1:  # decoding: all slots in one write, most of which are dropped

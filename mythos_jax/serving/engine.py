@@ -23,7 +23,7 @@ from mythos_jax.serving.options import EngineOptions, chunk_size, make_layout, s
 from mythos_jax.serving.pages import Pages
 from mythos_jax.serving.places import Setup
 from mythos_jax.serving.prefill import Chunk
-from mythos_jax.serving.programs import Programs, Report
+from mythos_jax.serving.programs import KIND, RAN, Programs, Report
 from mythos_jax.serving.request import BusyError, Event, Finished, Listener, NewToken, Request
 from mythos_jax.serving.terms import make_terms, shared_key
 
@@ -157,10 +157,10 @@ class Engine:
             self.counters.queued = len(self._queue)
         for ticket in waiting:
             self._tell(ticket, [Finished("cancelled")])
+            self._lacks_pages = False  # the next one may need fewer
         for ticket in cancelled:
             if (live := self._live.get(ticket)) is not None:
-                self._tell(ticket, [*live.take_back(live.produced), Finished("cancelled")])
-                self._leave(live)
+                self._end(live, Finished("cancelled"))
 
     def _admit(self) -> None:
         """Lets requests in, in the order in which they came, as long as there are places and pages."""
@@ -170,8 +170,7 @@ class Engine:
             places = 1 if request.draft_loops is None else 1 + request.draft_tokens
             if places > len(self._free):
                 return
-            capacity = len(request.tokens) + request.max_new_tokens
-            held = self._pages.allocate(request.tokens, capacity, shared_key(config, layout, request))
+            held = self._pages.allocate(request.tokens, request.capacity, shared_key(config, layout, request))
             if held is None:
                 self._lacks_pages = True  # until a request leaves
                 return
@@ -184,7 +183,6 @@ class Engine:
                 self.counters.queued = len(self._queue)
             self._reading.append(live)
             self.counters.requests_started += 1
-            self.counters.cached_tokens += held.cached_tokens
             self._count_use()
 
     def _read_prompts(self) -> None:
@@ -228,7 +226,7 @@ class Engine:
         at_K[: len(rows)] = [place for live in lives for place in live.ring]
         # The device may be as many tokens ahead of what is known here as there are calls, and a ring is ahead of that.
         ahead = sum(call.steps or 1 for call in self._calls) + pace + 1
-        longest = max(min(len(x.request.tokens) + x.produced + ahead + len(x.ring), x.capacity()) for x in lives)
+        longest = max(min(len(x.request.tokens) + x.produced + ahead + len(x.ring), x.request.capacity) for x in lives)
         report = self._programs.steps(at_K, pace, -(-longest // self.layout.page))
         self._calls.append(Call(report, rows, steps=pace))
         self.counters.steps += pace
@@ -241,10 +239,10 @@ class Engine:
             seconds = time.perf_counter()
             if call.steps:
                 numbers = numbers[: call.steps]
-                self.counters.loops += int(numbers[:, 6, 0].sum())
+                self.counters.loops += int(numbers[:, RAN, 0].sum())
             else:
                 numbers = numbers[None]
-                self.counters.prompt_loops += int(numbers[0, 6, 0])
+                self.counters.prompt_loops += int(numbers[0, RAN, 0])
             for live, events in self._events(call, numbers, seconds):
                 self._count(live, events)
                 self._tell(live.ticket, events)
@@ -254,14 +252,14 @@ class Engine:
 
     def _events(self, call: Call, numbers: np.ndarray, seconds: float) -> list[tuple[Live, list[Event]]]:
         """What a call has brought for each request that is still there. numbers: as in `Report`, [steps, 7, K]."""
-        kinds = numbers[:, 0]
+        kinds = numbers[:, KIND]
         steps, rows = np.nonzero(kinds)
         # Step by step, and final tokens first: they decide about the drafts of the same step.
         order = np.lexsort((kinds[steps, rows], steps))
         steps, rows = steps[order], rows[order]
         news: dict[Live, list[Event]] = {}
         for step, row, (kind, *rest) in zip(
-            steps.tolist(), rows.tolist(), numbers[steps, :6, rows].tolist(), strict=True
+            steps.tolist(), rows.tolist(), numbers[steps, :RAN, rows].tolist(), strict=True
         ):
             live = call.lives[row]
             if live is not None and not live.over:
@@ -287,6 +285,11 @@ class Engine:
             log0(f"engine: the listener of request {ticket.number} failed: {one_line(error)}")
             self.cancel(ticket)
 
+    def _end(self, live: Live, last: Finished) -> None:
+        """Ends a request that has not come to its own end."""
+        self._leave(live)
+        self._tell(live.ticket, [*live.take_back(live.produced), last])
+
     def _leave(self, live: Live) -> None:
         """Frees what a request has. Calls that are under way may still bring news of it, which nobody wants."""
         live.over = True
@@ -300,6 +303,7 @@ class Engine:
     def _count_use(self) -> None:
         self.counters.occupied = self.layout.places - len(self._free)
         self.counters.pages_used = self._pages.used
+        self.counters.cached_tokens = self._pages.cached_tokens
 
     def _end_all(self, reason: Literal["cancelled", "failed"], message: str) -> None:
         with self._wake:
@@ -307,6 +311,6 @@ class Engine:
             waiting, lives = list(self._queue), list(self._live.values())
             self._queue.clear()
         for live in lives:
-            self._leave(live)
-        for ticket in [*waiting, *(live.ticket for live in lives)]:
+            self._end(live, Finished(reason, message))
+        for ticket in waiting:
             self._tell(ticket, [Finished(reason, message)])

@@ -54,9 +54,6 @@ class Live:
     def is_reading(self) -> bool:
         return self.read < len(self.request.tokens)
 
-    def capacity(self) -> int:
-        return len(self.request.tokens) + self.request.max_new_tokens
-
     def take_back(self, index: int) -> list[Event]:
         """Withdraws the drafts that are shown, which begin at this index."""
         shown, self.drafts = self.drafts, {}

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mythos_jax.inference.sampling import Sampling, starting_state
+from mythos_jax.inference import generate
+from mythos_jax.inference.sampling import Sampling
 from mythos_jax.model.apply import apply
 from mythos_jax.model.cache import Cache, empty_kv
 from mythos_jax.model.mythos import Mythos
@@ -26,7 +27,7 @@ EMPTY, LOOPING, WAITING = 0, 1, 2
 
 
 class Setup(struct.PyTreeNode):
-    """The model."""
+    """What serves all requests: the model and its weights."""
 
     model: Mythos = struct.field(pytree_node=False)
     variables: Any
@@ -82,14 +83,12 @@ class Places(struct.PyTreeNode):
 def begin(
     setup: Setup, sampling: Sampling, tokens_BT: jax.Array, active_BT: jax.Array, cache: Cache
 ) -> tuple[TokenState, Cache]:
-    """`Mythos.begin` for the active tokens, which follow what the cache holds."""
-    c = setup.model.config
-    positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
-    start = starting_state(c, None, sampling.seed_B, positions_BT)
+    """As `inference.generate.begin`, with all fields that a token has in its loops."""
 
     def forward(model: Mythos) -> tuple[TokenState, Cache | None]:
-        return model.begin(tokens_BT, start, segment_ids=active_BT.astype(jnp.int32), cache=cache)
+        return generate.begin(model, cache, tokens_BT, active_BT, sampling.seed_B)
 
+    c = setup.model.config
     tokens, filled = apply(forward, setup.model, setup.variables)
     # Kept from the start, so that a token has the same fields in all its loops.
     exit_kv = (empty_kv(c, *tokens_BT.shape),) * c.loop_layers

@@ -23,13 +23,14 @@ from mythos_jax.serving.step import MAX_STEPS, steps
 from mythos_jax.sharding import use_mesh
 
 CALL_SECONDS = 0.004  # what a call of the device should take at least, so that starting it costs little
+KIND, POSITION, TOKEN, LOOPS, ENDED, FINITE, RAN = range(7)  # the rows of a report's numbers
 
 
 class Report(struct.PyTreeNode):
     """`News` packed for the host: one small array to wait for, and the log-probabilities, which are read if asked for.
 
-    numbers: int32 [..., 7, K]: kind, position, token, loops, ended, finite, and in all of the last row the loops run.
-    Of steps, all arrays begin with MAX_STEPS.
+    numbers: int32 [..., 7, K]: the rows KIND, POSITION, TOKEN, LOOPS, ENDED, FINITE, and RAN, which has the loops that
+    were run in all its columns. Of steps, all arrays begin with MAX_STEPS.
     """
 
     numbers: jax.Array
@@ -124,14 +125,15 @@ class Programs:
 
 
 def no_terms(layout: Layout, count: int) -> Terms:
-    """Terms of `count` places without a request, in NumPy."""
+    """Terms of `count` places without a request, in NumPy: arrays of their own, to be filled in."""
     zeros, ones = np.zeros(count, np.int32), np.ones(count, np.int32)
     floats, index = np.zeros(count, np.float32), np.arange(count, dtype=np.int32)
     stops = np.full((count, MAX_STOP_TOKENS), -1, np.int32)
     pages = np.full((count, layout.row_pages), layout.pages, np.int32)
     policy, sampling = (ones, ones * NEVER, floats, ones), (floats, zeros, floats + 1, np.zeros(count, np.uint32))
     rest: Any = stops, zeros, zeros, index, index, pages, np.zeros(count, bool)
-    return Terms(Policy(*cast(Any, policy)), Sampling(*cast(Any, sampling)), *rest)
+    terms = Terms(Policy(*cast(Any, policy)), Sampling(*cast(Any, sampling)), *rest)
+    return jax.tree.map(np.copy, terms)
 
 
 def no_chunk(layout: Layout, size: int) -> Chunk:
@@ -143,10 +145,10 @@ def no_chunk(layout: Layout, size: int) -> Chunk:
 def _chunk_of_one_token(layout: Layout, is_last: bool) -> Chunk:
     """A request in place 0, without pages, that runs all loops of many tokens."""
     chunk = no_chunk(layout, layout.chunks[0])
-    terms: Any = jax.tree.map(np.copy, chunk.terms)
+    terms: Any = chunk.terms
     terms.policy.limit_B[:], terms.last_P[:] = layout.max_loops, layout.max_length
     ring_P: Any = np.array([0, *[layout.places] * (layout.places - 1)], np.int32)
-    return chunk._replace(terms=terms, ring_P=ring_P, is_last=cast(Any, np.bool_(is_last)))
+    return chunk._replace(ring_P=ring_P, is_last=cast(Any, np.bool_(is_last)))
 
 
 def _empty_places(setup: Setup, layout: Layout, mesh: Mesh, loop_cache: str) -> Places:

@@ -57,6 +57,10 @@ class Reads(NamedTuple):
     draft_K: jax.Array
     next_K: jax.Array
 
+    @property
+    def all_K(self) -> jax.Array:
+        return self.final_K | self.draft_K
+
 
 def nothing_sampled(count: int) -> Sampled:
     int_K, float_K = jnp.zeros(count, jnp.int32), jnp.zeros(count)
@@ -85,8 +89,9 @@ def choose(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array, want
 
 
 class Settled(NamedTuple):
-    """What the read-outs of a step lead to, all [K]: which requests are complete, which drafts no longer count, which
-    next tokens begin, and the rows before those do."""
+    """What the read-outs of a step lead to, bool [K]: the rows whose requests are complete, those of drafts that no
+    longer count, and those whose next tokens begin. work: the rows without what has left its place, and without those
+    next tokens."""
 
     ended_K: jax.Array
     cleared_K: jax.Array
@@ -120,7 +125,7 @@ def settle(terms: Terms, work: Work, reads: Reads, token_K: jax.Array) -> Settle
 
 def read_out(setup: Setup, terms: Terms, work: Work, pool: Cache, reads: Reads) -> tuple[Work, Cache, News]:
     """Reads out the rows of `reads`, and begins the tokens that follow them."""
-    reads_K = reads.final_K | reads.draft_K
+    reads_K = reads.all_K
     count, order_K = reads_K.sum(), jnp.argsort(~reads_K, stable=True)
     wanted, nothing_K = (reads_K & terms.logprobs_P).any(), jnp.zeros_like(reads_K)
     result = work, pool, nothing_sampled(len(reads_K)), nothing_K, nothing_K
@@ -154,7 +159,7 @@ def _batch(
     setup: Setup, terms: Terms, work: Work, pool: Cache, reads: Reads, at_k: jax.Array, wanted: jax.Array
 ) -> tuple[Work, Cache, Sampled, jax.Array, jax.Array]:
     """`read_out` for the rows at `at_k`, among which all are that are to be read out."""
-    some, their, reads_k = rows(work, at_k), rows(terms, at_k), (reads.final_K | reads.draft_K)[at_k]
+    some, their, reads_k = rows(work, at_k), rows(terms, at_k), reads.all_K[at_k]
     cache = pool.at(seen_pages(pool, their.pages_PN, reads_k), some.position_P)
 
     def finish(model: Mythos) -> tuple[jax.Array, Cache]:

@@ -35,6 +35,11 @@ class Request:
     draft_loops: int | None = None
     draft_tokens: int = 3
 
+    @property
+    def capacity(self) -> int:
+        """Tokens of the prompt and the answer together."""
+        return len(self.tokens) + self.max_new_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class NewToken:

@@ -4,7 +4,6 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.serving.options import Layout
@@ -16,7 +15,7 @@ from mythos_jax.serving.request import Request
 
 def make_terms(config: ModelConfig, layout: Layout, request: Request, ring: int, pages: Sequence[int]) -> Terms:
     """The terms of a request, [1, ...], in NumPy. ring: its first place. pages: of its keys and values."""
-    terms: Any = jax.tree.map(np.copy, no_terms(layout, 1))
+    terms: Any = no_terms(layout, 1)
     sampling = terms.sampling
     numbers = [
         *zip(
@@ -28,7 +27,7 @@ def make_terms(config: ModelConfig, layout: Layout, request: Request, ring: int,
         (sampling.top_k_B, request.top_k),
         (sampling.top_p_B, request.top_p),
         (sampling.seed_B, request.seed),
-        (terms.last_P, len(request.tokens) + request.max_new_tokens - 1),
+        (terms.last_P, request.capacity - 1),
         (terms.draft_loops_P, request.draft_loops or 0),
         (terms.ring_P, ring),
         (terms.logprobs_P, request.logprobs is not None),
