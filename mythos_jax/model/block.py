@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.attention import AttentionContext, GroupedQueryAttention, MultiHeadLatentAttention
@@ -11,6 +12,9 @@ from mythos_jax.model.cache import LayerCache
 from mythos_jax.model.layers import FeedForward, RMSNorm
 from mythos_jax.model.moe import MoE, RouterStats
 from mythos_jax.sharding import constrain
+
+# The name by which rematerialisation policies know the output of a feed-forward sublayer, dense or of experts.
+SAVED_FEED_FORWARD = "feed_forward"
 
 
 class TransformerBlock(nn.Module):
@@ -67,6 +71,7 @@ class TransformerBlock(nn.Module):
             # Prelude and coda are dense, and so is the loop of a dense model, possibly with a width of its own.
             hidden = (self.in_loop and c.loop_hidden_dim) or c.hidden_dim
             y = FeedForward(c, hidden, name="feed_forward")(y)
+        y = checkpoint_name(y, SAVED_FEED_FORWARD)
         x_BTD = leave(x_BTD, y, "feed_forward")
         return constrain(x_BTD, "batch", "length", "act_embed"), cache, stats
 

@@ -14,6 +14,7 @@ from flax import struct
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.model.attention import AttentionContext, make_attention_context
+from mythos_jax.model.block import SAVED_FEED_FORWARD
 from mythos_jax.model.cache import Cache, LayerCache, broadcast_mask, empty_kv
 from mythos_jax.model.exit_probe import LogitProbe
 from mythos_jax.model.gather import GATHERED, LOW_RANK, SCALES, prevent_hoisting
@@ -33,6 +34,7 @@ REMAT_POLICIES = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
+    "sublayers": jax.checkpoint_policies.save_only_these_names(SAVED, SAVED_FEED_FORWARD),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
