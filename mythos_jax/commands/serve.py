@@ -159,8 +159,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _prepare(arguments: argparse.Namespace, loaded: "LoadedModel", key: str | None) -> tuple["Engine", "Service"]:
     """Raises ConfigError for what the model cannot do."""
-    from mythos_jax.server.model import served_model
-    from mythos_jax.server.service import Defaults, Service
+    from mythos_jax.server.model import Defaults, served_model
+    from mythos_jax.server.service import Service
     from mythos_jax.serving.engine import Engine
     from mythos_jax.serving.options import EngineOptions
     from mythos_jax.serving.request import Request

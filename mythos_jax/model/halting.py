@@ -88,6 +88,11 @@ class Halting(struct.PyTreeNode):
             ) from None
 
     @property
+    def text(self) -> str:
+        """The policy as `parse` reads it; its least and most loops are not part of that."""
+        return self.criterion if self.threshold is None else f"{self.criterion}:{self.threshold:g}"
+
+    @property
     def resolved_threshold(self) -> Any:
         """The threshold as given, else the criterion's default; None for ACT and `predicted`, which have their own."""
         return DEFAULT_THRESHOLDS[self.criterion] if self.threshold is None else self.threshold

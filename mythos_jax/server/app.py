@@ -69,13 +69,13 @@ def _add_status(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
         """The names of the model, and what it can do."""
-        return Json({"object": "list", "data": [model.card(name) for name in model.names]})
+        return Json({"object": "list", "data": [model.card(name, service.defaults) for name in model.names]})
 
     @app.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
     async def one_model(name: str) -> Response:
         """What one of these names stands for."""
         model.require_name(name)
-        return Json(model.card(name))
+        return Json(model.card(name, service.defaults))
 
     @app.get("/health", responses={503: ERRORS[503]})
     async def health() -> Response:

@@ -17,6 +17,15 @@ from mythos_jax.server.errors import ApiError
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """Of requests that do not say. max_new_tokens: None: as many as fit, at most 128, in a chat 512."""
+
+    max_new_tokens: int | None = None
+    loops: int | None = None
+    halting: Halting | None = None
+
+
+@dataclass(frozen=True)
 class ServedModel:
     """names: what clients may call it; replies have the first. created: seconds since 1970.
 
@@ -60,8 +69,8 @@ class ServedModel:
     def stop_tokens(self) -> tuple[int, ...]:
         return () if self.conventions is None else self.conventions.stop_tokens
 
-    def card(self, name: str) -> dict[str, Any]:
-        """What /v1/models says of it."""
+    def card(self, name: str, defaults: Defaults) -> dict[str, Any]:
+        """What /v1/models says of it. defaults: of requests that do not say."""
         return {
             "id": name,
             "object": "model",
@@ -74,6 +83,10 @@ class ServedModel:
                 "halting": list(self.criteria),
                 "chat": self.chat is not None,
                 "predictor": self.predictor,
+                "defaults": {
+                    "loops": defaults.loops or self.loops,
+                    "halting": None if defaults.halting is None else defaults.halting.text,
+                },
             },
         }
 

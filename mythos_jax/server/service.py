@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 from mythos_jax.errors import one_line
-from mythos_jax.model.halting import Halting
 from mythos_jax.server.errors import ApiError
 from mythos_jax.server.inbox import Bell, Inbox
 from mythos_jax.server.limits import Buffered, Limits
 from mythos_jax.server.metrics import Metrics
-from mythos_jax.server.model import ServedModel
+from mythos_jax.server.model import Defaults, ServedModel
 from mythos_jax.serving.request import Finished, Listener, Request
 
 Result = TypeVar("Result")
@@ -33,15 +32,6 @@ class EngineLike(Protocol):
     def submit(self, request: Request, listener: Listener) -> Any: ...
 
     def cancel(self, ticket: Any) -> None: ...
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """Of requests that do not say. max_new_tokens: None: as many as fit, at most 128, in a chat 512."""
-
-    max_new_tokens: int | None = None
-    loops: int | None = None
-    halting: Halting | None = None
 
 
 @dataclass

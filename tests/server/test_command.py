@@ -123,7 +123,7 @@ def test_less_depth_than_the_model_s(monkeypatch, folder):
     monkeypatch.setattr("mythos_jax.server.run.serve", lambda service, *_: seen.append(service) or 0)
     assert main(["serve", str(folder), "--port", "0", "--max-loops", "1", "--places", "2"]) == 0
     (service,) = seen
-    card = service.model.card("x")["mythos"]
+    card = service.model.card("x", service.defaults)["mythos"]
     assert (card["loops"], card["max_loops"], card["max_length"]) == (1, 1, 256)
     assert service.state == "starting"
     assert service.local

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 
+from mythos_jax.model.halting import Halting
+from mythos_jax.server.model import Defaults
 from mythos_jax.serving.request import BusyError
 from tests.server.reader import Reader, colours, contrast, letters, luminance
 from tests.server.running import NAME, fake_service, running
@@ -41,8 +43,8 @@ def visit(browser):
         if message.type == "error" and not message.text.startswith("Failed to load resource"):
             complaints.append(message.text)
 
-    def open_page(answer="", size=DESK, dark=False, chat=True, key=None, delay=0.0, state="ready"):
-        service = fake_service(FakeEngine(delay=delay, max_length=1024), key=key)
+    def open_page(answer="", size=DESK, dark=False, chat=True, delay=0.0, state="ready", length=1024, **fields):
+        service = fake_service(FakeEngine(delay=delay, max_length=length), **fields)
         service.engine.answer = lambda request: letters(service, answer)
         if not chat:
             service.model = replace(service.model, chat=None)
@@ -57,7 +59,7 @@ def visit(browser):
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(server.url)
         reader = Reader(page, server)
-        if state == "ready" and not key:
+        if state == "ready" and not service.key:
             reader.wait("#examples button")
         return reader
 
@@ -356,3 +358,21 @@ def test_settings_again_copy_and_clear(visit):
     reader.page.click("#examples button >> nth=0")
     reader.ends()
     assert reader.asked[-1]["messages"][-1]["content"] == reader.page.inner_text(".question")
+
+
+def test_the_settings_begin_as_the_server_was_started(visit):
+    reader = visit("yes", defaults=Defaults(loops=3, halting=Halting("kl", 0.002)))
+    reader.hears("?")
+    assert {name: reader.asked[0][name] for name in ("loops", "halting")} == {"loops": 3, "halting": "kl:0.002"}
+
+
+def test_a_conversation_that_is_too_long_loses_its_first_turns(visit):
+    reader = visit("a" * 20, length=160)
+    reader.page.fill("#limit", "20")
+    for number in range(4):
+        reader.hears(f"question {number}")
+    assert not reader.page.locator(".error").count()
+    said = [message["content"] for message in reader.asked[-1]["messages"]]
+    assert said[-1] == "question 3"
+    assert "question 0" not in said
+    assert "no longer sees the first" in reader.page.locator("footer").last.inner_text()

@@ -23,9 +23,9 @@ from mythos_jax.server.choices import Choices
 from mythos_jax.server.errors import ApiError
 from mythos_jax.server.inbox import MOST_FOR_EACH, Bell, Inbox, Overflow
 from mythos_jax.server.limits import Limits
+from mythos_jax.server.model import Defaults
 from mythos_jax.server.run import bind, serve
 from mythos_jax.server.schemas import CompletionRequest
-from mythos_jax.server.service import Defaults
 from mythos_jax.server.shapes import Writer
 from mythos_jax.server.streams import stream
 from mythos_jax.serving.request import Finished

@@ -6,11 +6,12 @@ export function useKey(text) {
   key = text.trim();
 }
 
-// A failure as one line for the reader. status: of HTTP, or 0 if the server could not be reached.
+// A failure as one line for the reader. status: of HTTP, or 0 if the server could not be reached. code: the server's
+// word for it, if it has one.
 export class Failure extends Error {
-  constructor(message, status = 0) {
+  constructor(message, status = 0, code = null) {
     super(message);
-    this.status = status;
+    Object.assign(this, { status, code });
   }
 }
 
@@ -27,7 +28,8 @@ async function call(path, body, signal) {
   const told = await response.json().catch(() => ({}));
   const message = told.error?.message ?? `The server answered ${response.status} ${response.statusText}`;
   const wait = Number(response.headers.get("Retry-After"));
-  throw new Failure(wait ? `${message} (try again in ${Math.ceil(wait)} s)` : message, response.status);
+  const line = wait ? `${message} (try again in ${Math.ceil(wait)} s)` : message;
+  throw new Failure(line, response.status, told.error?.code);
 }
 
 export async function model() {

@@ -15,6 +15,7 @@ const EXAMPLES = {
 const talk = $("talk");
 let model = null; // as /v1/models describes it
 let turns = []; // {question, element, answer}
+let forgotten = 0; // the first turns, which the model is not told of any more: the conversation became too long for it
 let running = null; // aborts the request under way
 let following = true; // the reader is at the end, so the text may scroll
 let lastTop = 0; // where the reader was last
@@ -36,7 +37,7 @@ function body(turn) {
   const asked = { model: model.id, ...settings.request() };
   if (!model.mythos.chat) return { ...asked, prompt: turn.question, logprobs: 5 };
   const system = $("system").value.trim();
-  const before = turns.slice(0, turns.indexOf(turn)).filter(({ answer }) => answer.text);
+  const before = turns.slice(forgotten, turns.indexOf(turn)).filter(({ answer }) => answer.text);
   const messages = [
     ...(system ? [{ role: "system", content: system }] : []),
     ...before.flatMap(({ question, answer }) => [
@@ -61,11 +62,10 @@ function speaker() {
 
 async function run(turn) {
   const chat = model.mythos.chat;
-  const content = body(turn);
   const text = make("div", "answer waiting");
   const foot = make("footer");
   if (!chat) text.append(make("span", "given", turn.question));
-  turn.answer = new Answer(text, model.mythos.max_loops ?? 1, content.loops ?? 1);
+  turn.answer = new Answer(text, model.mythos.max_loops ?? 1, settings.request().loops ?? 1);
   if (turn.element.contains(document.activeElement)) talk.focus({ preventScroll: true }); // its button goes
   turn.element.querySelectorAll(".answer, footer, .error").forEach((old) => old.remove());
   turn.element.append(text, foot);
@@ -76,7 +76,7 @@ async function run(turn) {
   busy(true);
   drawSoon(turn.answer);
   const say = speaker();
-  const end = await follow(turn.answer, chat ? "v1/chat/completions" : "v1/completions", content, say);
+  const end = await reply(turn, chat ? "v1/chat/completions" : "v1/completions", say);
   running = null;
   busy(false);
   if (!turns.includes(turn)) return; // cleared
@@ -84,6 +84,15 @@ async function run(turn) {
   text.classList.remove("waiting");
   say(turn.answer.text, true);
   finish(turn, foot, end);
+}
+
+// As `follow`. A conversation that is too long for the model loses its first turns, one after the other.
+async function reply(turn, path, say) {
+  for (;;) {
+    const end = await follow(turn.answer, path, body(turn), say);
+    if (end.error?.code !== "context_length_exceeded" || forgotten >= turns.indexOf(turn)) return end;
+    forgotten += 1;
+  }
 }
 
 // Takes a streamed answer in; returns how it ended.
@@ -107,7 +116,9 @@ async function follow(answer, path, content, say) {
 
 function finish(turn, foot, { note, error }) {
   const { answer } = turn;
-  foot.append(make("span", "", [numbers.summary(answer), note].filter(Boolean).join(" · ")));
+  const gone = forgotten === 1 ? "question" : `${forgotten} questions`;
+  const without = forgotten && `the model no longer sees the first ${gone}`;
+  foot.append(make("span", "", [numbers.summary(answer), note, without].filter(Boolean).join(" · ")));
   if (error) fail(turn, error);
   if (answer.text) foot.append(button("Copy", (event) => copy(event.target, answer)));
   const again = button(error ? "Try again" : "Regenerate", () => running || run(turn));
@@ -156,6 +167,7 @@ function clear() {
   running?.abort();
   turns.forEach(({ element }) => element.remove());
   turns = [];
+  forgotten = 0;
   card.hide();
   busy(false);
   drawSoon(new Answer(null, 1, 1));

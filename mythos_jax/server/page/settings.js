@@ -87,18 +87,25 @@ function describe() {
 }
 
 // Fits the controls to a model, as /v1/models describes it.
-export function fit({ loops = 1, max_loops = loops, max_length, halting = [], chat = false, predictor = false }) {
+export function fit(model) {
+  const { loops = 1, max_loops = loops, max_length, halting = [], chat = false, predictor = false, defaults } = model;
   document.body.classList.toggle("dense", max_loops < 2);
   $("loops").max = max_loops;
-  $("loops").value = loops;
+  $("loops").value = defaults?.loops ?? loops;
   $("limit").max = max_length ?? "";
   $("limit").value = Math.min(256, Math.floor((max_length ?? 512) / 2)); // leaves room for the prompt
   $("chat").hidden = !chat;
   $("stops").hidden = !halting.length;
   $("halting").replaceChildren($("halting").options[0], ...halting.map((name) => new Option(name)));
   const trained = Object.keys(CRITERIA).filter((name) => name !== "predicted" || predictor);
-  $("halting").value = trained.find((name) => halting.includes(name)) ?? ""; // what a model was trained for comes first
+  // The server's own policy; without one, what the model was trained for comes first.
+  const [policy, value] = defaults?.halting?.split(":") ?? [trained.find((name) => halting.includes(name)) ?? ""];
+  $("halting").value = policy;
   choose();
+  if (value === undefined) return;
+  own = false;
+  place(chosen(), Number(value));
+  describe();
 }
 
 function halting() {
