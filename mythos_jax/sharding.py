@@ -225,6 +225,12 @@ def _shape_and_names(leaf: Any) -> tuple[tuple[int, ...], tuple[str | None, ...]
     return leaf.shape, (None,) * len(leaf.shape)
 
 
+def device_bytes(tree: Any) -> int:
+    """Bytes on each device of a tree of arrays, real or abstract, that have shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
 def replicate(tree: Any) -> Any:
     """Under jit, on the current mesh: arrays that every process can read in full."""
     return jax.lax.with_sharding_constraint(tree, PartitionSpec())

@@ -16,12 +16,12 @@ from mythos_jax.flops import cache_bytes, count_parameters
 from mythos_jax.ops.chunked import CHUNK_LENGTH
 from mythos_jax.ops.grouped_matmul import grouped_matmul, tile_rows
 from mythos_jax.preflight.collectives import read_collectives
-from mythos_jax.preflight.compile import chip_bytes, compile_decode, compile_train, topology_devices
+from mythos_jax.preflight.compile import compile_decode, compile_train, topology_devices
 from mythos_jax.preflight.cost import cost
 from mythos_jax.preflight.hlo import parse
 from mythos_jax.preflight.report import preflight
 from mythos_jax.preflight.topology import parse_topology
-from mythos_jax.sharding import make_mesh, use_mesh
+from mythos_jax.sharding import device_bytes, make_mesh, use_mesh
 
 # All sizes differ, so that the shape of an array identifies it.
 MOE = ModelConfig(
@@ -141,7 +141,7 @@ def test_a_cache_sharded_along_its_positions_is_not_moved(attention):
     assert any(c.kind == "all-reduce" for c in along_sequence)
     assert not any({length, length // mesh.sequence} & set(a.shape) for c in along_sequence for a in c.arrays)
     cache = rows * length * cache_bytes(model, model.loops) / (16 if attention == "gqa" else 8)  # latents have no heads
-    assert chip_bytes(program.state["cache"]) == cache + 4 * rows / 2
+    assert device_bytes(program.state["cache"]) == cache + 4 * rows / 2
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -149,6 +149,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     def start() -> None:
         engine.warm_up(lambda note: log(f"{arguments.model}: compiling, {note}"))
+        parts = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in engine.memory.items())
+        log(f"{arguments.model}: memory of a device: {parts}")
         engine.start()
 
     try:

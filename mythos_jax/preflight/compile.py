@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
@@ -185,14 +184,6 @@ def compile_decode(config: Config, topology: Topology, quick: bool = False) -> P
 
 def _mesh(config: Config, topology: Topology) -> Mesh:
     return make_mesh(dataclasses.replace(config.mesh, slices=topology.slices), topology_devices(topology))
-
-
-def chip_bytes(tree: Any) -> int:
-    """Bytes per chip of a tree of placed abstract arrays."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _compile(lowered: Any, mesh: Mesh, state: dict[str, Any], quick: bool) -> Program:

@@ -10,10 +10,11 @@ from mythos_jax.config import Config
 from mythos_jax.flops import forward_flops, training_flops
 from mythos_jax.ops.chunked import count_chunks
 from mythos_jax.preflight.collectives import Collective, read_collectives
-from mythos_jax.preflight.compile import Buffer, Program, chip_bytes, compile_decode, compile_train
+from mythos_jax.preflight.compile import Buffer, Program, compile_decode, compile_train
 from mythos_jax.preflight.cost import cost
 from mythos_jax.preflight.hlo import parse
 from mythos_jax.preflight.topology import Topology
+from mythos_jax.sharding import device_bytes
 from mythos_jax.training.depth import loops_without_gradient
 
 
@@ -114,7 +115,7 @@ def preflight(config: Config, topology: Topology, decode: bool = False, quick: b
 
 def make_report(config: Config, topology: Topology, program: Program, decode: bool = False) -> PreflightReport:
     """The report of a compiled program."""
-    hbm = {name: float(chip_bytes(tree)) for name, tree in program.state.items() if tree is not None}
+    hbm = {name: float(device_bytes(tree)) for name, tree in program.state.items() if tree is not None}
     advice = _advice(config, program, hbm, topology, decode)
     report = PreflightReport(
         name=config.name,

@@ -65,6 +65,11 @@ class Engine:
         self._programs.compile_all(progress or (lambda _: None))
         self.counters.compiled = self._programs.count
 
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of a device: `weights`, `cache`, and what the `programs` compiled so far need beside."""
+        return self._programs.memory
+
     def check(self, request: Request) -> None:
         """Raises ConfigError for what this engine or its model cannot do."""
         loaded = self.loaded

@@ -20,7 +20,7 @@ from mythos_jax.serving.prefill import Chunk, prefill
 from mythos_jax.serving.readout import News
 from mythos_jax.serving.request import MAX_STOP_TOKENS
 from mythos_jax.serving.step import MAX_STEPS, steps
-from mythos_jax.sharding import use_mesh
+from mythos_jax.sharding import device_bytes, use_mesh
 
 CALL_SECONDS = 0.004  # what a call of the device should take at least, so that starting it costs little
 KIND, POSITION, TOKEN, LOOPS, ENDED, FINITE, RAN = range(7)  # the rows of a report's numbers
@@ -60,6 +60,13 @@ class Programs:
     @property
     def count(self) -> int:
         return len(self._compiled)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of a device: the weights, the cache of keys and values, and what the largest program needs beside."""
+        beside = [program.memory_analysis().temp_size_in_bytes for program in self._compiled.values()]
+        kept = {"weights": self._setup.variables, "cache": self._places.pool}
+        return {name: device_bytes(tree) for name, tree in kept.items()} | {"programs": max(beside, default=0)}
 
     def compile_all(self, progress: Callable[[str], None]) -> None:
         """Compiles every program; `progress` is told before each."""

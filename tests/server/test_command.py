@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -114,6 +115,7 @@ def test_from_start_to_end(folder, tmp_path):
             process.kill()
         errors = process.stderr.read()
     assert "mythos: SIGTERM: ending 1 requests" in errors
+    assert re.search(r"memory of a device: weights \d+ MiB, cache \d+ MiB, programs \d+ MiB", errors)
     assert "Traceback" not in errors
 
 

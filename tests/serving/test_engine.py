@@ -322,3 +322,10 @@ def test_events_say_when(engine):
     seconds = [event.seconds for event in heard.events if isinstance(event, NewToken)]
     assert seconds == sorted(seconds)
     assert [event.index for event in heard.final] == list(range(5))
+
+
+def test_memory_of_a_device(engine):
+    layout, memory = engine.layout, engine.memory
+    assert memory["cache"] == layout.pages * PAGE * cache_bytes(OURO, layout.max_loops)
+    assert memory["weights"] == sum(x.nbytes for x in jax.tree.leaves(engine.loaded.variables))
+    assert memory["programs"] > 0
