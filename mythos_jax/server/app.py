@@ -13,7 +13,7 @@ from mythos_jax.server import chat, completions
 from mythos_jax.server.choices import Choices
 from mythos_jax.server.errors import ApiError, Json, invalid
 from mythos_jax.server.gate import Gate
-from mythos_jax.server.limits import parse, read_body
+from mythos_jax.server.limits import Count, parse, read_body
 from mythos_jax.server.metrics import CONTENT_TYPE
 from mythos_jax.server.openapi import ERRORS, describe, takes
 from mythos_jax.server.options import Asked
@@ -53,14 +53,16 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest), responses=ERRORS)
     async def complete(request: Request) -> Response:
         """Continues a prompt, or each of several."""
-        body = await _read(request, service, CompletionRequest)
-        return await _generate(request, service, completions.CompletionShape(), *await completions.read(service, body))
+        with service.buffered.of_a_body() as count:
+            asked = await completions.read(service, await _read(request, service, CompletionRequest, count))
+        return await _generate(request, service, completions.CompletionShape(), *asked)
 
     @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest), responses=ERRORS)
     async def answer(request: Request) -> Response:
         """Answers a conversation."""
-        body = await _read(request, service, ChatRequest)
-        return await _generate(request, service, chat.ChatShape(), *await chat.read(service, body))
+        with service.buffered.of_a_body() as count:
+            asked = await chat.read(service, await _read(request, service, ChatRequest, count))
+        return await _generate(request, service, chat.ChatShape(), *asked)
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
@@ -96,10 +98,10 @@ def _add_status(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.page(), media_type=CONTENT_TYPE)
 
 
-async def _read(request: Request, service: Service, kind: type[Body]) -> Body:
+async def _read(request: Request, service: Service, kind: type[Body], count: Count) -> Body:
     """The body of a request to generate. Raises ApiError, at once if it would be refused anyway."""
     service.require_ready()
-    content = await read_body(request, service.limits, service.buffered)
+    content = await read_body(request, service.limits, count)
     service.require_ready()  # it may have been asked to stop since
     # A large one takes some time.
     body = _validated(kind, content) if len(content) < _LARGE else await service.aside(_validated, kind, content)

@@ -16,12 +16,14 @@ _MOST_KEYS = 1000  # of an object
 _FREE = 2**16  # bytes of every body that are not counted, so that a few large ones do not keep out the small
 _DISCARDED = 16  # times the limit, of a body that is too large, are read so that the client gets to see the answer
 
+Count = Callable[[int], None]
+
 
 @dataclass(frozen=True)
 class Limits:
-    """body: bytes of a request's. body_seconds: in which it must arrive. buffered: bytes of all bodies that are being
-    read, without the first 64 KiB of each. choices: of one request. keep_alive_seconds: after which a stream without
-    news gets a comment.
+    """body: bytes of a request's. body_seconds: in which it must arrive. buffered: bytes of all bodies that arrive, or
+    whose texts wait to become tokens, without the first 64 KiB of each. choices: of one request. keep_alive_seconds:
+    after which a stream without news gets a comment.
     """
 
     body: int = 4 * 2**20
@@ -33,13 +35,13 @@ class Limits:
 
 @dataclass
 class Buffered:
-    """The bytes of all bodies that are being read, without the first ones of each."""
+    """The bytes of all bodies that arrive, or whose texts wait to become tokens, without the first ones of each."""
 
     most: int
     bytes: int = 0
 
     @contextlib.contextmanager
-    def of_a_body(self) -> Iterator[Callable[[int], None]]:
+    def of_a_body(self) -> Iterator[Count]:
         """Gives a function that counts some more bytes until the end of the block, and raises ApiError if these are too
         many."""
         size = counted = 0
@@ -59,8 +61,9 @@ class Buffered:
             self.bytes -= counted
 
 
-async def read_body(request: Request, limits: Limits, buffered: Buffered) -> bytes:
-    """A body that says to be JSON. Raises ApiError if it may not be read, and ClientDisconnect."""
+async def read_body(request: Request, limits: Limits, count: Count) -> bytes:
+    """A body that says to be JSON. count: is told the size of each piece that is kept. Raises ApiError if it may not be
+    read, and ClientDisconnect."""
     kind, _, parameters = request.headers.get("content-type", "").partition(";")
     if kind.strip().lower() != "application/json":
         # This also keeps pages of other sites from asking, which a browser lets them do with other types of content.
@@ -75,23 +78,22 @@ async def read_body(request: Request, limits: Limits, buffered: Buffered) -> byt
         raise _too_large(limits)  # the client waits for leave to send it
     try:
         async with asyncio.timeout(limits.body_seconds):
-            return await _read_pieces(request, limits, buffered)
+            return await _read_pieces(request, limits, count)
     except TimeoutError:
         raise ApiError(408, f"body: not here after {limits.body_seconds:g} seconds", close=True) from None
 
 
-async def _read_pieces(request: Request, limits: Limits, buffered: Buffered) -> bytes:
+async def _read_pieces(request: Request, limits: Limits, count: Count) -> bytes:
     pieces, size = [], 0
-    with buffered.of_a_body() as count:
-        async for piece in request.stream():
-            size += len(piece)
-            if size > limits.body * _DISCARDED:
-                break
-            if size <= limits.body:
-                count(len(piece))
-                pieces.append(piece)
-            else:
-                pieces.clear()
+    async for piece in request.stream():
+        size += len(piece)
+        if size > limits.body * _DISCARDED:
+            break
+        if size <= limits.body:
+            count(len(piece))
+            pieces.append(piece)
+        else:
+            pieces.clear()
     if size > limits.body:
         raise _too_large(limits)
     return b"".join(pieces)

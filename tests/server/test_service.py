@@ -172,6 +172,15 @@ def test_large_bodies_do_not_keep_out_small_ones():
     assert service.buffered.bytes == 0
 
 
+def test_a_text_counts_until_it_has_become_tokens(monkeypatch):
+    service, seen = fake_service(), []
+    monkeypatch.setattr(type(service.model), "encode", lambda self, text: seen.append(service.buffered.bytes) or [1])
+    (reply,) = ask(service, completion(prompt="x" * (2**16 + 100)))
+    assert reply.status_code == 200
+    assert seen[0] >= 100
+    assert service.buffered.bytes == 0
+
+
 def test_states():
     for state, code in [("starting", "server_starting"), ("draining", "server_stopping")]:
         health, ready, reply = ask(fake_service(state=state), ("GET", "/health"), ("GET", "/ready"), completion())
