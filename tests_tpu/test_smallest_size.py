@@ -33,8 +33,8 @@ def check_fit(config, report, mesh):
     parameters = 4 * count_parameters(config.model)
     assert parameters / (mesh[0] * mesh[1]) < report.hbm["parameters"] < parameters / mesh[0]
     assert report.hbm["optimizer"] == pytest.approx(2 * report.hbm["parameters"], rel=0.01)
-    # The loop runs forward twice (remat) and backward once; the ring of experts multiplies some padding.
-    assert 1.2 < report.flops["compiled"] / report.flops["model"] < 1.7
+    # The loop runs forward twice (remat) and backward once; the ring of experts multiplies whole tiles.
+    assert 1.2 < report.flops["compiled"] / report.flops["model"] < 2
     assert sum(c.ici for c in report.collectives) > 0
     assert report.seconds["DCN"] == 0
 
@@ -71,14 +71,14 @@ def check_attention_kernels(config, module):
 def check_expert_kernels(config, module):
     """All products over experts are Megablox kernels.
 
-    There are three products forward; three again (remat), and two of them once more in the ring; six backward. The ring
-    multiplies up to a quarter more rows than an even load has (ops/expert_parallel.py).
+    There are three products forward; three again (remat), and two of them once more in the ring; six backward. Tiles of
+    rows are at least half full.
     """
     c, t = config.model, config.training
     chips = config.mesh.fsdp * config.mesh.expert
     product = 2 * t.batch_size * config.data.seq_len * c.experts_per_token * c.dim * c.expert_dim * c.loops / chips
     total = sum(runs * flops for runs, flops in kernels(module, "gmm"))
-    assert 0.9 * 12 * product < total < 1.3 * 14 * product
+    assert 12 * product < total < 2 * 14 * product
     assert "ragged-dot" not in {i.opcode for i, _ in module.walk()}
 
 

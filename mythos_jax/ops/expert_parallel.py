@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mythos_jax.ops.blocked_experts import blocked_experts
+from mythos_jax.ops.expectations import expect_rows, expect_trips
 from mythos_jax.ops.grouped_matmul import ExpertWeights, grouped_matmul
 from mythos_jax.ops.ragged_all_to_all import ragged_all_to_all
 from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, partition_spec, platform
@@ -136,6 +137,7 @@ def _on_device(
     chunk_size = -(-B * T // n_chunks)
     # n_tokens may choose this device's experts. max_rows come if each of them chooses as many of these as possible.
     n_tokens = chunk_size * layout.token_shards
+    even_rows = n_tokens * K // layout.expert_shards
     max_rows = n_tokens * min(K, n_local)
     rows = max_rows
     if layout.expert_shards > 1:
@@ -144,11 +146,13 @@ def _on_device(
     @jax.checkpoint
     def run_chunk(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         if layout.token_shards > 1 and exchange == "all_to_all":
-            return _exchanged_experts(rows, n_experts, *chunk, *weights)
+            with expect_rows(even_rows):
+                return _exchanged_experts(rows, n_experts, *chunk, *weights)
         if layout.token_shards > 1:
             chunk = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), chunk)
         x_ND, gates_NK, experts_NK = chunk
-        y_ND = _local_experts(rows, x_ND, gates_NK, experts_NK - first_expert, *weights)
+        with expect_rows(even_rows):
+            y_ND = _local_experts(rows, x_ND, gates_NK, experts_NK - first_expert, *weights)
         return jax.lax.psum_scatter(y_ND, "expert", tiled=True) if layout.token_shards > 1 else y_ND
 
     def split(a: jax.Array, fill: int = 0) -> jax.Array:
@@ -278,7 +282,8 @@ def _accumulate(rows: int, experts_NK: jax.Array, n_experts: int, add: Callable[
 
     if rows >= N * min(K, n_experts):
         return step(0, sums)
-    return jax.lax.fori_loop(0, -(-ends_E[-1] // rows), step, sums)
+    with expect_trips(1):  # as many as SLACK makes of an even load
+        return jax.lax.fori_loop(0, -(-ends_E[-1] // rows), step, sums)
 
 
 def _feed_forward(

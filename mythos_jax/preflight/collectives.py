@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from mythos_jax.preflight.hlo import Array, Instruction, Module
+from mythos_jax.preflight.hlo import Module
+from mythos_jax.preflight.instructions import Array, Instruction
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 

@@ -1,114 +1,32 @@
-"""Reads optimised HLO text: computations, instructions, and how often each one runs.
+"""Reads optimised HLO text: its computations, how often each of them runs, and the source lines of its instructions.
 
 XLA's own cost analysis counts the body of a loop once. Here every instruction is counted as often as the loops around
-it run. TPU programs do not print trip counts, so these are read from the loops' conditions.
-
-XLA does not document this text. The regular expressions here and in the modules that use this one were read from the
-output of the libtpu version in WRITTEN_FOR, with jax 0.10.2. Whatever they do not recognise raises `UnknownHloError`.
+it run. TPU programs do not print trip counts, so these are read from the loops themselves.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from mythos_jax.ops.chunked import COUNTED_SCOPE
-
-WRITTEN_FOR = "libtpu 0.0.42.1"
-
-# Tokens order side effects and hold no data.
-DTYPE_BITS = {
-    "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
-    "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
-    "f8e4m3": 8, "f8e4m3fn": 8, "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2": 8, "f8e5m2fnuz": 8, "f8e3m4": 8,
-    "f8e8m0fnu": 8, "f4e2m1fn": 4, "token": 0,
-}  # fmt: skip
+from mythos_jax.ops.expectations import expected_trips
+from mythos_jax.preflight.instructions import Instruction, UnknownHloError, read_instruction
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
-_OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][\w\-]*)\(")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-
-
-class UnknownHloError(RuntimeError):
-    """The compiler printed something whose meaning or cost is not known here, so the counts would be wrong."""
-
-    def __init__(self, what: str, where: str) -> None:
-        super().__init__(
-            f"preflight: unknown {what} in compiled HLO, at {where}; preflight/ was written for {WRITTEN_FOR}. "
-            "If your libtpu is another version, install that one; otherwise preflight/ has to be extended"
-        )
-
-
-@dataclass(frozen=True)
-class Array:
-    """One array of an instruction's type. in_hbm: neither a scalar nor in the chip's fast memory, S(1)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    in_hbm: bool
-
-    @property
-    def bytes(self) -> int:
-        return math.ceil(math.prod(self.shape) * DTYPE_BITS[self.dtype] / 8)
-
-
-@dataclass
-class Instruction:
-    """One line of HLO. `attributes` is everything after the operands."""
-
-    name: str
-    opcode: str
-    type: str
-    operands: tuple[str, ...]
-    attributes: str
-    computation: str
-
-    @cached_property
-    def arrays(self) -> list[Array]:
-        """The arrays of its type: one, or the elements of its tuple."""
-        arrays = []
-        for dtype, sizes, layout in _SHAPE.findall(self.type):
-            if dtype not in DTYPE_BITS:
-                raise UnknownHloError(f"dtype {dtype!r}", str(self))
-            shape = tuple(int(n) for n in sizes.split(",") if n)
-            arrays.append(Array(dtype, shape, in_hbm=bool(shape) and "S(" not in layout))
-        return arrays
-
-    @property
-    def bytes(self) -> int:
-        return sum(array.bytes for array in self.arrays)
-
-    def called(self) -> dict[str, list[str]]:
-        """The computations it runs, by role."""
-        by_role: dict[str, list[str]] = {}
-        for role, name in _CALLED.findall(self.attributes):
-            by_role.setdefault(role, []).append(name)
-        for names in _BRANCHES.findall(self.attributes):
-            by_role.setdefault("branches", []).extend(n.strip().lstrip("%") for n in names.split(","))
-        return by_role
-
-    @property
-    def op_name(self) -> str:
-        """Where in the model it comes from, as JAX names it; empty if unknown."""
-        match = re.search(r'op_name="([^"]*)"', self.attributes)
-        return match.group(1) if match else ""
-
-    def __str__(self) -> str:
-        """Where it is, for error messages."""
-        return f"%{self.name} in %{self.computation}" + (f" ({self.op_name})" if self.op_name else "")
+_SECTIONS = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+# Constants from here on stand for "no bound".
+_UNBOUNDED = 2**31 - 1
 
 
 @dataclass
 class Module:
-    """A parsed program. computations: from name to instructions, in order. traced_depth, traced_chunks: how often the
-    recurrence and the head run if the program itself does not say."""
+    """A parsed program. computations: from name to instructions, in order. sources: what `source` reads. traced_depth,
+    traced_chunks: how often the recurrence and the head run if the program itself does not say."""
 
     computations: dict[str, list[Instruction]] = field(default_factory=dict)
     entry: str = ""
+    sources: dict[str, dict[int, str]] = field(default_factory=dict)
     traced_depth: float = 1
     traced_chunks: float = 1
 
@@ -134,26 +52,78 @@ class Module:
         return counts
 
     def trips(self, loop: Instruction) -> float:
-        """How often a loop's body runs: the constant that its condition compares with.
+        """How often a loop's body runs: what the program says, or else what is expected of it (`expected`), or 1."""
+        counts = (self._known_trips(loop), self.expected(loop))
+        return next((count for count in counts if count is not None), 1)
 
-        If that is not a constant: `traced_depth` for the recurrence, `traced_chunks` for the head, and 1 for other
-        loops (more steps over the rows of experts under an uneven load, repeated draws of a sampler).
-        """
+    def expected(self, loop: Instruction) -> float | None:
+        """How often a loop whose length is known only at run time is expected to run; None if nobody says."""
+        if re.search(rf"{COUNTED_SCOPE}\)*/while$", loop.op_name):
+            return self.traced_chunks
+        return self.traced_depth if loop.op_name.endswith("recurrence/while") else expected_trips(loop.op_name)
+
+    def open_loops(self) -> list[Instruction]:
+        """Loops that count as running once because neither the program nor its author says how often they run."""
+        loops = [i for i, _ in self.walk() if i.opcode == "while"]
+        return [i for i in loops if self._known_trips(i) is None and self.expected(i) is None]
+
+    def _known_trips(self, loop: Instruction) -> int | None:
+        """The number that the program says: the compiler's own count, or (bound - start) / step of the counter that the
+        condition compares with a constant."""
         match = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if match:
             return int(match.group(1))
-        condition = self.computations[loop.called()["condition"][0]]
-        constants = {
-            i.name: int(i.operands[0])
-            for i in condition
-            if i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.type) and i.operands[0].lstrip("-").isdigit()
-        }
-        bounds = [constants[name] for name in condition[-1].operands if name in constants]
-        if len(bounds) == 1 and bounds[0] < 2**31 - 1:
-            return bounds[0]
-        if re.search(rf"{COUNTED_SCOPE}\)*/while$", loop.op_name):
-            return self.traced_chunks
-        return self.traced_depth if loop.op_name.endswith("recurrence/while") else 1
+        condition = self.computations[loop.called()["condition"][0]][-1]
+        compared = [self.by_name[condition.computation, name] for name in condition.operands]
+        bounds = [bound for i in compared if (bound := _constant(i)) is not None]
+        if len(bounds) != 1 or bounds[0] >= _UNBOUNDED:
+            return None
+        counter = next((i for i in compared if i.opcode == "get-tuple-element"), None)
+        index = re.search(r"index=(\d+)", counter.attributes) if counter else None
+        if not index:
+            raise UnknownHloError("counter of a loop", str(loop))
+        start, step = self._start(loop, int(index.group(1))), self._step(loop, int(index.group(1)))
+        return -(-(bounds[0] - start) // step)
+
+    def _start(self, loop: Instruction, index: int) -> int:
+        """The value of a loop's counter before the loop; 0 if the program does not say."""
+        state = self.operand(loop, 0)
+        return (_constant(self._through_copies(self.operand(state, index))) or 0) if state.opcode == "tuple" else 0
+
+    def _step(self, loop: Instruction, index: int) -> int:
+        """What a loop's body adds to its counter."""
+        result = self.computations[loop.called()["body"][0]][-1]
+        added = self._through_copies(self.operand(result, index)) if result.opcode == "tuple" else result
+        if added.opcode == "add":
+            terms = [_constant(self._through_copies(self.operand(added, i))) for i in range(2)]
+            steps = [term for term in terms if term is not None]
+            if len(steps) == 1 and steps[0] > 0:
+                return steps[0]
+        raise UnknownHloError("step of a loop", str(loop))
+
+    def _through_copies(self, instruction: Instruction) -> Instruction:
+        while instruction.opcode in ("copy", "bitcast"):
+            instruction = self.operand(instruction, 0)
+        return instruction
+
+    def source(self, instruction: Instruction) -> str:
+        """The innermost line of this package that an instruction comes from, `ops/attention.py:87`, or of any other
+        package if there is none; empty if unknown."""
+        plain = re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.attributes)
+        if plain:
+            return _short(plain.group(1)) + ":" + plain.group(2)
+        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        lines = list(self._lines(int(frame.group(1)))) if frame else []
+        ours = [line for line in lines if "/mythos_jax/" in line]
+        return _short(next(iter(ours or lines), ""))
+
+    def _lines(self, frame: int) -> Iterator[str]:
+        """The source lines of a stack, the innermost first. Parents are printed with 1 added, and 1 means none."""
+        while frame in self.sources.get("StackFrames", {}):
+            location, parent = _numbers(self.sources["StackFrames"][frame])
+            file, _, line = _numbers(self.sources["FileLocations"][location])[:3]
+            yield f"{self.sources['FileNames'][file][1:-1]}:{line}"
+            frame = parent - 1
 
     def walk(self) -> Iterator[tuple[Instruction, float]]:
         """Every instruction that runs and how often, including those inside fusions."""
@@ -183,52 +153,39 @@ def parse(text: str, traced_depth: float = 1, traced_chunks: float = 1) -> Modul
     """Parses HLO text as `compiled.as_text()` returns it. Raises UnknownHloError for a line it cannot read."""
     module = Module(traced_depth=traced_depth, traced_chunks=traced_chunks)
     computation: str | None = None
+    section: dict[int, str] = {}
     text = re.sub(r"\n(?=\"|}})", "", text)  # a kernel's metadata is printed on lines of its own
     for line in text.splitlines():
         if computation is None:
-            header = _HEADER.match(line)
+            header, entry = _HEADER.match(line), re.match(r"(\d+) (.*)", line)
             if header:
                 computation = header.group(2)
                 module.computations[computation] = []
                 if header.group(1):
                     module.entry = computation
+            elif line in _SECTIONS:
+                section = module.sources[line] = {}
+            elif entry:
+                section[int(entry.group(1))] = entry.group(2)
         elif line.startswith("}"):
             computation = None
         elif line.strip():
-            module.computations[computation].append(_instruction(line, computation))
+            module.computations[computation].append(read_instruction(line, computation))
     return module
 
 
-def _instruction(line: str, computation: str) -> Instruction:
-    match = _INSTRUCTION.match(line)
-    # The opcode is the first lower-case word before a bracket: types have only the layout's T(…) and S(…).
-    opcode = _OPCODE.search(match.group(2)) if match else None
-    if not match or not opcode:
-        raise UnknownHloError("syntax", f"{line.strip()[:100]!r} in %{computation}")
-    rest = match.group(2)
-    end = _closing_bracket(rest, opcode.end() - 1)
-    inside = re.sub(r"/\*.*?\*/", "", rest[opcode.end() : end])
-    operands = tuple(word.split()[-1].lstrip("%") for word in _split_at_commas(inside) if word.strip())
-    type_ = rest[: opcode.start(1)].strip()
-    return Instruction(match.group(1), opcode.group(1), type_, operands, rest[end + 1 :], computation)
+def _constant(instruction: Instruction) -> int | None:
+    """The value of an integer constant; None for anything else."""
+    if instruction.opcode != "constant" or not re.match(r"[su]\d+\[\]", instruction.type):
+        return None
+    value = instruction.operands[0]
+    return int(value) if value.lstrip("-").isdigit() else None
 
 
-def _closing_bracket(text: str, start: int) -> int:
-    """The index of the bracket that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[i], 0)
-        if depth == 0:
-            return i
-    return len(text)
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"=(\d+)", text)]
 
 
-def _split_at_commas(text: str) -> list[str]:
-    """Splits at the commas that are outside brackets."""
-    parts, depth, start = [], 0, 0
-    for i, letter in enumerate(text):
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(letter, 0)
-        if letter == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    return [*parts, text[start:]]
+def _short(path: str) -> str:
+    """A path without the folders above the package it is in."""
+    return re.sub(r"^.*/(?:mythos_jax|site-packages)/", "", path)

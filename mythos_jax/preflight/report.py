@@ -25,8 +25,10 @@ class PreflightReport:
     step: train or decode. tokens: per step. hbm: bytes per chip by what they hold. needed: their peak, in bytes per
     chip. biggest: the largest buffers, if the compiler refused the program. advice: which setting to change, if it does
     not fit. flops: of one step on the whole mesh, `model` counted from the config and `compiled` from the program.
-    uncounted: custom calls of unknown cost, which count as free. seconds: lower bounds of the time of a step, by
-    resource. If the compiler refused the program, flops, collectives, uncounted and seconds are empty.
+    uncounted: custom calls of unknown cost, which count as free. reported: kernels whose cost is what they say
+    themselves. open_loops: loops that count as running once because their length is known only at run time. seconds:
+    lower bounds of the time of a step, by resource. sum_seconds: lower bound if a chip runs one instruction after the
+    other. If the compiler refused the program, flops, collectives and all that follows are empty.
     """
 
     name: str
@@ -41,7 +43,10 @@ class PreflightReport:
     flops: dict[str, float]
     collectives: tuple[Collective, ...]
     uncounted: tuple[str, ...]
+    reported: tuple[str, ...]
+    open_loops: tuple[str, ...]
     seconds: dict[str, float]
+    sum_seconds: float
     fits: bool
 
     @property
@@ -50,8 +55,13 @@ class PreflightReport:
 
     @property
     def step_seconds(self) -> float:
-        """The lower bound of the time of a step: all resources are used at the same time, each at its peak."""
-        return max(self.seconds.values())
+        """The lower bound of the time of a step: instructions run one after the other, beside all communication."""
+        return max(self.sum_seconds, *self.seconds.values())
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs in this time, relative to what the chips could do."""
+        return self.flops["model"] / self.step_seconds / (self.chips * self.topology.chip.flops)
 
     @property
     def bound(self) -> str:
@@ -73,12 +83,23 @@ class PreflightReport:
             "tokens": self.tokens,
             "flops": self.flops,
             "uncounted": self.uncounted,
+            "reported": self.reported,
+            "open_loops": self.open_loops,
             "collectives": [
                 {"kind": kind, "axes": axes, "count": count, "ici": ici, "dcn": dcn}
                 for (kind, axes), (count, ici, dcn) in _by_kind(self.collectives).items()
             ],
             "seconds": self.seconds,
             "bound": self.bound if self.seconds else "",
+            **(self._speed() if self.seconds else {}),
+        }
+
+    def _speed(self) -> dict[str, float]:
+        return {
+            "sum_seconds": self.sum_seconds,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens / self.step_seconds,
+            "utilisation": self.utilisation,
         }
 
     def as_text(self) -> str:
@@ -130,6 +151,9 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         flops={},
         collectives=(),
         uncounted=(),
+        reported=(),
+        open_loops=(),
+        sum_seconds=math.nan,
         seconds={},
         fits=False,
     )
@@ -157,6 +181,9 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         flops={"model": model_flops, "compiled": float(per_chip.flops * program.mesh.size)},
         collectives=collectives,
         uncounted=per_chip.uncounted,
+        reported=per_chip.reported,
+        open_loops=tuple(sorted({loop.op_name for loop in module.open_loops()})),
+        sum_seconds=per_chip.seconds(chip),
         seconds={
             "compute": float(per_chip.flops / chip.flops),
             "HBM": per_chip.hbm_bytes / chip.hbm_bandwidth,
@@ -200,12 +227,13 @@ def _by_kind(collectives: tuple[Collective, ...]) -> dict[tuple[str, str], tuple
 
 def _cost_lines(report: PreflightReport) -> list[str]:
     model, compiled, seconds = report.flops["model"], report.flops["compiled"], report.step_seconds
-    utilisation = model / seconds / (report.chips * report.topology.chip.flops)
     bounds = ", ".join(f"{name} {value:.3g} s" for name, value in report.seconds.items())
     return [
         f"FLOPs per step ({report.tokens:,} tokens): {model:.3e} of the model, {compiled:.3e} compiled "
         f"({compiled / model:.2f} x)",
         *([f"Not counted: custom calls {', '.join(report.uncounted)}"] if report.uncounted else []),
+        *([f"Counted as they report themselves: kernels {', '.join(report.reported)}"] if report.reported else []),
+        *(f"Counted as running once: {loop}" for loop in report.open_loops),
         "",
         "Collectives per step, with the bytes that each chip sends",
         *(
@@ -213,7 +241,8 @@ def _cost_lines(report: PreflightReport) -> list[str]:
             for (kind, axes), (count, ici, dcn) in _by_kind(report.collectives).items()
         ),
         "",
-        f"Roofline: {bounds}",
-        f"At best {seconds:.3g} s per step, {report.tokens / seconds:,.0f} tokens/s, {utilisation:.0%} of peak FLOPs; "
-        f"bound by {report.bound}",
+        f"Roofline: {bounds}; bound by {report.bound}",
+        f"Sum over instructions of the larger of compute and HBM: {report.sum_seconds:.3g} s",
+        f"At best {seconds:.3g} s per step, {report.tokens / seconds:,.0f} tokens/s, {report.utilisation:.1%} of peak "
+        "FLOPs for the model",
     ]

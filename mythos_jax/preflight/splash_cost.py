@@ -3,7 +3,8 @@
 import math
 import re
 
-from mythos_jax.preflight.hlo import Array, Instruction, Module
+from mythos_jax.preflight.hlo import Module
+from mythos_jax.preflight.instructions import Array, Instruction
 
 # The widths of the matrix products of each pass over a block: forward, scores and weighted values; backward, the
 # scores again and the gradients.
