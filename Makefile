@@ -3,6 +3,7 @@
 # make fuzz    the same random inputs as in the tests, but many more of them (an hour)
 # make test-torch   compare with the PyTorch original, run lm-evaluation-harness, in an environment of its own
 # make test-tpu     compile for TPUs, without TPUs, in an environment of its own
+# make test-gpu     compile for NVIDIA GPUs, without GPUs, in an environment of its own
 # make lint, make format, make clean
 #
 # EXTRA=cuda or EXTRA=tpu installs that accelerator's jax for the demo; the CPU's is the default.
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test fuzz test-torch test-tpu lint format clean constraints
+.PHONY: demo test fuzz test-torch test-tpu test-gpu lint format clean constraints
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed$(addprefix -,$(EXTRA))
@@ -65,6 +66,20 @@ $(TPU_VENV)/.installed: pyproject.toml constraints.txt
 		-e '.[tpu]' pytest pytest-timeout pytest-xdist
 	@touch $@
 
+# The same for NVIDIA GPUs: jax[cuda13] and NVIDIA's libraries, 5 GB.
+GPU_VENV ?= .venv-gpu
+
+test-gpu: $(GPU_VENV)/.installed
+	JAX_PLATFORMS=cpu $(GPU_VENV)/bin/python -m pytest tests_gpu $(ARGS)
+
+$(GPU_VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing mythos_jax[cuda] into $(GPU_VENV) (once; some minutes)"
+	@test -n "$(PYTHON)" || { echo "mythos_jax needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(GPU_VENV)
+	@$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt \
+		-e '.[cuda]' pytest pytest-timeout pytest-xdist
+	@touch $@
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -81,7 +96,7 @@ constraints: $(BIN)/python
 		--no-annotate -q --custom-compile-command "make constraints" -o constraints.txt
 
 clean:
-	rm -rf $(VENV) $(TORCH_VENV) $(TPU_VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
+	rm -rf $(VENV) $(TORCH_VENV) $(TPU_VENV) $(GPU_VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find mythos_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
