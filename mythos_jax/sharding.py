@@ -6,6 +6,7 @@ In the model, weights and activations have logical axis names (`embed`, `heads`,
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -113,6 +114,15 @@ def platform() -> str:
     """The platform of the current mesh, which may be one that is only compiled for; without one, of this process."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def is_nvidia() -> bool:
+    """Whether the platform is a GPU of NVIDIA's that multiplies bfloat16 (A100 and newer), for which there are kernels."""
+    if platform() not in ("gpu", "cuda"):
+        return False
+    # Without a GPU in this process it is one of mythos_jax/preflight/gpu.py that is only compiled for.
+    device = jax.local_devices()[0] if jax.default_backend() in ("gpu", "cuda") else None
+    return device is None or re.match(r"([89]|1\d)\.", str(getattr(device, "compute_capability", ""))) is not None
 
 
 def in_use() -> bool:
