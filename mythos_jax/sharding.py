@@ -117,12 +117,12 @@ def platform() -> str:
 
 
 def is_nvidia() -> bool:
-    """Whether the platform is a GPU of NVIDIA's that multiplies bfloat16 (A100 and newer), for which there are kernels."""
+    """Whether the platform is a GPU of NVIDIA's from the A100 on, for which there are kernels."""
     if platform() not in ("gpu", "cuda"):
         return False
-    # Without a GPU in this process it is one of mythos_jax/preflight/gpu.py that is only compiled for.
-    device = jax.local_devices()[0] if jax.default_backend() in ("gpu", "cuda") else None
-    return device is None or re.match(r"([89]|1\d)\.", str(getattr(device, "compute_capability", ""))) is not None
+    if jax.default_backend() not in ("gpu", "cuda"):
+        return True  # one that `mythos compile` compiles for
+    return re.match(r"([89]|1\d)\.", str(jax.local_devices()[0].compute_capability)) is not None  # AMD's is a name
 
 
 def in_use() -> bool:

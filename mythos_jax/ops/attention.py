@@ -7,6 +7,7 @@ values, N = H / G query heads per key-value head.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from mythos_jax.ops import splash_attention
 from mythos_jax.ops.blockwise import blockwise_attention
-from mythos_jax.sharding import axis_size, in_use, partition_spec, platform
+from mythos_jax.sharding import axis_size, in_use, is_nvidia, partition_spec, platform
 
 # The name by which rematerialisation policies know the output of attention and its other residuals.
 SAVED = "attention"
@@ -87,7 +88,7 @@ def _select_implementation(
     n_shards = _shard_count(partition_spec(q_BTHK.shape, _QUERY_AXES)[1]) if in_use() else 1
     if target == "tpu" and mask.index_BT is None and splash_attention.supports(T, S, n_shards):
         return partial(_splash, scale=scale, n_shards=n_shards)
-    if target in ("gpu", "cuda") and n_shards == 1 and _cudnn_supports(q_BTHK, v_BSGV, mask):
+    if is_nvidia() and n_shards == 1 and _cudnn_supports(q_BTHK, v_BSGV, mask):
         return partial(_cudnn, scale=scale)
     # On a CPU the block size follows the processor's cache. Accelerators get the largest block that is still useful.
     max_block = None if target == "cpu" else 512
@@ -108,22 +109,32 @@ def _splash(
 
 
 def _cudnn_supports(q_BTHK: jax.Array, v_BSGV: jax.Array, mask: Mask) -> bool:
-    """What cuDNN's flash attention accepts on every GPU that has it: 16 bits, one segment, no cache, equal widths."""
-    K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
+    """What cuDNN's flash attention accepts on every GPU that has it: 16 bits, one segment, no cache, up to 128 wide."""
     causal_only = mask.index_BT is None and mask.segments_BT is None
-    return causal_only and q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and K == V and K <= 128 and K % 8 == 0
+    width = max(q_BTHK.shape[-1], v_BSGV.shape[-1])
+    return causal_only and q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and width <= 128
 
 
 def _cudnn(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, _index_BT: jax.Array, _segments: Segments, scale: float
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGV: jax.Array,
+    _index_BT: jax.Array,
+    _segments: Segments,
+    scale: float,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Checked only by lowering it for CUDA; it has not run on a GPU.
+    """Checked only by compiling it for CUDA (tests_gpu/); it has not run on a GPU. implementation: xla, for tests.
 
-    Only the output is named for rematerialisation, not cuDNN's other residual. Under `remat: attention` the kernel's
-    forward pass therefore runs again.
+    cuDNN wants keys and values of the same width, a multiple of 8. Channels of zeros change neither the scores nor the
+    other channels of the result. Only the output is named for rematerialisation, not cuDNN's other residual. Under
+    `remat: attention` the kernel's forward pass therefore runs again.
     """
-    out = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGV, scale=scale, is_causal=True, implementation="cudnn")
-    return checkpoint_name(out, SAVED)
+    V = v_BSGV.shape[-1]
+    width = 8 * -(-max(q_BTHK.shape[-1], V) // 8)
+    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, width - x.shape[-1]),)) for x in (q_BTHK, k_BSGK, v_BSGV))
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=implementation)
+    return checkpoint_name(out[..., :V], SAVED)
 
 
 def _per_device(

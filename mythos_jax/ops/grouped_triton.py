@@ -163,7 +163,7 @@ def _padded(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _tiles(sizes_E: jax.Array, R: int, rows: int) -> jax.Array:
-    """Int32 [3, tiles]: each tile's expert, its first row, and the end of its expert's rows. The last ones are empty."""
+    """Int32 [3, tiles]: each tile's expert, its first row, and the end of its expert's rows. The last are empty."""
     E = len(sizes_E)
     n_tiles = min(R, (R + E * (rows - 1)) // rows)  # no more, however the rows are divided
     tiles_E = -(-sizes_E // rows)

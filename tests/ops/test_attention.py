@@ -1,5 +1,7 @@
 """Attention in blocks and by the splash kernel, on one device and on a mesh, against dense attention; gradients too."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,14 @@ def test_splash_attention_equals_dense_attention(T, n_shards):
 
     with use_mesh(make_mesh(MeshConfig(fsdp=1, sequence=n_shards), jax.devices()[:n_shards])):
         assert_close(value_and_gradients(splash, *arguments), expected_values(*arguments))
+
+
+@pytest.mark.parametrize(("K", "V"), [(12, 6), (6, 12), (16, 16)])  # as in MLA, the other way round, as in GQA
+def test_widths_are_padded_for_cudnn_without_a_trace(K, V):
+    q, k, v, ct = random_arrays(2, 13, 13, 4, 2, K, V)
+    padded = partial(attention._cudnn, scale=SCALE, implementation="xla")
+    actual = value_and_gradients(lambda q, k, v, mask: padded(q, k, v, None, None), q, k, v, ct, Mask())
+    assert_close(actual, expected_values(q, k, v, ct, Mask()))
 
 
 def test_saved_residuals_spare_the_backward_pass_the_forward_pass():
