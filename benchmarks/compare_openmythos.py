@@ -3,7 +3,8 @@
     .venv-torch/bin/python -m benchmarks.compare_openmythos [--config readme] [--device cpu] [--threads 2] [--json FILE]
 
 Prints a table of docs/speed.md: forward pass, prefill, decoding at batch sizes 1 and 8, and the train step (forward,
-backward, clipping, AdamW), measured in turn; median, minimum and maximum. Compilation and first calls are not included.
+backward, clipping, AdamW), ours also as a loop of a user's own (`own_loop.py`). All are measured in turn; median,
+minimum and maximum. Compilation and first calls are not included.
 `make test-torch` creates the environment; `--device gpu` needs a CUDA build of torch and jax[cuda13] in it.
 
 Loops. Without `--halting`, both run all loops: the original's halting bias is set to -20, so that its ACT never halts.
@@ -106,6 +107,7 @@ def workloads(original: "Original", ours: "Ours", rows: int) -> dict[str, dict[s
         f"prefill of {PROMPT} and {NEW_TOKENS} new tokens, batch 1": decoding(1, NEW_TOKENS),
         "the same, batch 8": decoding(8, NEW_TOKENS),
         f"train step, {rows} x {LENGTH} tokens": {name: side.train_step for name, side in sides.items()},
+        "the same, ours in a loop of one's own": {"original": original.train_step, "ours": ours.own_train_step},
     }
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
 from open_mythos.main import MythosConfig, OpenMythos
 
+from benchmarks import own_loop
 from benchmarks.steps import Shape, batch_of, config_of
-from benchmarks.timing import exit_with
+from benchmarks.timing import Call, exit_with
 from mythos_jax.config import Config, ModelConfig
 from mythos_jax.inference.generate import GenerateResult, generate
 from mythos_jax.model.halting import Halting
@@ -116,6 +118,7 @@ class Ours:
         self._step = make_train_step(workload.config, self._mesh)
         self._batch = jax.device_put(batch_of(workload.config))  # the first rows of the workload's tokens: same seed
         self._state: TrainState | None = None  # made by the first train step, as the original's
+        self._own_loop: Call | None = None  # likewise
 
     def logits(self) -> np.ndarray:
         return np.asarray(self.forward())
@@ -149,6 +152,12 @@ class Ours:
             self._state = state.replace(variables=copies)
         self._state, metrics = self._step(self._state, self._batch, Constants())
         jax.block_until_ready((self._state, metrics))
+
+    def own_train_step(self) -> None:
+        """As a user writes it who has a loop of their own: `own_loop.train_step`."""
+        if self._own_loop is None:
+            self._own_loop = own_loop.train_step(self._workload.config, jax.tree.map(jnp.copy, self._variables))
+        self._own_loop()
 
 
 def make_sides(

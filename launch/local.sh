@@ -12,6 +12,8 @@ read_arguments "$@"
 SHARED=${SHARED:-$PWD}
 dry=()
 [ "$DRY_RUN" = 0 ] || dry=(--dry-run)
+# Huge pages for what XLA's CPU programs allocate anew in each step (docs/speed.md).
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$SHARED/compiled}
 
 [ -z "${TOPOLOGY:-}" ] || preflight

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import retrofit_study, serving, serving_measure
+from benchmarks import own_loop, retrofit_study, serving, serving_measure
 from benchmarks.roofline import exponent, unrolled_features
 from benchmarks.serving_load import Load, Mix, Range, Reply, arrivals, draw_requests
 from benchmarks.serving_report import draw, numbers, table
 from benchmarks.serving_sides import BatchSide, HttpSide, Measured, events_of, generated
+from benchmarks.steps import Shape, batch_of, config_of
 from benchmarks.timing import median_and_range, ratios, time_in_turns
 from benchmarks.utilisation import DENSE_1B, toy
 from mythos_jax.config import Config, DataConfig, MeshConfig, ModelConfig
@@ -25,8 +26,10 @@ from mythos_jax.inference.generate import generate
 from mythos_jax.model.halting import Halting
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel
+from mythos_jax.runs.state import Constants
 from mythos_jax.serving.request import Finished, NewToken, Request, TakenBack
-from mythos_jax.sharding import make_mesh
+from mythos_jax.sharding import make_mesh, use_mesh
+from mythos_jax.training.step import init_state, jitted_step
 from tests import tiny
 from tests.server.running import fake_service, running, talking_model
 from tests.serving.fake_engine import FakeEngine
@@ -62,6 +65,21 @@ def test_the_unrolled_loop_equals_the_loop():
     looped = jax.jit(lambda v: model.apply(v, tokens, method="features"))(variables)
     unrolled = jax.jit(lambda p: unrolled_features(config, p, tokens))(nn.unbox(variables)["params"])
     np.testing.assert_allclose(unrolled, looped, atol=1e-5)
+
+
+def test_a_loop_of_ones_own_compiles_to_the_same_work():
+    """`model.apply(…).logits` and optax: as many FLOPs, and no more memory, than the train step of `mythos train`."""
+    config = config_of(replace(tiny.GQA, max_seq_len=64), Shape(4, 64))
+    mesh, batch = make_mesh(config.mesh, jax.devices()[:1]), batch_of(config)
+    state = init_state(config, mesh)
+    step, params, optimizer_state = own_loop.make_step(config, state.variables)
+    with use_mesh(mesh):
+        ours = jitted_step(config).lower(state, batch, Constants()).compile()
+    own = step.lower(params, optimizer_state, batch["tokens"], batch["targets"]).compile()
+    assert own.cost_analysis()["flops"] == pytest.approx(ours.cost_analysis()["flops"], rel=0.01)
+    memory, limit = own.memory_analysis(), ours.memory_analysis()
+    assert memory.temp_size_in_bytes <= 1.01 * limit.temp_size_in_bytes
+    assert memory.alias_size_in_bytes > 0.99 * memory.argument_size_in_bytes - batch["tokens"].nbytes * 2  # donated
 
 
 def test_the_gpu_models_have_1_b_parameters_and_toys_keep_their_kind():
