@@ -2,29 +2,36 @@
 
 TPU numbers are per chip: https://docs.cloud.google.com/tpu/docs/v4, …/v5e, …/v5p, …/v6e and …/tpu7x (read in November
 2026). Their inter-chip bandwidth counts both directions of all links; DCN of v5e and v6e is the pod's over 256 chips.
-GPU numbers are those of NVIDIA's data sheets for dense matrices, which is half of what they list "with sparsity".
+GPU numbers are those of NVIDIA's data sheets (SXM modules; read in November 2026): FLOPs for dense matrices, which is
+half of what they list "with sparsity", and NVLink in one direction, half of what they list. Between nodes each GPU has
+a network adapter of its own, as in NVIDIA's DGX: 200 Gb/s with A100, 400 Gb/s with H100 and H200. Their memory is what
+the driver reports.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
 
-GB, GIB = 1e9, 2**30
+from mythos_jax.errors import ConfigError
+
+GB, MIB, GIB = 1e9, 2**20, 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU to compile for. hbm_bytes: what the compiler gives a program. flops: peak bfloat16 FLOP/s. Bandwidths are
-    in bytes per second."""
+    """A TPU or GPU to compile for. hbm_bytes: what a program gets. flops: peak bfloat16 FLOP/s. Bandwidths are in bytes
+    per second."""
 
     name: str
     hbm_bytes: float
     flops: float
     hbm_bandwidth: float
-    ici_bandwidth: float  # of one torus axis: one link in each direction, as a ring collective uses them
+    ici_bandwidth: float  # TPU: of one torus axis, one link in each direction, as a ring uses them; GPU: NVLink
     dcn_bandwidth: float
-    shapes: tuple[str, ...]  # slices that can be rented
+    shapes: tuple[str, ...]  # slices that can be rented; GPUs of one node
+    is_gpu: bool = False
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -32,12 +39,19 @@ _CUBES = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24"
 )  # fmt: skip
 
+_NODE = ("1", "2", "4", "8")
+# The part of its memory that jax lets a program have on a GPU, unless this variable says another.
+_MEMORY_VARIABLE, _MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75
+
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", 15.75 * GIB, 197e12, 819 * GB, 400 / 4 * GB, 25 / 8 * GB, _FLAT),
         Chip("v6e", 31.25 * GIB, 918e12, 1600 * GB, 800 / 4 * GB, 100 / 8 * GB, _FLAT),
         Chip("v5p", 95.74 * GIB, 459e12, 2765 * GB, 1200 / 6 * GB, 50 / 8 * GB, _CUBES),
+        Chip("a100", 81920 * MIB, 312e12, 2039 * GB, 300 * GB, 200 / 8 * GB, _NODE, is_gpu=True),
+        Chip("h100", 81559 * MIB, 989e12, 3350 * GB, 450 * GB, 400 / 8 * GB, _NODE, is_gpu=True),
+        Chip("h200", 143771 * MIB, 989e12, 4800 * GB, 450 * GB, 400 / 8 * GB, _NODE, is_gpu=True),
     )
 }
 
@@ -56,13 +70,22 @@ _TPU_FLOPS = {
 # By prefix of `device_kind`, which may end in a memory size ("NVIDIA H100 80GB HBM3"). The first match counts, so the
 # slower PCIe and NVL boards come before the SXM modules.
 _GPU_FLOPS = (
-    ("NVIDIA A100", 312e12),
+    ("NVIDIA A100", CHIPS["a100"].flops),
     ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA H100 NVL", 835e12),
-    ("NVIDIA H100", 989e12),
+    ("NVIDIA H100", CHIPS["h100"].flops),
     ("NVIDIA H200 NVL", 835e12),
-    ("NVIDIA H200", 989e12),
+    ("NVIDIA H200", CHIPS["h200"].flops),
 )
+
+
+def gpu_memory_fraction() -> float:
+    """The part of a GPU's memory that jax lets a program have."""
+    try:
+        return float(os.environ.get(_MEMORY_VARIABLE, _MEMORY_FRACTION))
+    except ValueError:
+        got = os.environ[_MEMORY_VARIABLE]
+        raise ConfigError(f"{_MEMORY_VARIABLE}: got {got!r}, allowed: a number from 0 to 1") from None
 
 
 def peak_flops(devices: Iterable[jax.Device]) -> float | None:

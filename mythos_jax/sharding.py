@@ -81,21 +81,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def default_mesh() -> MeshConfig:
     """The default mesh for the devices that are here, which may be in several TPU slices."""
-    slices = len({device.slice_index for device in jax.devices() if hasattr(device, "slice_index")}) or 1
+    slices = len(set(_slice_indices(jax.devices()))) or 1
     return MeshConfig(data=slices, slices=slices)
 
 
 def split_into_slices(n: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-    """The devices of each of n slices. CPUs and GPUs have no slice index; they are divided into n equal parts."""
-    indices = sorted({device.slice_index for device in devices if hasattr(device, "slice_index")})
+    """The devices of each of n slices. CPUs and GPUs are in no slices; they are divided into n equal parts."""
+    of_devices = _slice_indices(devices)
+    indices = sorted(set(of_devices))
     if indices and len(indices) != n:
         raise ConfigError(f"mesh.slices: got {n}, allowed: {len(indices)}, the number of slices of the devices")
     if indices:
-        return [[device for device in devices if device.slice_index == index] for index in indices]
+        return [[d for d, i in zip(devices, of_devices, strict=True) if i == index] for index in indices]
     if len(devices) % n:
         raise ConfigError(f"mesh.slices: got {n}, allowed: a divisor of the number of devices, {len(devices)}")
     size = len(devices) // n
     return [list(devices[i : i + size]) for i in range(0, len(devices), size)]
+
+
+def _slice_indices(devices: Sequence[jax.Device]) -> list[int]:
+    """The slice that each device reports; empty if they report none. What a GPU reports is a node, and not a slice."""
+    return [d.slice_index for d in devices if hasattr(d, "slice_index") and d.platform != "gpu"]
 
 
 @contextlib.contextmanager

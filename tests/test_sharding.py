@@ -169,6 +169,9 @@ def test_devices_are_grouped_by_the_slice_they_report():
     assert [[chip.slice_index for chip in part] for part in split_into_slices(2, chips)] == [[0] * 4, [1] * 4]
     with pytest.raises(ConfigError, match=r"mesh\.slices: got 1, allowed: 2, the number of slices of the devices"):
         split_into_slices(1, chips)
+    gpus = [dataclasses.replace(chip, platform="gpu") for chip in chips]
+    assert split_into_slices(1, gpus) == [gpus]
+    assert split_into_slices(2, gpus) == [gpus[:4], gpus[4:]]
 
 
 def test_a_mesh_that_would_replicate_weights_is_refused():

@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mythos_jax.config import MeshConfig
 from mythos_jax.ops.attention import MAX_DENSE_QUERIES, Mask, attend
 from mythos_jax.preflight.collectives import read_collectives
-from mythos_jax.preflight.compile import topology_devices
 from mythos_jax.preflight.cost import cost
+from mythos_jax.preflight.devices import topology_devices
 from mythos_jax.preflight.hlo import parse
 from mythos_jax.preflight.topology import parse_topology
 from mythos_jax.sharding import BATCH_AXES, make_mesh, use_mesh

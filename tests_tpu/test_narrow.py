@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mythos_jax.config import MeshConfig
 from mythos_jax.ops.narrow import Narrow
 from mythos_jax.ops.products import linear, logits
-from mythos_jax.preflight.compile import topology_devices
+from mythos_jax.preflight.devices import topology_devices
 from mythos_jax.preflight.topology import parse_topology
 from mythos_jax.sharding import make_mesh, use_mesh
 

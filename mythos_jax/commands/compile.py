@@ -8,12 +8,12 @@ from mythos_jax.bounds import PositiveInt
 from mythos_jax.commands.arguments import add_json, of_type, path
 from mythos_jax.errors import DONE, FAILED
 
-SUMMARY = "Compile for TPUs that are not attached: does it fit into memory, and what limits a step?"
+SUMMARY = "Compile for TPUs or GPUs that are not attached: does it fit into memory, and what limits a step?"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=path, metavar="CONFIG")
-    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16 or v5p:4x4x8")
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16, h100:8 or h100:2x8")
     parser.add_argument(
         "--slices",
         type=of_type(PositiveInt),

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -165,9 +166,9 @@ def spanned_axes(mesh: Mesh, group: Sequence[int]) -> tuple[str, ...]:
     return tuple(name for name, row in zip(mesh.axis_names, positions, strict=True) if len(set(row.tolist())) > 1)
 
 
-def slice_of(device: object) -> int:
-    """The index of the slice that a device is in; 0 for devices without slices."""
-    return getattr(device, "slice_index", None) or 0
+def slice_of(device: Any) -> int:
+    """The index of the slice that a TPU is in, or of the node that a GPU is in."""
+    return device.process_index if device.platform == "gpu" else getattr(device, "slice_index", None) or 0
 
 
 def _integers(text: str) -> list[int]:

@@ -1,41 +1,28 @@
-"""Compiles the real train and decode steps with the compiler in libtpu, for TPUs that are not attached."""
+"""Compiles the real train and decode steps for TPUs and GPUs that are not attached."""
 
 import dataclasses
-import importlib.util
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from mythos_jax.chips import GIB
 from mythos_jax.config import Config, ModelConfig
 from mythos_jax.data.placement import batch_sharding, check_batch
-from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.inference.generate import decode
 from mythos_jax.inference.sampling import Sampling
 from mythos_jax.inference.state import GenerateResult, Setup, State
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
+from mythos_jax.preflight.devices import GPU_OPTIONS, topology_devices
 from mythos_jax.preflight.topology import Topology
 from mythos_jax.runs.low_rank import abstract_base
 from mythos_jax.sharding import RULES, make_mesh, partition_spec, use_mesh
 from mythos_jax.training.start import abstract_constants
 from mythos_jax.training.step import abstract_state, jitted_step
-
-# libtpu expects to run on a TPU VM. Without these it asks the VM's metadata server what it runs on, and logs failures.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations may run on this machine, since none uses a chip
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 
 # Compiler options for `quick`: less search for fast code. Memory and FLOPs stay within a few percent (docs/pods.md).
 _QUICK = {"exec_time_optimization_effort": -1.0}
@@ -74,24 +61,6 @@ class Program:
     code: int = 0
     refusal: OutOfMemory | None = None
     teacher: ModelConfig | None = None
-
-
-def topology_devices(topology: Topology) -> list[Any]:
-    """Descriptions of a topology's devices. Raises ConfigError if libtpu is missing or does not know the topology."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("mythos compile: needs the TPU compiler; install it: pip install 'mythos-jax[tpu]'")
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    if topology.shape == "1x1":
-        options["chips_per_host_bounds"] = (1, 1, 1)  # the default is four chips per host
-    name = f"{topology.chip.name}:{topology.shape}"
-    try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = one_line(error, limit=200)
-        raise ConfigError(f"--topology: {topology.name} is unknown to this libtpu ({reason})") from None
-    return list(description.devices)
 
 
 def compile_train(config: Config, topology: Topology, quick: bool = False) -> Program:
@@ -183,12 +152,15 @@ def compile_decode(config: Config, topology: Topology, quick: bool = False) -> P
 
 
 def _mesh(config: Config, topology: Topology) -> Mesh:
-    return make_mesh(dataclasses.replace(config.mesh, slices=topology.slices), topology_devices(topology))
+    # Nodes of GPUs are no slices: how the mesh lies over them is the config's to say.
+    slices = config.mesh.slices if topology.chip.is_gpu else topology.slices
+    return make_mesh(dataclasses.replace(config.mesh, slices=slices), topology_devices(topology))
 
 
 def _compile(lowered: Any, mesh: Mesh, state: dict[str, Any], quick: bool) -> Program:
     try:
-        compiled = lowered.compile(compiler_options=_QUICK if quick else None)
+        is_gpu = mesh.devices.flat[0].platform == "gpu"
+        compiled = lowered.compile(compiler_options=(_QUICK if quick else {}) | (GPU_OPTIONS if is_gpu else {}))
     except jax.errors.JaxRuntimeError as error:
         refusal = read_refusal(str(error))
         if refusal is None:
