@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.ops.blocked_experts import blocked_experts
-from mythos_jax.ops.grouped_matmul import ExpertWeights, grouped_matmul
+from mythos_jax.ops.expert_rows import local_experts
+from mythos_jax.ops.grouped_matmul import ExpertWeights
 from mythos_jax.ops.narrow import Narrow, Stored, narrow_product, wide
 from mythos_jax.sharding import platform
 
@@ -69,18 +70,11 @@ def narrow_swiglu(x_GND: jax.Array, weights: Sequence[Narrow]) -> jax.Array:
 def grouped_experts(
     x_BTD: jax.Array, gates_BTK: jax.Array, experts_BTK: jax.Array, weights: ExpertWeights
 ) -> jax.Array:
-    """Sorts (token, choice) pairs by expert, runs one grouped matrix product per weight, and restores the order."""
-    gate_EDF, up_EDF, down_EFD = weights
+    """All choices in one round of grouped products (ops/expert_rows.py)."""
     D, K = x_BTD.shape[-1], experts_BTK.shape[-1]
-    experts_N = experts_BTK.reshape(-1)
-    order_N = jnp.argsort(experts_N, stable=True)
-    sizes_E = jnp.bincount(experts_N, length=gate_EDF.shape[0]).astype(jnp.int32)
-    x_ND = x_BTD.reshape(-1, D)[order_N // K]  # choice n belongs to token n // K
-    hidden_NF = nn.silu(grouped_matmul(x_ND, gate_EDF, sizes_E)) * grouped_matmul(x_ND, up_EDF, sizes_E)
-    out_ND = grouped_matmul(hidden_NF, down_EFD, sizes_E)
-    out_ND = jnp.zeros_like(out_ND).at[order_N].set(out_ND, unique_indices=True)
-    out_BTKD = out_ND.reshape(*experts_BTK.shape, D)
-    return jnp.einsum("BTKD,BTK->BTD", out_BTKD, gates_BTK.astype(out_BTKD.dtype))
+    x_ND, gates_NK, experts_NK = x_BTD.reshape(-1, D), gates_BTK.reshape(-1, K), experts_BTK.reshape(-1, K)
+    y_ND, _ = local_experts(experts_NK.size, x_ND, gates_NK, experts_NK, weights)
+    return y_ND.reshape(x_BTD.shape)
 
 
 def dense_over_all_experts(

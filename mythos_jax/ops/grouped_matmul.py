@@ -1,4 +1,14 @@
-"""One matrix product per expert over rows sorted by expert: no token is dropped and no expert has a fixed capacity."""
+"""Products of rows sorted by expert with their expert's matrix: no token is dropped, no expert has a fixed capacity.
+
+Three products, which are all that a feed-forward layer and its gradients need. Their implementation depends on the
+platform of the mesh in use, also in ahead-of-time compilation: TPUs use Megablox (ops/megablox.py), GPUs
+`lax.ragged_dot`. On TPUs the weight gradient of `ragged_dot` computes every expert for every row (docs/pods.md), and on
+a CPU so does all of it: a CPU should use `blocked_experts` instead. A kernel cannot be partitioned by XLA: on a mesh of
+several devices, call these inside a `shard_map` with check_vma=False.
+
+Shape suffixes: R rows, E experts, D and F the widths of their matrices. sizes_E: int32, rows of each expert; rows after
+the last expert's hold arbitrary values, and so do their products.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,40 +18,33 @@ from mythos_jax.sharding import platform
 ExpertWeights = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
 
 
-def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Multiplies rows [N, D], sorted by expert, by their expert's matrix: [N, F].
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Multiplies rows by their expert's matrix: [R, F]. Has no gradient on TPUs; the other two products are its."""
+    if platform() == "tpu":
+        from mythos_jax.ops import megablox  # its kernels take half a second to import
 
-    sizes_E: int32, rows of each expert, with sum N. The implementation depends on the platform of the mesh in use, also
-    in ahead-of-time compilation. Only GPUs use `lax.ragged_dot`: on TPU v5e, v6e and v5p its weight gradient computes
-    every expert for every row (docs/pods.md), and on a CPU so does all of it. A CPU should use `blocked_experts`
-    instead. A kernel cannot be partitioned by XLA: on a mesh of several TPUs, call this inside a `shard_map` with
-    check_vma=False.
-    """
-    return (megablox if platform() == "tpu" else jax.lax.ragged_dot)(x_ND, w_EDF, sizes_E)
+        return megablox.product(x_RD, w_EDF, sizes_E)
+    return jax.lax.ragged_dot(x_RD, w_EDF, sizes_E)
 
 
-def megablox(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, interpret: bool = False) -> jax.Array:
-    """The TPU kernel of MegaBlocks (arXiv 2211.15841) that ships with JAX; it accumulates in float32.
+def grouped_matmul_transposed(y_RF: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Multiplies rows by their expert's matrix transposed, [R, D]: the gradient of `grouped_matmul` with regard to
+    its rows."""
+    if platform() == "tpu":
+        from mythos_jax.ops import megablox
 
-    A tile of m rows is multiplied once for each expert that has rows in it, so there are at most N / m + E - 1 products
-    of m rows. interpret: run on a CPU, slowly, for tests.
-    """
-    from jax.experimental.pallas.ops.tpu.megablox import gmm  # importing it takes half a second, so only when needed
-
-    N, E = x_ND.shape[0], w_EDF.shape[0]
-    m = tile_rows(N, E)
-    x_ND = jnp.pad(x_ND, ((0, -N % m), (0, 0)))
-    # The kernel does not write rows that belong to no expert. Their memory is uninitialised, so it must reach neither
-    # the result nor a gradient.
-    is_real_N1 = (jnp.arange(x_ND.shape[0]) < sizes_E.sum())[:, None]
-
-    def tile_sizes(_: int, k: int, n: int) -> tuple[int, int, int]:
-        return m, min(k, 1024), min(n, 1024)
-
-    out_NF = gmm(jnp.where(is_real_N1, x_ND, 0), w_EDF, sizes_E, x_ND.dtype, tile_sizes, interpret=interpret)
-    return jnp.where(is_real_N1, out_NF, 0)[:N]
+        return megablox.product(y_RF, w_EDF, sizes_E, transposed=True)
+    return jax.lax.ragged_dot(y_RF, w_EDF.swapaxes(1, 2), sizes_E)
 
 
-def tile_rows(N: int, E: int) -> int:
-    """Rows per tile: about the mean number of rows per expert, from 128 (the width of the systolic array) to 512."""
-    return min(512, max(128, 1 << max(0, (N // E).bit_length() - 1)))
+def grouped_outer(x_RD: jax.Array, y_RF: jax.Array, sizes_E: jax.Array, sums_EDF: jax.Array | None) -> jax.Array:
+    """For each expert, the product of its rows of x, transposed, with those of y: the gradient of `grouped_matmul` with
+    regard to its weights. Float32 [E, D, F]; added to `sums_EDF`, where it is given, in place."""
+    if platform() == "tpu":
+        from mythos_jax.ops import megablox
+
+        return megablox.outer(x_RD, y_RF, sizes_E, sums_EDF)
+    w_EDF = jax.ShapeDtypeStruct((len(sizes_E), x_RD.shape[1], y_RF.shape[1]), x_RD.dtype)
+    transpose = jax.linear_transpose(lambda w: jax.lax.ragged_dot(x_RD, w, sizes_E), w_EDF)
+    new_EDF = transpose(y_RF)[0].astype(jnp.float32)
+    return new_EDF if sums_EDF is None else sums_EDF + new_EDF

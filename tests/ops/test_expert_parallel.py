@@ -41,7 +41,7 @@ def value_and_gradients(layer):
 )
 def test_equals_one_device(exchange, mesh, monkeypatch):
     """In two chunks. With skewed routing nearly all tokens go to one device's experts, which loops over their rows."""
-    monkeypatch.setattr(expert_parallel, "ROWS_PER_EXPERT", 2)
+    monkeypatch.setattr(expert_parallel, "MAX_CHUNK_BYTES", 8000)
     on_one_device = value_and_gradients(experts_on_one_device)
     on_mesh = value_and_gradients(partial(experts_on_mesh, exchange=exchange))
     for skew in [0, 5]:
@@ -61,14 +61,14 @@ def test_batch_that_the_mesh_does_not_divide():
 
 
 def test_experts_of_other_devices_cost_nothing():
-    """One step multiplies the rows that an even load sends to a device, plus bounded padding; all rows would be 8 times
-    as many. The weights are never sent. (XLA counts the body of the loop once.)
+    """A round multiplies the rows that an even load sends to a device, plus bounded padding; all rows would be 8 times
+    as many. The weights are never sent. (XLA counts the first round, and the body of the loop over others once.)
     """
     x, gates, experts, weights, _ = random_inputs(0, (64, 16))
     with use_mesh(make_mesh(MeshConfig(expert=8, fsdp=1))):
         program = jax.jit(experts_on_mesh).lower(x, gates, experts, weights).compile()
     ideal = 3 * 2 * (x.shape[0] * x.shape[1] * K / 8) * D * F
-    assert 0.9 * ideal < program.cost_analysis()["flops"] < 2.5 * ideal
+    assert 0.9 * 2 * ideal < program.cost_analysis()["flops"] < 1.6 * 2 * ideal
     gathered = [line for line in program.as_text().splitlines() if " all-gather(" in line]
     assert any(f"{64 * 16},{D}]" in line for line in gathered)
     assert not any(f"{D},{F}]" in line or f"{F},{D}]" in line for line in gathered)
