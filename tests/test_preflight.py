@@ -12,14 +12,19 @@ import pytest
 
 from mythos_jax import cli
 from mythos_jax.chips import CHIPS, GIB
+from mythos_jax.config import Config, MeshConfig, TrainingConfig
 from mythos_jax.errors import ConfigError
+from mythos_jax.preflight import compile as preflight_compile
 from mythos_jax.preflight import megablox_cost
 from mythos_jax.preflight.collectives import bytes_sent, read_collectives, replica_groups
-from mythos_jax.preflight.compile import read_refusal
+from mythos_jax.preflight.compile import Program, compile_train, read_refusal
 from mythos_jax.preflight.cost import Cost, cost, matmul_flops
 from mythos_jax.preflight.hlo import parse
 from mythos_jax.preflight.instructions import Instruction, UnknownHloError
+from mythos_jax.preflight.report import make_report
+from mythos_jax.preflight.text import report_text
 from mythos_jax.preflight.topology import parse_topology
+from mythos_jax.sharding import make_mesh
 
 # Nested loops with 3 and 5 iterations, reduced from the output of the TPU compiler.
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -187,8 +192,12 @@ def test_transfers_between_slices_are_counted():
 
 def program(*lines, before=""):
     """A program of one computation."""
+    return parse(text_of(*lines, before=before))
+
+
+def text_of(*lines, before=""):
     body = "".join(f"  {line}\n" for line in lines)
-    return parse(f"{before}ENTRY %main (x: f32[8]) -> f32[8] {{\n{body}}}\n")
+    return f"{before}ENTRY %main (x: f32[8]) -> f32[8] {{\n{body}}}\n"
 
 
 def test_a_started_slice_moves_the_slice():
@@ -454,6 +463,59 @@ def test_splash_attention_counts_the_blocks_it_visits():
     assert total.hbm_bytes == q + out + 2.5 * (k + v) + 2 * out
 
 
+def origin(name):
+    return f'metadata={{op_name="jit(step)/{name}" source_file="/y/mythos_jax/ops/a.py" source_line=5}}'
+
+
+PRODUCT = "f32[8,8]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+STEP = (
+    "%x = f32[8,64]{1,0} parameter(0)",
+    "%w = f32[64,8]{1,0} parameter(1)",
+    f"%a = {PRODUCT}, {origin('jvp(Mythos.loop)/layer_0/moe/expect_rows_8/dot_general')}",
+    f"%b = {PRODUCT}, {origin('jvp(Mythos.loop)/layer_1/moe/dot_general')}",
+    f"ROOT %y = f32[8,8]{{1,0}} add(%a, %b), {origin('transpose(jvp())/while/body/add_any')}",
+)
+
+
+@pytest.fixture
+def report():
+    config = Config(name="c", training=TrainingConfig(steps=1000, batch_size=8))
+    step = Program(make_mesh(config.mesh, jax.devices()[:1]), {"parameters": {}}, text=text_of(*STEP), temporaries=GIB)
+    return make_report(config, parse_topology("v5e:1x1"), step)
+
+
+def test_instructions_of_one_origin_are_one_cause(report):
+    """Layers that differ in their number alone are one origin."""
+    chip, (product, addition) = report.topology.chip, report.causes
+    assert (product.what, product.phase, product.part) == ("dot f32[8,8]", "forward", "layer_*/moe/dot_general")
+    assert (product.source, product.count, product.runs) == ("ops/a.py:5", 2, 1)
+    assert (product.flops, product.hbm_bytes) == (2 * 2 * 8 * 8 * 64, 2 * 4 * (2 * 8 * 64 + 8 * 8))
+    assert (addition.phase, addition.part, addition.hbm_bytes) == ("backward", "add_any", 3 * 4 * 8 * 8)
+    assert report.sum_seconds == pytest.approx((product.hbm_bytes + addition.hbm_bytes) / chip.hbm_bandwidth)
+    text = report_text(report, top=1)
+    assert "The 1 largest causes, of 2" in text
+    assert "2 x 1       dot f32[8,8], forward layer_*/moe/dot_general ops/a.py:5" in text
+    assert "add_any" not in text
+    assert [cause["count"] for cause in report.as_dict(top=5)["causes"]] == [2, 1]
+    assert "causes" not in report.as_dict()
+
+
+def test_days_and_price_of_the_run(report):
+    """With the bound that is reported for a step; 1000 steps on one chip."""
+    report = dataclasses.replace(report, sum_seconds=7200.0)
+    assert (report.step_seconds, report.days, report.chip_hours) == (7200, pytest.approx(83.33, abs=0.01), 2000)
+    assert "1,000 steps take at least 83.3 days, 2,000 chip-hours, 2,400 at 1.2 per chip-hour" in report_text(
+        report, price=1.2
+    )
+    assert report.as_dict(price=1.2)["run"] == {
+        "steps": 1000, "days": report.days, "chip_hours": 2000, "price": 2400
+    }  # fmt: skip
+    assert "price" not in report.as_dict()["run"]
+    two = dataclasses.replace(report, mesh={"data": 2}, sum_seconds=1.0)
+    assert "take at least 0.3 hours, 1 chip-hours" in report_text(two)
+    assert report.utilisation == pytest.approx(report.flops["model"] / 7200 / CHIPS["v5e"].flops)
+
+
 def test_out_of_memory_messages_are_parsed():
     message = """\
 RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. CompileTimeHbmOom: Ran out of memory in memory space
@@ -475,6 +537,16 @@ Largest program allocations in hbm:
     short = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (446.61G) "
     assert read_refusal(short + "exceeds available HBM (15.75G).").needed == 446.61 * GIB
     assert read_refusal("INTERNAL: something else") is None
+
+
+def test_what_train_refuses_is_refused(monkeypatch):
+    """The config and the mesh are asked as `mythos train` asks them, before anything is compiled."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(preflight_compile, "_mesh", lambda config, topology: mesh)
+    monkeypatch.setattr(preflight_compile, "jitted_step", lambda config: pytest.fail("it was compiled"))
+    config = Config(training=TrainingConfig(steps=10, profile_steps=(20, 30)))
+    with pytest.raises(ConfigError, match=r"training.profile_steps: got .*allowed: steps up to training.steps, 10"):
+        compile_train(config, parse_topology("v5e:1x1"))
 
 
 def test_topologies():

@@ -32,3 +32,8 @@ def expected_trips(op_name: str) -> int | None:
     """The number of the `expect_trips` directly around a loop, by its name in the compiled program."""
     found = re.search(rf"\b{_TRIPS}(\d+)\)*/while$", op_name)
     return int(found.group(1)) if found else None
+
+
+def is_expectation(name: str) -> bool:
+    """Whether a name in the path of an operation is one of these, and names no part of the model."""
+    return name.startswith((_ROWS, _TRIPS))

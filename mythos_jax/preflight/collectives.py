@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,17 @@ def bytes_sent(kind: str, size: int, n: int, slices: int = 1) -> tuple[float, fl
     passes = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}[kind]
     total = size * n if kind == "all-gather" else size
     return passes * total * inside, passes * total * between / per_slice
+
+
+def by_kind(collectives: Iterable[Collective]) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """From (kind, mesh axes) to (runs per step, bytes per chip over ICI, bytes per chip over DCN), largest first."""
+    totals: dict[tuple[str, str], tuple[float, float, float]] = {}
+    for c in collectives:
+        if c.group > 1:
+            key = (c.kind, " x ".join(c.axes))
+            count, ici, dcn = totals.get(key, (0.0, 0.0, 0.0))
+            totals[key] = (count + c.runs, ici + c.ici, dcn + c.dcn)
+    return dict(sorted(totals.items(), key=lambda item: -item[1][1] - item[1][2]))
 
 
 def replica_groups(instruction: Instruction, n: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from mythos_jax.preflight.devices import GPU_OPTIONS, topology_devices
 from mythos_jax.preflight.topology import Topology
 from mythos_jax.runs.low_rank import abstract_base
 from mythos_jax.sharding import RULES, make_mesh, partition_spec, use_mesh
-from mythos_jax.training.start import abstract_constants
+from mythos_jax.training.start import abstract_constants, check_on_mesh
 from mythos_jax.training.step import abstract_state, jitted_step
 
 # Compiler options for `quick`: less search for fast code. Memory and FLOPs stay within a few percent (docs/pods.md).
@@ -67,9 +67,7 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
     """Compiles the train step for the config's global batch. quick: see `_QUICK`."""
     mesh = _mesh(config, topology)
     rows, length = config.training.batch_size, config.data.seq_len
-    check_batch(mesh, rows, "training.batch_size")
-    rows_per_part = rows // config.training.grad_accumulation_steps
-    check_batch(mesh, rows_per_part, "training.batch_size / training.grad_accumulation_steps")
+    check_on_mesh(config, mesh)
     state, constants = abstract_state(config, mesh), abstract_constants(config, mesh)
     teacher = constants.teacher
     batch = {

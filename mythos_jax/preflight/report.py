@@ -1,15 +1,16 @@
-"""What a preflight found: does it fit, what does a step cost, and what limits its speed; as text and as JSON."""
+"""What a preflight found: does it fit, what does a step cost, and what limits its speed."""
 
 import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from mythos_jax.chips import GIB
 from mythos_jax.config import Config
 from mythos_jax.flops import forward_flops, training_flops
 from mythos_jax.ops.chunked import count_chunks
-from mythos_jax.preflight.collectives import Collective, read_collectives
+from mythos_jax.preflight.advice import advise
+from mythos_jax.preflight.causes import Cause, find_causes
+from mythos_jax.preflight.collectives import Collective, by_kind, read_collectives
 from mythos_jax.preflight.compile import Buffer, Program, compile_decode, compile_train
 from mythos_jax.preflight.cost import cost
 from mythos_jax.preflight.hlo import parse
@@ -22,13 +23,14 @@ from mythos_jax.training.depth import loops_without_gradient
 class PreflightReport:
     """What `mythos compile` reports.
 
-    step: train or decode. tokens: per step. hbm: bytes per chip by what they hold. needed: their peak, in bytes per
-    chip. biggest: the largest buffers, if the compiler refused the program. advice: which setting to change, if it does
-    not fit. flops: of one step on the whole mesh, `model` counted from the config and `compiled` from the program.
-    uncounted: custom calls of unknown cost, which count as free. reported: kernels whose cost is what they say
-    themselves. open_loops: loops that count as running once because their length is known only at run time. seconds:
-    lower bounds of the time of a step, by resource. sum_seconds: lower bound if a chip runs one instruction after the
-    other. If the compiler refused the program, flops, collectives and all that follows are empty.
+    step: train or decode. tokens: per step. steps: of the run; 0 for decode. hbm: bytes per chip by what they hold.
+    needed: their peak, in bytes per chip. biggest: the largest buffers, if the compiler refused the program. advice:
+    which setting to change, if it does not fit. flops: of one step on the whole mesh, `model` counted from the config
+    and `compiled` from the program. uncounted: custom calls of unknown cost, which count as free. reported: kernels
+    whose cost is what they say themselves. open_loops: loops that count as running once because their length is known
+    only at run time. seconds: lower bounds of the time of a step, by resource. sum_seconds: lower bound if a chip runs
+    one instruction after the other. causes: where it goes. If the compiler refused the program, flops, collectives and
+    all that follows are empty.
     """
 
     name: str
@@ -36,6 +38,7 @@ class PreflightReport:
     topology: Topology
     mesh: dict[str, int]
     tokens: int
+    steps: int
     hbm: dict[str, float]
     needed: float
     biggest: tuple[Buffer, ...]
@@ -47,6 +50,7 @@ class PreflightReport:
     open_loops: tuple[str, ...]
     seconds: dict[str, float]
     sum_seconds: float
+    causes: tuple[Cause, ...]
     fits: bool
 
     @property
@@ -59,6 +63,15 @@ class PreflightReport:
         return max(self.sum_seconds, *self.seconds.values())
 
     @property
+    def days(self) -> float:
+        """At least, of all steps of a run."""
+        return self.steps * self.step_seconds / 86400
+
+    @property
+    def chip_hours(self) -> float:
+        return self.days * 24 * self.chips
+
+    @property
     def utilisation(self) -> float:
         """Model FLOPs in this time, relative to what the chips could do."""
         return self.flops["model"] / self.step_seconds / (self.chips * self.topology.chip.flops)
@@ -68,8 +81,8 @@ class PreflightReport:
         """The resource that limits the speed."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain containers for JSON; sizes in bytes, times in seconds."""
+    def as_dict(self, top: int = 0, price: float = 0) -> dict[str, Any]:
+        """Plain containers for JSON; sizes in bytes, times in seconds. top: how many causes. price: per chip-hour."""
         return {
             "name": self.name,
             "step": self.step,
@@ -87,42 +100,27 @@ class PreflightReport:
             "open_loops": self.open_loops,
             "collectives": [
                 {"kind": kind, "axes": axes, "count": count, "ici": ici, "dcn": dcn}
-                for (kind, axes), (count, ici, dcn) in _by_kind(self.collectives).items()
+                for (kind, axes), (count, ici, dcn) in by_kind(self.collectives).items()
             ],
             "seconds": self.seconds,
-            "bound": self.bound if self.seconds else "",
-            **(self._speed() if self.seconds else {}),
+            **(self._speed(top, price) if self.seconds else {"bound": ""}),
         }
 
-    def _speed(self) -> dict[str, float]:
-        return {
+    def _speed(self, top: int, price: float) -> dict[str, Any]:
+        speed: dict[str, Any] = {
+            "bound": self.bound,
             "sum_seconds": self.sum_seconds,
             "step_seconds": self.step_seconds,
             "tokens_per_second": self.tokens / self.step_seconds,
             "utilisation": self.utilisation,
         }
-
-    def as_text(self) -> str:
-        """The report for people."""
-        capacity = self.topology.chip.hbm_bytes
-        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
-        lines = [
-            f"{self.name}: {self.step} step on {self.topology.name} ({self.chips} chips), mesh {mesh}",
-            "",
-            f"HBM per chip, of {capacity / GIB:.2f} GiB",
-            *(f"  {name:<12} {size / GIB:>9.2f} GiB" for name, size in self.hbm.items()),
-        ]
-        if self.seconds:
-            lines.append(f"  {'peak':<12} {self.needed / GIB:>9.2f} GiB")
-        lines += ["", "FITS" if self.fits else f"DOES NOT FIT: it needs {self.needed / GIB:.2f} GiB"]
-        if self.biggest:
-            lines += ["  largest buffers:"]
-            lines += [f"  {b.bytes / GIB:>9.2f} GiB  {b.type}  {b.source}" for b in self.biggest[:6]]
-        if self.advice:
-            lines += [f"  to change: {self.advice}"]
-        if self.seconds:
-            lines += ["", *_cost_lines(self)]
-        return "\n".join(lines)
+        if self.steps:
+            speed["run"] = {"steps": self.steps, "days": self.days, "chip_hours": self.chip_hours}
+            if price:
+                speed["run"]["price"] = price * self.chip_hours
+        if top:
+            speed["causes"] = [dataclasses.asdict(cause) for cause in self.causes[:top]]
+        return speed
 
 
 def preflight(config: Config, topology: Topology, decode: bool = False, quick: bool = False) -> PreflightReport:
@@ -137,13 +135,14 @@ def preflight(config: Config, topology: Topology, decode: bool = False, quick: b
 def make_report(config: Config, topology: Topology, program: Program, decode: bool = False) -> PreflightReport:
     """The report of a compiled program."""
     hbm = {name: float(device_bytes(tree)) for name, tree in program.state.items() if tree is not None}
-    advice = _advice(config, program, hbm, topology, decode)
+    advice = advise(config, program, hbm, topology, decode)
     report = PreflightReport(
         name=config.name,
         step="decode" if decode else "train",
         topology=topology,
         mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1} or {"data": 1},
         tokens=config.evaluation.batch_size if decode else config.training.batch_size * config.data.seq_len,
+        steps=0 if decode else config.training.steps,
         hbm=hbm,
         needed=0.0,
         biggest=(),
@@ -154,6 +153,7 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         reported=(),
         open_loops=(),
         sum_seconds=math.nan,
+        causes=(),
         seconds={},
         fits=False,
     )
@@ -184,6 +184,7 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         reported=per_chip.reported,
         open_loops=tuple(sorted({loop.op_name for loop in module.open_loops()})),
         sum_seconds=per_chip.seconds(chip),
+        causes=tuple(find_causes(module, per_chip, chip)),
         seconds={
             "compute": float(per_chip.flops / chip.flops),
             "HBM": per_chip.hbm_bytes / chip.hbm_bandwidth,
@@ -192,57 +193,3 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         },
         fits=fits,
     )
-
-
-def _advice(config: Config, program: Program, hbm: dict[str, float], topology: Topology, decode: bool) -> str:
-    """Which setting to change first, if the program does not fit."""
-    capacity, training = topology.chip.hbm_bytes, config.training
-    if decode and hbm["cache"] > hbm["parameters"]:
-        return f"the cache is too large: lower evaluation.batch_size ({config.evaluation.batch_size}) or data.seq_len"
-    # Gradients take as much memory as the parameters.
-    if sum(hbm.values()) + (0 if decode else hbm["parameters"]) > 0.8 * capacity:
-        return "the state alone is too large: use more chips, or shard the weights further (mesh.fsdp, mesh.expert)"
-    if decode:
-        return "the temporaries are too large: lower evaluation.batch_size, or raise mesh.tensor"
-    if config.model.remat != "full":
-        return f"set model.remat to full (it is {config.model.remat})"
-    batch_shards = program.mesh.size // (program.mesh.shape["tensor"] * program.mesh.shape["sequence"])
-    parts = training.grad_accumulation_steps
-    rows = training.batch_size // parts // batch_shards
-    if rows > 1:
-        return f"set training.grad_accumulation_steps to {parts * rows} (each chip processes {rows} rows at a time)"
-    return "each chip already processes one row at a time: raise mesh.tensor or mesh.sequence, or use more chips"
-
-
-def _by_kind(collectives: tuple[Collective, ...]) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """From (kind, mesh axes) to (runs per step, bytes per chip over ICI, bytes per chip over DCN), largest first."""
-    totals: dict[tuple[str, str], tuple[float, float, float]] = {}
-    for c in collectives:
-        if c.group > 1:
-            key = (c.kind, " x ".join(c.axes))
-            count, ici, dcn = totals.get(key, (0.0, 0.0, 0.0))
-            totals[key] = (count + c.runs, ici + c.ici, dcn + c.dcn)
-    return dict(sorted(totals.items(), key=lambda item: -item[1][1] - item[1][2]))
-
-
-def _cost_lines(report: PreflightReport) -> list[str]:
-    model, compiled, seconds = report.flops["model"], report.flops["compiled"], report.step_seconds
-    bounds = ", ".join(f"{name} {value:.3g} s" for name, value in report.seconds.items())
-    return [
-        f"FLOPs per step ({report.tokens:,} tokens): {model:.3e} of the model, {compiled:.3e} compiled "
-        f"({compiled / model:.2f} x)",
-        *([f"Not counted: custom calls {', '.join(report.uncounted)}"] if report.uncounted else []),
-        *([f"Counted as they report themselves: kernels {', '.join(report.reported)}"] if report.reported else []),
-        *(f"Counted as running once: {loop}" for loop in report.open_loops),
-        "",
-        "Collectives per step, with the bytes that each chip sends",
-        *(
-            f"  {kind:<18} {axes:<22} {count:>7.0f} x {ici / 1e9:>10.3f} GB ICI {dcn / 1e9:>9.3f} GB DCN"
-            for (kind, axes), (count, ici, dcn) in _by_kind(report.collectives).items()
-        ),
-        "",
-        f"Roofline: {bounds}; bound by {report.bound}",
-        f"Sum over instructions of the larger of compute and HBM: {report.sum_seconds:.3g} s",
-        f"At best {seconds:.3g} s per step, {report.tokens / seconds:,.0f} tokens/s, {report.utilisation:.1%} of peak "
-        "FLOPs for the model",
-    ]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mythos_jax.config import Config
 from mythos_jax.data.manifest import MANIFEST_FILE
 from mythos_jax.data.open import Data, open_data
-from mythos_jax.data.placement import check_batch
+from mythos_jax.data.placement import check_batch, fitting_batch
 from mythos_jax.errors import ConfigError
 from mythos_jax.flops import low_rank_sizes
 from mythos_jax.model.abstract import abstract_variables
@@ -39,9 +39,16 @@ from mythos_jax.typed import check_field
 
 
 def check_config(config: Config) -> Mesh:
-    """The mesh of a run. Raises ConfigError for whatever the config and the devices alone show to be wrong."""
+    """The mesh of a run. Raises ConfigError for whatever the config and this machine alone show to be wrong."""
+    check_loggers(config.training.loggers)
+    mesh = make_mesh(config.mesh)
+    check_on_mesh(config, mesh)
+    return mesh
+
+
+def check_on_mesh(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError for whatever the config and the mesh alone show to be wrong, attached or not."""
     t = config.training
-    check_loggers(t.loggers)
     rate_factors(config)  # checks the names of parameters, frozen ones and those with low-rank weights included
     needs_base = t.lora.rank > 0 and not t.init_from
     check_field(not needs_base, "training.init_from", t.init_from, "a model, whose weights training.lora leaves as is")
@@ -51,14 +58,19 @@ def check_config(config: Config) -> Mesh:
     check_field(
         not span or span[0] <= t.steps, "training.profile_steps", span, f"steps up to training.steps, {t.steps}"
     )
-    mesh = make_mesh(config.mesh)
     check_sharded(mesh, abstract_variables(config.model))
     check_batch(mesh, t.batch_size, "training.batch_size")
+    part = t.batch_size // t.grad_accumulation_steps
+    if fitting_batch(mesh, part) != part:
+        log0(
+            f"warning: training.grad_accumulation_steps: parts have {part} rows; devices repeat work unless "
+            f"it is a multiple of {fitting_batch(mesh, 1)}",
+            logging.WARNING,
+        )
     if t.evaluate_every:
         data = config.data
         held_out = data.held_out_fraction > 0 or not data.sources or data.task.name != ""
         check_field(held_out, "training.evaluate_every", t.evaluate_every, "0 with data.held_out_fraction 0")
-    return mesh
 
 
 @contextlib.contextmanager

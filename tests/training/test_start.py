@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from mythos_jax.cli import main
-from mythos_jax.config import save_config
+from mythos_jax.config import Config, TrainingConfig, load_config, save_config
 from mythos_jax.errors import ConfigError, LockError
 from mythos_jax.runs.lock import LOCK_FILE, Owner, locked
+from mythos_jax.sharding import AXES
 from mythos_jax.training import train as training
+from mythos_jax.training.start import check_on_mesh
 from mythos_jax.training.train import train
 from tests.survival import lines, with_training
 
@@ -133,3 +136,23 @@ def test_a_second_start_touches_nothing(config, uninterrupted):
         with pytest.raises(LockError, match=r"uninterrupted: in use by process \d+ on "):
             train(with_training(config, steps=9, learning_rate=0.5), run, progress=False)
         assert contents(run) == before
+
+
+def mesh_of(**sizes):
+    """Only its shape: no such devices are attached."""
+    return types.SimpleNamespace(shape={axis: sizes.get(axis, 1) for axis in AXES})
+
+
+def test_a_mesh_that_divides_few_weights_is_refused():
+    """Huginn's width, 5280, is 32 x 165: 256 devices along fsdp would each hold all of the model."""
+    config = load_config("configs/huginn_0125.yaml")
+    with pytest.raises(ConfigError, match=r"100.0% of the parameters would be replicated .* fsdp 256 does not divide"):
+        check_on_mesh(config, mesh_of(fsdp=256))
+    check_on_mesh(config, mesh_of(data=8, fsdp=32))
+
+
+def test_parts_of_a_batch_that_leave_devices_without_rows_are_announced(caplog):
+    for parts, warnings in ((2, 0), (4, 1)):
+        training = TrainingConfig(batch_size=16, grad_accumulation_steps=parts)
+        check_on_mesh(Config(training=training), mesh_of(data=8))
+        assert sum("parts have 4 rows" in record.message for record in caplog.records) == warnings
