@@ -3,13 +3,18 @@
 #
 #     launch/local.sh [--dry-run] quickstart --training.steps 50
 #
-# SHARED: where runs/NAME and compiled programs go (default: the current folder). With TOPOLOGY set, `mythos compile`
+# --status shows the last line of the run's log, --logs goes on to show it. SHARED: where runs/NAME and compiled programs go (default: the current folder). With TOPOLOGY set, `mythos compile`
 # runs first. RESTARTS, GRACE and NAME as in common.sh; PYTHON: the interpreter that has mythos_jax.
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
 SHARED=${SHARED:-$PWD}
+METRICS=$SHARED/runs/$NAME/metrics.jsonl
+case $ACTION in
+status) run tail -n 1 "$METRICS" && exit ;;
+logs) run tail -n 20 -F "$METRICS" && exit ;;
+esac
 dry=()
 [ "$DRY_RUN" = 0 ] || dry=(--dry-run)
 # Huge pages for what XLA's CPU programs allocate anew in each step (docs/speed.md).

@@ -17,12 +17,17 @@
 # ACCOUNT   the Kubernetes service account that may read MODEL and write to BUCKET (default: default)
 # GRACE     seconds in which requests under way are finished when a pod is to end (default 180)
 # SURGE     1 (default): a new pod is ready before an old one ends, which needs one more node. 0: no more nodes
+# SPOT      1: on spot nodes (default 0). PRIORITY: the name of a PriorityClass
 # CPU, MEMORY  that each pod asks for (default 4 and 16Gi)
 # shellcheck source=launch/common.sh disable=SC2034
-NAME=${NAME:-mythos-serve} ALLOWED='[--dry-run] MODEL [flags of mythos serve]'
+NAME=${NAME:-mythos-serve} ALLOWED='[--dry-run | --status | --logs] MODEL [flags of mythos serve]'
 source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
+case $ACTION in
+status) run kubectl get deployments,pods -l "app=$NAME" -o wide && exit ;;
+logs) run kubectl logs -f --tail 100 -l "app=$NAME" --all-containers --prefix && exit ;;
+esac
 require IMAGE
 [[ $NAME =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] || fail "NAME: got '$NAME', allowed: lower case letters, digits and hyphens"
 REPLICAS=${REPLICAS:-1} SECRET=${SECRET:-$NAME} ACCOUNT=${ACCOUNT:-default} GPUS=${GPUS:-1} CPU=${CPU:-4} MEMORY=${MEMORY:-16Gi}
@@ -48,7 +53,7 @@ variables=(HOME=/scratch "JAX_COMPILATION_CACHE_DIR=$CACHE" HF_TOKEN_PATH=/secre
 
 if [ -n "${GPU:-}" ]; then
     [ -z "${TOPOLOGY:-}" ] || fail "TOPOLOGY and GPU: got both, allowed: one of them"
-    NODES="{cloud.google.com/gke-accelerator: $GPU}"
+    NODES="cloud.google.com/gke-accelerator: $GPU"
     LIMITS="{nvidia.com/gpu: $GPUS, memory: $MEMORY}"
     POD_SECURITY='{runAsNonRoot: true, runAsUser: 1000, runAsGroup: 1000, fsGroup: 1000, seccompProfile: {type: RuntimeDefault}}'
     SECURITY='{allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}'
@@ -57,27 +62,27 @@ if [ -n "${GPU:-}" ]; then
 else
     require TOPOLOGY
     read_topology
-    case $TOPOLOGY in
-    v5e:1x1 | v5e:2x2 | v5e:2x4 | v6e:1x1 | v6e:2x2 | v6e:2x4 | v5p:2x2x1) ;;
-    *) fail "TOPOLOGY: got '$TOPOLOGY', allowed: a slice of one host, v5e or v6e with 1x1, 2x2 or 2x4, or v5p:2x2x1" ;;
-    esac
-    NODES="{cloud.google.com/gke-tpu-accelerator: $ACCELERATOR, cloud.google.com/gke-tpu-topology: $SHAPE}"
+    [ "$HOSTS" = 1 ] || fail "TOPOLOGY: got '$TOPOLOGY', allowed: a slice of one host, v5e or v6e with 1x1, 2x2 or 2x4, or v5p:2x2x1"
+    NODES="cloud.google.com/gke-tpu-accelerator: $ACCELERATOR, cloud.google.com/gke-tpu-topology: $SHAPE"
     LIMITS="{google.com/tpu: $CHIPS, memory: $MEMORY}"
     # The device files of TPUs belong to root, so the process does too; it is not privileged.
     POD_SECURITY='{seccompProfile: {type: RuntimeDefault}}'
     SECURITY='{allowPrivilegeEscalation: false, readOnlyRootFilesystem: true}'
 fi
+pod_fields
+NODES="{$NODES${SPOT_NODES:+, $SPOT_NODES}}"
 ENV=$(env_list "${variables[@]}")
 # The pod's time to end includes the ten seconds in which load balancers learn of it.
 GRACE=$((GRACE + 20))
 
 manifest() {
     rendered "$(dirname "$0")/serve.yaml" NAME REPLICAS UPDATE ACCOUNT GRACE POD_SECURITY NODES IMAGE ARGS ENV CPU MEMORY \
-        LIMITS SECURITY SECRET
+        LIMITS SECURITY SECRET PRIORITY_FIELD TOLERATIONS
 }
 
 if [ "$DRY_RUN" = 1 ]; then
     manifest
 else
+    needs kubectl
     manifest | kubectl apply -f -
 fi

@@ -10,10 +10,11 @@
 # NAME      of the job (default mythos-serve). GRACE: seconds to finish requests in, before the time limit (default 180)
 # SBATCH_*  are sbatch's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT …
 # shellcheck source=launch/common.sh disable=SC2034
-NAME=${NAME:-mythos-serve} ALLOWED='[--dry-run] MODEL [flags of mythos serve]'
+NAME=${NAME:-mythos-serve} ALLOWED='[--dry-run | --status | --logs] MODEL [flags of mythos serve]'
 source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
+slurm_job
 require KEY_FILE
 [ -s "$KEY_FILE" ] || fail "KEY_FILE: got '$KEY_FILE', allowed: a file that holds the key"
 GPUS=${GPUS:-1}

@@ -10,7 +10,14 @@
 source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
+case $ACTION in
+status) run sky jobs queue --all && exit ;;
+logs) run sky jobs logs --name "$NAME" && exit ;;
+esac
 shared_storage
+[ -f constraints.txt ] && [ -d mythos_jax ] || fail "got the folder $PWD, allowed: a checkout of mythos_jax, which is copied to the nodes"
+spot=--no-use-spot
+wants_spot 1 && spot=--use-spot
 for word in "${OVERRIDES[@]}"; do
     [[ $word != *[[:space:]\"\'\$]* ]] || fail "got '$word', allowed here: overrides without spaces and quotes"
 done
@@ -20,6 +27,7 @@ if [ -n "${TOPOLOGY:-}" ]; then
 elif [ "$PREFLIGHT" = 1 ]; then
     run "$MYTHOS" info "$CONFIG" "${OVERRIDES[@]}"
 fi
-run sky jobs launch --yes --name "$NAME" ${NODES:+--num-nodes "$NODES"} ${GPUS:+--gpus "$GPUS"} \
+run sky jobs launch --yes --detach-run --name "$NAME" "$spot" ${NODES:+--num-nodes "$NODES"} ${GPUS:+--gpus "$GPUS"} \
     --env "CONFIG=$CONFIG" --env "OVERRIDES=${OVERRIDES[*]}" --env "RUN=$RUN" --env "JAX_COMPILATION_CACHE_DIR=$CACHE" \
+    --env "RESTARTS=$RESTARTS" \
     "$(dirname "$0")/skypilot.yaml"

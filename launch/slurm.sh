@@ -8,11 +8,12 @@
 #           programs to SHARED/compiled. Or BUCKET=gs://… for both.
 # SBATCH_*  are sbatch's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT …
 # The preflight is `mythos info` (is the config valid?), or `mythos compile` if TOPOLOGY names a TPU slice to compare
-# with. RESTARTS, GRACE, NAME, MYTHOS and PREFLIGHT as in common.sh.
+# with. --status and --logs show those of the job; its log is in the folder that it was launched from. RESTARTS, GRACE, NAME, MYTHOS and PREFLIGHT as in common.sh.
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
+slurm_job
 NODES=${NODES:-1} TASKS=${TASKS:-1} GPUS=${GPUS:-8}
 if [ -n "${BUCKET:-}" ]; then
     shared_storage

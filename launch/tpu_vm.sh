@@ -4,16 +4,19 @@
 #     ZONE=us-east5-b TOPOLOGY=v6e:4x4 BUCKET=gs://b IMAGE=… launch/tpu_vm.sh [--dry-run] CONFIG …
 #
 # The other settings are in common.sh; PROJECT defaults to gcloud's; SPOT=0 requests on-demand capacity; RUNTIME is the
-# VM image (default: the one for the generation). Keep this script running (tmux): it does the restarts. The queued
-# resource is deleted when the run is done or has failed for good, unless KEEP=1.
+# VM image (default: the one for the generation). Keep this script running (tmux): it does the restarts. The run itself
+# does not need it: containers go on without a connection, and the script, started again, joins a run that is there.
+# --status and --logs show those of the job. The queued resource is deleted when the run is done or has failed for good,
+# unless KEEP=1. POLL: seconds between two looks at what is not there (default 60).
 # Flags: cloud.google.com/sdk/gcloud/reference/compute/tpus (queued-resources create, tpu-vm ssh).
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
-require ZONE TOPOLOGY IMAGE
+require ZONE TOPOLOGY
+[ "$ACTION" != launch ] || require IMAGE
 read_topology
-shared_storage
+POLL=${POLL:-60}
 case $GENERATION in
 v5e) TYPE=v5litepod-$CHIPS RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} ;;
 v5p) TYPE=v5p-$((2 * CHIPS)) RUNTIME=${RUNTIME:-v2-alpha-tpuv5} ;; # counted in TensorCores
@@ -26,10 +29,32 @@ else
     mapfile -t NODES < <(seq -f "$NAME-%g" 0 $((SLICES - 1)))
     SHAPE_FLAGS=(--node-count "$SLICES" --node-prefix "$NAME")
 fi
-[ "${SPOT:-1}" = 1 ] && SHAPE_FLAGS+=(--spot)
+wants_spot 1 && SHAPE_FLAGS+=(--spot)
 
+# Runs a command on worker 0 of the first slice, which is process 0 of the run and logs.
+on_first_worker() {
+    run gcloud compute tpus tpu-vm ssh "${NODES[0]}" "${WHERE[@]}" --worker 0 --command "$1"
+}
+
+case $ACTION in
+status)
+    run gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format 'value(state.state)'
+    on_first_worker "sudo docker ps --all --filter name=mythos"
+    exit 0
+    ;;
+logs) on_first_worker "sudo docker logs --follow --tail 100 mythos 2>&1" && exit ;;
+esac
+shared_storage
+
+# That of the queued resource; NONE if there is none, UNKNOWN if Google cannot be asked now.
 state() {
-    gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format 'value(state.state)' 2>/dev/null || echo NONE
+    local answer
+    answer=$(gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format 'value(state.state)' 2>&1) ||
+        case $answer in
+        *NOT_FOUND*) answer=NONE ;;
+        *) answer=UNKNOWN ;;
+        esac
+    echo "${answer##*$'\n'}"
 }
 
 create() {
@@ -41,51 +66,100 @@ delete() {
     run gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
 }
 
-# The container gets SIGTERM when the machine shuts down; its exit code is stored for `exit_code`.
-remote=$(printf '%s ' sudo docker run --rm --name mythos --privileged --net host --stop-timeout "$GRACE" \
-    -v /var/lib/mythos:/data -e MYTHOS_DATA_CACHE=/data -e "JAX_COMPILATION_CACHE_DIR=$CACHE" "${IMAGE@Q}" \
-    train "${CONFIG@Q}" --workdir "${RUN@Q}" "${OVERRIDES[@]@Q}")
-remote="sudo docker rm -f mythos >/dev/null 2>&1; $remote; echo \$? > /tmp/mythos.code"
-
+# Runs a command on all workers at once; fails if one of them fails.
 on_all_workers() {
-    local node pids=()
+    local node pid pids=() failed=0
     for node in "${NODES[@]}"; do
         run gcloud compute tpus tpu-vm ssh "$node" "${WHERE[@]}" --worker all --command "$1" &
         pids+=($!)
     done
-    wait "${pids[@]}"
+    for pid in "${pids[@]}"; do
+        wait "$pid" || failed=1
+    done
+    return "$failed"
 }
 
-exit_code() {
-    gcloud compute tpus tpu-vm ssh "${NODES[0]}" "${WHERE[@]}" --worker 0 --command 'cat /tmp/mythos.code' 2>/dev/null || echo lost
+# The container belongs to Docker, not to the ssh session that starts it; one that runs already is left alone. It gets
+# SIGTERM when the machine shuts down.
+start=$(printf '%s ' sudo docker run --detach --name mythos --privileged --net host --stop-timeout "$GRACE" \
+    -v /var/lib/mythos:/data -e MYTHOS_DATA_CACHE=/data -e "JAX_COMPILATION_CACHE_DIR=$CACHE" "${IMAGE@Q}" \
+    train "${CONFIG@Q}" --workdir "${RUN@Q}" "${OVERRIDES[@]@Q}")
+running="sudo docker inspect --format {{.State.Running}} mythos 2>/dev/null | grep --quiet true"
+start="if $running; then echo 'a run is there, which this script joins'; else sudo docker rm mythos >/dev/null 2>&1; $start; fi"
+# Shows the log until the container has ended, then prints its exit code; "gone" if there is no such container.
+follow='sudo docker logs --follow --tail 20 mythos >&2; sudo docker wait mythos 2>/dev/null || echo gone'
+# Process 0 has ended. The others may still save, or wait for it.
+clear="sudo timeout $((GRACE + 60)) docker wait mythos >/dev/null 2>&1; sudo docker rm --force mythos >/dev/null 2>&1 || true"
+
+say() {
+    echo "tpu_vm.sh: $*" >&2
 }
 
-preflight
-if [ "$DRY_RUN" = 1 ]; then
-    create
-    on_all_workers "$remote"
-    delete
-    echo "# again after exit code 42 or a lost slice, at most $RESTARTS times"
-    exit 0
-fi
-
-code=lost
-for ((attempt = 0; attempt <= RESTARTS; attempt++)); do
+# Until the slices are there.
+acquire() {
+    local now
     while now=$(state) && [ "$now" != ACTIVE ]; do
         case $now in
         NONE) create ;;
         FAILED | SUSPENDED) delete ;; # preempted or never granted: request it again
         esac
-        sleep 60
+        sleep "$POLL"
     done
-    on_all_workers 'rm -f /tmp/mythos.code' || true
-    on_all_workers "$remote" || true
-    code=$(exit_code)
-    echo "tpu_vm.sh: attempt $attempt ended with $code" >&2
+}
+
+# Prints how the run ended: the exit code of process 0, "gone" if its container is not there, "preempted" if its slice
+# is not. A connection that is lost is made again; the run does not notice.
+follow_to_the_end() {
+    local answer
+    while true; do
+        answer=$(on_first_worker "$follow" | tail -n 1) || true
+        case $answer in
+        gone | [0-9] | [0-9][0-9] | [0-9][0-9][0-9])
+            echo "$answer"
+            return
+            ;;
+        esac
+        case $(state) in
+        ACTIVE | UNKNOWN)
+            say "no connection to ${NODES[0]}, where the run goes on; trying again"
+            sleep "$POLL"
+            ;;
+        *)
+            echo preempted
+            return
+            ;;
+        esac
+    done
+}
+
+preflight
+if [ "$DRY_RUN" = 1 ]; then
+    create
+    on_all_workers "$start"
+    on_first_worker "$follow"
+    delete
+    echo "# again after exit code 42 or a kill, at most $RESTARTS times, and after each preemption"
+    exit 0
+fi
+needs gcloud
+
+restarts=0
+while true; do
+    acquire
+    if on_all_workers "$start"; then
+        code=$(follow_to_the_end)
+    else
+        code=gone # not on all workers
+    fi
+    say "the run ended with $code after $restarts restarts"
     case $code in
     0 | 1 | 2 | 130) break ;;
     esac
+    [ "$(state)" = ACTIVE ] || continue # taken away, which is not counted
+    [ "$restarts" -lt "$RESTARTS" ] || break
+    restarts=$((restarts + 1))
+    on_all_workers "$clear" || true
 done
 [ "${KEEP:-0}" = 1 ] || delete
-[ "$code" = lost ] && code=42
+[ "$code" = gone ] && code=42
 exit "$code"
