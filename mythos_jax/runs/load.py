@@ -9,7 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
@@ -219,12 +219,14 @@ def placer(config: ModelConfig, mesh: Mesh) -> Callable[[str, Any], jax.Array]:
         box = boxes[f"params.{name}" if collection == SCALES else path]
         names = box.names if isinstance(box, nn.LogicallyPartitioned) else (None,) * array.ndim
         sharding = NamedSharding(mesh, partition_spec(array.shape, names, mesh.shape, RULES))
-        if isinstance(array, jax.Array):
-            return jax.device_put(array, sharding)
-        # `device_put` of a host array would first check that all processes hold the same values.
-        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+        return jax.device_put(array, sharding) if isinstance(array, jax.Array) else _from_host(array, sharding)
 
     return put
+
+
+def _from_host(array: Any, sharding: NamedSharding) -> jax.Array:
+    """A host array that every process has. `device_put` would first check that all of them hold the same values."""
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def open_source(
@@ -267,7 +269,8 @@ def _load_run(
     if config.training.lora.rank:
         variables = _beside_base(config, device_mesh, meta, directory, variables[LOW_RANK])
     if with_predictor:
-        variables |= _load_predictor(directory, step)
+        whole = NamedSharding(device_mesh, PartitionSpec())
+        variables |= jax.tree.map(lambda array: _from_host(array, whole), _load_predictor(directory, step))
     trained_on = TrainedOn.from_metadata(meta)
     spec = tokenizer or _tokenizer_of(directory, config, trained_on)
     return LoadedModel(directory, config, Mythos(config.model), variables, step, device_mesh, _spec(spec), trained_on)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
 from mythos_jax import cli
@@ -18,7 +19,7 @@ from mythos_jax.language_model import load
 from mythos_jax.runs.load import _tokenizer_of, load_model, open_source
 from mythos_jax.runs.trained_on import TrainedOn
 from mythos_jax.training import start, train
-from mythos_jax.training.predictor import train_predictor
+from mythos_jax.training.predictor import save_predictor, train_predictor
 from mythos_jax.training.resume import checkpoint_metadata
 from tests.training.conftest import config_of
 
@@ -142,6 +143,13 @@ def test_a_damaged_predictor_can_be_recreated(here):
     (here / "run" / "predictor" / "predictor.json").write_text("{")
     assert "predictor: damaged" in refusal(load, "run")
     assert load_model("run", with_predictor=False).step == 2
+
+
+def test_all_that_is_loaded_is_on_the_mesh(here):
+    save_predictor(here / "run", {"budget": np.float32([2])}, {"step": 2})
+    run = load_model("run")
+    assert run.variables["predictor"]["budget"] == 2
+    assert {x.sharding.mesh for x in jax.tree.leaves(run.variables)} == {run.mesh}
 
 
 @pytest.mark.parametrize("meta", [{"data": {"mixture": [1]}}, {"data": "x", "tokenizer": {"name": "bytes"}}])
