@@ -20,6 +20,7 @@ InitialState = Literal["injected", "noise", "zeros"]
 ReadOut = Literal["last", "act"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "full", "attention", "offload", "sublayers", "dots"]
+Products = Literal["dtype", "int8", "fp8"]
 ExpertExchange = Literal["ring", "all_to_all"]
 
 
@@ -132,6 +133,9 @@ class ModelConfig(Section, section="model"):
     # Execution.
     #: dtype of activations; `auto`: bfloat16 on TPU and GPU, float32 on CPU; parameters are always float32
     dtype: Annotated[ComputeDtype, Execution(changes_rounding=True)] = "auto"
+    #: what the matrices of attention and of dense feed-forwards and the activations are rounded to where they are
+    #: multiplied: `dtype`, or 8 bits with scales (docs/training.md)
+    products: Annotated[Products, Execution(changes_rounding=True)] = "dtype"
     #: what the backward pass recomputes of each loop (docs/training.md)
     remat: Annotated[Remat, Execution()] = "none"
     #: how tokens reach experts on other devices (docs/sharding.md)

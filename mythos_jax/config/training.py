@@ -22,6 +22,7 @@ DepthDistribution = Literal["fixed", "uniform", "poisson", "lognormal_poisson"]
 Curriculum = Literal["linear", "1-sqrt"]
 DepthUnit = Literal["sequence", "batch"]
 Optimizer = Literal["adamw", "muon"]
+MomentsDtype = Literal["float32", "bfloat16"]
 Schedule = Literal["cosine", "wsd", "constant"]
 ExitLoss = Literal["none", "expected", "gain"]
 TeacherDtype = Literal["float32", "bfloat16"]
@@ -132,6 +133,7 @@ class TrainingConfig(Section, section="training"):
     #: names of the parameters that stay as they are (docs/training.md): parts of the model, or components of a path
     frozen: tuple[str, ...] = ()
     optimizer: Optimizer = "adamw"  #: `muon`: Muon for the matrices inside the layers, AdamW for everything else
+    optimizer_dtype: MomentsDtype = "float32"  #: how the optimizer's moments are stored (docs/training.md)
     #: after the warm-up: `cosine`, `constant`, or `wsd`: constant, then linear over the last `decay_fraction` of steps
     schedule: Schedule = "cosine"
     #: wsd: fraction of the steps over which the learning rate decays

@@ -66,7 +66,7 @@ class GroupedQueryAttention(nn.Module):
         H, G, K = c.n_heads, c.n_kv_heads, c.gqa_head_dim
 
         def project(heads: int, kind: str, name: str) -> jax.Array:
-            return Linear((heads, K), ("embed", kind, "head_dim"), c.std, name=name)(x_BTD)
+            return Linear((heads, K), ("embed", kind, "head_dim"), c.std, products=c.products, name=name)(x_BTD)
 
         q_BTHK, k_BTGK, v_BTGK = project(H, "heads", "q"), project(G, "kv_heads", "k"), project(G, "kv_heads", "v")
         if c.qk_bias:
@@ -91,7 +91,8 @@ class GroupedQueryAttention(nn.Module):
         assert v_BSGK is not None
         # Each key-value head serves its group of query heads: `attend` needs no repeated keys.
         out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, context.mask, K**-0.5)
-        return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHK), cache
+        out = Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, 2, c.products, name="out")
+        return out(out_BTHK), cache
 
     def _bias(self, name: str, kind: str, heads: int) -> jax.Array:
         init: Any = nn.with_logical_partitioning(nn.initializers.zeros, (kind, "head_dim"))
@@ -115,14 +116,14 @@ class MultiHeadLatentAttention(nn.Module):
         H, R, nope, rope, V = c.n_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
 
         # Queries: down to a latent, up to heads; only the rope channels are rotated.
-        q_latent = Linear((c.q_lora_rank,), ("embed", "latent"), c.std, name="q_down")(x_BTD)
+        q_latent = Linear((c.q_lora_rank,), ("embed", "latent"), c.std, products=c.products, name="q_down")(x_BTD)
         q_latent = RMSNorm(c.norm_eps, name="q_norm")(q_latent)
-        q_BTHK = Linear((H, nope + rope), ("latent", "heads", "head_dim"), c.std, name="q_up")(q_latent)
-        q_BTHK = constrain(q_BTHK, "batch", "length", "heads", "head_dim")
+        q_up = Linear((H, nope + rope), ("latent", "heads", "head_dim"), c.std, products=c.products, name="q_up")
+        q_BTHK = constrain(q_up(q_latent), "batch", "length", "heads", "head_dim")
         q_nope, q_rope = q_BTHK[..., :nope], apply_rope(q_BTHK[..., nope:], context.rope)
 
         # Keys and values: one product gives the latent and the shared RoPE key, before its rotation.
-        down = Linear((R + rope,), ("embed", "latent"), c.std, name="kv_down")(x_BTD)
+        down = Linear((R + rope,), ("embed", "latent"), c.std, products=c.products, name="kv_down")(x_BTD)
         latent_BTR = RMSNorm(c.norm_eps, name="kv_norm")(down[..., :R])
         k_rope = apply_rope(down[..., None, R:], context.rope)[:, :, 0]
         cache, (seen, _) = context.update(cache, KV(jnp.concatenate([latent_BTR, k_rope], axis=-1), None))
@@ -148,13 +149,14 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             # All heads share the RoPE part of the key; the rest is made from the latent.
             latent_BSR, k_rope = seen[..., :R], seen[..., R:]
-            k_nope = linear_to_heads(latent_BSR, k_up_RHK)
+            k_nope = linear_to_heads(latent_BSR, k_up_RHK, c.products)
             k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], rope))
-            v_BSHV = linear_to_heads(latent_BSR, v_up_RHV)
+            v_BSHV = linear_to_heads(latent_BSR, v_up_RHV, c.products)
             query, key = jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1)
             key, v_BSHV = (constrain(x, "batch", positions, "heads", "head_dim") for x in (key, v_BSHV))
             out_BTHV = attend(query, key, v_BSHV, context.mask, scale)
-        return Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, inputs=2, name="out")(out_BTHV), cache
+        out = Linear((c.dim,), ("heads", "head_dim", "embed"), c.output_std, 2, c.products, name="out")
+        return out(out_BTHV), cache
 
     def _absorbed_is_cheaper(self, T: int, S: int) -> bool:
         """Compares multiply-adds per head: projections of T queries and S keys, then T x S scores and sums."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.config.model import Products
 from mythos_jax.model.gather import adaptable_weight
 from mythos_jax.ops.products import linear
 from mythos_jax.sharding import constrain, platform
@@ -31,12 +32,13 @@ class Linear(nn.Module):
     axes: tuple[str, ...]  # logical names of W's axes
     std: float
     inputs: int = 1
+    products: Products = "dtype"  # what x and W are rounded to where they are multiplied
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
         kernel = adaptable_weight(self, "kernel", shape, self.axes, self.std, x.dtype, self.inputs)
-        return linear(x, kernel, self.inputs)
+        return linear(x, kernel, self.inputs, self.products)
 
 
 # For elementwise work: computing it again in the backward pass is cheaper than storing its result.
@@ -119,7 +121,7 @@ class FeedForward(nn.Module):
         c = self.config
 
         def project(name: str) -> jax.Array:
-            return Linear((self.hidden_dim,), ("embed", "mlp"), c.std, name=name)(x_BTD)
+            return Linear((self.hidden_dim,), ("embed", "mlp"), c.std, products=c.products, name=name)(x_BTD)
 
         up_BTF = project("up")
         if c.activation == "swiglu":
@@ -129,4 +131,4 @@ class FeedForward(nn.Module):
             hidden_BTF = 0.5 * jnp.square(nn.relu(up_BTF))
         # The one place where a tensor group splits activations: `down` then sums over the group.
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "act_mlp")
-        return Linear((c.dim,), ("mlp", "embed"), c.output_std, name="down")(hidden_BTF)
+        return Linear((c.dim,), ("mlp", "embed"), c.output_std, products=c.products, name="down")(hidden_BTF)

@@ -24,13 +24,13 @@ def frozen_matmul(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
     w = jax.lax.stop_gradient(w)
     if in_use():
         return jnp.tensordot(x, w, axes)
-    x_NI, w_IO = _flatten(x, w, axes)
+    x_NI, w_IO = flatten(x, w, axes)
     return (x_NI @ w_IO).reshape(*x.shape[: x.ndim - axes], *w.shape[axes:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _flat_matmul(x: jax.Array, w: jax.Array, axes: int) -> jax.Array:
-    x_NI, w_IO = _flatten(x, w, axes)
+    x_NI, w_IO = flatten(x, w, axes)
     return (x_NI @ w_IO).reshape(*x.shape[: x.ndim - axes], *w.shape[axes:])
 
 
@@ -44,7 +44,7 @@ def _flat_matmul_backward(
     axes: int, residuals: tuple[jax.Array, jax.Array], ct: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
-    x_NI, w_IO = _flatten(x, w, axes)
+    x_NI, w_IO = flatten(x, w, axes)
     ct_NO = ct.reshape(-1, w_IO.shape[1])
     return (ct_NO @ w_IO.T).reshape(x.shape), (x_NI.T @ ct_NO).reshape(w.shape)
 
@@ -52,7 +52,7 @@ def _flat_matmul_backward(
 _flat_matmul.defvjp(_flat_matmul_forward, _flat_matmul_backward)
 
 
-def _flatten(x: jax.Array, w: jax.Array, axes: int) -> tuple[jax.Array, jax.Array]:
+def flatten(x: jax.Array, w: jax.Array, axes: int) -> tuple[jax.Array, jax.Array]:
     """x as [N, I] and w as [I, O], where I runs over the contracted axes."""
     size = math.prod(w.shape[:axes])
     return x.reshape(-1, size), w.reshape(size, -1)

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mythos_jax.config.model import Products
 from mythos_jax.ops.matmul import frozen_matmul, matmul
 from mythos_jax.ops.narrow import Narrow, Stored, narrow_product, wide
+from mythos_jax.ops.quantized import quantized_matmul
 from mythos_jax.sharding import in_use
 
 
@@ -40,12 +42,19 @@ def _some_outputs(w: Stored, channels: slice) -> Stored:
     return cut
 
 
-def linear(x: jax.Array, w: Matrix, axes: int = 1) -> jax.Array:
-    """x w, contracted over the last `axes` axes of x and the first `axes` axes of w, in x's dtype."""
+def linear(x: jax.Array, w: Matrix, axes: int = 1, products: Products = "dtype") -> jax.Array:
+    """x w, contracted over the last `axes` axes of x and the first `axes` axes of w, in x's dtype.
+
+    products: what x and w are rounded to, where w is not stored in fewer bits already.
+    """
     if isinstance(w, LowRank):
-        base = _narrow_linear(x, w.base, axes) if isinstance(w.base, Narrow) else frozen_matmul(x, w.base, axes)
-        return base + matmul(matmul(x, w.a, axes), w.b)
-    return _narrow_linear(x, w, axes) if isinstance(w, Narrow) else matmul(x, w, axes)
+        low = matmul(matmul(x, w.a, axes), w.b)
+        if isinstance(w.base, Narrow) or products != "dtype":
+            return linear(x, _frozen(w.base), axes, products) + low
+        return frozen_matmul(x, w.base, axes) + low
+    if isinstance(w, Narrow):
+        return _narrow_linear(x, w, axes)
+    return matmul(x, w, axes) if products == "dtype" else quantized_matmul(x, w, axes, products)
 
 
 def _narrow_linear(x: jax.Array, w: Narrow, axes: int) -> jax.Array:
@@ -58,8 +67,10 @@ def _narrow_linear(x: jax.Array, w: Narrow, axes: int) -> jax.Array:
     return y_NO.reshape(*x.shape[: x.ndim - axes], *outputs).astype(x.dtype)
 
 
-def linear_to_heads(x_BTI: jax.Array, w_IHO: Matrix) -> jax.Array:
-    """Every head's channels, [B, T, H, O], from what all heads share."""
+def linear_to_heads(x_BTI: jax.Array, w_IHO: Matrix, products: Products = "dtype") -> jax.Array:
+    """Every head's channels, [B, T, H, O], from what all heads share. products: as in `linear`."""
+    if products != "dtype":
+        return linear(x_BTI, w_IHO, products=products)
     if isinstance(w_IHO, LowRank):
         low_BTR = matmul(x_BTI, w_IHO.a)
         return linear_to_heads(x_BTI, _frozen(w_IHO.base)) + linear_to_heads(low_BTR, w_IHO.b)

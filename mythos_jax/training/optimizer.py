@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -57,10 +58,13 @@ def make_optimizer(config: TrainingConfig, factors: Mapping[str, float] | None =
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=decay_mask,
+        mu_dtype=config.optimizer_dtype,
     )
+    if config.optimizer_dtype == "bfloat16":
+        adamw = _narrow_second_moment(adamw, config.seed)
     update = adamw
     if config.optimizer == "muon":
-        orthogonal = scale_by_muon(weight_dimension_numbers=_dimension_numbers)
+        orthogonal = scale_by_muon(weight_dimension_numbers=_dimension_numbers, mu_dtype=config.optimizer_dtype)
         muon = optax.chain(
             _scaled(orthogonal, _shape_factor) if config.muon_shape_scaling else orthogonal,
             optax.add_decayed_weights(config.weight_decay),
@@ -71,6 +75,41 @@ def make_optimizer(config: TrainingConfig, factors: Mapping[str, float] | None =
     if not factors:
         return optimizer
     return _scaled(optimizer, lambda path, _: factors.get(".".join(path_names(path)), 1.0))
+
+
+def _narrow_second_moment(adamw: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
+    """AdamW that stores its second moment in bfloat16.
+
+    A step changes it by a small part of itself, 1 - b2 of it at most, which rounding to nearest would lose for a b2
+    close to 1: it would never fall again. So it is rounded up or down at random, right on average.
+    """
+
+    def stored(state: Any, narrow: Callable[[jax.Array, jax.Array], jax.Array]) -> Any:
+        def of(part: Any) -> Any:
+            if not isinstance(part, optax.ScaleByAdamState):
+                return part
+            leaves, tree = jax.tree.flatten(part.nu)
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), part.count), max(len(leaves), 1))
+            return part._replace(nu=tree.unflatten(map(narrow, leaves, keys)))
+
+        return jax.tree.map(of, state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState))
+
+    def init(params: Any) -> Any:
+        return stored(adamw.init(params), lambda nu, _: nu.astype(jnp.bfloat16))
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        state = stored(state, lambda nu, _: nu.astype(jnp.float32))
+        updates, state = adamw.update(gradients, state, params)
+        return updates, stored(state, rounded_at_random)
+
+    return optax.GradientTransformation(init, update)
+
+
+def rounded_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Float32 as one of the two bfloat16 numbers around it, each as likely as it is near."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def _scaled(

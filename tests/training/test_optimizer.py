@@ -4,11 +4,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from mythos_jax.config import ModelConfig, TrainingConfig
 from mythos_jax.model.abstract import abstract_variables
-from mythos_jax.training.optimizer import decay_mask, decay_start, make_optimizer, path_names, schedule
+from mythos_jax.training.optimizer import (
+    decay_mask,
+    decay_start,
+    make_optimizer,
+    path_names,
+    rounded_at_random,
+    schedule,
+)
 
 
 def test_learning_rate_warms_up_from_above_zero_and_decays_as_a_cosine():
@@ -60,3 +69,48 @@ def test_adamw_step_by_hand():
     # Clipped to norm 1 the gradients are 0.6 and 0.8; Adam's first step is the sign; the matrix also decays.
     assert updates["kernel"][0, 0] == pytest.approx(-0.1 * (1 + 0.5 * 2.0), rel=1e-5)
     assert updates["scale"][0] == pytest.approx(-0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_in_bfloat16_take_half_the_memory(optimizer):
+    params = {"feed_forward": {"up": {"kernel": jnp.ones((4, 8))}}, "scale": jnp.ones(8)}
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        update = make_optimizer(TrainingConfig(optimizer=optimizer, optimizer_dtype=dtype))
+        state = update.init(params)
+        moments = [x for x in jax.tree.leaves(state) if x.size >= 8]
+        assert {x.dtype for x in moments} == {jnp.dtype(dtype)}
+        sizes[dtype] = sum(x.nbytes for x in moments)
+        later = jax.jit(update.update)(params, state, params)[1]
+        assert [x.dtype for x in jax.tree.leaves(later)] == [x.dtype for x in jax.tree.leaves(state)]
+    assert sizes["bfloat16"] * 2 == sizes["float32"]
+
+
+def falling_second_moment(dtype):
+    """After one step with gradients of 1, and 500 with gradients of 0; b2 = 0.999."""
+    optimizer = make_optimizer(TrainingConfig(b2=0.999, gradient_clip=0, optimizer_dtype=dtype))
+    params = {"scale": jnp.ones(4096)}
+
+    def step(state, gradient):
+        return optimizer.update({"scale": jnp.full(4096, gradient)}, state, params)[1], None
+
+    state, _ = jax.lax.scan(step, optimizer.init(params), jnp.zeros(501).at[0].set(1.0))
+    return np.asarray(optax.tree.get(state, "nu")["scale"], np.float32)
+
+
+def test_a_second_moment_in_bfloat16_falls_as_slowly_as_one_in_float32():
+    """Each step takes a thousandth, less than half a step of bfloat16: rounded to nearest, it would stay forever."""
+    exact, narrow = falling_second_moment("float32"), falling_second_moment("bfloat16")
+    np.testing.assert_allclose(exact, 1e-3 * 0.999**500, rtol=1e-4)
+    assert narrow.mean() == pytest.approx(exact[0], rel=0.01)
+
+
+def test_numbers_rounded_at_random_are_right_on_average():
+    x = jnp.array([1 + 2**-9, -1 - 2**-9, 3e-39, 0.0, jnp.inf, -jnp.inf, 1.5])
+    rounded = jax.vmap(rounded_at_random, (None, 0))(x, jax.random.split(jax.random.key(0), 4096))
+    assert rounded.dtype == jnp.bfloat16
+    near = np.asarray(rounded[:, :2], np.float32)
+    assert set(np.unique(near)) == {-1 - 2**-7, -1.0, 1.0, 1 + 2**-7}
+    np.testing.assert_allclose(near.mean(0), x[:2], atol=4 * 2**-7 * np.sqrt(3) / 4 / 64)  # four standard errors
+    np.testing.assert_array_equal(np.asarray(rounded[:, 3:], np.float32), np.broadcast_to(x[3:], (4096, 4)))
+    assert np.isnan(np.asarray(rounded_at_random(jnp.array([jnp.nan]), jax.random.key(0)), np.float32)).all()

@@ -98,7 +98,7 @@ def test_a_run_of_version_0_1_0_resumes_and_is_evaluated(config, uninterrupted, 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_resumes_as_if_nothing_had_happened(config, tmp_path, number):
-    config = with_training(config, steps=60, checkpoint_every=20)
+    config = with_training(config, steps=60, checkpoint_every=20, optimizer_dtype="bfloat16")
     train(config, tmp_path / "uninterrupted", progress=False)
     workdir = tmp_path / "stopped"
     process = start(config, workdir)
