@@ -21,8 +21,8 @@ GB, MIB, GIB = 1e9, 2**20, 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU or GPU to compile for. hbm_bytes: what a program gets. flops: peak bfloat16 FLOP/s. Bandwidths are in bytes
-    per second."""
+    """A TPU or GPU to compile for. hbm_bytes: what a program gets. flops: peak bfloat16 FLOP/s. narrow: the types of 8
+    bits, as in `model.products`, that it multiplies twice as fast. Bandwidths are in bytes per second."""
 
     name: str
     hbm_bytes: float
@@ -31,6 +31,7 @@ class Chip:
     ici_bandwidth: float  # TPU: of one torus axis, one link in each direction, as a ring uses them; GPU: NVLink
     dcn_bandwidth: float
     shapes: tuple[str, ...]  # slices that can be rented; GPUs of one node
+    narrow: tuple[str, ...] = ("int8",)
     is_gpu: bool = False
 
 
@@ -50,8 +51,8 @@ CHIPS = {
         Chip("v6e", 31.25 * GIB, 918e12, 1600 * GB, 800 / 4 * GB, 100 / 8 * GB, _FLAT),
         Chip("v5p", 95.74 * GIB, 459e12, 2765 * GB, 1200 / 6 * GB, 50 / 8 * GB, _CUBES),
         Chip("a100", 81920 * MIB, 312e12, 2039 * GB, 300 * GB, 200 / 8 * GB, _NODE, is_gpu=True),
-        Chip("h100", 81559 * MIB, 989e12, 3350 * GB, 450 * GB, 400 / 8 * GB, _NODE, is_gpu=True),
-        Chip("h200", 143771 * MIB, 989e12, 4800 * GB, 450 * GB, 400 / 8 * GB, _NODE, is_gpu=True),
+        Chip("h100", 81559 * MIB, 989e12, 3350 * GB, 450 * GB, 400 / 8 * GB, _NODE, ("int8", "fp8"), is_gpu=True),
+        Chip("h200", 143771 * MIB, 989e12, 4800 * GB, 450 * GB, 400 / 8 * GB, _NODE, ("int8", "fp8"), is_gpu=True),
     )
 }
 

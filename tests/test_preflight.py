@@ -267,6 +267,28 @@ def test_the_sum_takes_the_larger_of_compute_and_memory_for_each_instruction():
     assert ahead.seconds(slow) == pytest.approx(ahead.hbm_bytes / 0.1)
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "kind"),
+    [("s8", "s8", "int8"), ("f8e5m2", "f8e4m3fn", "fp8"), ("bf16", "s8", None), ("bf16", "bf16", None)],
+)
+def test_products_in_8_bits_take_half_the_time_where_a_chip_has_units_for_them(left, right, kind):
+    body = f"""
+%product (p.0: {left}[8,64], p.1: {right}[64,8]) -> f32[8,8] {{
+  %p.0 = {left}[8,64]{{1,0}} parameter(0)
+  %p.1 = {right}[64,8]{{1,0}} parameter(1)
+  ROOT %d = f32[8,8]{{1,0}} dot(%p.0, %p.1), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+"""
+    lines = [f"%x = {left}[8,64]{{1,0}} parameter(0)", f"%w = {right}[64,8]{{1,0}} parameter(1)"]
+    fused = "ROOT %y = f32[8,8]{1,0} fusion(%x, %w), kind=kOutput, calls=%product"
+    found = cost(program(*lines, fused, before=body))
+    flops = 2 * 8 * 8 * 64
+    assert (found.flops, found.narrow_flops) == (flops, flops if kind else 0)
+    for name, kinds in {"v5e": ["int8"], "h100": ["int8", "fp8"]}.items():
+        chip = dataclasses.replace(CHIPS[name], flops=1.0)
+        assert found.compute_seconds(chip) == (flops / 2 if kind in kinds else flops)
+
+
 def gmm_call(rows, groups, tile, depth, width, real=None, gradient=False):
     """A module of one Megablox kernel as the TPU compiler prints it, without its program."""
     visits = rows // tile + groups - 1

@@ -17,6 +17,14 @@ def dot_flops(module: Module, instruction: Instruction) -> float:
     return 2.0 * math.prod(instruction.arrays[0].shape) * contracted
 
 
+def narrow_kind(module: Module, instruction: Instruction) -> str | None:
+    """The name in `model.products` of the 8-bit type that both operands of a product have; None if they are wider."""
+    types = {module.operand(instruction, i).arrays[0].dtype for i in range(2)}
+    if types == {"s8"}:
+        return "int8"
+    return "fp8" if all(name.startswith("f8") for name in types) else None
+
+
 def convolution_flops(module: Module, instruction: Instruction) -> float:
     """The FLOPs of a convolution, counting only the taps that meet an element.
 

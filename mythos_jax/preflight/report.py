@@ -178,7 +178,11 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         hbm=hbm | {"temporaries": float(program.temporaries), "code": float(program.code)},
         needed=peak,
         advice="" if fits else advice,
-        flops={"model": model_flops, "compiled": float(per_chip.flops * program.mesh.size)},
+        flops={
+            "model": model_flops,
+            "compiled": float(per_chip.flops * program.mesh.size),
+            "in_8_bits": float(per_chip.narrow_flops * program.mesh.size),
+        },
         collectives=collectives,
         uncounted=per_chip.uncounted,
         reported=per_chip.reported,
@@ -186,7 +190,7 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         sum_seconds=per_chip.seconds(chip),
         causes=tuple(find_causes(module, per_chip, chip)),
         seconds={
-            "compute": float(per_chip.flops / chip.flops),
+            "compute": per_chip.compute_seconds(chip),
             "HBM": per_chip.hbm_bytes / chip.hbm_bandwidth,
             "ICI": sum(c.ici for c in collectives) / chip.ici_bandwidth,
             "DCN": sum(c.dcn for c in collectives) / chip.dcn_bandwidth,

@@ -32,10 +32,10 @@ def report_text(report: PreflightReport, top: int = 0, price: float = 0) -> str:
 
 
 def _cost(report: PreflightReport) -> list[str]:
-    model, compiled = report.flops["model"], report.flops["compiled"]
+    model, compiled, narrow = (report.flops[name] for name in ("model", "compiled", "in_8_bits"))
     return [
         f"FLOPs per step ({report.tokens:,} tokens): {model:.3e} of the model, {compiled:.3e} compiled "
-        f"({compiled / model:.2f} x)",
+        f"({compiled / model:.2f} x)" + (f", {narrow / compiled:.0%} of them in 8 bits" if narrow else ""),
         *([f"Not counted: custom calls {', '.join(report.uncounted)}"] if report.uncounted else []),
         *([f"Counted as they report themselves: kernels {', '.join(report.reported)}"] if report.reported else []),
         *(f"Counted as running once: {loop}" for loop in report.open_loops),

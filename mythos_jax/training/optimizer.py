@@ -90,7 +90,7 @@ def _narrow_second_moment(adamw: optax.GradientTransformation, seed: int) -> opt
                 return part
             leaves, tree = jax.tree.flatten(part.nu)
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), part.count), max(len(leaves), 1))
-            return part._replace(nu=tree.unflatten(map(narrow, leaves, keys)))
+            return part._replace(nu=jax.tree.unflatten(tree, map(narrow, leaves, keys)))
 
         return jax.tree.map(of, state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState))
 
