@@ -286,10 +286,12 @@ def test_a_stored_config_says_which_version_wrote_it(write, tmp_path):
 
 def test_execution_fields_are_separate_from_the_definition_of_a_model():
     """A resume that changes any field outside SPEED_FIELDS is refused, so the lists are spelled out here."""
-    assert EXECUTION_FIELDS == ("dtype", "remat", "expert_exchange")
+    assert EXECUTION_FIELDS == ("dtype", "products", "remat", "expert_exchange")
     assert SPEED_FIELDS == ("remat", "expert_exchange")
     assert INITIALIZATION_FIELDS == ("init_std", "output_init")
-    config = ModelConfig(dim=32, dtype="bfloat16", remat="full", expert_exchange="all_to_all", init_std=0.5)
+    config = ModelConfig(
+        dim=32, dtype="bfloat16", products="int8", remat="full", expert_exchange="all_to_all", init_std=0.5
+    )
     assert config.definition == ModelConfig(dim=32, init_std=0.5)
     assert abstract_variables(config) == abstract_variables(config.definition)
     assert [ModelConfig().compute_dtype(on) for on in ("cpu", "gpu", "tpu")] == ["float32", "bfloat16", "bfloat16"]
