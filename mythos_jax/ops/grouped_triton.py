@@ -39,7 +39,7 @@ def product(
 
     R, n_columns = x_RD.shape[0], w_EDF.shape[1 if transposed else 2]
     x_RD, w_EDF = _padded(x_RD, 1), _padded(_padded(w_EDF, 1), 2)
-    blocks = product_blocks(R, w_EDF.shape, transposed, x_RD.dtype)
+    blocks = product_blocks(R, w_EDF.shape, transposed, x_RD.dtype.itemsize)
     x_RD = jnp.pad(x_RD, ((0, max(0, blocks.rows - R)), (0, 0)))
     n_rows, depth = x_RD.shape
     columns = w_EDF.shape[1 if transposed else 2]
@@ -88,7 +88,7 @@ def outer(
 
     D, F, E = x_RD.shape[1], y_RF.shape[1], len(sizes_E)
     x_RD, y_RF = _padded(x_RD, 1), _padded(y_RF, 1)
-    blocks = outer_blocks(x_RD.shape[1], y_RF.shape[1], x_RD.dtype)
+    blocks = outer_blocks(x_RD.shape[1], y_RF.shape[1], x_RD.dtype.itemsize)
     x_RD, y_RF = (jnp.pad(a, ((0, max(0, blocks.summed - len(a))), (0, 0))) for a in (x_RD, y_RF))
     n_rows, ends_E = len(x_RD), jnp.cumsum(sizes_E)
     bounds = jnp.stack([ends_E - sizes_E, ends_E]).astype(jnp.int32)
@@ -129,22 +129,22 @@ def outer(
     return out[:, :D, :F]
 
 
-def product_blocks(R: int, shape_EDF: tuple[int, ...], transposed: bool, dtype: jnp.dtype) -> Blocks:
+def product_blocks(R: int, shape_EDF: tuple[int, ...], transposed: bool, itemsize: int) -> Blocks:
     """Rows of a tile: about as many as an expert has on average, up to 128. shape_EDF: of the matrices, as stored."""
     E, summed, columns = (shape_EDF[i] for i in ((0, 2, 1) if transposed else (0, 1, 2)))
     rows = min(128, max(_MIN_BLOCK, 1 << max(0, (R // E).bit_length() - 1)))
-    max_columns, max_summed = _max_blocks(dtype)
+    max_columns, max_summed = _max_blocks(itemsize)
     return Blocks(rows, _block(columns, max_columns), _block(summed, max_summed))
 
 
-def outer_blocks(D: int, F: int, dtype: jnp.dtype) -> Blocks:
-    max_columns, summed = _max_blocks(dtype)
+def outer_blocks(D: int, F: int, itemsize: int) -> Blocks:
+    max_columns, summed = _max_blocks(itemsize)
     return Blocks(_block(D, 128), _block(F, max_columns), summed)
 
 
-def _max_blocks(dtype: jnp.dtype) -> tuple[int, int]:
+def _max_blocks(itemsize: int) -> tuple[int, int]:
     """Columns, and how much is summed at a time: three stages fit into an A100's shared memory, 163 KiB."""
-    return (256, 64) if dtype.itemsize == 2 else (128, 32)
+    return (256, 64) if itemsize == 2 else (128, 32)
 
 
 def _block(size: int, most: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from mythos_jax.chips import Chip
 from mythos_jax.preflight.hlo import Module
 from mythos_jax.preflight.instructions import Instruction, UnknownHloError
-from mythos_jax.preflight.kernels import KERNEL, kernel_cost, target
+from mythos_jax.preflight.kernels import COUNTED, kernel_cost, target
 from mythos_jax.preflight.opcodes import COMMUNICATION, FREE, FREE_CUSTOM_CALLS, STREAMED
 from mythos_jax.preflight.products import convolution_flops, dot_flops, narrow_kind
 from mythos_jax.preflight.traffic import hbm_bytes
@@ -103,7 +103,7 @@ def cost(module: Module) -> Cost:
             flops, moved = matmul_flops(module, instruction), hbm_bytes(module, instruction)
             if flops or moved:
                 costs.append(InstructionCost(instruction, runs, flops, moved, narrow_flops(module, instruction)))
-    return Cost(tuple(costs), tuple(sorted(targets - FREE_CUSTOM_CALLS - {KERNEL})), tuple(sorted(reported)))
+    return Cost(tuple(costs), tuple(sorted(targets - FREE_CUSTOM_CALLS - COUNTED)), tuple(sorted(reported)))
 
 
 def matmul_flops(module: Module, instruction: Instruction) -> float:

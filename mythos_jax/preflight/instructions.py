@@ -1,7 +1,7 @@
 """Single lines of optimised HLO text: arrays, opcodes, operands.
 
 XLA does not document this text. The regular expressions here and in the modules that use this one were read from the
-output of the libtpu version in WRITTEN_FOR, with jax 0.10.2. Whatever they do not recognise raises `UnknownHloError`.
+output of the compilers in WRITTEN_FOR, with jax 0.10.2. Whatever they do not recognise raises `UnknownHloError`.
 """
 
 import math
@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-WRITTEN_FOR = "libtpu 0.0.42.1"
+WRITTEN_FOR = "libtpu 0.0.42.1 and jax's CUDA plugin 0.10.2"
 
 # Tokens order side effects and hold no data.
 DTYPE_BITS = {
@@ -32,7 +32,7 @@ class UnknownHloError(RuntimeError):
     def __init__(self, what: str, where: str) -> None:
         super().__init__(
             f"preflight: unknown {what} in compiled HLO, at {where}; preflight/ was written for {WRITTEN_FOR}. "
-            "If your libtpu is another version, install that one; otherwise preflight/ has to be extended"
+            "If your compiler is another version, install that one; otherwise preflight/ has to be extended"
         )
 
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from mythos_jax.preflight import gpu_cost
 from mythos_jax.preflight.hlo import Module
 from mythos_jax.preflight.instructions import Instruction, UnknownHloError
 from mythos_jax.preflight.megablox_cost import is_megablox, megablox_bytes, megablox_flops
@@ -10,6 +11,8 @@ from mythos_jax.preflight.splash_cost import is_splash, splash_bytes, splash_flo
 
 # The target of Mosaic (Pallas) kernels.
 KERNEL = "tpu_custom_call"
+# Targets of which a call costs something.
+COUNTED = {KERNEL, *gpu_cost.TARGETS}
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,12 @@ def kernel_cost(module: Module, instruction: Instruction) -> KernelCost:
             return KernelCost(megablox_flops(module, instruction), megablox_bytes(module, instruction))
         if is_splash(instruction):
             return KernelCost(splash_flops(module, instruction), splash_bytes(module, instruction))
+    if target(instruction) in gpu_cost.TARGETS:
+        return KernelCost(*gpu_cost.gpu_kernel_cost(module, instruction, target(instruction)))
     estimate = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.attributes)
     if estimate:
         numbers = dict(re.findall(r'"(\w+)":"?(\d+)', estimate.group(1)))
         return KernelCost(float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", 0)), is_reported=True)
-    if target(instruction) == KERNEL:
+    if target(instruction) == KERNEL or target(instruction).startswith(("__cublas", "__cudnn")):
         raise UnknownHloError("cost of a kernel", str(instruction))
     return KernelCost()

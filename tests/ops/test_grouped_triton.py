@@ -1,6 +1,7 @@
 """The GPU's grouped products, interpreted, against one dense product per expert."""
 
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -51,7 +52,7 @@ def test_equal_to_dense_products(R, D, F, all_sizes):
 def test_tiles_are_few_and_blocks_fit():
     """At 2,048 rows an expert at most 1.04 times the rows are multiplied, and blocks suit the GPU's matrix units."""
     R, E = 16 * 2048, 16
-    blocks = grouped_triton.product_blocks(R, (E, 2048, 5632), False, np.dtype("bfloat16"))
+    blocks = grouped_triton.product_blocks(R, (E, 2048, 5632), False, 2)
     assert blocks == (128, 256, 64)
     sizes = np.random.default_rng(0).multinomial(R, np.full(E, 1 / E)).astype(np.int32)
     expert, start, end = np.asarray(grouped_triton._tiles(sizes, R, blocks.rows))
@@ -62,3 +63,27 @@ def test_tiles_are_few_and_blocks_fit():
     expected = [row for a, b in itertools.pairwise(starts) for row in range(a, b, blocks.rows)]
     assert start[visited].tolist() == expected
     assert (end[visited] == starts[1:][expert[visited]]).all()
+
+
+def test_they_are_lowered_for_cuda_to_triton_without_a_gpu():
+    """One program for each tile of 128 x 256, and no product outside the kernels."""
+    R, E, D, F = 8192, 4, 512, 1024
+
+    def products(x_RD, y_RF, w_EDF, sizes_E, sums_EDF):
+        return (
+            grouped_triton.product(x_RD, w_EDF, sizes_E),
+            grouped_triton.product(y_RF, w_EDF, sizes_E, transposed=True),
+            grouped_triton.outer(x_RD, y_RF, sizes_E, sums_EDF),
+        )
+
+    def array(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    arrays = array(R, D), array(R, F), array(E, D, F), array(E, dtype="int32"), array(E, D, F, dtype="float32")
+    text = jax.jit(products).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    grid = r"grid_x = (\d+) : i32, grid_y = (\d+) : i32, grid_z = (\d+)"
+    tiles = (R + E * 127) // 128
+    assert sorted(re.findall(grid, text)) == sorted(
+        tuple(map(str, n)) for n in [(F // 256, tiles, 1), (D // 256, tiles, 1), (F // 256, D // 128, E)]
+    )
+    assert "stablehlo.dot" not in text
