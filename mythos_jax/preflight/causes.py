@@ -22,7 +22,8 @@ class Cause:
 
     what: opcode and type. phase: forward, again (recomputed) or backward; empty outside the model. part: of the model.
     source: line of the program. count: instructions. runs: of each per step. flops, hbm_bytes: of all runs together.
-    seconds: at least, of all runs together. in_background: as in InstructionCost.
+    compute_seconds: of the products, of all runs together. seconds: at least, of all runs together. in_background: as
+    in InstructionCost.
     """
 
     what: str
@@ -33,21 +34,24 @@ class Cause:
     runs: float
     flops: float
     hbm_bytes: float
+    compute_seconds: float
     seconds: float
     in_background: bool
 
 
 def find_causes(module: Module, cost: Cost, chip: Chip) -> list[Cause]:
     """All of them, those that take longest first."""
-    groups: dict[tuple[str, str, str, str, float, bool], list[tuple[float, float, float]]] = {}
+    groups: dict[tuple[str, str, str, str, float, bool], list[tuple[float, ...]]] = {}
     for item in cost.instructions:
         i, runs = item.instruction, item.runs
         key = (_what(i), phase(i.op_name), part(i.op_name), module.source(i), runs, item.in_background)
-        groups.setdefault(key, []).append((runs * item.flops, runs * item.hbm_bytes, item.seconds(chip)))
+        groups.setdefault(key, []).append(
+            (runs * item.flops, runs * item.hbm_bytes, item.compute_seconds(chip), item.seconds(chip))
+        )
     found = []
     for (what, when, where, source, runs, in_background), items in groups.items():
-        flops, moved, seconds = (sum(column) for column in zip(*items, strict=True))
-        found.append(Cause(what, when, where, source, len(items), runs, flops, moved, seconds, in_background))
+        flops, moved, compute, seconds = (sum(column) for column in zip(*items, strict=True))
+        found.append(Cause(what, when, where, source, len(items), runs, flops, moved, compute, seconds, in_background))
     return sorted(found, key=lambda cause: -cause.seconds)
 
 

@@ -83,7 +83,7 @@ def _causes(report: PreflightReport, top: int) -> list[str]:
 
 def _cause(report: PreflightReport, cause: Cause) -> str:
     chip = report.topology.chip
-    numbers = (cause.seconds, cause.flops / chip.flops, cause.hbm_bytes / chip.hbm_bandwidth)
+    numbers = (cause.seconds, cause.compute_seconds, cause.hbm_bytes / chip.hbm_bandwidth)
     columns = " ".join(f"{number:>8.3f}" for number in numbers)
     origin = " ".join(text for text in (cause.phase, cause.part, cause.source) if text)
     beside = " (beside others)" if cause.in_background else ""
