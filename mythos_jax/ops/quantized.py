@@ -45,9 +45,11 @@ def _product(
     a: jax.Array, b: jax.Array, a_axes: Sequence[int], b_axes: Sequence[int], a_dtype: jnp.dtype, b_dtype: jnp.dtype
 ) -> jax.Array:
     """a b, contracted over these axes, of operands rounded to these types; float32."""
+    dtype = a.dtype
     (a, a_scale), (b, b_scale) = quantize(a, a_axes, a_dtype), quantize(b, b_axes, b_dtype)
-    sums = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
-    y = jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=sums).astype(jnp.float32)
+    # Already in the dtype of the result: a GPU writes the sums to memory before it multiplies them with the scales.
+    sums = jnp.int32 if a.dtype == jnp.int8 else dtype
+    y = jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=sums).astype(dtype)
     a_scale = jnp.squeeze(a_scale, a_axes)
     return y * a_scale.reshape(*a_scale.shape, *[1] * (y.ndim - a_scale.ndim)) * jnp.squeeze(b_scale, b_axes)
 

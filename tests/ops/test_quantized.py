@@ -75,11 +75,15 @@ def test_float8_has_a_larger_range_for_gradients():
     np.testing.assert_allclose(dw, x.T.astype(np.float64) @ ct, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_the_error_is_that_of_8_bits(kind):
+def test_the_error_is_that_of_8_bits(kind, dtype):
     """Not a comparison with the same formulas: the product itself, to the precision of the type."""
     x, w = (RANDOM.standard_normal(shape).astype(np.float32) for shape in ((64, 256), (256, 64)))
-    error = np.asarray(quantized_matmul(x, w, 1, kind)) - x @ w
+    x, w = (a.astype(dtype).astype(np.float32) for a in (x, w))
+    y = quantized_matmul(jnp.asarray(x, dtype), jnp.asarray(w, dtype), 1, kind)
+    assert y.dtype == dtype
+    error = np.asarray(y, np.float32) - x @ w
     # int8: an error that is uniform within a step, in both operands. fp8: 3 bits after the first, relative.
     steps = [np.abs(a).max(axis) / 127 for a, axis in ((x, 1), (w, 0))]
     expected = {"int8": np.sqrt(np.mean(np.square(steps)) * 2 / 12), "fp8": 0.037}[kind]
@@ -92,7 +96,8 @@ def test_matrices_that_stay_are_rounded_too_and_low_rank_weights_are_not():
     got, pull = jax.vjp(
         lambda w: linear(x, w, products="int8"), LowRank(jnp.asarray(w), jnp.asarray(a), jnp.asarray(b))
     )
-    np.testing.assert_allclose(got, emulated(x, w, ("int8", "int8")) + x @ a @ b, rtol=1e-5, atol=1e-3)
+    expected = emulated(x, w, ("int8", "int8")) + x.astype(np.float64) @ a @ b
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
     gradients = pull(jnp.ones_like(got))[0]
     assert not np.asarray(gradients.base).any()
     np.testing.assert_allclose(gradients.b, (x @ a).T @ np.ones((24, 32)), rtol=1e-4, atol=1e-3)
