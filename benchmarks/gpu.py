@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 STEPS = {
+    "check": "gpu_models.check",
     "grouped": "gpu_kernels.grouped",
     "attention": "gpu_kernels.attention_kernels",
     "golden": "gpu_models.golden",

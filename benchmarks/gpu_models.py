@@ -2,7 +2,10 @@
 
 import argparse
 import dataclasses
+import re
+import tomllib
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.sharding import make_mesh, use_mesh
 from tests.porting import golden as golden_data
 
-CONFIG = Path(__file__).parents[1] / "configs" / "mythos_1b.yaml"
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "mythos_1b.yaml"
 # Float32 without TF32 differs by the order of sums. In bfloat16 a router may choose another expert now and then.
 MAX_ERROR = {"float32": 1e-4, "bfloat16": 0.1}
 
@@ -40,6 +44,21 @@ MODELS = {
     "GQA, experts": dataclasses.replace(_GQA, **_EXPERTS),
     "MLA, experts": dataclasses.replace(_MLA, **_EXPERTS),
 }
+
+
+def check(_: argparse.Namespace) -> dict[str, Any]:
+    """The versions of what is installed, and of what the measurements need what is missing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    dependencies, found = project["dependencies"], {}
+    print_header("package", "version")
+    for requirement in [*dependencies, "jax-cuda13-plugin", "torch", "open-mythos"]:
+        name = re.split(r"[<>=;\[ ]", requirement)[0]
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+        print_row(name, found[name])
+    return found
 
 
 def golden(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in pieces of at most nine minutes each:
+#
+#     benchmarks/gpu.sh [--dry-run] PIECE
+#
+#   check         the device, the versions of what is installed, and what is missing
+#   correctness   golden data and gradients beside float32 on the CPU
+#   kernels       grouped products and cuDNN's attention: right, and how fast
+#   mythos        train step and decoding of mythos_1b
+#   utilisation   train step and decode bandwidth of models of 1 B parameters (benchmarks/roofline.py)
+#   compare       beside the PyTorch original (benchmarks/compare_openmythos.py)
+#
+# Each step of a piece leaves STEP.md, and STEP.json with the name of the device, in $OUT (default: gpu-results). Steps
+# that have a STEP.md in $OUT or in $DONE (default: .gpu) are not run again, so a piece that was cut off goes on.
+#
+# Needs Python 3.11 or newer as $PYTHON (default: python3) with jax for CUDA and what mythos_jax depends on, but no
+# network: wheels that lie in .whl are installed to /tmp/site first (`benchmarks/gpu_wheels.sh` fetches those that are
+# missing on the machine that was seen). --dry-run: toy sizes on a CPU, to try the script.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+DEVICE=gpu FLAGS=() LIMIT=${LIMIT:-530}
+if [ "${1:-}" = --dry-run ]; then
+    DEVICE=cpu FLAGS=(--small --repeats 1)
+    shift
+fi
+PIECE=${1:-} PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu-results} DONE=${DONE:-.gpu}
+case $PIECE in
+    check) STEPS="check" ;;
+    correctness) STEPS="golden gradients" ;;
+    kernels) STEPS="attention grouped" ;;
+    mythos) STEPS="mythos" ;;
+    utilisation) STEPS="utilisation" ;;
+    compare) STEPS="compare_readme compare_1b" ;; # --dry-run has no toy of these
+    *)
+        echo "benchmarks/gpu.sh: got '$PIECE', allowed: check, correctness, kernels, mythos, utilisation, compare" >&2
+        exit 2
+        ;;
+esac
+
+mkdir -p "$OUT"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
+if compgen -G ".whl/*.whl" >/dev/null; then
+    [ -d /tmp/site ] || "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/site .whl/*.whl
+    PYTHONPATH=/tmp/site:$PYTHONPATH
+fi
+
+failed=0
+for step in $STEPS; do
+    if [ -s "$OUT/$step.md" ] || [ -s "$DONE/$step.md" ]; then
+        echo "$step: done before"
+        continue
+    fi
+    left=$((LIMIT - SECONDS))
+    if [ $left -lt 20 ]; then
+        echo "$step: no time left; run '$PIECE' again"
+        failed=1
+        continue
+    fi
+    command=("$PYTHON" -m)
+    case $step in
+        utilisation) command+=(benchmarks.roofline utilisation "${FLAGS[@]}") ;;
+        compare_1b) command+=(benchmarks.compare_openmythos --config 1b --repeats 3) ;;
+        compare_readme) command+=(benchmarks.compare_openmythos --config readme --repeats 3) ;;
+        *) command+=(benchmarks.gpu "$step" "${FLAGS[@]}") ;;
+    esac
+    echo "## $step"
+    code=0
+    timeout "$left" "${command[@]}" --device "$DEVICE" --json "$OUT/$step.json" 2>"$OUT/$step.log" |
+        tee "$OUT/$step.part" || code=$?
+    if [ $code = 0 ]; then
+        mv "$OUT/$step.part" "$OUT/$step.md"
+        rm "$OUT/$step.log"
+    else
+        echo "$step: ended with code $code; the end of $OUT/$step.log:"
+        tail -n 15 "$OUT/$step.log"
+        failed=1
+    fi
+done
+exit $failed
