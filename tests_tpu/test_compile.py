@@ -116,12 +116,16 @@ def test_the_report_of_a_program_that_does_not_fit(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "DOES NOT FIT: it needs" in out
     assert "of 15.75 GiB" in out
-    assert "to change: set model.remat to full" in out
+    assert "values that the forward pass leaves for the backward pass take" in out
+    assert "set model.remat to full" in out
     assert "Traceback" not in out + err
     assert main(["compile", str(path), "--topology", "v5e:2x2", "--quick", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["fits"] is False
     assert report["hbm"]["peak"] > report["hbm"]["capacity"]
+    # What XLA writes of a refused program accounts for all that it needs, and its costs are known.
+    assert report["biggest"][0]["bytes"] > 2**29
+    assert report["sum_seconds"] > report["seconds"]["compute"] > 0
 
 
 def test_decode_holds_parameters_and_cache():

@@ -68,7 +68,8 @@ def part(op_name: str) -> str:
     names = op_name.split("/")[1:]  # the first is the whole step
     names = [re.sub(r"^(?:\w+\()+|\)+$", "", name) for name in names]
     names = [re.sub(r"_\d+$", "_*", name) for name in names if not is_expectation(name)]
-    return "/".join([name for name in names if name not in _MACHINERY][-3:])
+    names = [name for name in names if name not in _MACHINERY]
+    return "/".join([name for name, before in zip(names, [None, *names], strict=False) if name != before][-3:])
 
 
 def _what(instruction: Instruction) -> str:

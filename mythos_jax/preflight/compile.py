@@ -1,70 +1,30 @@
 """Compiles the real train and decode steps for TPUs and GPUs that are not attached."""
 
 import dataclasses
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from mythos_jax.chips import GIB
-from mythos_jax.config import Config, ModelConfig
+from mythos_jax.config import Config
 from mythos_jax.data.placement import batch_sharding, check_batch
 from mythos_jax.inference.generate import decode
 from mythos_jax.inference.sampling import Sampling
 from mythos_jax.inference.state import GenerateResult, Setup, State
 from mythos_jax.model.cache import init_cache
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.preflight.devices import GPU_OPTIONS, topology_devices
+from mythos_jax.preflight.devices import topology_devices
+from mythos_jax.preflight.program import Program, compile_lowered
 from mythos_jax.preflight.topology import Topology
 from mythos_jax.runs.low_rank import abstract_base
 from mythos_jax.sharding import RULES, make_mesh, partition_spec, use_mesh
 from mythos_jax.training.start import abstract_constants, check_on_mesh
 from mythos_jax.training.step import abstract_state, jitted_step
 
-# Compiler options for `quick`: less search for fast code. Memory and FLOPs stay within a few percent (docs/pods.md).
-_QUICK = {"exec_time_optimization_effort": -1.0}
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """A large array of a program that does not fit: its bytes per chip, its type, and the operation that makes it."""
-
-    bytes: float
-    type: str
-    source: str
-
-
-@dataclass(frozen=True)
-class OutOfMemory:
-    """The compiler's refusal. needed: bytes per chip; NaN if the message does not say."""
-
-    needed: float
-    biggest: tuple[Buffer, ...]
-
-
-@dataclass(frozen=True)
-class Program:
-    """A compiled step.
-
-    state: abstract arrays by part of the state (parameters, optimizer, …). text: optimised HLO. temporaries: peak bytes
-    per chip besides the state. code: bytes per chip. refusal: why it does not fit; then there is no text, and
-    temporaries and code are 0. teacher: the model that a train step learns from.
-    """
-
-    mesh: Mesh
-    state: dict[str, Any]
-    text: str = ""
-    temporaries: int = 0
-    code: int = 0
-    refusal: OutOfMemory | None = None
-    teacher: ModelConfig | None = None
-
 
 def compile_train(config: Config, topology: Topology, quick: bool = False) -> Program:
-    """Compiles the train step for the config's global batch. quick: see `_QUICK`."""
+    """Compiles the train step for the config's global batch. quick: see `compile_lowered`."""
     mesh = _mesh(config, topology)
     rows, length = config.training.batch_size, config.data.seq_len
     check_on_mesh(config, mesh)
@@ -84,7 +44,7 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
         "teacher": teacher and teacher.variables,
         "batch": batch,
     }
-    program = _compile(lowered, mesh, parts, quick)
+    program = compile_lowered(lowered, mesh, parts, quick)
     return program if teacher is None else dataclasses.replace(program, teacher=teacher.model)
 
 
@@ -146,52 +106,10 @@ def compile_decode(config: Config, topology: Topology, quick: bool = False) -> P
     )
     with use_mesh(mesh):
         lowered = decode.lower(setup, state, array(jnp.int32))
-    return _compile(lowered, mesh, {"parameters": variables, "cache": cache}, quick)
+    return compile_lowered(lowered, mesh, {"parameters": variables, "cache": cache}, quick)
 
 
 def _mesh(config: Config, topology: Topology) -> Mesh:
     # Nodes of GPUs are no slices: how the mesh lies over them is the config's to say.
     slices = config.mesh.slices if topology.chip.is_gpu else topology.slices
     return make_mesh(dataclasses.replace(config.mesh, slices=slices), topology_devices(topology))
-
-
-def _compile(lowered: Any, mesh: Mesh, state: dict[str, Any], quick: bool) -> Program:
-    try:
-        is_gpu = mesh.devices.flat[0].platform == "gpu"
-        compiled = lowered.compile(compiler_options=(_QUICK if quick else {}) | (GPU_OPTIONS if is_gpu else {}))
-    except jax.errors.JaxRuntimeError as error:
-        refusal = read_refusal(str(error))
-        if refusal is None:
-            raise
-        return Program(mesh, state, refusal=refusal)
-    memory = compiled.memory_analysis()
-    return Program(
-        mesh,
-        state,
-        text=compiled.as_text(),
-        # The peak is what the compiler compares with the chip's memory. `temp_size` would be the sum over all buffers.
-        temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
-        code=memory.generated_code_size_in_bytes,
-    )
-
-
-_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-_SIZE = r"([\d.]+)([KMGT]?)B?"
-
-
-def read_refusal(message: str) -> OutOfMemory | None:
-    """The sizes in the compiler's message that a program does not fit; None if the message says something else."""
-    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
-        return None
-    used = re.search(rf"Used {_SIZE} of", message) or re.search(rf"\({_SIZE}\) exceeds available", message)
-    buffers = re.findall(
-        rf"Size: {_SIZE}\s*(?:Operator: op_name=\"([^\"]*)\".*?)?\s*Shape: (\S+)", message, flags=re.DOTALL
-    )
-    return OutOfMemory(
-        needed=_bytes(*used.groups()) if used else float("nan"),
-        biggest=tuple(Buffer(_bytes(size, unit), type_, source) for size, unit, source, type_ in buffers),
-    )
-
-
-def _bytes(number: str, unit: str) -> float:
-    return float(number) * _UNITS[unit]

@@ -34,6 +34,12 @@ class Module:
     def by_name(self) -> dict[tuple[str, str], Instruction]:
         return {(i.computation, i.name): i for body in self.computations.values() for i in body}
 
+    @cached_property
+    def callers(self) -> dict[str, Instruction]:
+        """The instruction that runs each computation; the last, if there are several."""
+        instructions = (i for body in self.computations.values() for i in body)
+        return {name: i for i in instructions for names in i.called().values() for name in names}
+
     def operand(self, instruction: Instruction, index: int) -> Instruction:
         """The instruction that computes an operand."""
         return self.by_name[instruction.computation, instruction.operands[index]]

@@ -2,21 +2,25 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mythos_jax.config import Config
 from mythos_jax.flops import forward_flops, training_flops
 from mythos_jax.ops.chunked import count_chunks
 from mythos_jax.preflight.advice import advise
+from mythos_jax.preflight.buffers import Buffer, peak_buffers
 from mythos_jax.preflight.causes import Cause, find_causes
 from mythos_jax.preflight.collectives import Collective, by_kind, read_collectives
-from mythos_jax.preflight.compile import Buffer, Program, compile_decode, compile_train
+from mythos_jax.preflight.compile import compile_decode, compile_train
 from mythos_jax.preflight.cost import cost
-from mythos_jax.preflight.hlo import parse
+from mythos_jax.preflight.hlo import Module, parse
+from mythos_jax.preflight.program import Program
 from mythos_jax.preflight.topology import Topology
 from mythos_jax.sharding import device_bytes
 from mythos_jax.training.depth import loops_without_gradient
+
+_BUFFERS = 20  # of the largest, in JSON
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,13 @@ class PreflightReport:
     """What `mythos compile` reports.
 
     step: train or decode. tokens: per step. steps: of the run; 0 for decode. hbm: bytes per chip by what they hold.
-    needed: their peak, in bytes per chip. biggest: the largest buffers, if the compiler refused the program. advice:
-    which setting to change, if it does not fit. flops: of one step on the whole mesh, `model` counted from the config
-    and `compiled` from the program. uncounted: custom calls of unknown cost, which count as free. reported: kernels
-    whose cost is what they say themselves. open_loops: loops that count as running once because their length is known
-    only at run time. seconds: lower bounds of the time of a step, by resource. sum_seconds: lower bound if a chip runs
-    one instruction after the other. causes: where it goes. If the compiler refused the program, flops, collectives and
-    all that follows are empty.
+    needed: their peak, in bytes per chip. biggest: the buffers at that peak, the largest first, if XLA tells. advice:
+    why it does not fit, and which setting to change. flops: of one step on the whole mesh, `model` counted from the
+    config, `compiled` from the program, and those of them whose factors have 8 bits. uncounted: custom calls of unknown
+    cost, which count as free. reported: kernels whose cost is what they say themselves. open_loops: loops that count as
+    running once because their length is known only at run time. seconds: lower bounds of the time of a step, by
+    resource. sum_seconds: lower bound if a chip runs one instruction after the other. causes: where it goes. If the
+    compiler gave up early, flops and all that follows are empty.
     """
 
     name: str
@@ -43,15 +47,15 @@ class PreflightReport:
     needed: float
     biggest: tuple[Buffer, ...]
     advice: str
-    flops: dict[str, float]
-    collectives: tuple[Collective, ...]
-    uncounted: tuple[str, ...]
-    reported: tuple[str, ...]
-    open_loops: tuple[str, ...]
-    seconds: dict[str, float]
-    sum_seconds: float
-    causes: tuple[Cause, ...]
     fits: bool
+    flops: dict[str, float] = field(default_factory=dict)
+    collectives: tuple[Collective, ...] = ()
+    uncounted: tuple[str, ...] = ()
+    reported: tuple[str, ...] = ()
+    open_loops: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    sum_seconds: float = math.nan
+    causes: tuple[Cause, ...] = ()
 
     @property
     def chips(self) -> int:
@@ -91,7 +95,7 @@ class PreflightReport:
             "mesh": self.mesh,
             "fits": self.fits,
             "hbm": {**self.hbm, "peak": self.needed, "capacity": self.topology.chip.hbm_bytes},
-            "biggest": [dataclasses.asdict(buffer) for buffer in self.biggest],
+            "biggest": [dataclasses.asdict(buffer) for buffer in self.biggest[:_BUFFERS]],
             "advice": self.advice,
             "tokens": self.tokens,
             "flops": self.flops,
@@ -134,8 +138,15 @@ def preflight(config: Config, topology: Topology, decode: bool = False, quick: b
 
 def make_report(config: Config, topology: Topology, program: Program, decode: bool = False) -> PreflightReport:
     """The report of a compiled program."""
-    hbm = {name: float(device_bytes(tree)) for name, tree in program.state.items() if tree is not None}
-    advice = advise(config, program, hbm, topology, decode)
+    state = {name: float(device_bytes(tree)) for name, tree in program.state.items() if tree is not None}
+    # Every target counts, as in plain text.
+    chunks = count_chunks(config.data.seq_len // program.mesh.shape["sequence"], config.model.vocab_size)
+    module = parse(program.text, 1 if decode else loops_without_gradient(config), chunks)
+    biggest = peak_buffers(module, program.live_ranges, program.assignment)
+    refused = program.needed != 0
+    temporaries = program.needed - sum(state.values()) if refused else float(program.temporaries + program.code)
+    peak = sum(state.values()) + temporaries
+    fits = not refused and peak <= topology.chip.hbm_bytes
     report = PreflightReport(
         name=config.name,
         step="decode" if decode else "train",
@@ -143,31 +154,19 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         mesh={axis: size for axis, size in program.mesh.shape.items() if size > 1} or {"data": 1},
         tokens=config.evaluation.batch_size if decode else config.training.batch_size * config.data.seq_len,
         steps=0 if decode else config.training.steps,
-        hbm=hbm,
-        needed=0.0,
-        biggest=(),
-        advice="",
-        flops={},
-        collectives=(),
-        uncounted=(),
-        reported=(),
-        open_loops=(),
-        sum_seconds=math.nan,
-        causes=(),
-        seconds={},
-        fits=False,
+        hbm=state | {"temporaries": temporaries - program.code, "code": float(program.code)},
+        needed=peak,
+        biggest=tuple(biggest),
+        advice="" if fits else advise(config, program, state, biggest, topology, decode),
+        fits=fits,
     )
-    if program.refusal is not None:
-        refusal = program.refusal
-        return dataclasses.replace(report, needed=refusal.needed, biggest=refusal.biggest, advice=advice)
-    peak = sum(hbm.values()) + program.temporaries + program.code
-    fits = peak <= topology.chip.hbm_bytes
-    # Every target counts, as in plain text.
-    chunks = count_chunks(config.data.seq_len // program.mesh.shape["sequence"], config.model.vocab_size)
-    module = parse(program.text, 1 if decode else loops_without_gradient(config), chunks)
+    return _with_cost(report, config, program, module) if program.text else report
+
+
+def _with_cost(report: PreflightReport, config: Config, program: Program, module: Module) -> PreflightReport:
     collectives = tuple(read_collectives(module, program.mesh))
-    per_chip, chip = cost(module), topology.chip
-    if decode:
+    per_chip, chip = cost(module), report.topology.chip
+    if report.step == "decode":
         # A new token attends to half of the longest context on average.
         forward = forward_flops(config.model, config.data.seq_len // 2).at(config.model.loops)
         model_flops = float(report.tokens * forward)
@@ -175,9 +174,6 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
         model_flops = float(training_flops(config, teacher=program.teacher))
     return dataclasses.replace(
         report,
-        hbm=hbm | {"temporaries": float(program.temporaries), "code": float(program.code)},
-        needed=peak,
-        advice="" if fits else advice,
         flops={
             "model": model_flops,
             "compiled": float(per_chip.flops * program.mesh.size),
@@ -195,5 +191,4 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
             "ICI": sum(c.ici for c in collectives) / chip.ici_bandwidth,
             "DCN": sum(c.dcn for c in collectives) / chip.dcn_bandwidth,
         },
-        fits=fits,
     )

@@ -1,6 +1,7 @@
 """A preflight's report for people."""
 
 from mythos_jax.chips import GIB
+from mythos_jax.preflight.buffers import held
 from mythos_jax.preflight.causes import Cause
 from mythos_jax.preflight.collectives import by_kind
 from mythos_jax.preflight.report import PreflightReport
@@ -16,19 +17,33 @@ def report_text(report: PreflightReport, top: int = 0, price: float = 0) -> str:
         f"HBM per chip, of {capacity / GIB:.2f} GiB",
         *(f"  {name:<12} {size / GIB:>9.2f} GiB" for name, size in report.hbm.items()),
     ]
-    if report.seconds:
-        lines.append(f"  {'peak':<12} {report.needed / GIB:>9.2f} GiB")
-    lines += ["", "FITS" if report.fits else f"DOES NOT FIT: it needs {report.needed / GIB:.2f} GiB"]
-    if report.biggest:
-        lines += ["  largest buffers:"]
-        lines += [f"  {b.bytes / GIB:>9.2f} GiB  {b.type}  {b.source}" for b in report.biggest[:6]]
+    lines += [
+        f"  {'peak':<12} {report.needed / GIB:>9.2f} GiB",
+        "",
+        "FITS" if report.fits else f"DOES NOT FIT: it needs {report.needed / GIB:.2f} GiB",
+    ]
     if report.advice:
-        lines += [f"  to change: {report.advice}"]
+        lines.append(f"  {report.advice}")
+    if report.biggest and (top or not report.fits):
+        lines += ["", *_buffers(report, top or 8)]
     if report.seconds:
         lines += ["", *_cost(report), "", *_speed(report), *_run(report, price)]
         if top:
             lines += ["", *_causes(report, top)]
     return "\n".join(lines)
+
+
+def _buffers(report: PreflightReport, rows: int) -> list[str]:
+    totals = ", ".join(
+        f"{name} {size / GIB:.2f} GiB" for name, size in held(report.biggest).items() if size > GIB / 200
+    )
+    return [
+        f"The largest buffers at the peak ({totals})",
+        *(
+            f"  {b.bytes / GIB:>9.2f} GiB  {b.count} x {b.type}, {b.holds} {b.part} {b.source}".rstrip()
+            for b in report.biggest[:rows]
+        ),
+    ]
 
 
 def _cost(report: PreflightReport) -> list[str]:
