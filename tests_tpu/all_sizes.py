@@ -34,7 +34,7 @@ HEAD = (
 def row(name: str, quick: bool) -> str:
     """The row of one config in the table."""
     from mythos_jax.chips import GIB
-    from mythos_jax.config import load_config
+    from mythos_jax.config import gathers_per_loop, load_config
     from mythos_jax.preflight.report import preflight
     from mythos_jax.preflight.topology import parse_topology
 
@@ -46,7 +46,7 @@ def row(name: str, quick: bool) -> str:
     cells = [
         name,
         topology.name,
-        mesh + (", gather per loop" if config.mesh.gather == "per_loop" else ""),
+        mesh + (", gather per loop" if gathers_per_loop(config) else ""),
         f"{report.tokens / 1e6:.1f} M in {config.training.grad_accumulation_steps}",
     ]
     if report.fits:

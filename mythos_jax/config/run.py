@@ -22,8 +22,9 @@ class MeshConfig(Section, section="mesh"):
     expert: AxisSize = 1  #: shards the batch and the experts
     sequence: AxisSize = 1  #: shards positions
     slices: PositiveInt = 1  #: TPU slices that `data` spans; part of its size, not a further factor
-    #: the loop's weights, if sharded by fsdp, are gathered once per step or in every loop (docs/sharding.md)
-    gather: Literal["once", "per_loop"] = "once"
+    #: the loop's weights, if sharded by fsdp, are gathered once per step or in every loop (docs/sharding.md); `auto`:
+    #: once, but per_loop if no row trains at more than one loop
+    gather: Literal["auto", "once", "per_loop"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,9 +53,9 @@ class Config(Section):
         self._check_lora()
         self._check_distillation()
         self.mesh.check(
-            self.mesh.gather == "once" or self.model.remat != "none",
+            self.mesh.gather != "per_loop" or self.model.remat != "none" or max_loops(self) == 1,
             "gather",
-            "once with model.remat none (the backward pass would keep the gathered weights of every loop)",
+            "auto or once with model.remat none (the backward pass would keep the gathered weights of every loop)",
         )
 
     def _check_act(self) -> None:
@@ -122,6 +123,13 @@ def backprop_loops(config: Config) -> int:
     if depth.backprop_up_to_mean:  # during a curriculum, `training.depth.loops_with_gradient` of each step
         most = min(most, mean_loops(config))
     return min(depth.backprop_loops or most, most)
+
+
+def gathers_per_loop(config: Config) -> bool:
+    """Whether training gathers the loop's weights in every loop: for one loop, once would hold all of them for longer
+    than their layers need them."""
+    gather = config.mesh.gather
+    return max_loops(config) == 1 if gather == "auto" else gather == "per_loop"
 
 
 def may_skip_loops(config: Config) -> bool:

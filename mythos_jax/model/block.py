@@ -11,10 +11,8 @@ from mythos_jax.model.attention import AttentionContext, GroupedQueryAttention, 
 from mythos_jax.model.cache import LayerCache
 from mythos_jax.model.layers import FeedForward, RMSNorm
 from mythos_jax.model.moe import MoE, RouterStats
+from mythos_jax.model.remat import FEED_FORWARD, LAYER, remat_layer
 from mythos_jax.sharding import constrain
-
-# The name by which rematerialisation policies know the output of a feed-forward sublayer, dense or of experts.
-SAVED_FEED_FORWARD = "feed_forward"
 
 
 class TransformerBlock(nn.Module):
@@ -71,7 +69,7 @@ class TransformerBlock(nn.Module):
             # Prelude and coda are dense, and so is the loop of a dense model, possibly with a width of its own.
             hidden = (self.in_loop and c.loop_hidden_dim) or c.hidden_dim
             y = FeedForward(c, hidden, name="feed_forward")(y)
-        y = checkpoint_name(y, SAVED_FEED_FORWARD)
+        y = checkpoint_name(y, FEED_FORWARD)
         x_BTD = leave(x_BTD, y, "feed_forward")
         return constrain(x_BTD, "batch", "length", "act_embed"), cache, stats
 
@@ -87,7 +85,11 @@ def apply_layers(
     """Runs layers in order; returns the stream, each layer's cache, and each router's statistics."""
     new_caches, stats = [], []
     for block, cache, value_BTGK in zip(blocks, caches, values, strict=True):
-        x_BTD, cache, layer_stats = block(x_BTD, context, cache, counted_BT, value_BTGK)
+        # Decoding and initialising have no backward pass.
+        remat = "none" if cache.kv is not None or block.is_initializing() else block.config.remat
+        call = remat_layer(TransformerBlock.__call__, remat)
+        x_BTD, cache, layer_stats = call(block, x_BTD, context, cache, counted_BT, value_BTGK)
+        x_BTD = checkpoint_name(x_BTD, LAYER)
         new_caches.append(cache)
         stats.append(layer_stats)
     return x_BTD, tuple(new_caches), stats

@@ -13,30 +13,16 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
+from mythos_jax.config.model import Remat
 from mythos_jax.model.attention import AttentionContext, make_attention_context
-from mythos_jax.model.block import SAVED_FEED_FORWARD
 from mythos_jax.model.cache import Cache, LayerCache, broadcast_mask, empty_kv
 from mythos_jax.model.exit_probe import LogitProbe
 from mythos_jax.model.gather import GATHERED, LOW_RANK, SCALES, prevent_hoisting
 from mythos_jax.model.halting import Halting, check_halting
 from mythos_jax.model.moe import RouterStats
 from mythos_jax.model.predictor import predicted_loops
+from mythos_jax.model.remat import remat_loop
 from mythos_jax.model.state import TokenInputs, TokenState, Trace
-from mythos_jax.ops.attention import SAVED
-
-# What the backward pass keeps of each loop besides the state it starts from (`none`: everything that it reads).
-REMAT_POLICIES = {
-    "full": None,
-    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[SAVED],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    "sublayers": jax.checkpoint_policies.save_only_these_names(SAVED, SAVED_FEED_FORWARD),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 # The collections that all loops read: parameters, router biases, gathered copies of parameters, scales of parameters
 # that are stored as int8, low-rank weights beside parameters (model/gather.py).
@@ -182,7 +168,7 @@ RunLoop = Callable[[Cell, Carry, Any, LoopContext], tuple[Carry, Trace]]
 
 
 def loop_function(
-    call: RunLoop, remat: str, gather_per_loop: bool, idle: Callable[[Carry, LoopContext], Trace] | None = None
+    call: RunLoop, remat: Remat, gather_per_loop: bool, idle: Callable[[Carry, LoopContext], Trace] | None = None
 ) -> RunLoop:
     """The cell's call as the drivers run it: with rematerialisation, and with weights gathered in every loop.
 
@@ -194,9 +180,7 @@ def loop_function(
     # Tied inside the remat, so that the backward pass gathers the weights again instead of keeping them.
     if gather_per_loop:
         call = prevent_hoisting(call)
-    if remat != "none":
-        call = nn.remat(call, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return call
+    return remat_loop(call, remat)
 
 
 def _skip_idle(call: RunLoop, idle: Callable[[Carry, LoopContext], Trace]) -> RunLoop:

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mythos_jax.config import Config, TrainingConfig, backprop_loops, has_static_depth, may_skip_loops
+from mythos_jax.config import (
+    Config,
+    TrainingConfig,
+    backprop_loops,
+    gathers_per_loop,
+    has_static_depth,
+    may_skip_loops,
+)
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.apply import apply
 from mythos_jax.model.gather import LOW_RANK, gather_loop_weights
@@ -155,14 +162,14 @@ LossFunction = Callable[[Any, TrainState, Constants, Batch, jax.Array, jax.Array
 
 def _make_loss(config: Config) -> LossFunction:
     """A part's share of the batch's mean loss, so that the shares of all parts add up to it; and sums over its rows."""
-    model, t = Mythos(config.model, gather_per_loop=config.mesh.gather == "per_loop"), config.training
+    model, t = Mythos(config.model, gather_per_loop=gathers_per_loop(config)), config.training
 
     def loss_of(
         trained: Any, state: TrainState, constants: Constants, part: Batch, part_index: jax.Array, weight: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
         # Nothing is differentiated for frozen parameters: they come from the state or are constants of the run.
         variables = model_variables(config, _with_trained(state.variables, trained), constants)
-        if config.mesh.gather == "once":
+        if not model.gather_per_loop:
             # Inside the loss, so that the gradients of all loops add up before they are reduced over devices.
             dtype = compute_dtype(config.model)
             variables = gather_loop_weights(variables, abstract_variables(config.model), dtype)
