@@ -44,4 +44,6 @@ def _policy(remat: Remat, *names: str) -> Callable[..., Any]:
             offload_dst="pinned_host",
         )
     kept = policies.save_only_these_names(*names, *_KEPT.get(remat, ()))
-    return policies.save_from_both_policies(kept, policies.dots_with_no_batch_dims_saveable) if remat == "dots" else kept
+    if remat == "dots":
+        return policies.save_from_both_policies(kept, policies.dots_with_no_batch_dims_saveable)
+    return kept

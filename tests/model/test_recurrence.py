@@ -19,7 +19,6 @@ from tests.tiny import (
     PARCAE,
     RAVEN,
     B,
-    T,
     V,
     exact,
     run,

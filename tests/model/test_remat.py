@@ -67,7 +67,7 @@ def assert_same_results(config, other, loops):
 
 
 def test_what_each_setting_keeps():
-    # With a norm after the sublayers, the output of the feed-forward is needed again, and so `sublayers` saves a product.
+    # With a norm after the feed-forward, its output is needed again: `sublayers` then saves a product.
     config = replace(MLA, prelude_layers=0, coda_layers=0, norm="pre_post")
     settings = {remat: replace(config, remat=remat) for remat in get_args(Remat)}
     for remat in settings:  # `variables` draws the same weights for all of them
