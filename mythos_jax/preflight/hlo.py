@@ -161,6 +161,7 @@ def parse(text: str, traced_depth: float = 1, traced_chunks: float = 1) -> Modul
     computation: str | None = None
     section: dict[int, str] = {}
     text = re.sub(r"\n(?=\"|}})", "", text)  # a kernel's metadata is printed on lines of its own
+    text = re.sub(r'\bir = "(?:[^"\\]|\\.)*"', 'ir = ""', text)  # a Triton kernel's program, as bytes
     for line in text.splitlines():
         if computation is None:
             header, entry = _HEADER.match(line), re.match(r"(\d+) (.*)", line)
