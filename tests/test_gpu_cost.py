@@ -1,4 +1,4 @@
-"""What kernels on NVIDIA GPUs cost, read from a program as the compiler prints it (reduced). tests_gpu/ has the rest."""
+"""What kernels on NVIDIA GPUs cost, read from a program as the compiler prints it, reduced; more in tests_gpu/."""
 
 import pytest
 
