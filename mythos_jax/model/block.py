@@ -64,7 +64,8 @@ class TransformerBlock(nn.Module):
         # Feed-forward: experts only in the loop, where their parameters are used many times.
         y = enter(x_BTD, "feed_forward")
         if self.in_loop and c.feed_forward == "moe":
-            y, stats = MoE(c, name="moe")(y, counted_BT)
+            y, stats, sums = MoE(c, name="moe")(y, counted_BT, cache.expert_sums)
+            cache = cache.replace(expert_sums=sums)
         else:
             # Prelude and coda are dense, and so is the loop of a dense model, possibly with a width of its own.
             hidden = (self.in_loop and c.loop_hidden_dim) or c.hidden_dim

@@ -56,18 +56,21 @@ class KV(NamedTuple):
 
 
 class LayerCache(struct.PyTreeNode):
-    """What one attention layer keeps; a field is None where nothing is kept.
+    """What one layer keeps; a field is None where nothing is kept.
 
     kv: [slots, B, S, ...], the decode cache. exit_kv: [B, T, ...], keys and values of the current tokens from the last
     loop that they ran.
     pages: int32 [B, N] where `kv` is a pool of pages, [slots, pages, tokens of a page, ...]. Block n of row b is page
     pages[b, n]; an entry equal to the number of pages is no page: nothing is written there, and zeros are read.
     loop_cache: which slot a loop writes and reads, see `loop_slots`.
+    expert_sums: only in training, and not for attention: where the gradients of the layer's experts are added up, see
+    `start_gradient_sums`.
     """
 
     kv: KV | None = None
     exit_kv: KV | None = None
     pages: jax.Array | None = None
+    expert_sums: tuple[jax.Array, jax.Array, jax.Array] | None = None
     loop_cache: str = struct.field(pytree_node=False, default="all")
 
     @property

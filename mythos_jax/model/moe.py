@@ -1,6 +1,7 @@
 """Mixture of experts: dropless routing, routed and shared experts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from mythos_jax.config import ModelConfig
-from mythos_jax.model.gather import sharded_weight, width_axis
+from mythos_jax.model.cache import LayerCache
+from mythos_jax.model.gather import GATHERED, LOW_RANK, sharded_weight, width_axis
 from mythos_jax.model.layers import FeedForward, matrix_init
-from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh
+from mythos_jax.ops.expert_parallel import choose_experts, experts_on_mesh, sums_on_mesh
+from mythos_jax.ops.expert_rows import Sums
 from mythos_jax.ops.experts import experts_on_one_device
 from mythos_jax.ops.matmul import matmul
 from mythos_jax.ops.narrow import wide
@@ -69,8 +72,11 @@ class MoE(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """Returns [B, T, D], and statistics over the tokens `counted_BT`; the others are computed but not counted."""
+    def __call__(
+        self, x_BTD: jax.Array, counted_BT: jax.Array, sums: Sums = None
+    ) -> tuple[jax.Array, RouterStats, Sums]:
+        """Returns [B, T, D], statistics over the tokens `counted_BT` (the others are computed but not counted), and
+        `sums` as they are (see `start_gradient_sums`)."""
         c = self.config
         D, E, F = c.dim, c.n_experts, c.expert_dim
         gates_BTK, experts_BTK, z_BT = Router(c, name="router")(x_BTD)
@@ -91,12 +97,30 @@ class MoE(nn.Module):
         if in_use():
             width = width_axis(self, "gate")
             gate, up, down = (wide(w, x_BTD.dtype) for w in (gate, up, down))
-            y_BTD = experts_on_mesh(x_BTD, gates_BTK, experts_BTK, (gate, up, down), width, c.expert_exchange)
+            if sums is not None:  # there the gradients go
+                gate, up, down = (jax.lax.stop_gradient(w) for w in (gate, up, down))
+            weights = gate, up, down
+            y_BTD, sums = experts_on_mesh(x_BTD, gates_BTK, experts_BTK, weights, width, c.expert_exchange, sums)
         else:
             y_BTD = experts_on_one_device(x_BTD, gates_BTK, experts_BTK, (gate, up, down))
         for i in range(c.n_shared_experts):
             y_BTD += FeedForward(c, c.shared_expert_dim or c.expert_dim, name=f"shared_{i}")(x_BTD)
-        return y_BTD, stats
+        return y_BTD, stats, sums
+
+
+def start_gradient_sums(
+    config: ModelConfig, caches: tuple[LayerCache, ...], variables: Mapping[str, Any]
+) -> tuple[LayerCache, ...]:
+    """Caches of the loop's layers that carry, from loop to loop, where the gradients of experts are added up.
+
+    Left to `scan`, each loop's gradients would be written, read again and added. variables: of the recurrent block.
+    Only weights that are gathered once and trained have such sums.
+    """
+    if config.feed_forward != "moe" or GATHERED not in variables or LOW_RANK in variables:
+        return caches
+    layers = [variables["params"]["cell"][f"layer_{i}"]["moe"] for i in range(len(caches))]
+    sums = [sums_on_mesh((moe["gate"], moe["up"], moe["down"])) for moe in layers]
+    return tuple(cache.replace(expert_sums=each) for cache, each in zip(caches, sums, strict=True))
 
 
 def balanced(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:

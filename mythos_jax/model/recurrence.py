@@ -21,7 +21,7 @@ from mythos_jax.model.halting import act_weight, relative_change, state_criterio
 from mythos_jax.model.injection import INJECTIONS, LoopLoRA, loop_embedding
 from mythos_jax.model.layers import RMSNorm, matrix_init
 from mythos_jax.model.loop import Carry, LoopContext, loop_function, scan_loops, while_loops
-from mythos_jax.model.moe import RouterStats, add_stats, no_stats
+from mythos_jax.model.moe import RouterStats, add_stats, no_stats, start_gradient_sums
 from mythos_jax.model.state import ActState, TokenState, Trace
 from mythos_jax.sharding import constrain
 
@@ -200,7 +200,9 @@ class RecurrentBlock(nn.Module):
             # Parameters cannot be made inside a while loop; one call makes all of them.
             carry, _ = cell(carry, jnp.zeros(tokens.halted_BT.shape[0], jnp.int32), context)
         elif context.count is not None:
+            carry = carry.replace(caches=start_gradient_sums(c, caches, self.variables))
             carry, trace = scan_loops(run, cell, carry, context)
+            carry = carry.replace(caches=tuple(cache.replace(expert_sums=None) for cache in carry.caches))
             end += context.count
         else:
             carry, end = while_loops(run, cell, carry, context, probe)

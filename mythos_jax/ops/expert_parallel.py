@@ -25,7 +25,7 @@ from mythos_jax.ops.expectations import expect_rows
 from mythos_jax.ops.expert_rows import Sums, gradient_sums, local_experts
 from mythos_jax.ops.grouped_matmul import ExpertWeights
 from mythos_jax.ops.ragged_all_to_all import ragged_all_to_all
-from mythos_jax.sharding import axis_size, constrain, in_use, mesh_axes, partition_spec
+from mythos_jax.sharding import AXES, axis_size, constrain, in_use, mesh_axes, partition_spec
 
 # What the rows of a chunk may take of a device's memory, in bytes: an eighth of the smallest chip's.
 MAX_CHUNK_BYTES = 2 * 2**30
@@ -66,11 +66,13 @@ def experts_on_mesh(
     weights: ExpertWeights,
     width_name: str = "embed",
     exchange: str = "ring",
-) -> jax.Array:
-    """Each token's chosen experts, weighted by its gates, [B, T, D], on the mesh in use.
+    sums: Sums = None,
+) -> tuple[jax.Array, Sums]:
+    """Each token's chosen experts, weighted by its gates, [B, T, D], on the mesh in use; and `sums` as they are.
 
     gates_BTK: float32. experts_BTK: int32. width_name: logical name of the weights' axis D; if the mesh shards it, the
-    weights are gathered along it here, and their gradients are scattered. exchange: `ring` or `all_to_all`.
+    weights are gathered along it here, and their gradients are scattered. exchange: `ring` or `all_to_all`. sums: from
+    `sums_on_mesh`, for weights that the mesh does not shard along D.
     """
     layout = _layout(x_BTD, weights, width_name)
     if not layout.width_axes <= mesh_axes(layout.tokens):
@@ -82,13 +84,42 @@ def experts_on_mesh(
         weights = gate, up, down
         layout = _layout(x_BTD, weights, width_name)
     # Unchecked, because the TPU kernel does not declare along which axes its result differs.
+    sums_specs = None if sums is None else tuple(map(_sums_spec, layout.weights))
     run = jax.shard_map(
         partial(_on_device, layout, exchange),
-        in_specs=(*[layout.tokens] * 3, layout.weights),
-        out_specs=layout.tokens,
+        in_specs=(*[layout.tokens] * 3, layout.weights, sums_specs),
+        out_specs=(layout.tokens, sums_specs),
         check_vma=False,
     )
-    return run(x_BTD, gates_BTK, experts_BTK, weights)
+    return run(x_BTD, gates_BTK, experts_BTK, weights, sums)
+
+
+def sums_on_mesh(weights: ExpertWeights) -> ExpertWeights:
+    """Arrays to hand to `experts_on_mesh` in every loop, in place of weights that have gradients.
+
+    Their cotangents add up the gradients of all loops (see `local_experts`), each device's own along the first axis:
+    devices add theirs once, after the last loop.
+    """
+    gate, up, down = map(_own_sums, weights, _weight_axes("act_embed"))
+    return gate, up, down
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _own_sums(w: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    spec = _sums_spec(partition_spec(w.shape, names))
+    n = math.prod(map(axis_size, mesh_axes(spec[:1])))
+    return jax.lax.with_sharding_constraint(jnp.zeros((n, *w.shape), jnp.float32), spec)
+
+
+_own_sums.defvjp(
+    lambda w, names: (_own_sums(w, names), jnp.zeros(0, w.dtype)),
+    lambda names, like, sums: (sums.sum(0).astype(like.dtype),),
+)
+
+
+def _sums_spec(weight: PartitionSpec) -> PartitionSpec:
+    """Of [devices that hold the same part of a weight, *weight]."""
+    return PartitionSpec(tuple(axis for axis in AXES if axis not in mesh_axes(weight)), *weight)
 
 
 def _weight_axes(width_name: str) -> tuple[tuple[str, str, str], ...]:
@@ -118,7 +149,8 @@ def _on_device(
     gates_BTK: jax.Array,
     experts_BTK: jax.Array,
     weights: ExpertWeights,
-) -> jax.Array:
+    sums: Sums,
+) -> tuple[jax.Array, Sums]:
     """The part of one device; all arrays are its shards."""
     (B, T, D), K = x_BTD.shape, experts_BTK.shape[-1]
     n_local = weights[0].shape[0]
@@ -154,12 +186,14 @@ def _on_device(
 
     # Padding is assigned to an expert that no device has.
     chunks = split(x_BTD), split(gates_BTK), split(experts_BTK, n_experts)
+    own = jax.tree.map(lambda a: a[0], sums)
     if n_chunks > 1:
-        _, y = jax.lax.scan(run_chunk, gradient_sums(weights), chunks)
+        own, y = jax.lax.scan(run_chunk, gradient_sums(weights) if own is None else own, chunks)
     else:
-        _, y = run_chunk(None, jax.tree.map(lambda a: a[0], chunks))
+        own, y = run_chunk(own, jax.tree.map(lambda a: a[0], chunks))
     y = _sum_over_devices(layout.sum_axes, y)
-    return y.reshape(-1, D)[: B * T].reshape(B, T, D)
+    sums = None if sums is None else jax.tree.map(lambda a: a[None], own)
+    return y.reshape(-1, D)[: B * T].reshape(B, T, D), sums
 
 
 def _gather_width(axes: set[str], weights: ExpertWeights) -> ExpertWeights:

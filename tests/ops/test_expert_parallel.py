@@ -8,7 +8,7 @@ import pytest
 
 from mythos_jax.config import MeshConfig
 from mythos_jax.ops import expert_parallel
-from mythos_jax.ops.expert_parallel import experts_on_mesh
+from mythos_jax.ops.expert_parallel import experts_on_mesh, sums_on_mesh
 from mythos_jax.ops.experts import experts_on_one_device
 from mythos_jax.sharding import make_mesh, use_mesh
 
@@ -35,6 +35,10 @@ def value_and_gradients(layer):
     return jax.jit(run)
 
 
+def on_mesh_with(exchange):
+    return lambda *arguments: experts_on_mesh(*arguments, exchange=exchange)[0]
+
+
 @pytest.mark.parametrize(
     ("exchange", "mesh"),
     [("ring", MeshConfig(fsdp=2, tensor=2, expert=2)), ("all_to_all", MeshConfig(fsdp=1, tensor=2, expert=4))],
@@ -43,7 +47,7 @@ def test_equals_one_device(exchange, mesh, monkeypatch):
     """In two chunks. With skewed routing nearly all tokens go to one device's experts, which loops over their rows."""
     monkeypatch.setattr(expert_parallel, "MAX_CHUNK_BYTES", 8000)
     on_one_device = value_and_gradients(experts_on_one_device)
-    on_mesh = value_and_gradients(partial(experts_on_mesh, exchange=exchange))
+    on_mesh = value_and_gradients(on_mesh_with(exchange))
     for skew in [0, 5]:
         arguments = random_inputs(skew)
         expected = on_one_device(*arguments)
@@ -53,10 +57,42 @@ def test_equals_one_device(exchange, mesh, monkeypatch):
     assert (arguments[2] >= E // 2).mean() > 0.95
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, tensor=2, expert=2), MeshConfig(data=2, fsdp=4)])
+def test_gradients_of_a_loop_add_up_in_its_sums(mesh):
+    """Each device's own, and over devices after the loop."""
+    x, gates, experts, weights, cotangent = random_inputs(0, (8, 4))
+
+    def loop(layer, start, x, gates, weights):
+        def run(carry, _):
+            x, sums = carry
+            y, sums = layer(x, gates, experts, weights, sums=sums)
+            return (x + y, sums), None
+
+        return jax.lax.scan(run, (x, start(weights)), length=3)[0][0]
+
+    def on_one_device(*arguments, sums):
+        return experts_on_one_device(*arguments), sums
+
+    def on_mesh(*inputs_and_weights, sums):
+        *inputs, weights = inputs_and_weights
+        return experts_on_mesh(*inputs, jax.lax.stop_gradient(weights), "act_embed", sums=sums)
+
+    def run(layer, start):
+        y, vjp = jax.vjp(partial(loop, layer, start), x, gates, weights)
+        return y, vjp(cotangent)
+
+    expected = jax.jit(
+        partial(run, lambda *arguments, sums: (experts_on_one_device(*arguments), None), lambda _: None)
+    )()
+    with use_mesh(make_mesh(mesh)):
+        actual = jax.jit(partial(run, on_mesh, sums_on_mesh))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), actual, expected)
+
+
 def test_batch_that_the_mesh_does_not_divide():
     arguments = random_inputs(0, (1, 3))
     with use_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))):
-        actual = jax.jit(experts_on_mesh)(*arguments[:4])
+        actual = jax.jit(experts_on_mesh)(*arguments[:4])[0]
     np.testing.assert_allclose(actual, jax.jit(experts_on_one_device)(*arguments[:4]), rtol=0, atol=1e-5)
 
 
