@@ -18,6 +18,8 @@ INTERPRET = False
 # what the compiler needs for values that do not fit into registers.
 VMEM_BYTES = 13 * 2**20
 LANES = 128  # the width of a vector register; tiles are multiples of it
+# A product adds to a tile of the result for each tile along its inputs; shorter ones would be limited by that.
+MIN_INPUTS = 512
 
 
 class Tiles(NamedTuple):
@@ -79,7 +81,8 @@ def product_tiles(R: int, E: int, D: int, F: int, itemsize: int) -> Tiles:
         m, k, n = tiles
         return 2 * itemsize * (m * k + k * n + m * n) + 4 * m * n
 
-    return min(_fitting(m, D, F, vmem), key=lambda tiles: product_bytes(R, E, D, F, itemsize, tiles))
+    fitting = _fitting(m, [k for k in _sizes(D) if k >= min(D, MIN_INPUTS)], _sizes(F), vmem)
+    return min(fitting, key=lambda tiles: product_bytes(R, E, D, F, itemsize, tiles))
 
 
 def product_bytes(R: int, E: int, D: int, F: int, itemsize: int, tiles: Tiles) -> float:
@@ -99,7 +102,10 @@ def outer_tiles(R: int, E: int, D: int, F: int, itemsize: int, out_itemsize: int
         m, k, n = tiles
         return (2 * itemsize + 4) * m * (k + n) + (2 * out_itemsize * (1 + adds) + 4) * k * n
 
-    return min(_fitting(m, D, F, vmem), key=lambda tiles: outer_bytes(R, E, D, F, itemsize, out_itemsize, adds, tiles))
+    return min(
+        _fitting(m, _sizes(D), _sizes(F), vmem),
+        key=lambda tiles: outer_bytes(R, E, D, F, itemsize, out_itemsize, adds, tiles),
+    )
 
 
 def outer_bytes(R: int, E: int, D: int, F: int, itemsize: int, out_itemsize: int, adds: bool, tiles: Tiles) -> float:
@@ -108,10 +114,10 @@ def outer_bytes(R: int, E: int, D: int, F: int, itemsize: int, out_itemsize: int
     return itemsize * rows + out_itemsize * (1 + adds) * E * D * F
 
 
-def _fitting(rows: int, D: int, F: int, vmem: Callable[[Tiles], int]) -> Iterator[Tiles]:
+def _fitting(rows: int, inputs: list[int], outputs: list[int], vmem: Callable[[Tiles], int]) -> Iterator[Tiles]:
     """All tiles that fit into the fast memory, largest first."""
-    for k in _sizes(D):
-        for n in _sizes(F):
+    for k in inputs:
+        for n in outputs:
             tiles = Tiles(rows, k, n)
             if vmem(tiles) <= VMEM_BYTES:
                 yield tiles

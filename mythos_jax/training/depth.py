@@ -25,6 +25,12 @@ def draw_depths(config: Config, step: jax.Array, rows: int) -> jax.Array:
     return jnp.broadcast_to(jnp.clip(drawn, 1, max_loops(config)).astype(jnp.int32), (rows,))
 
 
+def order_by_depth(loops_B: jax.Array, parts: int) -> jax.Array:
+    """An order of the batch's rows in which part i of accumulation, rows i, i + parts, i + 2 parts, …, gets rows of
+    similar depth: a part runs as many loops as its deepest row. Int32 [B]."""
+    return jnp.argsort(loops_B).reshape(parts, -1).T.reshape(-1)
+
+
 def truncated_forward(
     model: Mythos,
     tokens_BT: jax.Array,
@@ -72,15 +78,16 @@ def truncated_forward(
 def loops_without_gradient(config: Config, steps: int = 32) -> float:
     """How many loops a training step runs without gradient, for estimates: the mean over some steps at full depth.
 
-    A step runs as many as the row with the deepest draw.
+    Each part of accumulation runs as many as its deepest row, and rows are ordered by depth.
     """
-    rows = config.training.batch_size // config.training.grad_accumulation_steps
+    rows, parts = config.training.batch_size, config.training.grad_accumulation_steps
     late = config.training.curriculum_length + jnp.arange(steps)
 
     def without(step: jax.Array) -> jax.Array:
-        return draw_depths(config, step, rows).max() - loops_with_gradient(config, step)
+        deepest = jnp.sort(draw_depths(config, step, rows)).reshape(parts, -1)[:, -1]
+        return jnp.maximum(deepest - loops_with_gradient(config, step), 0)
 
-    return float(jnp.maximum(jax.vmap(without)(late), 0).mean())
+    return float(jax.vmap(without)(late).mean())
 
 
 def loops_with_gradient(config: Config, step: jax.Array) -> int | jax.Array:

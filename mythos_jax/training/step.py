@@ -29,8 +29,8 @@ from mythos_jax.model.names import frozen_paths
 from mythos_jax.model.state import Output
 from mythos_jax.runs.low_rank import model_variables
 from mythos_jax.runs.state import Constants, Teacher, TrainState, trained_collection
-from mythos_jax.sharding import abstract, initialise, replicate, use_mesh
-from mythos_jax.training.depth import draw_depths, loops_with_gradient, truncated_forward
+from mythos_jax.sharding import abstract, constrain, initialise, replicate, use_mesh
+from mythos_jax.training.depth import draw_depths, loops_with_gradient, order_by_depth, truncated_forward
 from mythos_jax.training.distillation import distilled
 from mythos_jax.training.groups import rate_factors, trained_part, with_part
 from mythos_jax.training.objectives import (
@@ -233,6 +233,9 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch, Constants], 
         if not has_static_depth(config):
             # Drawn for the whole batch before it is split, so that a row's depth does not depend on the split.
             batch = {**batch, "loops": draw_depths(config, state.step, batch["tokens"].shape[0])}
+            if parts > 1 and config.training.depth.sample_per == "sequence":
+                order = order_by_depth(batch["loops"], parts)
+                batch = jax.tree.map(lambda x: constrain(x[order], *("batch", "length")[: x.ndim]), batch)
         trained = trained_part(state.variables[trained_collection(state.variables)], frozen)
         if parts == 1:
             total, sums = gradient(trained, state, constants, batch, jnp.int32(0), weight)

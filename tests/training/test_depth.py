@@ -12,7 +12,14 @@ from mythos_jax.config import Config, DepthConfig, ModelConfig, TrainingConfig, 
 from mythos_jax.errors import ConfigError
 from mythos_jax.model.injection import NoInjection, register_injection
 from mythos_jax.model.mythos import Mythos
-from mythos_jax.training.depth import curriculum_mean, draw_depths, loops_with_gradient, truncated_forward
+from mythos_jax.training.depth import (
+    curriculum_mean,
+    draw_depths,
+    loops_with_gradient,
+    loops_without_gradient,
+    order_by_depth,
+    truncated_forward,
+)
 from tests.tiny import GQA, GQA_LAST, MLA, variables
 
 GATED = dataclasses.replace(GQA_LAST, exit_gate=True)
@@ -63,6 +70,29 @@ def test_draws_are_a_function_of_seed_and_step():
     np.testing.assert_array_equal(a, draw_depths(config, jnp.int32(5), 64))
     assert (a != b).any()
     assert (a != draw_depths(with_depth(distribution="poisson", seed=1), jnp.int32(5), 64)).any()
+
+
+def test_parts_of_accumulation_have_rows_of_similar_depth():
+    depths, parts = np.random.default_rng(0).integers(1, 30, 24), 3
+    ordered = depths[order_by_depth(jnp.array(depths), parts)]
+    by_part = [ordered[i::parts] for i in range(parts)]
+    assert sorted(ordered) == sorted(depths)
+    assert by_part[0].max() <= by_part[1].min()
+    assert by_part[1].max() <= by_part[2].min()
+
+
+def test_estimate_of_loops_without_gradient():
+    """Of each part's deepest row, on average over parts."""
+    config = with_depth(distribution="poisson", backprop_loops=8)
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, batch_size=64, grad_accumulation_steps=4)
+    )
+    expected = [
+        max(0, part.max() - 8)
+        for step in range(8)
+        for part in np.split(np.sort(draw_depths(config, jnp.int32(step), 64)), 4)
+    ]
+    assert loops_without_gradient(config, 8) == pytest.approx(np.mean(expected))
 
 
 def test_curriculum_raises_the_mean():
