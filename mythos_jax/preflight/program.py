@@ -71,7 +71,7 @@ def _written(folder: str) -> list[str]:
     found = []
     for name in ("after_optimizations", "after_optimizations-live-range", "after_optimizations-buffer-assignment"):
         files = sorted(Path(folder).glob(f"*{name}.txt"), key=lambda file: file.stat().st_size)
-        found.append(files[-1].read_text() if files else "")
+        found.append(files[-1].read_text(encoding="utf-8") if files else "")
     return found
 
 
