@@ -25,7 +25,7 @@ VALUE_GATE_CHANNELS = 32
 class AttentionContext(struct.PyTreeNode):
     """What the attention layers of one call share.
 
-    rope: cosines and sines, [B or 1, T, rope_dim / 2]. mask: which keys a query may attend to, and with a cache where
+    rope: cosines and sines, [B or 1, T, rope_dim]. mask: which keys a query may attend to, and with a cache where
     the tokens are in it. loop: t, int32 [] or one per row [B]; 0 outside the loop. frozen_BT: bool, tokens whose loops
     have ended (None: no token can be frozen).
     """

@@ -72,9 +72,9 @@ def _scaled_norm(x: jax.Array, scale: jax.Array, eps: float, axes: int) -> jax.A
 
 
 def rope_tables(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [B, T, rope_dim / 2], of position times frequency."""
+    """Cosines and sines of position times frequency, float32 [B, T, rope_dim]: each for both channels of its pair."""
     # Float32 throughout: in bfloat16, positions beyond 256 would collide.
-    angles = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config)
+    angles = positions_BT[..., None].astype(jnp.float32) * jnp.repeat(rope_frequencies(config), 2)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -95,14 +95,34 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
     return (1 - kept) * frequencies / c.rope_scaling_factor + kept * frequencies
 
 
+@jax.custom_vjp
 def apply_rope(x_BTHK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates each adjacent pair of channels (2i, 2i + 1) by its angle; in float32, result in x's dtype."""
-    cos, sin = (table[:, :, None, :] for table in tables)
     # Adjacent pairs, as in the original RoPE; files with the half-split layout are permuted when they are read.
-    pairs = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return rotated.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+    cos, sin = (table[:, :, None, :] for table in tables)
+    return (x_BTHK.astype(jnp.float32) * cos + _quarter_turn(x_BTHK) * sin).astype(x_BTHK.dtype)
+
+
+def _rotate_back(tables: tuple[jax.Array, jax.Array], ct_BTHK: jax.Array) -> tuple[jax.Array, None]:
+    cos, sin = tables
+    return apply_rope(ct_BTHK, (cos, -sin)), None
+
+
+# The transpose of a rotation is the rotation back; positions have no gradient.
+apply_rope.defvjp(lambda x, tables: (apply_rope(x, tables), tables), _rotate_back)
+
+
+def _quarter_turn(x_BTHK: jax.Array) -> jax.Array:
+    """Each adjacent pair (a, b) as (-b, a), in float32."""
+    K = x_BTHK.shape[-1]
+    if platform() == "tpu":
+        # Exchanging neighbours takes a TPU's vector unit several passes over memory, and the matrix unit none: the
+        # product is fused with what follows. It is exact, as each of its sums has one term.
+        turn_KK = jnp.kron(jnp.eye(K // 2), jnp.array([[0, 1], [-1, 0]])).astype(x_BTHK.dtype)
+        exact = None if x_BTHK.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+        return jnp.einsum("BTHK,KL->BTHL", x_BTHK, turn_KK, precision=exact, preferred_element_type=jnp.float32)
+    pairs = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], K // 2, 2)
+    return jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x_BTHK.shape)
 
 
 @recomputed

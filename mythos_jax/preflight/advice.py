@@ -1,7 +1,7 @@
 """Which setting to change if a program does not fit."""
 
 from mythos_jax.chips import GIB
-from mythos_jax.config import Config
+from mythos_jax.config import Config, gathers_per_loop
 from mythos_jax.preflight.buffers import Buffer, held
 from mythos_jax.preflight.program import Program
 from mythos_jax.preflight.topology import Topology
@@ -31,7 +31,7 @@ def advise(
     name, size = cause
     largest = next(b for b in biggest if b.holds == name)
     fills = f"{_CAUSES[name]} take {size / GIB:.1f} GiB, most of all {_describe(largest)}"
-    if name == "gathered weights" and config.mesh.gather != "per_loop":
+    if name == "gathered weights" and not gathers_per_loop(config):
         return f"{fills}: set mesh.gather to per_loop (it is {config.mesh.gather})"
     return f"{fills}: {_fewer_rows(config, program)}"
 

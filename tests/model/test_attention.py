@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mythos_jax.model import layers
 from mythos_jax.model.attention import AttentionContext, MultiHeadLatentAttention
 from mythos_jax.model.cache import LayerCache, empty_kv
-from mythos_jax.model.layers import rope_tables
+from mythos_jax.model.layers import apply_rope, rope_tables
 from mythos_jax.ops.attention import Mask, attend
 from tests import reference
 from tests.tiny import GQA, MLA, B, T, exact, run, some_tokens, variables
@@ -83,3 +84,28 @@ def test_kv_head_serves_adjacent_query_heads():
     q = jnp.zeros((1, 1, 4, 2))
     k, v = jnp.zeros((1, 1, 2, 2)), jnp.arange(2.0).reshape(1, 1, 2, 1)
     np.testing.assert_array_equal(attend(q, k, v, Mask(), 1.0)[0, 0, :, 0], [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rope_is_a_complex_product_on_every_platform(monkeypatch, dtype):
+    """A pair of channels is a complex number; rotating it multiplies it by e^(i angle), and its gradient by the
+    conjugate. The form for TPUs, a product with a constant matrix, gives the same bits."""
+    keys, shape = jax.random.split(jax.random.key(0)), (2, 5, 3, MLA.rope_dim)
+    x_BTHK, ct_BTHK = (jax.random.normal(key, shape).astype(dtype) for key in keys)
+    cos, sin = tables = rope_tables(jnp.array([[0, 1, 2, 3, 4], [7, 300, 301, 302, 303]]), MLA)
+    turn_BTHC = np.exp(1j * np.arctan2(sin, cos).astype(np.float64))[:, :, None, ::2]
+
+    def rotated(x_BTHK, turn_BTHC):
+        pairs = np.asarray(x_BTHK, np.float64)
+        product = (pairs[..., ::2] + 1j * pairs[..., 1::2]) * turn_BTHC
+        return np.stack([product.real, product.imag], axis=-1).reshape(x_BTHK.shape)
+
+    results = []
+    for name in ("cpu", "tpu"):
+        monkeypatch.setattr(layers, "platform", lambda name=name: name)
+        out, pull_back = jax.vjp(lambda x: apply_rope(x, tables), x_BTHK)
+        results.append((out, *pull_back(ct_BTHK)))
+    tolerance = 1e-6 if dtype == jnp.float32 else 8e-3
+    for found, given, turn in zip(results[0], (x_BTHK, ct_BTHK), (turn_BTHC, turn_BTHC.conj()), strict=True):
+        np.testing.assert_allclose(np.asarray(found, np.float64), rotated(given, turn), rtol=tolerance, atol=tolerance)
+    jax.tree.map(np.testing.assert_array_equal, *results)
