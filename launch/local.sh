@@ -3,8 +3,9 @@
 #
 #     launch/local.sh [--dry-run] quickstart --training.steps 50
 #
-# --status shows the last line of the run's log, --logs goes on to show it. SHARED: where runs/NAME and compiled programs go (default: the current folder). With TOPOLOGY set, `mythos compile`
-# runs first. RESTARTS, GRACE and NAME as in common.sh; PYTHON: the interpreter that has mythos_jax.
+# --status shows the last line of the run's log, --logs goes on to show it. SHARED: where runs/NAME and compiled programs
+# go (default: the current folder). With TOPOLOGY set, `mythos compile` runs first. RESTARTS, GRACE and NAME as in
+# common.sh; PYTHON: the interpreter that has mythos_jax.
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 

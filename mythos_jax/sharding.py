@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mythos_jax.config import MeshConfig
 from mythos_jax.errors import ConfigError
@@ -62,21 +62,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     network, everything else is inside a slice. Raises ConfigError if the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    requested = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
-        raise ConfigError(
-            f"mesh: got {requested}, allowed: sizes whose product is the number of devices, {len(devices)}"
-        )
+    sizes = axis_sizes(config, len(devices))
     slices = split_into_slices(config.slices, devices)
-    if sizes["data"] % len(slices):
-        raise ConfigError(f"mesh.data: got {sizes['data']}, allowed: a multiple of mesh.slices, {len(slices)}")
     inside = (sizes["data"] // len(slices), *list(sizes.values())[1:])
     parts = [mesh_utils.create_device_mesh(inside, part, allow_split_physical_axes=True) for part in slices]
     # Under Explicit axes, jax's default, Linen's constraints raise.
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The sizes of the mesh axes on a number of devices. Raises ConfigError if they do not fit it."""
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    requested = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise ConfigError(f"mesh: got {requested}, allowed: sizes whose product is the number of devices, {devices}")
+    if sizes["data"] % config.slices:
+        raise ConfigError(f"mesh.data: got {sizes['data']}, allowed: a multiple of mesh.slices, {config.slices}")
+    return sizes
 
 
 def default_mesh() -> MeshConfig:
@@ -202,7 +206,7 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
     return jax.tree.map(sharding, boxed, is_leaf=_is_boxed)
 
 
-def check_sharded(mesh: Mesh, boxed: Any) -> None:
+def check_sharded(mesh: Mesh | AbstractMesh, boxed: Any) -> None:
     """Raises ConfigError if more than 2 % of the parameters are replicated by accident on a mesh that divides weights.
 
     A parameter is replicated on purpose if all its axes are named and the table maps none of them to an axis of this

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mythos_jax.errors import ConfigError
 from mythos_jax.sharding import BATCH_AXES
@@ -17,19 +17,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, name: str) -> None:
     """Raises ConfigError if the batch size does not divide over the mesh; `name` is the field to blame."""
     ways = _ways(mesh)
     if batch_size % ways:
         raise ConfigError(f"{name}: got {batch_size}, allowed: a multiple of {ways} (data x fsdp x expert devices)")
 
 
-def fitting_batch(mesh: Mesh, batch_size: int) -> int:
+def fitting_batch(mesh: Mesh | AbstractMesh, batch_size: int) -> int:
     """The batch size, rounded up to a multiple that divides over the mesh."""
     return -(-batch_size // _ways(mesh)) * _ways(mesh)
 
 
-def _ways(mesh: Mesh) -> int:
+def _ways(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from mythos_jax.config import Config
 from mythos_jax.data.manifest import MANIFEST_FILE
@@ -46,7 +46,7 @@ def check_config(config: Config) -> Mesh:
     return mesh
 
 
-def check_on_mesh(config: Config, mesh: Mesh) -> None:
+def check_on_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for whatever the config and the mesh alone show to be wrong, attached or not."""
     t = config.training
     rate_factors(config)  # checks the names of parameters, frozen ones and those with low-rank weights included
