@@ -24,6 +24,7 @@ from mythos_jax.preflight.hlo import parse
 from mythos_jax.preflight.report import preflight
 from mythos_jax.preflight.topology import parse_topology
 from mythos_jax.sharding import device_bytes, make_mesh, use_mesh
+from mythos_jax.training.compiler import tuned_options
 
 # All sizes differ, so that the shape of an array identifies it.
 MOE = ModelConfig(
@@ -34,6 +35,21 @@ SMALL = Config(
     name="small", model=MOE, training=TrainingConfig(batch_size=16), data=DataConfig(seq_len=512),
     mesh=MeshConfig(fsdp=2, tensor=2, expert=4),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+def test_the_compiler_knows_the_tuned_options_of_each_generation(topology):
+    """Its own options are other ones, and a name that it does not know is refused."""
+    devices = topology_devices(parse_topology(topology))
+    rows = NamedSharding(jax.sharding.Mesh(devices, "x"), PartitionSpec("x"))
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=rows)
+    lowered = jax.jit(lambda a, b: a @ b).lower(x, x)
+    for experts in (False, True):
+        options = tuned_options(devices[0].device_kind, experts)
+        assert options["xla_enable_async_all_gather"] is True
+        lowered.compile(compiler_options=options)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        lowered.compile(compiler_options={"xla_tpu_scoped_vmem_limit": 1})
 
 
 @cache

@@ -2,13 +2,16 @@
 
 import argparse
 import contextlib
+import faulthandler
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
-from mythos_jax.commands.arguments import add_processes, connect, path
+from mythos_jax.bounds import Between
+from mythos_jax.commands.arguments import add_processes, connect, of_type, path
 from mythos_jax.errors import DONE, RESTART
 from mythos_jax.streams import print_result, say
 
@@ -26,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="start from the weights of a run or of a pretrained model; the same as --training.init_from MODEL",
     )
+    parser.add_argument(
+        "--profiler-port",
+        type=of_type(Annotated[int, Between(1024, 65535)]),
+        metavar="PORT",
+        help="run jax's profiler server in each process, for traces on request; it listens on all addresses "
+        "(default: no server)",
+    )
     add_processes(parser)
     parser.set_defaults(takes_overrides=True)
 
@@ -35,6 +45,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.processes import is_process_zero
     from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.runs.configs import load_config
+    from mythos_jax.training.profile import start_profiler_server
     from mythos_jax.training.train import train
 
     if not arguments.debug:
@@ -46,7 +57,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return to_path(arguments.workdir or Path("runs") / name)
 
     with _restart_on_signals():
+        _show_stacks_on_request()
         connect(arguments)  # first, because to read a model asks jax for devices
+        if arguments.profiler_port is not None:
+            start_profiler_server(arguments.profiler_port)
         config = load_config(arguments.config, overrides, workdir_of)
         workdir = workdir_of(config.name)
         last = train(config, workdir)
@@ -61,6 +75,12 @@ def _summary(last: dict[str, Any]) -> str:
     loss, skipped = last.get("loss"), last.get("skipped", 0)
     words = f"trained to step {last['step']}" + ("" if loss is None else f", loss {loss:.4f} nats per token")
     return words + (f"; {skipped} updates were skipped" if skipped else "")
+
+
+def _show_stacks_on_request() -> None:
+    """SIGUSR1 prints what each thread of Python is doing, for a run that seems to hang; the run goes on."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # standard error is no file
+        faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
 
 
 @contextlib.contextmanager

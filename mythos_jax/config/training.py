@@ -27,6 +27,7 @@ Schedule = Literal["cosine", "wsd", "constant"]
 ExitLoss = Literal["none", "expected", "gain"]
 TeacherDtype = Literal["float32", "bfloat16"]
 BadSteps = Literal["stop", "skip"]
+Compiler = Literal["default", "tuned"]
 Logger = Literal["tensorboard", "wandb"]
 BaseDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -160,6 +161,9 @@ class TrainingConfig(Section, section="training"):
     ema_decay: Annotated[float, Between(0, 1, "[)")] = 0.0
     #: step of the router bias towards equal expert load (DeepSeek-V3); 0: off
     balance_rate: NonNegativeFloat = 1e-3
+
+    #: options of XLA's compiler for the train step: its own, or `tuned`, MaxText's for the kind of chip
+    compiler: Compiler = "default"
 
     # Failures, checkpoints and logs.
     bad_steps: BadSteps = "stop"  #: on a NaN, infinity or loss spike: stop the run, or skip the update and count it

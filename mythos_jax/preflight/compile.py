@@ -19,6 +19,7 @@ from mythos_jax.preflight.program import Program, compile_lowered
 from mythos_jax.preflight.topology import Topology
 from mythos_jax.runs.low_rank import abstract_base
 from mythos_jax.sharding import RULES, make_mesh, partition_spec, use_mesh
+from mythos_jax.training.compiler import compiler_options
 from mythos_jax.training.start import abstract_constants, check_on_mesh
 from mythos_jax.training.step import abstract_state, jitted_step
 
@@ -35,7 +36,7 @@ def compile_train(config: Config, topology: Topology, quick: bool = False) -> Pr
         for name, dtype in _batch_dtypes(config).items()
     }
     with use_mesh(mesh):
-        lowered = jitted_step(config).lower(state, batch, constants)
+        lowered = jitted_step(config, compiler_options(config, mesh)).lower(state, batch, constants)
     parts = {
         "parameters": state.variables,
         "optimizer": state.optimizer,

@@ -38,6 +38,7 @@ class RunLog:
         if is_process_zero():
             self._loggers = open_loggers(t.loggers, run_dir, config.name, restored_step=start)
         self._bar = Progress(t.steps, f"train {config.name}", "step", start=start, show=progress)
+        self._devices = mesh.size
         self._throughput, self._goodput = Throughput(peak_flops(mesh.devices.flat)), Goodput()
 
     def __enter__(self) -> "RunLog":
@@ -66,6 +67,9 @@ class RunLog:
                 row |= rates
                 self.write(step, row)
                 note = f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
+                if "mfu" in row:
+                    flops = row["flops_per_second"] / self._devices
+                    note += f", {flops / 1e12:.1f} TFLOP/s per device, MFU {row['mfu']:.1%}"
             self._bar.update(note=note)
             self.last = {"step": step, **row}
 

@@ -1,6 +1,7 @@
-"""Profiler traces of a few training steps."""
+"""Profiler traces of a few training steps, and the server that takes them on request."""
 
 import contextlib
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,22 @@ from typing import Any
 
 import jax
 
+from mythos_jax.errors import ConfigError
 from mythos_jax.paths import copy_tree, is_remote
+from mythos_jax.processes import process_prefix
+from mythos_jax.streams import log
+
+
+def start_profiler_server(port: int) -> None:
+    """Lets TensorBoard or xprof take traces of this process. jax cannot bind the server to one address, so everyone who
+    reaches the host's port can do it. Raises ConfigError if the port is in use."""
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(f"--profiler-port: got {port} ({error.strerror}), allowed: a port that is free") from None
+    jax.profiler.start_server(port)
+    log(f"{process_prefix()}profiler server on port {port} of all addresses of this host")
 
 
 class Profiler:

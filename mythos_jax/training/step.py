@@ -27,9 +27,11 @@ from mythos_jax.model.moe import balanced
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.names import frozen_paths
 from mythos_jax.model.state import Output
+from mythos_jax.processes import log0
 from mythos_jax.runs.low_rank import model_variables
 from mythos_jax.runs.state import Constants, Teacher, TrainState, trained_collection
 from mythos_jax.sharding import abstract, constrain, initialise, replicate, use_mesh
+from mythos_jax.training.compiler import Options, compiler_options, described
 from mythos_jax.training.depth import draw_depths, loops_with_gradient, order_by_depth, truncated_forward
 from mythos_jax.training.distillation import distilled
 from mythos_jax.training.groups import rate_factors, trained_part, with_part
@@ -91,7 +93,11 @@ Step = Callable[[TrainState, Batch, Constants], tuple[TrainState, Metrics]]
 
 def make_train_step(config: Config, mesh: Mesh) -> Step:
     """`jitted_step` on a mesh."""
-    jitted = jitted_step(config)
+    options = compiler_options(config, mesh)
+    if config.training.compiler != "default":
+        nothing = f"no options are known for {mesh.devices.flat[0].device_kind}"
+        log0(f"training.compiler {config.training.compiler}: {described(options) or nothing}")
+    jitted = jitted_step(config, options)
 
     def run(state: TrainState, batch: Batch, constants: Constants) -> tuple[TrainState, Metrics]:
         with use_mesh(mesh):
@@ -100,9 +106,9 @@ def make_train_step(config: Config, mesh: Mesh) -> Step:
     return run
 
 
-def jitted_step(config: Config) -> Any:
+def jitted_step(config: Config, options: Options | None = None) -> Any:
     """The jitted step, (state, batch, constants) -> (state, metrics), to be called or lowered inside `use_mesh`. The
-    state is donated, the constants are not.
+    state is donated, the constants are not. options: of the compiler (see `compiler_options`).
 
     Metrics, float32: loss (nats per token, weighted by the mask), learning_rate, gradient_norm, tokens (that have a
     weight), mean_loops, bad (whether this step was), skipped (updates left out so far, where bad steps are skipped),
@@ -152,7 +158,7 @@ def jitted_step(config: Config) -> Any:
             metrics["skipped"] = new.skipped
         return new, replicate(metrics)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=options or None)
 
 
 # (parameters that train, state, constants, rows, index of the part, weight of the batch) -> loss and sums, or gradients

@@ -87,6 +87,8 @@ def test_the_log_reports_flops_at_the_depth_that_was_trained(config, clock, tmp_
     assert rows[0]["mfu"] == pytest.approx(training_flops(config) / 1e9, abs=1e-4)
     assert peak_flops([device]) is None
     assert log.last == rows[-1]
+    rate = training_flops(config, 1.5)
+    assert log._bar._note == f"loss 1.000, 128 tokens/s, {rate / 1e12:.1f} TFLOP/s per device, MFU {rate / 1e9:.1%}"
 
 
 @pytest.mark.parametrize(
