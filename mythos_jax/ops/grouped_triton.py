@@ -144,7 +144,7 @@ def outer_blocks(D: int, F: int, itemsize: int) -> Blocks:
 
 def _max_blocks(itemsize: int) -> tuple[int, int]:
     """Columns, and how much is summed at a time: three stages fit into an A100's shared memory, 163 KiB."""
-    return (256, 64) if itemsize == 2 else (128, 32)
+    return (256, 64) if itemsize == 2 else (64, 32)
 
 
 def _block(size: int, most: int) -> int:
