@@ -27,9 +27,9 @@ def total_weight(mask_BT: jax.Array) -> jax.Array:
     return jnp.where(total > 0, total, 1)
 
 
-def extra_objectives(config: ObjectivesConfig, aux: Aux, mean: Mean, parts: int) -> dict[str, jax.Array]:
+def extra_objectives(config: ObjectivesConfig, aux: Aux, mean: Mean, use: float | jax.Array) -> dict[str, jax.Array]:
     """Every objective with a non-zero weight, float32 []: a part's share of it, not yet multiplied by its weight.
-    parts: how many the batch has."""
+    use: the part's share of all loops that the batch's rows run, which is its share of the routers' choices."""
     objectives = {}
     if config.ponder_cost:
         objectives["ponder_cost"] = mean(ponder_cost(_computed(aux.act_weight_LBT)))
@@ -41,7 +41,7 @@ def extra_objectives(config: ObjectivesConfig, aux: Aux, mean: Mean, parts: int)
     if config.router_z:
         # A dense model has no router.
         router_z = jnp.mean(aux.router_z) if aux.router_z is not None else jnp.float32(0)
-        objectives["router_z"] = router_z / parts
+        objectives["router_z"] = router_z * use
     return objectives
 
 

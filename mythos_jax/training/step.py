@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,9 +161,16 @@ def jitted_step(config: Config, options: Options | None = None) -> Any:
     return jax.jit(step, donate_argnums=0, compiler_options=options or None)
 
 
-# (parameters that train, state, constants, rows, index of the part, weight of the batch) -> loss and sums, or gradients
-# and sums.
-LossFunction = Callable[[Any, TrainState, Constants, Batch, jax.Array, jax.Array], tuple[Any, dict[str, Any]]]
+class Whole(NamedTuple):
+    """Of the whole batch: the sum of its mask, and that of its rows' depths (None: all rows have the same)."""
+
+    weight: jax.Array
+    loops: jax.Array | None
+
+
+# (parameters that train, state, constants, rows, index of the part, whole batch) -> loss and sums, or gradients and
+# sums.
+LossFunction = Callable[[Any, TrainState, Constants, Batch, jax.Array, Whole], tuple[Any, dict[str, Any]]]
 
 
 def _make_loss(config: Config) -> LossFunction:
@@ -171,7 +178,7 @@ def _make_loss(config: Config) -> LossFunction:
     model, t = Mythos(config.model, gather_per_loop=gathers_per_loop(config)), config.training
 
     def loss_of(
-        trained: Any, state: TrainState, constants: Constants, part: Batch, part_index: jax.Array, weight: jax.Array
+        trained: Any, state: TrainState, constants: Constants, part: Batch, part_index: jax.Array, whole: Whole
     ) -> tuple[jax.Array, dict[str, Any]]:
         # Nothing is differentiated for frozen parameters: they come from the state or are constants of the run.
         variables = model_variables(config, _with_trained(state.variables, trained), constants)
@@ -182,11 +189,12 @@ def _make_loss(config: Config) -> LossFunction:
         # A key of its own for each step and part: noise must not repeat, and a resumed run must draw it again.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(t.seed), state.step), part_index)
         # Divided by the weight of the whole batch, not of the part: parts may have different numbers of tokens.
-        mean = token_mean(part["mask"], weight)
+        mean = token_mean(part["mask"], whole.weight)
         losses, out = _token_losses(config, model, variables, constants.teacher, part, state.step, key, mean)
 
         loss = mean(losses.minimised_BT)
-        extra = extra_objectives(t.objectives, out.aux, mean, t.grad_accumulation_steps)
+        use = 1 / t.grad_accumulation_steps if whole.loops is None else part["loops"].sum() / whole.loops
+        extra = extra_objectives(t.objectives, out.aux, mean, use)
         loss += sum(getattr(t.objectives, name) * value for name, value in extra.items())
         sums = {
             "nats": (losses.nats_BT * part["mask"]).sum(),
@@ -235,36 +243,37 @@ def _make_gradients(config: Config) -> Callable[[TrainState, Batch, Constants], 
     frozen = frozen_paths(config)
 
     def gradients(state: TrainState, batch: Batch, constants: Constants) -> tuple[Any, dict[str, Any]]:
-        weight = total_weight(batch["mask"])
+        whole = Whole(total_weight(batch["mask"]), None)
         if not has_static_depth(config):
             # Drawn for the whole batch before it is split, so that a row's depth does not depend on the split.
             batch = {**batch, "loops": draw_depths(config, state.step, batch["tokens"].shape[0])}
+            whole = whole._replace(loops=batch["loops"].sum())
             if parts > 1 and config.training.depth.sample_per == "sequence":
                 order = order_by_depth(batch["loops"], parts)
                 batch = jax.tree.map(lambda x: constrain(x[order], *("batch", "length")[: x.ndim]), batch)
         trained = trained_part(state.variables[trained_collection(state.variables)], frozen)
         if parts == 1:
-            total, sums = gradient(trained, state, constants, batch, jnp.int32(0), weight)
+            total, sums = gradient(trained, state, constants, batch, jnp.int32(0), whole)
         else:
-            total, sums = _accumulated(partial(gradient, trained, state, constants), batch, weight, parts)
-        return total, {**sums, "weight": weight}
+            total, sums = _accumulated(partial(gradient, trained, state, constants), batch, whole, parts)
+        return total, {**sums, "weight": whole.weight}
 
     return gradients
 
 
 def _accumulated(
-    gradient: Callable[[Batch, jax.Array, jax.Array], Any], batch: Batch, weight: jax.Array, n: int
+    gradient: Callable[[Batch, jax.Array, Whole], Any], batch: Batch, whole: Whole, n: int
 ) -> tuple[Any, dict[str, Any]]:
     """Gradients and sums of n parts of the batch, one after the other, which needs the memory of one part.
 
-    gradient: (rows, index of the part, weight of the batch) -> gradients and sums.
+    gradient: (rows, index of the part, whole batch) -> gradients and sums.
     """
     # Part i takes rows i, i + n, i + 2 n, …: each device then splits the rows that it holds.
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
     indices = jnp.arange(n)
 
     def of_part(index: jax.Array, rows: Batch) -> Any:
-        return gradient(rows, index, weight)
+        return gradient(rows, index, whole)
 
     def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, of_part(*part)), None

@@ -56,7 +56,9 @@ def assert_close(a, b, **tolerance):
 
 
 RANDOM = config_with(
-    depth=DepthConfig(distribution="poisson", mean_loops=3, max_loops=5, backprop_loops=2), ema_decay=0.9
+    depth=DepthConfig(distribution="poisson", mean_loops=3, max_loops=5, backprop_loops=2),
+    objectives=ObjectivesConfig(router_z=0.1),
+    ema_decay=0.9,
 )
 
 
@@ -64,7 +66,7 @@ def test_accumulated_parts_are_the_whole_batch_at_random_depth():
     training = dataclasses.replace(RANDOM.training, grad_accumulation_steps=2)
     whole, parts = run(RANDOM, 2)[1], run(dataclasses.replace(RANDOM, training=training), 2)[1]
     for a, b in zip(whole, parts, strict=True):
-        for name in ["loss", "gradient_norm", "mean_loops", "expert_load", "tokens"]:
+        for name in ["loss", "gradient_norm", "mean_loops", "expert_load", "tokens", "router_z"]:
             np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=name)
     assert whole[0]["mean_loops"] != whole[1]["mean_loops"]
 
