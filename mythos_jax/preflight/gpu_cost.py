@@ -47,8 +47,9 @@ def _grouped_product(operands: list[Array], instruction: Instruction) -> tuple[f
     (E, *_), (R, columns) = w.shape, instruction.arrays[0].shape
     depth = x.shape[1]
     m = grouped_triton.product_blocks(R, w.shape, columns == w.shape[1], _item(x)).rows
-    # Half of each expert's last tile is wasted on average.
-    visited = min(tiles.shape[1], _rows(instruction, R) / m + E / 2)
+    mean = _rows(instruction, R) / E
+    # Half of each expert's last tile is wasted on average; with few rows, it is whether an expert has any.
+    visited = min(tiles.shape[1], E * (mean / m + 0.5 if mean > m / 2 else 1 - math.exp(-mean)))
     read = visited * m * (depth + columns) * _item(x) + min(E, visited) * depth * columns * _item(w)
     return 2.0 * visited * m * depth * columns, read
 
