@@ -25,7 +25,7 @@ fail() {
     exit 2
 }
 
-# Reads [--dry-run | --status | --logs] CONFIG [--section.field value …] into DRY_RUN, ACTION, CONFIG, OVERRIDES and NAME.
+# Reads [--dry-run | --status | --logs] CONFIG [--section.field value …] into DRY_RUN, ACTION, CONFIG, OVERRIDES, NAME.
 # --status and --logs are about the job that the same command launches without them.
 read_arguments() {
     while :; do
@@ -113,7 +113,8 @@ read_topology() {
     *:4) ;;
     *) fail "HOST_CHIPS: got '$HOST_CHIPS', allowed: 1, 4 or 8" ;;
     esac
-    [ $((CHIPS % HOST_CHIPS)) = 0 ] || fail "TOPOLOGY: got '$TOPOLOGY', allowed: a slice of whole hosts of $HOST_CHIPS chips"
+    [ $((CHIPS % HOST_CHIPS)) = 0 ] ||
+        fail "TOPOLOGY: got '$TOPOLOGY', allowed: a slice of whole hosts of $HOST_CHIPS chips"
     HOSTS=$((CHIPS / HOST_CHIPS))
     case $GENERATION in
     v5e) ACCELERATOR=tpu-v5-lite-podslice ;;

@@ -33,7 +33,8 @@ esac
 require TOPOLOGY IMAGE
 read_topology
 shared_storage
-[[ $NAME =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail "NAME: got '$NAME', allowed: at most 40 lower case letters, digits and hyphens"
+[[ $NAME =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
+    fail "NAME: got '$NAME', allowed: at most 40 lower case letters, digits and hyphens"
 QUEUE=${QUEUE:-multislice-queue}
 ARGS=$(json_list train "$CONFIG" --workdir "$RUN" "${OVERRIDES[@]}")
 pod_fields

@@ -15,7 +15,8 @@ status) run sky jobs queue --all && exit ;;
 logs) run sky jobs logs --name "$NAME" && exit ;;
 esac
 shared_storage
-[ -f constraints.txt ] && [ -d mythos_jax ] || fail "got the folder $PWD, allowed: a checkout of mythos_jax, which is copied to the nodes"
+[ -f constraints.txt ] && [ -d mythos_jax ] ||
+    fail "got the folder $PWD, allowed: a checkout of mythos_jax, which is copied to the nodes"
 spot=--no-use-spot
 wants_spot 1 && spot=--use-spot
 for word in "${OVERRIDES[@]}"; do

@@ -85,11 +85,13 @@ start=$(printf '%s ' sudo docker run --detach --name mythos --privileged --net h
     -v /var/lib/mythos:/data -e MYTHOS_DATA_CACHE=/data -e "JAX_COMPILATION_CACHE_DIR=$CACHE" "${IMAGE@Q}" \
     train "${CONFIG@Q}" --workdir "${RUN@Q}" "${OVERRIDES[@]@Q}")
 running="sudo docker inspect --format {{.State.Running}} mythos 2>/dev/null | grep --quiet true"
-start="if $running; then echo 'a run is there, which this script joins'; else sudo docker rm mythos >/dev/null 2>&1; $start; fi"
+start="if $running; then echo 'a run is there, which this script joins'
+else sudo docker rm mythos >/dev/null 2>&1; $start; fi"
 # Shows the log until the container has ended, then prints its exit code; "gone" if there is no such container.
 follow='sudo docker logs --follow --tail 20 mythos >&2; sudo docker wait mythos 2>/dev/null || echo gone'
 # Process 0 has ended. The others may still save, or wait for it.
-clear="sudo timeout $((GRACE + 60)) docker wait mythos >/dev/null 2>&1; sudo docker rm --force mythos >/dev/null 2>&1 || true"
+clear="sudo timeout $((GRACE + 60)) docker wait mythos >/dev/null 2>&1
+sudo docker rm --force mythos >/dev/null 2>&1 || true"
 
 say() {
     echo "tpu_vm.sh: $*" >&2
