@@ -69,7 +69,7 @@ def test_the_unrolled_loop_equals_the_loop():
 
 def test_a_loop_of_ones_own_compiles_to_the_same_work():
     """`model.apply(…).logits` and optax: as many FLOPs, and no more memory, than the train step of `mythos train`."""
-    config = config_of(replace(tiny.GQA, max_seq_len=64), Shape(4, 64))
+    config = config_of(replace(tiny.GQA_LAST, max_seq_len=64), Shape(4, 64))
     mesh, batch = make_mesh(config.mesh, jax.devices()[:1]), batch_of(config)
     state = init_state(config, mesh)
     step, params, optimizer_state = own_loop.make_step(config, state.variables)
