@@ -21,8 +21,9 @@ GB, MIB, GIB = 1e9, 2**20, 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU or GPU to compile for. hbm_bytes: what a program gets. flops: peak bfloat16 FLOP/s. narrow: the types of 8
-    bits, as in `model.products`, that it multiplies twice as fast. Bandwidths are in bytes per second."""
+    """A TPU or GPU to compile for, or one of the devices that a chip is for jax. hbm_bytes: what a program gets. flops:
+    peak bfloat16 FLOP/s. narrow: the types of 8 bits, as in `model.products`, that it multiplies twice as fast.
+    Bandwidths are in bytes per second. devices: of a chip."""
 
     name: str
     hbm_bytes: float
@@ -32,7 +33,13 @@ class Chip:
     dcn_bandwidth: float
     shapes: tuple[str, ...]  # slices that can be rented; GPUs of one node
     narrow: tuple[str, ...] = ("int8",)
+    devices: int = 1
     is_gpu: bool = False
+
+    @property
+    def links(self) -> tuple[str, str]:
+        """What carries data between its kind: inside a slice or a node, and between these."""
+        return ("NVLink", "network") if self.is_gpu else ("ICI", "DCN")
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

@@ -38,16 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.preflight.topology import parse_topology
-
-    topology = parse_topology(arguments.topology, arguments.slices)
     # Set before jax is imported, so that it does not claim a local TPU, which may be in use. Programs for devices that
     # are not attached cannot be read from the compilation cache.
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     from mythos_jax.preflight.report import preflight
     from mythos_jax.preflight.text import report_text
+    from mythos_jax.preflight.topology import parse_topology
     from mythos_jax.runs.configs import load_config
 
+    topology = parse_topology(arguments.topology, arguments.slices)
     config = load_config(arguments.config, overrides)
     report = preflight(config, topology, decode=arguments.decode, quick=arguments.quick)
     shown = {"top": arguments.top, "price": arguments.price}

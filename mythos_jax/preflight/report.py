@@ -58,8 +58,12 @@ class PreflightReport:
     causes: tuple[Cause, ...] = ()
 
     @property
-    def chips(self) -> int:
+    def devices(self) -> int:
         return math.prod(self.mesh.values())
+
+    @property
+    def chips(self) -> int:
+        return self.devices // self.topology.chip.devices
 
     @property
     def step_seconds(self) -> float:
@@ -77,8 +81,8 @@ class PreflightReport:
 
     @property
     def utilisation(self) -> float:
-        """Model FLOPs in this time, relative to what the chips could do."""
-        return self.flops["model"] / self.step_seconds / (self.chips * self.topology.chip.flops)
+        """Model FLOPs in this time, relative to what the devices could do."""
+        return self.flops["model"] / self.step_seconds / (self.devices * self.topology.chip.flops)
 
     @property
     def bound(self) -> str:
@@ -87,11 +91,13 @@ class PreflightReport:
 
     def as_dict(self, top: int = 0, price: float = 0) -> dict[str, Any]:
         """Plain containers for JSON; sizes in bytes, times in seconds. top: how many causes. price: per chip-hour."""
+        inside, between = (name.lower() for name in self.topology.chip.links)
         return {
             "name": self.name,
             "step": self.step,
             "topology": self.topology.name,
             "chips": self.chips,
+            "devices": self.devices,
             "mesh": self.mesh,
             "fits": self.fits,
             "hbm": {**self.hbm, "peak": self.needed, "capacity": self.topology.chip.hbm_bytes},
@@ -103,7 +109,7 @@ class PreflightReport:
             "reported": self.reported,
             "open_loops": self.open_loops,
             "collectives": [
-                {"kind": kind, "axes": axes, "count": count, "ici": ici, "dcn": dcn}
+                {"kind": kind, "axes": axes, "count": count, inside: ici, between: dcn}
                 for (kind, axes), (count, ici, dcn) in by_kind(self.collectives).items()
             ],
             "seconds": self.seconds,
@@ -166,6 +172,7 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
 def _with_cost(report: PreflightReport, config: Config, program: Program, module: Module) -> PreflightReport:
     collectives = tuple(read_collectives(module, program.mesh))
     per_chip, chip = cost(module), report.topology.chip
+    inside, between = chip.links
     if report.step == "decode":
         # A new token attends to half of the longest context on average.
         forward = forward_flops(config.model, config.data.seq_len // 2).at(config.model.loops)
@@ -188,7 +195,7 @@ def _with_cost(report: PreflightReport, config: Config, program: Program, module
         seconds={
             "compute": per_chip.compute_seconds(chip),
             "HBM": per_chip.hbm_bytes / chip.hbm_bandwidth,
-            "ICI": sum(c.ici for c in collectives) / chip.ici_bandwidth,
-            "DCN": sum(c.dcn for c in collectives) / chip.dcn_bandwidth,
+            inside: sum(c.ici for c in collectives) / chip.ici_bandwidth,
+            between: sum(c.dcn for c in collectives) / chip.dcn_bandwidth,
         },
     )

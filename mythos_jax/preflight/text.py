@@ -9,12 +9,13 @@ from mythos_jax.preflight.report import PreflightReport
 
 def report_text(report: PreflightReport, top: int = 0, price: float = 0) -> str:
     """All of it. top: how many causes. price: of a chip for an hour."""
+    device = "device" if report.topology.chip.devices > 1 else "chip"
     capacity = report.topology.chip.hbm_bytes
     mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     lines = [
-        f"{report.name}: {report.step} step on {report.topology.name} ({report.chips} chips), mesh {mesh}",
+        f"{report.name}: {report.step} step on {report.topology.name} ({_chips(report)}), mesh {mesh}",
         "",
-        f"HBM per chip, of {capacity / GIB:.2f} GiB",
+        f"HBM per {device}, of {capacity / GIB:.2f} GiB",
         *(f"  {name:<12} {size / GIB:>9.2f} GiB" for name, size in report.hbm.items()),
     ]
     lines += [
@@ -33,6 +34,11 @@ def report_text(report: PreflightReport, top: int = 0, price: float = 0) -> str:
     return "\n".join(lines)
 
 
+def _chips(report: PreflightReport) -> str:
+    chips = f"{report.chips} {'GPU' if report.topology.chip.is_gpu else 'chip'}{'s' * (report.chips > 1)}"
+    return chips if report.devices == report.chips else f"{chips}, {report.devices} devices"
+
+
 def _buffers(report: PreflightReport, rows: int) -> list[str]:
     totals = ", ".join(
         f"{name} {size / GIB:.2f} GiB" for name, size in held(report.biggest).items() if size > GIB / 200
@@ -48,6 +54,7 @@ def _buffers(report: PreflightReport, rows: int) -> list[str]:
 
 def _cost(report: PreflightReport) -> list[str]:
     model, compiled, narrow = (report.flops[name] for name in ("model", "compiled", "in_8_bits"))
+    inside, between = report.topology.chip.links
     return [
         f"FLOPs per step ({report.tokens:,} tokens): {model:.3e} of the model, {compiled:.3e} compiled "
         f"({compiled / model:.2f} x)" + (f", {narrow / compiled:.0%} of them in 8 bits" if narrow else ""),
@@ -57,7 +64,7 @@ def _cost(report: PreflightReport) -> list[str]:
         "",
         "Collectives per step, with the bytes that each chip sends",
         *(
-            f"  {kind:<18} {axes:<22} {count:>7.0f} x {ici / 1e9:>10.3f} GB ICI {dcn / 1e9:>9.3f} GB DCN"
+            f"  {kind:<18} {axes:<22} {count:>7.0f} x {ici / 1e9:>10.3f} GB {inside} {dcn / 1e9:>9.3f} GB {between}"
             for (kind, axes), (count, ici, dcn) in by_kind(report.collectives).items()
         ),
     ]
