@@ -17,6 +17,9 @@
 set -euo pipefail
 
 SLICES=${SLICES:-1} RESTARTS=${RESTARTS:-20} GRACE=${GRACE:-180} MYTHOS=${MYTHOS:-mythos} PREFLIGHT=${PREFLIGHT:-1}
+for name in SLICES RESTARTS GRACE; do
+    [[ ${!name} =~ ^[0-9]{1,9}$ ]] || { echo "$(basename "$0"): $name: got '${!name}', allowed: an integer" >&2; exit 2; }
+done
 ALLOWED=${ALLOWED:-[--dry-run | --status | --logs] CONFIG [--section.field value …]}
 DRY_RUN=0 ACTION=launch
 
@@ -68,6 +71,13 @@ run() {
         needs "$1"
         "$@"
     fi
+}
+
+# What --status and --logs do in place of a launch: a command, whose exit code is the script's.
+show() {
+    local code=0
+    "$@" || code=$?
+    exit "$code"
 }
 
 # Under Slurm: --status and --logs, which end the script.

@@ -13,8 +13,8 @@ read_arguments "$@"
 require CLUSTER LOCATION
 WHERE=(--cluster "$CLUSTER" --location "$LOCATION" ${PROJECT:+--project "$PROJECT"})
 case $ACTION in
-status) run gcluster job list --name-contains "$NAME" "${WHERE[@]}" && exit ;;
-logs) run gcluster job logs "$NAME" --follow "${WHERE[@]}" && exit ;;
+status) show run gcluster job list --name-contains "$NAME" "${WHERE[@]}" ;;
+logs) show run gcluster job logs "$NAME" --follow "${WHERE[@]}" ;;
 esac
 require TOPOLOGY IMAGE
 read_topology

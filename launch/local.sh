@@ -13,8 +13,8 @@ read_arguments "$@"
 SHARED=${SHARED:-$PWD}
 METRICS=$SHARED/runs/$NAME/metrics.jsonl
 case $ACTION in
-status) run tail -n 1 "$METRICS" && exit ;;
-logs) run tail -n 20 -F "$METRICS" && exit ;;
+status) show run tail -n 1 "$METRICS" ;;
+logs) show run tail -n 20 -F "$METRICS" ;;
 esac
 dry=()
 [ "$DRY_RUN" = 0 ] || dry=(--dry-run)

@@ -25,8 +25,8 @@ source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
 case $ACTION in
-status) run kubectl get deployments,pods -l "app=$NAME" -o wide && exit ;;
-logs) run kubectl logs -f --tail 100 -l "app=$NAME" --all-containers --prefix && exit ;;
+status) show run kubectl get deployments,pods -l "app=$NAME" -o wide ;;
+logs) show run kubectl logs -f --tail 100 -l "app=$NAME" --all-containers --prefix ;;
 esac
 require IMAGE
 [[ $NAME =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] || fail "NAME: got '$NAME', allowed: lower case letters, digits and hyphens"

@@ -11,8 +11,8 @@ source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
 case $ACTION in
-status) run sky jobs queue --all && exit ;;
-logs) run sky jobs logs --name "$NAME" && exit ;;
+status) show run sky jobs queue --all ;;
+logs) show run sky jobs logs --name "$NAME" ;;
 esac
 shared_storage
 [ -f constraints.txt ] && [ -d mythos_jax ] ||
@@ -20,7 +20,7 @@ shared_storage
 spot=--no-use-spot
 wants_spot 1 && spot=--use-spot
 for word in "${OVERRIDES[@]}"; do
-    [[ $word != *[[:space:]\"\'\$]* ]] || fail "got '$word', allowed here: overrides without spaces and quotes"
+    [[ $word != *[][:space:]\"\'\$*?[]* ]] || fail "got '$word', allowed here: overrides without spaces, quotes, * ? [ ]"
 done
 
 if [ -n "${TOPOLOGY:-}" ]; then

@@ -42,7 +42,7 @@ status)
     on_first_worker "sudo docker ps --all --filter name=mythos"
     exit 0
     ;;
-logs) on_first_worker "sudo docker logs --follow --tail 100 mythos 2>&1" && exit ;;
+logs) show on_first_worker "sudo docker logs --follow --tail 100 mythos 2>&1" ;;
 esac
 shared_storage
 
@@ -81,8 +81,9 @@ on_all_workers() {
 
 # The container belongs to Docker, not to the ssh session that starts it; one that runs already is left alone. It gets
 # SIGTERM when the machine shuts down.
+cache=JAX_COMPILATION_CACHE_DIR=$CACHE
 start=$(printf '%s ' sudo docker run --detach --name mythos --privileged --net host --stop-timeout "$GRACE" \
-    -v /var/lib/mythos:/data -e MYTHOS_DATA_CACHE=/data -e "JAX_COMPILATION_CACHE_DIR=$CACHE" "${IMAGE@Q}" \
+    -v /var/lib/mythos:/data -e MYTHOS_DATA_CACHE=/data -e "${cache@Q}" "${IMAGE@Q}" \
     train "${CONFIG@Q}" --workdir "${RUN@Q}" "${OVERRIDES[@]@Q}")
 running="sudo docker inspect --format {{.State.Running}} mythos 2>/dev/null | grep --quiet true"
 start="if $running; then echo 'a run is there, which this script joins'
@@ -99,8 +100,10 @@ say() {
 
 # Until the slices are there.
 acquire() {
-    local now
+    local now before=''
     while now=$(state) && [ "$now" != ACTIVE ]; do
+        [ "$now" = "$before" ] || say "queued resource $NAME: $now"
+        before=$now
         case $now in
         NONE) create ;;
         FAILED | SUSPENDED) delete ;; # preempted or never granted: request it again
@@ -146,6 +149,7 @@ fi
 needs gcloud
 
 restarts=0
+say "the run goes on without this script. To stop it: gcloud compute tpus queued-resources delete $NAME ${WHERE[*]} --force"
 while true; do
     acquire
     if on_all_workers "$start"; then

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mythos_jax
@@ -142,8 +143,7 @@ def _check(config: str, overrides: list[str], target: str, environment: Mapping[
     from mythos_jax.training.start import check_on_mesh
 
     loaded = load_config(config, overrides)
-    slices = int(environment.get("SLICES") or 1)
-    if target in TPU_TARGETS and loaded.mesh.slices != slices:
+    if target in TPU_TARGETS and loaded.mesh.slices != (slices := _number(environment, "SLICES", 1)):
         raise ConfigError(f"mesh.slices: got {loaded.mesh.slices}, allowed: {slices}, the number of --slices")
     sizes = axis_sizes(loaded.mesh, count)
     check_on_mesh(loaded, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
@@ -153,13 +153,7 @@ def _check(config: str, overrides: list[str], target: str, environment: Mapping[
 
 def _devices(target: str, environment: Mapping[str, str]) -> int:
     """How many devices the run will have. Raises ConfigError for a slice that does not exist."""
-
-    def number(name: str, default: int) -> int:
-        text = environment.get(name) or str(default)
-        if not re.fullmatch(r"\d{1,6}", text):
-            raise ConfigError(f"{name}: got {text!r}, allowed: an integer")
-        return int(text)
-
+    number = partial(_number, environment)
     if target in TPU_TARGETS:
         from mythos_jax.preflight.topology import parse_topology
 
@@ -173,9 +167,17 @@ def _devices(target: str, environment: Mapping[str, str]) -> int:
     if target == "local":
         return number("PROCESSES", 2) * number("DEVICES", 4)
     if target == "slurm":
-        nodes, gpus = number("NODES", 1), number("GPUS", 8)
+        nodes, gpus = number("NODES", 1), number("GPUS", 8, least=0)
         return nodes * (gpus or number("TASKS", 1))
     kind, _, gpus_text = (environment.get("GPUS") or "H100:8").rpartition(":")
-    if not kind or not gpus_text.isdecimal():
+    if not kind or not re.fullmatch(r"[1-9]\d{0,5}", gpus_text):
         raise ConfigError(f"--gpus: got {environment.get('GPUS')!r}, allowed: a kind and a number, such as H100:8")
     return number("NODES", 2) * int(gpus_text)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
+    """The variable of the scripts. Raises ConfigError if it is no number."""
+    text = environment.get(name) or str(default)
+    if not re.fullmatch(r"\d{1,6}", text) or int(text) < least:
+        raise ConfigError(f"{name}: got {text!r}, allowed: an integer >= {least}")
+    return int(text)

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profiler-port",
         type=of_type(Annotated[int, Between(1024, 65535)]),
         metavar="PORT",
-        help="run jax's profiler server in each process, for traces on request; it listens on all addresses "
+        help="run jax's profiler server in process i at PORT + i, for traces on request; it listens on all addresses "
         "(default: no server)",
     )
     add_processes(parser)

@@ -15,14 +15,19 @@ from mythos_jax.processes import process_prefix
 from mythos_jax.streams import log
 
 
-def start_profiler_server(port: int) -> None:
-    """Lets TensorBoard or xprof take traces of this process. jax cannot bind the server to one address, so everyone who
-    reaches the host's port can do it. Raises ConfigError if the port is in use."""
+def start_profiler_server(first_port: int) -> None:
+    """Lets TensorBoard or xprof take traces of process i at `first_port` + i: several may be on one host.
+
+    jax cannot bind the server to one address, so everyone who reaches the host's port can do it. Raises ConfigError if
+    the port is in use.
+    """
+    port = first_port + jax.process_index()
     with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
         try:
             probe.bind(("", port))
-        except OSError as error:
-            raise ConfigError(f"--profiler-port: got {port} ({error.strerror}), allowed: a port that is free") from None
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--profiler-port: got {port} ({reason}), allowed: a port that is free") from None
     jax.profiler.start_server(port)
     log(f"{process_prefix()}profiler server on port {port} of all addresses of this host")
 

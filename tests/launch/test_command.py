@@ -73,6 +73,7 @@ def test_status_and_logs_check_no_config(became, action):
         (("gke", "mythos_1b", "--topology", "h100:8"), "--topology: got h100:8, allowed for gke: a slice of TPUs"),
         (("gke", "mythos_1b"), "--topology: got '', allowed: "),
         (("slurm", "mythos_1b", "--gpus", "3"), "mesh: got data 1 x fsdp -1 x tensor 1 x expert 4"),
+        (("skypilot", "mythos_1b", "--gpus", "H100:0"), "--gpus: got 'H100:0', allowed: a kind and a number"),
         (("skypilot", "mythos_1b", "--gpus", "8"), "--gpus: got '8', allowed: a kind and a number, such as H100:8"),
         (("local", "quickstart", "--zone", "a"), "--zone: not a setting of local; allowed: --topology, --shared"),
         (("tpu_vm", "quickstart"), "invalid choice: 'tpu_vm'"),

@@ -219,6 +219,23 @@ def test_status_and_logs_of_the_job(launch, name, status, logs):
         assert launch(name, "--logs", CONFIG, **settings).calls[-1].startswith(logs)
 
 
+@pytest.mark.parametrize("name", [*CLOUD, "slurm", "serve_gke", "local"])
+@pytest.mark.parametrize("action", ["--status", "--logs"])
+def test_a_look_that_fails_launches_nothing(launch, tmp_path, name, action):
+    fails = dict.fromkeys(["kubectl", "gcluster", "gcloud", "sky", "squeue", "tail"], "exit 3")
+    done = launch(name, action, CONFIG, fakes=fails, SHARED=str(tmp_path))
+    no_log = (name, action) == ("slurm", "--logs")  # in this folder
+    assert done.returncode == (2 if no_log else 3)
+    assert len(done.calls) == (0 if no_log else 1)
+
+
+@pytest.mark.parametrize("name", ["gke", "local"])
+@pytest.mark.parametrize("setting", ["SLICES", "RESTARTS", "GRACE"])
+def test_settings_that_are_no_numbers(launch, name, setting):
+    done = launch(name, CONFIG, **{setting: "many"})
+    assert (done.returncode, done.stderr) == (2, f"{name}.sh: {setting}: got 'many', allowed: an integer\n")
+
+
 @pytest.mark.parametrize("name", [*CLOUD, "slurm"])
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_config_that_does_not_fit_is_not_launched(launch, name, code):
