@@ -56,14 +56,20 @@ def sums_of_groups(x_RD: jax.Array, group_R: jax.Array, n_groups: int) -> jax.Ar
     zeros and ones: groups are taken 128 at a time, and each 128 become one expert of `outer`.
     """
     R, D = x_RD.shape
+    # 0 x NaN is NaN: a row that is not finite would reach the other groups of its 128, and must reach its own.
+    is_finite_R = jnp.isfinite(x_RD).all(-1)
+    x_RD = jnp.where(is_finite_R[:, None], x_RD, 0)
+    is_lost_N = jnp.zeros(n_groups, bool).at[group_R].max(~is_finite_R, mode="drop")
     n_blocks = -(-n_groups // LANES)
     starts = jnp.minimum(LANES * jnp.arange(n_blocks + 1), n_groups)
     bounds = jnp.sum(group_R < starts[:, None], axis=1, dtype=jnp.int32)
     one_hot_RG = (group_R[:, None] % LANES == jnp.arange(LANES)).astype(x_RD.dtype)
     tiles = outer_tiles(R, n_blocks, LANES, D, x_RD.dtype.itemsize, x_RD.dtype.itemsize, adds=False)
     one_hot_RG, x_RD = _pad(one_hot_RG, tiles.rows), _pad(x_RD, tiles.rows)
-    sums = tgmm(one_hot_RG.T, x_RD, jnp.diff(bounds), x_RD.dtype, tiles, interpret=INTERPRET)
-    return sums.reshape(-1, D)[:n_groups]
+    # By default the chip would round float32 to bfloat16.
+    with jax.default_matmul_precision("highest" if x_RD.dtype == jnp.float32 else "default"):
+        sums = tgmm(one_hot_RG.T, x_RD, jnp.diff(bounds), x_RD.dtype, tiles, interpret=INTERPRET)
+    return jnp.where(is_lost_N[:, None], jnp.nan, sums.reshape(-1, D)[:n_groups])
 
 
 def tile_rows(R: int, E: int) -> int:

@@ -53,7 +53,8 @@ def test_products_equal_dense_ones(on_tpu):
 
 
 def test_sums_of_groups():
-    """Of 300 groups some are empty and one has many rows; rows of no group hold NaN."""
+    """Of 300 groups some are empty and one has many rows; rows of no group hold NaN, and what is not finite in a row
+    stays in its own group."""
     random = np.random.default_rng(0)
     group = np.sort(np.append(random.integers(0, 300, 300), [17] * 90 + [300] * 10)).astype(np.int32)
     rows = random.standard_normal((len(group), 5)).astype(np.float32)
@@ -64,6 +65,13 @@ def test_sums_of_groups():
         patch.setattr(megablox, "INTERPRET", True)
         actual = jax.jit(partial(megablox.sums_of_groups, n_groups=300))(rows, group)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+    rows[[3, 200], [1, 4]] = np.nan, np.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megablox, "INTERPRET", True)
+        actual = np.asarray(jax.jit(partial(megablox.sums_of_groups, n_groups=300))(rows, group))
+    lost = np.isin(np.arange(300), group[[3, 200]])
+    assert not np.isfinite(actual[lost]).any()
+    np.testing.assert_allclose(actual[~lost], expected[~lost], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("exchange", ["ring", "all_to_all"])
