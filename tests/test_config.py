@@ -174,7 +174,10 @@ def test_overrides_take_precedence_over_the_file(write):
         ("--model.feed_forward gated", "model.feed_forward: got 'gated', allowed: dense, moe"),
         ("--model.injection lti", "model.injection: got 'lti', allowed: openmythos, parcae, concat, none"),
         ("--model.readout ACT", "model.readout: got 'ACT', allowed: last, act"),
-        ("--model.remat true", "model.remat: got 'true', allowed: none, full, attention, offload, sublayers, dots"),
+        (
+            "--model.remat true",
+            "model.remat: got 'true', allowed: none, full, attention, offload, sublayers, half_hidden, hidden, dots",
+        ),
         ("--training.steps 0", "training.steps: got 0, allowed: an integer >= 1"),
         ("--training.seed -1", "training.seed: got -1, allowed: an integer from 0 to 4294967295"),
         ("--training.seed 4294967296", "training.seed: got 4294967296, allowed: an integer from 0 to 4294967295"),

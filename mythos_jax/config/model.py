@@ -19,7 +19,7 @@ Injection = Annotated[str, OneOf(INJECTION_NAMES)]
 InitialState = Literal["injected", "noise", "zeros"]
 ReadOut = Literal["last", "act"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Remat = Literal["none", "full", "attention", "offload", "sublayers", "dots"]
+Remat = Literal["none", "full", "attention", "offload", "sublayers", "half_hidden", "hidden", "dots"]
 Products = Literal["dtype", "int8", "fp8"]
 ExpertExchange = Literal["ring", "all_to_all"]
 

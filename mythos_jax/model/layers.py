@@ -6,10 +6,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mythos_jax.config import ModelConfig
 from mythos_jax.config.model import Products
 from mythos_jax.model.gather import adaptable_weight
+from mythos_jax.model.remat import GATE, UP
 from mythos_jax.ops.products import linear
 from mythos_jax.sharding import constrain, platform
 
@@ -143,9 +145,9 @@ class FeedForward(nn.Module):
         def project(name: str) -> jax.Array:
             return Linear((self.hidden_dim,), ("embed", "mlp"), c.std, products=c.products, name=name)(x_BTD)
 
-        up_BTF = project("up")
+        up_BTF = checkpoint_name(project("up"), UP)
         if c.activation == "swiglu":
-            gate_BTF = project("gate")
+            gate_BTF = checkpoint_name(project("gate"), GATE)
             hidden_BTF = swiglu(gate_BTF, up_BTF)
         else:  # relu2; the factor is part of the published model, not of its weights
             hidden_BTF = 0.5 * jnp.square(nn.relu(up_BTF))

@@ -14,11 +14,17 @@ import jax
 from mythos_jax.config.model import Remat
 from mythos_jax.ops.attention import SAVED
 
-# The names of the outputs of a layer and of its feed-forward (`checkpoint_name`); attention has its own, SAVED.
-LAYER, FEED_FORWARD = "layer", "feed_forward"
+# The names (`checkpoint_name`) of the outputs of a layer and of its feed-forward, and of the two products from which a
+# dense feed-forward makes its hidden activations; attention has its own, SAVED.
+LAYER, FEED_FORWARD, UP, GATE = "layer", "feed_forward", "up", "gate"
 
 # What is kept inside a layer, by name.
-_KEPT: dict[str, tuple[str, ...]] = {"attention": (SAVED,), "sublayers": (SAVED, FEED_FORWARD)}
+_KEPT: dict[str, tuple[str, ...]] = {
+    "attention": (SAVED,),
+    "sublayers": (SAVED, FEED_FORWARD),
+    "half_hidden": (SAVED, FEED_FORWARD, UP),
+    "hidden": (SAVED, FEED_FORWARD, UP, GATE),
+}
 
 
 def remat_layer(call: Callable[..., Any], remat: Remat) -> Callable[..., Any]:

@@ -76,8 +76,10 @@ def test_what_each_setting_keeps():
     sizes = {remat: gradient(c, LOOPS).temporaries for remat, c in settings.items()}
     # What is saved is not computed again. (The CPU has one memory, so there `offload` equals `attention`.)
     assert counts["full"] > counts["attention"] == counts["offload"] > counts["sublayers"] >= counts["dots"]
+    assert counts["sublayers"] > counts["half_hidden"] > counts["hidden"] >= counts["none"]
     assert counts["dots"] >= counts["none"]
     assert sizes["full"] < sizes["attention"] < sizes["sublayers"] < sizes["dots"] < sizes["none"]
+    assert sizes["sublayers"] < sizes["half_hidden"] < sizes["hidden"] < sizes["none"]
 
 
 @pytest.mark.parametrize("loops", [1, LOOPS])
