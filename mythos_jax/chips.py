@@ -1,7 +1,8 @@
 """What accelerator chips can do, as their makers publish it.
 
 TPU numbers are per chip: https://docs.cloud.google.com/tpu/docs/v4, …/v5e, …/v5p, …/v6e and …/tpu7x (read in November
-2026). Their inter-chip bandwidth counts both directions of all links; DCN of v5e and v6e is the pod's over 256 chips.
+2026). Their inter-chip bandwidth counts both directions of all links; DCN of v5e and v6e is the pod's over 256 chips,
+and that of v4, which is not published, v5p's.
 GPU numbers are those of NVIDIA's data sheets (SXM modules; read in November 2026): FLOPs for dense matrices, which is
 half of what they list "with sparsity", and NVLink in one direction, half of what they list. Between nodes each GPU has
 a network adapter of its own, as in NVIDIA's DGX: 200 Gb/s with A100, 400 Gb/s with H100 and H200. Their memory is what
@@ -44,7 +45,7 @@ class Chip:
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
-    "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24"
+    "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"
 )  # fmt: skip
 
 _NODE = ("1", "2", "4", "8")
@@ -56,7 +57,8 @@ CHIPS = {
     for chip in (
         Chip("v5e", 15.75 * GIB, 197e12, 819 * GB, 400 / 4 * GB, 25 / 8 * GB, _FLAT),
         Chip("v6e", 31.25 * GIB, 918e12, 1600 * GB, 800 / 4 * GB, 100 / 8 * GB, _FLAT),
-        Chip("v5p", 95.74 * GIB, 459e12, 2765 * GB, 1200 / 6 * GB, 50 / 8 * GB, _CUBES),
+        Chip("v5p", 95.74 * GIB, 459e12, 2765 * GB, 1200 / 6 * GB, 50 / 8 * GB, (*_CUBES, "16x16x24")),
+        Chip("v4", 30.75 * GIB, 275e12, 1200 * GB, 600 / 6 * GB, 50 / 8 * GB, _CUBES, narrow=()),
         Chip("a100", 81920 * MIB, 312e12, 2039 * GB, 300 * GB, 200 / 8 * GB, _NODE, is_gpu=True),
         Chip("h100", 81559 * MIB, 989e12, 3350 * GB, 450 * GB, 400 / 8 * GB, _NODE, ("int8", "fp8"), is_gpu=True),
         Chip("h200", 143771 * MIB, 989e12, 4800 * GB, 450 * GB, 400 / 8 * GB, _NODE, ("int8", "fp8"), is_gpu=True),
@@ -66,7 +68,7 @@ CHIPS = {
 # Peak bfloat16 FLOP/s of one jax device, by `device_kind`. A v4 or v5p chip has two cores and is one
 # device; a TPU7x chip has two cores and is two devices.
 _TPU_FLOPS = {
-    "TPU v4": 275e12,
+    "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
     "TPU v5e": CHIPS["v5e"].flops,
     "TPU v5": CHIPS["v5p"].flops,

@@ -63,6 +63,8 @@ def _tpus(topology: Topology) -> list[Any]:
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.shape == "1x1":
         options["chips_per_host_bounds"] = (1, 1, 1)  # the default is four chips per host
+    if topology.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # its two cores are one device, as they are on a TPU VM
     options["topology_name"] = f"{topology.chip.name}:{topology.shape}"
     return _describe(topology.name, "libtpu", "tpu", options)
 
