@@ -1,7 +1,12 @@
 """`mythos serve`."""
 
 import argparse
+import contextlib
 import ipaddress
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +26,8 @@ from mythos_jax.commands.arguments import (
     of_type,
     path,
 )
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import DONE, ConfigError
+from mythos_jax.streams import log, say
 
 if TYPE_CHECKING:
     from mythos_jax.runs.load import LoadedModel
@@ -136,16 +142,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.server.auth import read_key
     from mythos_jax.server.run import bind, serve
-    from mythos_jax.streams import log
 
     if not arguments.debug:
         quiet_background_errors()
     cluster.cache_compilations(arguments.compilation_cache)
     key = read_key(arguments.api_key_file)
     listener = bind(arguments.host, arguments.port)  # an error of the address comes before the work
-    log(f"{arguments.model}: loading")
-    loaded = load_named(arguments, overrides).loaded
-    engine, service = _prepare(arguments, loaded, key)
+    log(f"{arguments.model}: loading; the port is taken, and answers when the weights are there")
+    with _ends_on_signals():
+        loaded = load_named(arguments, overrides).loaded
+        engine, service = _prepare(arguments, loaded, key)
 
     def start() -> None:
         engine.warm_up(lambda note: log(f"{arguments.model}: compiling, {note}"))
@@ -157,6 +163,25 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return serve(service, listener, start, arguments.drain_seconds)
     finally:
         engine.close(drain=False)
+
+
+@contextlib.contextmanager
+def _ends_on_signals() -> Iterator[None]:
+    """While nothing is served yet, SIGTERM and Ctrl-C end at once, with 0 as later on."""
+
+    def end(number: int, _: object) -> None:
+        say(f"mythos: {signal.Signals(number).name}: ended while it was loading")
+        os._exit(DONE)  # what is being read cannot be stopped
+
+    if threading.current_thread() is not threading.main_thread():  # as in tests: Python has no signals there
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _prepare(arguments: argparse.Namespace, loaded: "LoadedModel", key: str | None) -> tuple["Engine", "Service"]:
@@ -196,7 +221,7 @@ def _prepare(arguments: argparse.Namespace, loaded: "LoadedModel", key: str | No
 def _require_extra() -> None:
     missing = [name for name in _EXTRA if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"mythos serve: needs {', '.join(missing)}; allowed: pip install 'mythos-jax[serve]'")
+        raise ConfigError(f"serve: needs {', '.join(missing)}; allowed: pip install '.[serve]' in the checkout")
 
 
 def _name(model: str) -> str:

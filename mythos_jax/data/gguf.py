@@ -52,7 +52,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], list[Any]]:
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
-        raise ConfigError(f"{path}: needs the gguf library; pip install 'mythos-jax[gguf]'") from None
+        raise ConfigError(f"{path}: needs the gguf library; pip install '.[gguf]' in the checkout") from None
     try:
         reader = GGUFReader(path)
         return {name: field.contents() for name, field in reader.fields.items()}, list(reader.tensors)

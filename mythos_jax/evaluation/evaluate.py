@@ -123,7 +123,7 @@ def evaluate_on_tasks(
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise ConfigError("--tasks: needs lm-evaluation-harness; pip install 'mythos-jax[lm-eval]'") from None
+        raise ConfigError("--tasks: needs lm-evaluation-harness; pip install '.[lm-eval]' in the checkout") from None
     settings = choose_settings(loaded, loops or [loaded.config.model.loops], halting)
     _announce_batch(loaded)
     measurements, failures = run_harness(

@@ -26,7 +26,9 @@ def resolve(path: str | Path, weights: bool = True) -> Path:
         return _packaged(str(path))
     if is_hub_id(path):
         return _download(str(path), weights)
-    raise ConfigError(f"{path}: no such file or directory, and not a Hugging Face id (owner/name)")
+    run = Path("runs") / local
+    hint = f"; did you mean {run}?" if run.exists() else ""
+    raise ConfigError(f"{path}: no such file or directory, and not a Hugging Face id (owner/name){hint}")
 
 
 def is_hub_id(path: str | Path) -> bool:

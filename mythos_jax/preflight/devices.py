@@ -57,7 +57,7 @@ def topology_devices(topology: Topology) -> list[Any]:
 
 def _tpus(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("mythos compile: needs the TPU compiler; install it: pip install 'mythos-jax[tpu]'")
+        raise ConfigError("mythos compile: needs the TPU compiler; install it: pip install '.[tpu]' in the checkout")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
@@ -71,7 +71,7 @@ def _tpus(topology: Topology) -> list[Any]:
 
 def _gpus(topology: Topology) -> list[Any]:
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
-        raise ConfigError("mythos compile: needs the CUDA compiler; install it: pip install 'mythos-jax[cuda]'")
+        raise ConfigError("mythos compile: needs the CUDA compiler; install it: pip install '.[cuda]' in the checkout")
     chip, (nodes, gpus) = topology.chip, topology.nodes
     target = _GPU_TARGET.format(memory=CHIPS[chip.name].hbm_bytes, bandwidth=chip.hbm_bandwidth, **_GPUS[chip.name])
     options = {"target_config": target, "topology": f"1x{nodes}x{gpus}"}  # slices x nodes x GPUs of each

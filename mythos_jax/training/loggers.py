@@ -175,7 +175,7 @@ def check_loggers(names: tuple[str, ...]) -> None:
             importlib.import_module(PACKAGES[name])
         except ImportError:
             raise ConfigError(
-                f"training.loggers: {name} is not installed; allowed: pip install 'mythos-jax[{name}]'"
+                f"training.loggers: {name} is not installed; allowed: pip install '.[{name}]' in the checkout"
             ) from None
 
 

@@ -53,5 +53,5 @@ def test_the_command_rejects_wrong_input_with_one_line(tmp_path, monkeypatch, ca
     for topology, extra in [("v5e:2x2", "tpu"), ("h100:8", "cuda")]:
         assert cli.main(["compile", str(path), "--topology", topology]) == 2
         error = capsys.readouterr().err
-        assert f"pip install 'mythos-jax[{extra}]'" in error
+        assert f"pip install '.[{extra}]'" in error
         assert error.count("\n") == 1

@@ -76,7 +76,7 @@ def test_a_port_that_is_taken(capsys, folder):
 def test_without_the_extra(capsys, folder, monkeypatch):
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
     line = refused(capsys, folder)
-    assert line == "mythos: mythos serve: needs uvicorn; allowed: pip install 'mythos-jax[serve]'"
+    assert line == "mythos: serve: needs uvicorn; allowed: pip install '.[serve]' in the checkout"
 
 
 def test_what_clients_call_the_model(tmp_path, monkeypatch):
@@ -129,3 +129,14 @@ def test_less_depth_than_the_model_s(monkeypatch, folder):
     assert (card["loops"], card["max_loops"], card["max_length"]) == (1, 1, 256)
     assert service.state == "starting"
     assert service.local
+
+
+def test_a_signal_while_it_loads_ends_it(monkeypatch, capsys, folder):
+    codes = []
+    monkeypatch.setattr(os, "_exit", lambda code: codes.append(code) or sys.exit(code))
+    monkeypatch.setattr(serve, "load_named", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        main(["serve", str(folder), "--port", "0"])
+    assert codes == [0]
+    assert "mythos: SIGTERM: ended while it was loading" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
