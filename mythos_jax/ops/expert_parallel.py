@@ -158,12 +158,12 @@ def _on_device(
     if layout.width_axes:
         weights = _gather_width(layout.width_axes, weights)
     first_expert = jax.lax.axis_index("expert") * n_local if layout.expert_shards > 1 else 0
-    even_rows = B * T * layout.token_shards * K // layout.expert_shards
-    n_chunks = max(1, math.ceil(SLACK * even_rows * _row_bytes(weights) / MAX_CHUNK_BYTES))
+    row_bytes = SLACK * layout.token_shards * K / layout.expert_shards * _row_bytes(weights)  # of each token here
+    n_chunks = max(1, math.ceil(B * T * row_bytes / MAX_CHUNK_BYTES))
     chunk_size = -(-B * T // n_chunks)
     # n_tokens may choose this device's experts. max_rows come if each of them chooses as many of these as possible.
     n_tokens = chunk_size * layout.token_shards
-    even_rows = n_tokens * K // layout.expert_shards
+    even_rows = -(-n_tokens * K // layout.expert_shards)
     rows = max_rows = n_tokens * min(K, n_local)
     if layout.expert_shards > 1:
         rows = min(max_rows, _rounded(SLACK * even_rows))

@@ -89,9 +89,14 @@ def test_gradients_of_a_loop_add_up_in_its_sums(mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), actual, expected)
 
 
-def test_batch_that_the_mesh_does_not_divide():
-    arguments = random_inputs(0, (1, 3))
-    with use_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, expert=2))):
+@pytest.mark.parametrize(
+    ("shape", "mesh"),
+    [((1, 3), MeshConfig(fsdp=2, tensor=2, expert=2)), ((1, 1), MeshConfig(fsdp=1, expert=8))],
+)
+def test_batch_that_the_mesh_does_not_divide(shape, mesh):
+    """Also one of a single token, which has fewer choices than there are devices."""
+    arguments = random_inputs(0, shape)
+    with use_mesh(make_mesh(mesh)):
         actual = jax.jit(experts_on_mesh)(*arguments[:4])[0]
     np.testing.assert_allclose(actual, jax.jit(experts_on_one_device)(*arguments[:4]), rtol=0, atol=1e-5)
 
