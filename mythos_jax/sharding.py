@@ -62,8 +62,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     network, everything else is inside a slice. Raises ConfigError if the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = axis_sizes(config, len(devices))
     slices = split_into_slices(config.slices, devices)
+    sizes = axis_sizes(config, len(devices))
     inside = (sizes["data"] // len(slices), *list(sizes.values())[1:])
     parts = [mesh_utils.create_device_mesh(inside, part, allow_split_physical_axes=True) for part in slices]
     # Under Explicit axes, jax's default, Linen's constraints raise.

@@ -84,9 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for setting in SETTINGS:
         where = "" if setting.targets == TARGETS else f" ({', '.join(setting.targets)})"
+        text = path if setting.metavar == "DIR" else str
         group.add_argument(
             f"--{setting.flag}",
-            type=of_type(PositiveInt) if setting.numbers else str,
+            type=of_type(PositiveInt) if setting.numbers else text,
             metavar=setting.metavar,
             help=setting.help + where,
         )

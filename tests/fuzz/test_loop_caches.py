@@ -49,7 +49,7 @@ class Series:
         shape = (slots, 7, PAGE) if paged else (slots, ROWS, LENGTH)
         old = jnp.full((*shape, 1, 1), jnp.nan)  # what an earlier user left
         exit_kv = KV(jnp.zeros((ROWS, 1, 1, 1)), None)
-        self.layer = LayerCache(KV(old, None), exit_kv, jnp.asarray(TABLE) if paged else None, rule)
+        self.layer = LayerCache(KV(old, None), exit_kv, jnp.asarray(TABLE) if paged else None, loop_cache=rule)
         self.exits = random.integers(1, LOOPS + 1, (2, LENGTH))
         self.ran, self.filled = np.zeros((2, LENGTH), int), np.zeros((2, LENGTH), bool)
         # The position of each row's token; a row lingers where its token has halted and the call goes on to all loops.

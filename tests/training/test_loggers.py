@@ -68,7 +68,7 @@ def test_the_id_at_wandb_is_kept_unless_it_is_damaged(tmp_path, stored):
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_logger_that_is_not_installed_is_named(monkeypatch, name):
     monkeypatch.setitem(sys.modules, PACKAGES[name], None)
-    with pytest.raises(ConfigError, match=rf"{name} is not installed; allowed: pip install 'mythos-jax\[{name}\]'"):
+    with pytest.raises(ConfigError, match=rf"{name} is not installed; allowed: pip install '\.\[{name}\]' in the"):
         check_loggers((name,))
 
 
