@@ -33,8 +33,9 @@ def check_fit(config, report, mesh):
     parameters = 4 * count_parameters(config.model)
     assert parameters / (mesh[0] * mesh[1]) < report.hbm["parameters"] < parameters / mesh[0]
     assert report.hbm["optimizer"] == pytest.approx(2 * report.hbm["parameters"], rel=0.01)
-    # The loop runs forward twice (remat) and backward once; the ring of experts multiplies whole tiles.
-    assert 1.2 < report.flops["compiled"] / report.flops["model"] < 2
+    # Half of the loop's products run forward twice (remat); the ring of experts multiplies whole tiles.
+    assert 1.1 < report.flops["compiled"] / report.flops["model"] < 1.3
+    assert report.utilisation > 0.6  # of the chip's peak, by the sum over instructions
     assert sum(c.ici for c in report.collectives) > 0
     assert report.seconds["DCN"] == 0
 
@@ -53,16 +54,13 @@ def rows_per_chip(config):
 
 
 def check_attention_kernels(config, module):
-    """One per layer and loop, forward twice in the loop; FLOPs are those of causal attention in blocks of 512."""
+    """One per layer and loop: what the forward pass has made is kept. FLOPs are those of causal attention in blocks of
+    512."""
     c, S, parts = config.model, config.data.seq_len, config.training.grad_accumulation_steps
-    outside, inside = c.prelude_layers + c.coda_layers, c.loop_layers * c.loops
+    times = c.prelude_layers + c.coda_layers + c.loop_layers * c.loops
     K, V = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
     scores = rows_per_chip(config) * c.n_heads * S * S * (S / 512 + 1) / (2 * S / 512)
-    for phase, times, widths in [
-        ("fwd", outside + 2 * inside, K + V),
-        ("dq", outside + inside, 2 * K + V),
-        ("dkv", outside + inside, 2 * K + 2 * V),
-    ]:
+    for phase, widths in [("fwd", K + V), ("dq", 2 * K + V), ("dkv", 2 * K + 2 * V)]:
         splash = list(kernels(module, f"splash_mha_{phase}"))
         assert sum(runs for runs, _ in splash) == parts * times
         assert {flops for _, flops in splash} == {2 * scores * widths}
@@ -70,7 +68,7 @@ def check_attention_kernels(config, module):
 
 def check_expert_kernels(config, module):
     """All products over experts are Megablox kernels: three forward, and eight backward, two of which compute again
-    what the layer's output does not keep. What tiles of two experts and sums over choices add is little.
+    what the layer's output does not keep. What tiles of two experts and sums over choices add is less than a third.
 
     The gradients of weights are added up in place: nothing else writes an array as large as those of all experts here.
     """
@@ -78,7 +76,7 @@ def check_expert_kernels(config, module):
     chips = config.mesh.fsdp * config.mesh.expert
     product = 2 * t.batch_size * config.data.seq_len * c.experts_per_token * c.dim * c.expert_dim * c.loops / chips
     total = sum(runs * flops for runs, flops in kernels(module, "gmm"))
-    assert 11 * product < total < 1.2 * 11 * product
+    assert 11 * product < total < 1.3 * 11 * product
     assert "ragged-dot" not in {i.opcode for i, _ in module.walk()}
     sums = c.n_experts // config.mesh.expert, c.dim, c.expert_dim
     written = [
