@@ -177,7 +177,7 @@ def _devices(target: str, environment: Mapping[str, str]) -> int:
 
 
 def _number(environment: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
-    """The variable of the scripts. Raises ConfigError if it is no number."""
+    """The variable of the scripts. Raises ConfigError if it is not an integer from `least` on."""
     text = environment.get(name) or str(default)
     if not re.fullmatch(r"\d{1,6}", text) or int(text) < least:
         raise ConfigError(f"{name}: got {text!r}, allowed: an integer >= {least}")

@@ -15,7 +15,7 @@ from mythos_jax.errors import ConfigError, one_line
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 
-# Contractions, words with one leading character, numbers of so many digits, punctuation, line ends, other white space.
+# Contractions, words with one leading character, numbers of this many digits, punctuation, line ends, white space.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

@@ -106,7 +106,7 @@ def stream_texts(
     halting: a policy, also as text such as "latent:0.03".
     max_new_tokens: default: as many as fit after the longest text, at most 128.
     seed: one for all texts, or one per text.
-    draft_loops: draft with so many loops, verify at full depth, `draft_tokens` at a time; greedy only, the same text.
+    draft_loops: draft with this many loops, verify at full depth, `draft_tokens` at a time; greedy only, the same text.
     special_tokens: whether the name of a special token in a text, such as `<|im_start|>`, stands for that token.
     Other keywords: as in `inference.generate.generate`.
 
