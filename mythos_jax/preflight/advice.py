@@ -31,7 +31,7 @@ def advise(
     name, size = cause
     largest = next(b for b in biggest if b.holds == name)
     fills = f"{_CAUSES[name]} take {size / GIB:.1f} GiB, most of all {_describe(largest)}"
-    if name == "gathered weights" and not gathers_per_loop(config):
+    if name == "gathered weights" and not gathers_per_loop(config) and config.model.remat != "none":
         return f"{fills}: set mesh.gather to per_loop (it is {config.mesh.gather})"
     return f"{fills}: {_fewer_rows(config, program)}"
 

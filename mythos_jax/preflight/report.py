@@ -150,7 +150,9 @@ def make_report(config: Config, topology: Topology, program: Program, decode: bo
     module = parse(program.text, 1 if decode else loops_without_gradient(config), chunks)
     biggest = peak_buffers(module, program.live_ranges, program.assignment)
     refused = program.needed != 0
-    temporaries = program.needed - sum(state.values()) if refused else float(program.temporaries + program.code)
+    # A refusal may not say how much; the buffers at the peak do.
+    needed = sum(b.bytes for b in biggest) if math.isnan(program.needed) else program.needed
+    temporaries = needed - sum(state.values()) if refused else float(program.temporaries + program.code)
     peak = sum(state.values()) + temporaries
     fits = not refused and peak <= topology.chip.hbm_bytes
     report = PreflightReport(

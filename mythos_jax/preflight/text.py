@@ -85,10 +85,8 @@ def _run(report: PreflightReport, price: float) -> list[str]:
     if not report.steps:
         return []
     cost = f", {price * report.chip_hours:,.0f} at {price:g} per chip-hour" if price else ""
-    return [
-        f"The run: {report.steps:,} steps take at least {_duration(report.days)}, {report.chip_hours:,.0f} chip-hours"
-        f"{cost}"
-    ]
+    time = f"at least {_duration(report.days)} at full depth, {report.chip_hours:,.0f} chip-hours"
+    return [f"The run: {report.steps:,} steps take {time}{cost}"]
 
 
 def _duration(days: float) -> str:

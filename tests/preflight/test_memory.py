@@ -1,5 +1,6 @@
 """What fills the memory of a program, and the advice for one that does not fit."""
 
+import dataclasses
 import math
 
 import jax
@@ -114,6 +115,11 @@ def test_the_largest_buffers_at_the_peak():
         (0, {}, "values that the forward pass leaves for the backward pass take 0.0 GiB, most of all 1 x f32[4,1024]"),
         (0, {}, "raise training.grad_accumulation_steps (1; each chip processes 8 rows at a time)"),
         (32768, {}, "most of all 1 x f32[8192]: set mesh.gather to per_loop (it is once)"),
+        (
+            32768,
+            {"remat": "none"},
+            "most of all 1 x f32[8192]: set model.remat to full (it is none)",
+        ),  # per_loop needs it
     ],
 )
 def test_a_program_that_does_not_fit_is_explained(gathered, changes, advice):
@@ -128,6 +134,8 @@ def test_a_program_that_does_not_fit_is_explained(gathered, changes, advice):
     report = make_report(config, parse_topology("v5e:1x1"), program)
     assert advice in report.advice
     assert (report.fits, report.needed, report.hbm["temporaries"]) == (False, 20 * GIB, 16 * GIB)
+    silent = make_report(config, parse_topology("v5e:1x1"), dataclasses.replace(program, needed=math.nan))
+    assert (silent.fits, silent.needed) == (False, sum(buffer.bytes for buffer in silent.biggest))
     assert report.causes
     text = report_text(report)
     assert "DOES NOT FIT: it needs 20.00 GiB" in text

@@ -55,15 +55,16 @@ def test_days_and_price_of_the_run(report):
     """With the bound that is reported for a step; 1000 steps on one chip."""
     report = dataclasses.replace(report, sum_seconds=7200.0)
     assert (report.step_seconds, report.days, report.chip_hours) == (7200, pytest.approx(83.33, abs=0.01), 2000)
-    assert "1,000 steps take at least 83.3 days, 2,000 chip-hours, 2,400 at 1.2 per chip-hour" in report_text(
-        report, price=1.2
+    assert (
+        "1,000 steps take at least 83.3 days at full depth, 2,000 chip-hours, 2,400 at 1.2 per chip-hour"
+        in report_text(report, price=1.2)
     )
     assert report.as_dict(price=1.2)["run"] == {
         "steps": 1000, "days": report.days, "chip_hours": 2000, "price": 2400
     }  # fmt: skip
     assert "price" not in report.as_dict()["run"]
     two = dataclasses.replace(report, mesh={"data": 2}, sum_seconds=1.0)
-    assert "take at least 0.3 hours, 1 chip-hours" in report_text(two)
+    assert "take at least 0.3 hours at full depth, 1 chip-hours" in report_text(two)
     assert report.utilisation == pytest.approx(report.flops["model"] / 7200 / CHIPS["v5e"].flops)
 
 
