@@ -58,26 +58,20 @@ TPU_VENV ?= .venv-tpu
 test-tpu: $(TPU_VENV)/.installed
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -n 2 tests_tpu $(ARGS)
 
-$(TPU_VENV)/.installed: pyproject.toml constraints.txt
-	@echo "installing mythos_jax[tpu] into $(TPU_VENV) (once; some minutes)"
-	@test -n "$(PYTHON)" || { echo "mythos_jax needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@$(PYTHON) -m venv $(TPU_VENV)
-	@$(TPU_VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt \
-		-e '.[tpu]' pytest pytest-timeout pytest-xdist
-	@touch $@
-
 # The same for NVIDIA GPUs: jax[cuda13] and NVIDIA's libraries, 5 GB.
 GPU_VENV ?= .venv-gpu
 
 test-gpu: $(GPU_VENV)/.installed
 	JAX_PLATFORMS=cpu $(GPU_VENV)/bin/python -m pytest tests_gpu $(ARGS)
 
-$(GPU_VENV)/.installed: pyproject.toml constraints.txt
-	@echo "installing mythos_jax[cuda] into $(GPU_VENV) (once; some minutes)"
+$(TPU_VENV)/.installed: COMPILER = tpu
+$(GPU_VENV)/.installed: COMPILER = cuda
+$(TPU_VENV)/.installed $(GPU_VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing mythos_jax[$(COMPILER)] into $(@D) (once; some minutes)"
 	@test -n "$(PYTHON)" || { echo "mythos_jax needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@$(PYTHON) -m venv $(GPU_VENV)
-	@$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt \
-		-e '.[cuda]' pytest pytest-timeout pytest-xdist
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt \
+		-e '.[$(COMPILER)]' pytest pytest-timeout pytest-xdist
 	@touch $@
 
 lint: $(VENV)/.installed-dev

@@ -17,9 +17,6 @@
 set -euo pipefail
 
 SLICES=${SLICES:-1} RESTARTS=${RESTARTS:-20} GRACE=${GRACE:-180} MYTHOS=${MYTHOS:-mythos} PREFLIGHT=${PREFLIGHT:-1}
-for name in SLICES RESTARTS GRACE; do
-    [[ ${!name} =~ ^[0-9]{1,9}$ ]] || { echo "$(basename "$0"): $name: got '${!name}', allowed: an integer" >&2; exit 2; }
-done
 ALLOWED=${ALLOWED:-[--dry-run | --status | --logs] CONFIG [--section.field value …]}
 DRY_RUN=0 ACTION=launch
 
@@ -27,6 +24,10 @@ fail() {
     printf '%s: %s\n' "$(basename "$0")" "$*" >&2
     exit 2
 }
+
+for name in SLICES RESTARTS GRACE; do
+    [[ ${!name} =~ ^[0-9]{1,9}$ ]] || fail "$name: got '${!name}', allowed: an integer"
+done
 
 # Reads [--dry-run | --status | --logs] CONFIG [--section.field value …] into DRY_RUN, ACTION, CONFIG, OVERRIDES, NAME.
 # --status and --logs are about the job that the same command launches without them.
@@ -71,13 +72,6 @@ run() {
         needs "$1"
         "$@"
     fi
-}
-
-# What --status and --logs do in place of a launch: a command, whose exit code is the script's.
-show() {
-    local code=0
-    "$@" || code=$?
-    exit "$code"
 }
 
 # Under Slurm: --status and --logs, which end the script.

@@ -13,8 +13,14 @@ read_arguments "$@"
 require CLUSTER LOCATION
 WHERE=(--cluster "$CLUSTER" --location "$LOCATION" ${PROJECT:+--project "$PROJECT"})
 case $ACTION in
-status) show run gcluster job list --name-contains "$NAME" "${WHERE[@]}" ;;
-logs) show run gcluster job logs "$NAME" --follow "${WHERE[@]}" ;;
+status)
+    run gcluster job list --name-contains "$NAME" "${WHERE[@]}"
+    exit 0
+    ;;
+logs)
+    run gcluster job logs "$NAME" --follow "${WHERE[@]}"
+    exit 0
+    ;;
 esac
 require TOPOLOGY IMAGE
 read_topology

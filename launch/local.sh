@@ -13,8 +13,14 @@ read_arguments "$@"
 SHARED=${SHARED:-$PWD}
 METRICS=$SHARED/runs/$NAME/metrics.jsonl
 case $ACTION in
-status) show run tail -n 1 "$METRICS" ;;
-logs) show run tail -n 20 -F "$METRICS" ;;
+status)
+    run tail -n 1 "$METRICS"
+    exit 0
+    ;;
+logs)
+    run tail -n 20 -F "$METRICS"
+    exit 0
+    ;;
 esac
 dry=()
 [ "$DRY_RUN" = 0 ] || dry=(--dry-run)

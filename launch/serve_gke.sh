@@ -25,8 +25,14 @@ source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
 case $ACTION in
-status) show run kubectl get deployments,pods -l "app=$NAME" -o wide ;;
-logs) show run kubectl logs -f --tail 100 -l "app=$NAME" --all-containers --prefix ;;
+status)
+    run kubectl get deployments,pods -l "app=$NAME" -o wide
+    exit 0
+    ;;
+logs)
+    run kubectl logs -f --tail 100 -l "app=$NAME" --all-containers --prefix
+    exit 0
+    ;;
 esac
 require IMAGE
 [[ $NAME =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] || fail "NAME: got '$NAME', allowed: lower case letters, digits and hyphens"

@@ -11,8 +11,14 @@ source "$(dirname "$0")/common.sh"
 
 read_arguments "$@"
 case $ACTION in
-status) show run sky jobs queue --all ;;
-logs) show run sky jobs logs --name "$NAME" ;;
+status)
+    run sky jobs queue --all
+    exit 0
+    ;;
+logs)
+    run sky jobs logs --name "$NAME"
+    exit 0
+    ;;
 esac
 shared_storage
 [ -f constraints.txt ] && [ -d mythos_jax ] ||

@@ -42,7 +42,10 @@ status)
     on_first_worker "sudo docker ps --all --filter name=mythos"
     exit 0
     ;;
-logs) show on_first_worker "sudo docker logs --follow --tail 100 mythos 2>&1" ;;
+logs)
+    on_first_worker "sudo docker logs --follow --tail 100 mythos 2>&1"
+    exit 0
+    ;;
 esac
 shared_storage
 

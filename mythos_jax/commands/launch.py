@@ -161,10 +161,7 @@ def _devices(target: str, environment: Mapping[str, str]) -> int:
         topology = parse_topology(environment.get("TOPOLOGY", ""), number("SLICES", 1))
         if topology.chip.is_gpu:
             raise ConfigError(f"--topology: got {topology.name}, allowed for {target}: a slice of TPUs")
-        chips = 1
-        for size in topology.shape.split("x"):
-            chips *= int(size)
-        return chips * topology.slices
+        return topology.chips
     if target == "local":
         return number("PROCESSES", 2) * number("DEVICES", 4)
     if target == "slurm":

@@ -63,12 +63,13 @@ def local_experts(
 
 
 def _forward(rows: int, *arguments: Any) -> tuple[tuple[jax.Array, Sums], tuple[Any, ...]]:
-    return local_experts(rows, *arguments), (*arguments[:4], arguments[4] is not None)
+    return local_experts(rows, *arguments), arguments[:4]
 
 
 def _backward(rows: int, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, Sums]) -> tuple[Any, ...]:
-    x_ND, gates_NK, experts_NK, weights, has_sums = residuals
+    x_ND, gates_NK, experts_NK, weights = residuals
     dy_ND, sums = cotangents
+    has_sums = sums is not None
     (N, K), E = gates_NK.shape, len(weights[0])
 
     def run(round_: Rows, totals: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -129,7 +129,7 @@ def outer(
     return out[:, :D, :F]
 
 
-def product_blocks(R: int, shape_EDF: tuple[int, ...], transposed: bool, itemsize: int) -> Blocks:
+def product_blocks(R: int, shape_EDF: tuple[int, ...], transposed: bool, itemsize: float) -> Blocks:
     """Rows of a tile: about as many as an expert has on average, up to 128. shape_EDF: of the matrices, as stored."""
     E, summed, columns = (shape_EDF[i] for i in ((0, 2, 1) if transposed else (0, 1, 2)))
     rows = min(128, max(_MIN_BLOCK, 1 << max(0, (R // E).bit_length() - 1)))
@@ -137,12 +137,12 @@ def product_blocks(R: int, shape_EDF: tuple[int, ...], transposed: bool, itemsiz
     return Blocks(rows, _block(columns, max_columns), _block(summed, max_summed))
 
 
-def outer_blocks(D: int, F: int, itemsize: int) -> Blocks:
+def outer_blocks(D: int, F: int, itemsize: float) -> Blocks:
     max_columns, summed = _max_blocks(itemsize)
     return Blocks(_block(D, 128), _block(F, max_columns), summed)
 
 
-def _max_blocks(itemsize: int) -> tuple[int, int]:
+def _max_blocks(itemsize: float) -> tuple[int, int]:
     """Columns, and how much is summed at a time: three stages fit into an A100's shared memory, 163 KiB."""
     return (256, 64) if itemsize == 2 else (64, 32)
 

@@ -114,7 +114,7 @@ def _before(module: Module, instruction: Instruction, index: int) -> tuple[Instr
     """Where a value comes from that an instruction only hands on; None if the instruction makes it."""
     opcode = instruction.opcode
     if opcode == "get-tuple-element":
-        return module.operand(instruction, 0), _index(instruction)
+        return module.operand(instruction, 0), instruction.tuple_index
     if opcode == "tuple":
         return module.operand(instruction, index), 0
     if opcode in _COPIES:
@@ -139,15 +139,9 @@ def _before(module: Module, instruction: Instruction, index: int) -> tuple[Instr
 
 def _is_unchanged(module: Module, written: Instruction, index: int) -> bool:
     """Whether a loop hands on an element of its state as it was."""
-    while written.opcode in _COPIES:
-        written = module.operand(written, 0)
+    written = module.through(_COPIES, written)
     from_state = written.opcode == "get-tuple-element" and module.operand(written, 0).opcode == "parameter"
-    return from_state and _index(written) == index
-
-
-def _index(instruction: Instruction) -> int:
-    found = re.search(r"index=(\d+)", instruction.attributes)
-    return int(found.group(1)) if found else 0
+    return from_state and written.tuple_index == index
 
 
 def _holds(made_by: Instruction) -> str:

@@ -8,6 +8,7 @@ from mythos_jax.ops.expectations import is_expectation
 from mythos_jax.preflight.cost import Cost
 from mythos_jax.preflight.hlo import Module
 from mythos_jax.preflight.instructions import Instruction
+from mythos_jax.preflight.kernels import KERNEL, target
 
 # Parts of a name that say how JAX runs an operation, not which one it is.
 _MACHINERY = {
@@ -77,5 +78,6 @@ def _what(instruction: Instruction) -> str:
     arrays = [f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in instruction.arrays]
     # What a collective or a copy holds besides its operand and its result is of no interest.
     shown = ", ".join(arrays[:2]) + (", …" if len(arrays) > 2 else "")
-    kind = "kernel" if 'custom_call_target="tpu_custom_call"' in instruction.attributes else instruction.opcode
+    is_kernel = instruction.opcode == "custom-call" and target(instruction) == KERNEL
+    kind = "kernel" if is_kernel else instruction.opcode
     return f"{kind} {shown}"

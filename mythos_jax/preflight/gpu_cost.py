@@ -46,20 +46,20 @@ def _grouped_product(operands: list[Array], instruction: Instruction) -> tuple[f
     x, w, tiles = operands[:3]
     (E, *_), (R, columns) = w.shape, instruction.arrays[0].shape
     depth = x.shape[1]
-    m = grouped_triton.product_blocks(R, w.shape, columns == w.shape[1], _item(x)).rows
+    m = grouped_triton.product_blocks(R, w.shape, columns == w.shape[1], x.itemsize).rows
     mean = _rows(instruction, R) / E
     # Half of each expert's last tile is wasted on average; with few rows, it is whether an expert has any.
     visited = min(tiles.shape[1], E * (mean / m + 0.5 if mean > m / 2 else 1 - math.exp(-mean)))
-    read = visited * m * (depth + columns) * _item(x) + min(E, visited) * depth * columns * _item(w)
+    read = visited * m * (depth + columns) * x.itemsize + min(E, visited) * depth * columns * w.itemsize
     return 2.0 * visited * m * depth * columns, read
 
 
 def _grouped_outer(operands: list[Array], instruction: Instruction) -> tuple[float, float]:
     x, y, sums = operands[0], operands[1], operands[3:]
     (R, D), F, (result,) = x.shape, y.shape[1], instruction.arrays
-    k = grouped_triton.outer_blocks(D, F, _item(x)).summed
+    k = grouped_triton.outer_blocks(D, F, x.itemsize).summed
     rows = _rows(instruction, R)
-    moved = rows * (D + F) * _item(x) + result.bytes + sum(array.bytes for array in sums)
+    moved = rows * (D + F) * x.itemsize + result.bytes + sum(array.bytes for array in sums)
     return 2.0 * (rows + result.shape[0] * k / 2) * D * F, moved
 
 
@@ -67,7 +67,3 @@ def _rows(instruction: Instruction, R: int) -> int:
     """How many of the rows belong to an expert."""
     expected = expected_rows(instruction.op_name)
     return R if expected is None else min(R, expected)
-
-
-def _item(array: Array) -> int:
-    return array.bytes // math.prod(array.shape)

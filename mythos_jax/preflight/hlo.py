@@ -5,7 +5,7 @@ it run. TPU programs do not print trip counts, so these are read from the loops 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,6 +15,8 @@ from mythos_jax.preflight.instructions import Instruction, UnknownHloError, read
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _SECTIONS = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+# Opcodes whose result is their operand.
+_SAME_VALUE = ("copy", "bitcast")
 # Constants from here on stand for "no bound".
 _UNBOUNDED = 2**31 - 1
 
@@ -85,30 +87,30 @@ class Module:
         if len(bounds) != 1 or bounds[0] >= _UNBOUNDED:
             return None
         counter = next((i for i in compared if i.opcode == "get-tuple-element"), None)
-        index = re.search(r"index=(\d+)", counter.attributes) if counter else None
-        if not index:
+        if counter is None:
             raise UnknownHloError("counter of a loop", str(loop))
-        start, step = self._start(loop, int(index.group(1))), self._step(loop, int(index.group(1)))
+        start, step = self._start(loop, counter.tuple_index), self._step(loop, counter.tuple_index)
         return -(-(bounds[0] - start) // step)
 
     def _start(self, loop: Instruction, index: int) -> int:
         """The value of a loop's counter before the loop; 0 if the program does not say."""
         state = self.operand(loop, 0)
-        return (_constant(self._through_copies(self.operand(state, index))) or 0) if state.opcode == "tuple" else 0
+        return (_constant(self.through(_SAME_VALUE, self.operand(state, index))) or 0) if state.opcode == "tuple" else 0
 
     def _step(self, loop: Instruction, index: int) -> int:
         """What a loop's body adds to its counter."""
         result = self.computations[loop.called()["body"][0]][-1]
-        added = self._through_copies(self.operand(result, index)) if result.opcode == "tuple" else result
+        added = self.through(_SAME_VALUE, self.operand(result, index)) if result.opcode == "tuple" else result
         if added.opcode == "add":
-            terms = [_constant(self._through_copies(self.operand(added, i))) for i in range(2)]
+            terms = [_constant(self.through(_SAME_VALUE, self.operand(added, i))) for i in range(2)]
             steps = [term for term in terms if term is not None]
             if len(steps) == 1 and steps[0] > 0:
                 return steps[0]
         raise UnknownHloError("step of a loop", str(loop))
 
-    def _through_copies(self, instruction: Instruction) -> Instruction:
-        while instruction.opcode in ("copy", "bitcast"):
+    def through(self, opcodes: Iterable[str], instruction: Instruction) -> Instruction:
+        """What an instruction hands on, seen through any number of these opcodes."""
+        while instruction.opcode in opcodes:
             instruction = self.operand(instruction, 0)
         return instruction
 

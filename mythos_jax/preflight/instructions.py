@@ -46,7 +46,12 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        return math.ceil(math.prod(self.shape) * DTYPE_BITS[self.dtype] / 8)
+        return math.ceil(math.prod(self.shape) * self.itemsize)
+
+    @property
+    def itemsize(self) -> float:
+        """Bytes of an element."""
+        return DTYPE_BITS[self.dtype] / 8
 
 
 @dataclass
@@ -89,6 +94,14 @@ class Instruction:
         """Where in the model it comes from, as JAX names it; empty if unknown."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match.group(1) if match else ""
+
+    @property
+    def tuple_index(self) -> int:
+        """Which element of a tuple a `get-tuple-element` takes. Raises UnknownHloError for anything else."""
+        match = re.search(r"index=(\d+)", self.attributes)
+        if self.opcode != "get-tuple-element" or not match:
+            raise UnknownHloError("element of a tuple", str(self))
+        return int(match.group(1))
 
     def __str__(self) -> str:
         """Where it is, for error messages."""

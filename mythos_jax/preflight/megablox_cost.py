@@ -1,11 +1,10 @@
-"""The cost of Megablox (ops/grouped_matmul.py) per chip, from the tiles that it visits.
+"""The cost of Megablox (ops/megablox.py) per chip, from the tiles that it visits.
 
 Its own estimate counts every row of the operand once, as if the groups ended where tiles end. The kernel multiplies a
 whole tile of rows for each group that has a row in it. How many rows belong to a group is known at run time alone; the
 program's author says what is expected (`expect_rows`), and the groups are taken to be equally large.
 """
 
-import math
 from dataclasses import dataclass
 
 from mythos_jax.ops.expectations import expected_rows
@@ -64,7 +63,7 @@ def megablox_bytes(module: Module, instruction: Instruction) -> float:
         row_blocks = product.visits if k_tiles > 1 else product.tiles
         weight_blocks = product.visits if k_tiles > 1 else product.groups
         times = (row_blocks * m * product.depth * n_tiles, weight_blocks * product.depth * product.width)
-    reads = [count * _item(array) for count, array in zip(times, product.operands, strict=False)]
+    reads = [count * array.itemsize for count, array in zip(times, product.operands, strict=False)]
     reads += [float(array.bytes) for array in product.operands[2:]]  # what the result is added to
     moved = sum(size for size, array in zip(reads, product.operands, strict=True) if array.in_hbm)
     return moved + (product.result.bytes if product.result.in_hbm else 0)
@@ -101,7 +100,3 @@ def _tile(instruction: Instruction, is_gradient: bool) -> tuple[int, int, int]:
     if is_gradient:  # [rows, depth], [rows, width] and [1, depth, width]
         return left[0], left[1], right[1]
     return left[0], left[1], out[1]
-
-
-def _item(array: Array) -> float:
-    return array.bytes / math.prod(array.shape)

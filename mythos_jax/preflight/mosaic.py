@@ -2,6 +2,7 @@
 
 import base64
 import re
+from functools import cache
 
 from mythos_jax.preflight.instructions import Instruction, UnknownHloError
 
@@ -10,16 +11,21 @@ _BLOCK = re.compile(r"memref<((?:\d+x)+)\w+, #tpu\.memory_space<\w+>>")
 
 def kernel_text(instruction: Instruction) -> str:
     """A kernel's program as text."""
-    from jax._src.lib import tpu  # jax has no public name for the dialect
-    from jax.extend.mlir import ir
-
     body = re.search(r'"body":"([^"]*)"', instruction.attributes)
     if not body:
         raise UnknownHloError("kernel without a program", str(instruction))
+    return _text(body.group(1))
+
+
+@cache  # FLOPs and bytes of a kernel are asked for one by one, and many calls have the same program
+def _text(body: str) -> str:
+    from jax._src.lib import tpu  # jax has no public name for the dialect
+    from jax.extend.mlir import ir
+
     with ir.Context() as context:
         tpu.register_dialect(context)
         context.allow_unregistered_dialects = True
-        return str(ir.Module.parse(base64.b64decode(body.group(1))))
+        return str(ir.Module.parse(base64.b64decode(body)))
 
 
 def block_shapes(instruction: Instruction) -> list[tuple[int, ...]]:

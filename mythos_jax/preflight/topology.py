@@ -1,6 +1,7 @@
 """What to compile for, by name: slices of TPUs, and nodes of GPUs."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 
@@ -19,6 +20,11 @@ class Topology:
     @property
     def name(self) -> str:
         return f"{self.chip.name}:{self.shape}" + (f" x {self.slices}" if self.slices > 1 else "")
+
+    @property
+    def chips(self) -> int:
+        """In all slices or nodes together."""
+        return math.prod(map(int, self.shape.split("x"))) * self.slices
 
     @property
     def nodes(self) -> tuple[int, int]:

@@ -8,6 +8,9 @@ from mythos_jax.preflight.instructions import Array, Instruction
 from mythos_jax.preflight.kernels import kernel_cost
 from mythos_jax.preflight.opcodes import FREE, PARTIAL_READS
 
+# Opcodes that give their operand's bytes another shape.
+_SAME_BYTES = ("bitcast",)
+
 
 def hbm_bytes(module: Module, instruction: Instruction) -> float:
     """What an instruction reads from HBM and writes to it."""
@@ -77,14 +80,10 @@ def _part_read(module: Module, fusion: Instruction, index: int) -> float:
 
 def _updates(module: Module, fusion: Instruction, index: int) -> bool:
     """Whether a fusion hands on operand `index`, updated in place."""
-    root = _body(module, fusion)[-1]
-    while root.opcode == "bitcast":
-        root = module.operand(root, 0)
+    root = module.through(_SAME_BYTES, _body(module, fusion)[-1])
     if root.opcode != "dynamic-update-slice":
         return False
-    buffer = module.operand(root, 0)
-    while buffer.opcode == "bitcast":
-        buffer = module.operand(buffer, 0)
+    buffer = module.through(_SAME_BYTES, module.operand(root, 0))
     return buffer.opcode == "parameter" and buffer.operands == (str(index),)
 
 
@@ -103,8 +102,7 @@ def _written_by_fusion(module: Module, fusion: Instruction) -> float:
 
 
 def _part_written(module: Module, root: Instruction, array: Array) -> float:
-    while root.opcode == "bitcast":
-        root = module.operand(root, 0)
+    root = module.through(_SAME_BYTES, root)
     if root.opcode == "dynamic-update-slice":
         return float(module.operand(root, 1).bytes)
     if root.opcode == "fusion" and len(root.arrays) == 1:
