@@ -23,6 +23,7 @@ STEPS = {
     "golden": "gpu_models.golden",
     "gradients": "gpu_models.gradients",
     "mythos": "gpu_models.mythos",
+    "profile": "gpu_profile.profile",
 }
 
 

@@ -6,7 +6,7 @@
 #   check         the device, the versions of what is installed, and what is missing
 #   correctness   golden data and gradients beside float32 on the CPU
 #   kernels       grouped products and cuDNN's attention: right, and how fast
-#   mythos        train step and decoding of mythos_1b
+#   mythos        train step and decoding of mythos_1b, and which kernels their time goes to
 #   utilisation   train step and decode bandwidth of models of 1 B parameters (benchmarks/roofline.py)
 #   compare       beside the PyTorch original (benchmarks/compare_openmythos.py)
 #
@@ -29,7 +29,7 @@ case $PIECE in
     check) STEPS="check" ;;
     correctness) STEPS="golden gradients" ;;
     kernels) STEPS="attention grouped" ;;
-    mythos) STEPS="mythos" ;;
+    mythos) STEPS="mythos profile" ;;
     utilisation) STEPS="utilisation" ;;
     compare) STEPS="compare_readme compare_1b" ;; # --dry-run has no toy of these
     *)

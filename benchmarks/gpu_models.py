@@ -19,7 +19,7 @@ from benchmarks.steps import train_step
 from benchmarks.timing import median_and_range, milliseconds, print_header, print_row, time_in_turns
 from benchmarks.utilisation import decode_seconds, toy
 from mythos_jax.chips import peak_flops
-from mythos_jax.config import MeshConfig, ModelConfig, load_config
+from mythos_jax.config import Config, MeshConfig, ModelConfig, load_config
 from mythos_jax.flops import decode_bytes, training_flops
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.sharding import make_mesh, use_mesh
@@ -141,19 +141,25 @@ def _errors(actual: Any, expected: Any) -> dict[str, Any]:
     }
 
 
-def mythos(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A train step of mythos_1b on one GPU, with as many rows as one of 16 chips has, and decoding of one text."""
+def mythos_config(small: bool) -> Config:
+    """mythos_1b for one GPU, with as many rows as one of 16 chips has. small: with toy sizes."""
     config = load_config(CONFIG)
     model, rows, length = config.model, 16, config.data.seq_len
-    if arguments.small:
+    if small:
         model, rows, length = toy(model), 4, 32
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config,
         model=dataclasses.replace(model, dtype="bfloat16"),
         mesh=MeshConfig(),
         training=dataclasses.replace(config.training, batch_size=rows),
         data=dataclasses.replace(config.data, seq_len=length),
     )
+
+
+def mythos(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A train step of mythos_1b on one GPU, and decoding of one text."""
+    config = mythos_config(arguments.small)
+    rows, length = config.training.batch_size, config.data.seq_len
     device = jax.devices()[0]
     times, first = time_in_turns({"step": train_step(config)}, arguments.repeats)
     flops, peak = training_flops(config), peak_flops([device])

@@ -147,7 +147,14 @@ def find_peaks(setting: Setting) -> tuple[float, float]:
 
 
 def decode_seconds(config: ModelConfig, prompt: int, new_tokens: int, repeats: int) -> list[float]:
-    """Seconds per token in each repeat: the difference between generating 1 + `new_tokens` tokens and one.
+    """Seconds per token in each repeat: the difference between generating 1 + `new_tokens` tokens and one."""
+    call = decode_call(config, prompt)
+    times, _ = time_in_turns({"long": lambda: call(1 + new_tokens), "short": lambda: call(1)}, repeats)
+    return [(long - short) / new_tokens for long, short in zip(times["long"], times["short"], strict=True)]
+
+
+def decode_call(config: ModelConfig, prompt: int) -> Callable[[int], None]:
+    """Generates so many tokens after a prompt of random ones, and waits for them.
 
     Weights are stored in the compute dtype, as they would be for decoding.
     """
@@ -164,5 +171,4 @@ def decode_seconds(config: ModelConfig, prompt: int, new_tokens: int, repeats: i
     def call(count: int) -> None:
         generate(model, variables, tokens, max_new_tokens=count).tokens.block_until_ready()
 
-    times, _ = time_in_turns({"long": lambda: call(1 + new_tokens), "short": lambda: call(1)}, repeats)
-    return [(long - short) / new_tokens for long, short in zip(times["long"], times["short"], strict=True)]
+    return call
