@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import re
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,23 +90,29 @@ def golden(arguments: argparse.Namespace) -> dict[str, Any]:
 def gradients(arguments: argparse.Namespace) -> dict[str, Any]:
     """Loss and gradients of small models of each kind, beside float32 on this machine's CPU."""
     print_header("model", "type", "loss", "gradients", "worst weight")
-    results: dict[str, Any] = {}
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
-    for name, config in list(MODELS.items())[: 1 if arguments.small else None]:
-        model = Mythos(dataclasses.replace(config, dtype="float32"))
-        with use_mesh(make_mesh(MeshConfig(), [cpu])):
-            variables = jax.jit(
-                lambda model=model: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
-            )()
-        variables = jax.device_get(variables)
-        expected = _loss_and_gradients(config, variables, "float32", cpu)
-        for dtype, limit in MAX_ERROR.items():
-            actual = _loss_and_gradients(config, variables, dtype, device)
-            errors = _errors(actual, expected)
+    models = dict(list(MODELS.items())[: 1 if arguments.small else None])
+    with ThreadPoolExecutor() as pool:  # most of the time goes to compiling
+        variables = dict(zip(models, pool.map(_fresh_variables, models.values()), strict=True))
+        places = [("float32", cpu), *((dtype, device) for dtype in MAX_ERROR)]
+        runs = {
+            name: [pool.submit(_loss_and_gradients, config, variables[name], *place) for place in places]
+            for name, config in models.items()
+        }
+    results: dict[str, Any] = {}
+    for name, (expected, *actual) in runs.items():
+        for (dtype, limit), run in zip(MAX_ERROR.items(), actual, strict=True):
+            errors = _errors(run.result(), expected.result())
             print_row(name, dtype, *(verdict(errors[key], limit) for key in ("loss", "all")),
                       f"{errors['worst']:.1e}, {errors['where']}")  # fmt: skip
             results[f"{name}, {dtype}"] = errors
     return results
+
+
+def _fresh_variables(config: ModelConfig) -> Any:
+    model = Mythos(dataclasses.replace(config, dtype="float32"))
+    with use_mesh(make_mesh(MeshConfig(), jax.devices("cpu")[:1])):
+        return jax.device_get(jax.jit(lambda: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))))())
 
 
 def _loss_and_gradients(config: ModelConfig, variables: Any, dtype: str, device: jax.Device) -> Any:

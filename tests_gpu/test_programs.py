@@ -102,6 +102,24 @@ def test_the_step_of_the_smallest_size():
     check_kernels(config, parse(program.text))
 
 
+def test_on_one_gpu_weights_are_cast_once_and_gradients_added_in_place():
+    """Per part of the batch, not per loop."""
+    parts = 2
+    training = dataclasses.replace(SMALL.training, batch_size=16, grad_accumulation_steps=parts)
+    model = dataclasses.replace(MODEL, loops=5)
+    config = dataclasses.replace(SMALL, model=model, training=training, mesh=MeshConfig())
+    module = parse(compile_train(config, parse_topology("h100:1")).text)
+    E, D, F = MODEL.n_experts, MODEL.dim, MODEL.expert_dim
+    shapes = (E, D, F), (E, F, D)
+    runs = Counter()
+    for i, times in module.walk():
+        whole = [a for a in i.arrays if a.shape in shapes]
+        if i.opcode == "fusion" and whole:
+            runs[whole[0].dtype] += times
+    assert runs["bf16"] == 3 * parts
+    assert runs["f32"] <= 6 * parts + 3  # begun, and added to those of the other parts; the optimizer
+
+
 def test_decode_holds_parameters_and_cache():
     """The cache is bfloat16, and the experts' products are grouped: a row reads its own experts."""
     config = dataclasses.replace(SMALL, evaluation=EvaluationConfig(batch_size=8), mesh=MeshConfig())

@@ -103,14 +103,14 @@ def width_axis(module: nn.Module, name: str) -> str:
 
 
 def gather_loop_weights(variables: dict[str, Any], boxed: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
-    """Variables whose loop weights are gathered once, before the first loop, where the mesh in use cuts their width.
+    """Variables whose loop weights are cast to `dtype` and gathered once, before the first loop.
 
     boxed: the model's abstract variables, with logical axes. Products use a copy in `dtype`, or as it is stored if that
     is narrower (collection `gathered`). The gathered float32 weight only accumulates the gradients of all loops, so
     that they are reduced over devices once; so do low-rank weights, where there are any.
     """
-    if axis_size("fsdp") * axis_size("expert") == 1:
-        return variables
+    if axis_size("fsdp") * axis_size("expert") == 1 and dtype.itemsize == 4:
+        return variables  # neither cut nor cast
     # Only the loop: prelude and coda use each weight once, so gathering early would save nothing.
     params, boxes = variables["params"], boxed["params"]["recurrence"]["cell"]
     loop = nn.unbox(params["recurrence"]["cell"])

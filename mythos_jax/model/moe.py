@@ -85,16 +85,17 @@ class MoE(nn.Module):
             z=jnp.sum(z_BT**2 * counted_BT),
         )
         # Three matrices per expert (SwiGLU). On a mesh they stay cut along D here: `experts_on_mesh` gathers them while
-        # it exchanges tokens.
+        # it exchanges tokens. It also adds up gradients, on one device too.
+        on_mesh = in_use() or sums is not None
         gate, up, down = (
-            sharded_weight(self, name, shape, axes, std, x_BTD.dtype, inputs=(1,), gather=not in_use())
+            sharded_weight(self, name, shape, axes, std, x_BTD.dtype, inputs=(1,), gather=not on_mesh)
             for name, std, shape, axes in [
                 ("gate", c.std, (E, D, F), ("expert", "embed", "mlp")),
                 ("up", c.std, (E, D, F), ("expert", "embed", "mlp")),
                 ("down", c.output_std, (E, F, D), ("expert", "mlp", "embed")),
             ]
         )
-        if in_use():
+        if on_mesh:
             width = width_axis(self, "gate")
             gate, up, down = (wide(w, x_BTD.dtype) for w in (gate, up, down))
             if sums is not None:  # there the gradients go

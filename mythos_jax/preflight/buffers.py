@@ -13,6 +13,7 @@ import numpy as np
 from mythos_jax.preflight.causes import part, phase
 from mythos_jax.preflight.hlo import Module
 from mythos_jax.preflight.instructions import Instruction
+from mythos_jax.preflight.opcodes import FUSIONS
 
 _VALUE = re.compile(r"^ value: <\d+ ([^ {]+)(?:\{([\d,]*)\})?.*? @\d+> \(size=(\d+),offset=(\d+)\): (\w+\[[\d,]*\])")
 _RANGE = re.compile(r"^    ([^ {]+)\{([\d,]*)\}:(\d+)-(\d+)$", flags=re.MULTILINE)
@@ -129,7 +130,7 @@ def _before(module: Module, instruction: Instruction, index: int) -> tuple[Instr
     if opcode == "parameter" and caller is not None:
         if caller.opcode == "while":
             return caller, index
-        return (module.operand(caller, int(instruction.operands[0])), index) if caller.opcode == "fusion" else None
+        return (module.operand(caller, int(instruction.operands[0])), index) if caller.opcode in FUSIONS else None
     if opcode == "fusion":
         root = module.computations[instruction.called()["calls"][0]][-1]
         root = module.operand(root, index) if root.opcode == "tuple" else root

@@ -14,7 +14,7 @@ from mythos_jax.chips import Chip
 from mythos_jax.preflight.hlo import Module
 from mythos_jax.preflight.instructions import Instruction, UnknownHloError
 from mythos_jax.preflight.kernels import COUNTED, kernel_cost, target
-from mythos_jax.preflight.opcodes import COMMUNICATION, FREE, FREE_CUSTOM_CALLS, STREAMED
+from mythos_jax.preflight.opcodes import COMMUNICATION, FREE, FREE_CUSTOM_CALLS, FUSIONS, STREAMED
 from mythos_jax.preflight.products import convolution_flops, dot_flops, narrow_kind
 from mythos_jax.preflight.traffic import hbm_bytes
 
@@ -90,7 +90,7 @@ def cost(module: Module) -> Cost:
         for body in module.computations.values()
         for i in body
         for role, names in i.called().items()
-        if (role == "calls" and i.opcode == "fusion") or role == "to_apply"
+        if (role == "calls" and i.opcode in FUSIONS) or role == "to_apply"
         for name in names
     }
     costs, targets, reported = [], set(), set()
@@ -112,7 +112,7 @@ def matmul_flops(module: Module, instruction: Instruction) -> float:
     Raises UnknownHloError for an instruction whose cost is unknown.
     """
     opcode = instruction.opcode
-    if opcode == "fusion":
+    if opcode in FUSIONS:
         return sum(matmul_flops(module, i) for name in instruction.called()["calls"] for i in module.computations[name])
     if opcode == "custom-call":
         return kernel_cost(module, instruction).flops
@@ -127,7 +127,7 @@ def matmul_flops(module: Module, instruction: Instruction) -> float:
 
 def narrow_flops(module: Module, instruction: Instruction) -> Counter[str]:
     """The part of `matmul_flops` whose operands have 8 bits, by kind."""
-    if instruction.opcode == "fusion":
+    if instruction.opcode in FUSIONS:
         bodies = (module.computations[name] for name in instruction.called()["calls"])
         return sum((narrow_flops(module, i) for body in bodies for i in body), Counter())
     kind = narrow_kind(module, instruction) if instruction.opcode in ("dot", "convolution") else None

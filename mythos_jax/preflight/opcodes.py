@@ -1,11 +1,13 @@
 """What is known of the opcodes of HLO and of the compiler's own custom calls: which of them cost something."""
 
+# Instructions made of others, in a computation of their own, whose values in between never reach memory.
+FUSIONS = {"fusion", "fusion-start"}
 # Opcodes that move nothing themselves.
 FREE = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "iota",
     "partition-id", "replica-id", "after-all", "opt-barrier", "copy-done", "slice-done", "async-done",
     "collective-permute-done", "all-gather-done", "all-reduce-done", "async-update", "add-dependency", "domain",
-    "get-dimension-size",
+    "get-dimension-size", "fusion-done",
 }  # fmt: skip
 # Opcodes that read only as much of their first operand as they return.
 PARTIAL_READS = {"dynamic-slice", "slice", "gather"}

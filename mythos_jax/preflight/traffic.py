@@ -6,7 +6,7 @@ import re
 from mythos_jax.preflight.hlo import Module
 from mythos_jax.preflight.instructions import Array, Instruction
 from mythos_jax.preflight.kernels import kernel_cost
-from mythos_jax.preflight.opcodes import FREE, PARTIAL_READS
+from mythos_jax.preflight.opcodes import FREE, FUSIONS, PARTIAL_READS
 
 # Opcodes that give their operand's bytes another shape.
 _SAME_BYTES = ("bitcast",)
@@ -19,10 +19,10 @@ def hbm_bytes(module: Module, instruction: Instruction) -> float:
         return 0.0
     if opcode == "custom-call":
         return kernel_cost(module, instruction).hbm_bytes
+    if opcode in FUSIONS:
+        return _read_by_fusion(module, instruction) + _written_by_fusion(module, instruction)
     if opcode.endswith("-start"):
         return _started(instruction)
-    if opcode == "fusion":
-        return _read_by_fusion(module, instruction) + _written_by_fusion(module, instruction)
     if opcode == "dynamic-update-slice":
         buffer, update = (module.operand(instruction, i).arrays[0] for i in range(2))
         return float(update.bytes * (update.in_hbm + buffer.in_hbm))
@@ -95,7 +95,8 @@ def _written_by_fusion(module: Module, fusion: Instruction) -> float:
         if body[-1].opcode == "tuple"
         else body[-1:]
     )
-    arrays = fusion.arrays
+    # The type of one that is started holds its operands, too.
+    arrays = fusion.arrays if fusion.opcode == "fusion" else [array for root in roots for array in root.arrays]
     if len(roots) != len(arrays):
         return _in_hbm(fusion)
     return sum(_part_written(module, root, array) for root, array in zip(roots, arrays, strict=True) if array.in_hbm)

@@ -49,6 +49,25 @@ def test_a_fusion_reads_the_parts_that_it_uses():
     assert cost(module).hbm_bytes == 3 * 8 * 4
 
 
+def test_a_fusion_that_is_started_costs_what_it_would_at_once():
+    """As XLA for GPUs prints a slice, and an update in place, that run beside what follows."""
+    buffer, row = "f32[64,8]{1,0}", "f32[1,8]{1,0}"
+    update = (
+        f"%update (p: {buffer}, u: {row}, i: s32[]) -> {buffer} {{\n  %p = {buffer} parameter(0)\n"
+        f"  %u = {row} parameter(1)\n  %i = s32[] parameter(2)\n"
+        f"  ROOT %new = {buffer} dynamic-update-slice(%p, %u, %i, %i)\n}}\n\n"
+    )
+    module = program(
+        f"%x = {buffer} parameter(0)", "%k = s32[] parameter(1)",
+        f"%s = (({buffer}, s32[]), {row}, u32[]) fusion-start(%x, %k), kind=kLoop, calls=%inner",
+        f"%row = {row} fusion-done(%s)",
+        f"%t = (({buffer}, {row}, s32[]), {buffer}, u32[]) fusion-start(%x, %row, %k), kind=kLoop, calls=%update",
+        f"ROOT %d = {buffer} fusion-done(%t)",
+        before=INNER + update,
+    )  # fmt: skip
+    assert cost(module).hbm_bytes == (2 + 2) * 8 * 4
+
+
 def test_an_operand_given_twice_to_a_fusion_is_read_once():
     adds = (
         "%adds (p: f32[64,8], q: f32[64,8]) -> f32[64,8] {\n  %p = f32[64,8]{1,0} parameter(0)\n"
