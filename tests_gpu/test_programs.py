@@ -114,10 +114,10 @@ def test_on_one_gpu_weights_are_cast_once_and_gradients_added_in_place():
     runs = Counter()
     for i, times in module.walk():
         whole = [a for a in i.arrays if a.shape in shapes]
-        if i.opcode == "fusion" and whole:
+        if i.opcode == "fusion" and whole and "dot_general" not in i.op_name:
             runs[whole[0].dtype] += times
     assert runs["bf16"] == 3 * parts
-    assert runs["f32"] <= 6 * parts + 3  # begun, and added to those of the other parts; the optimizer
+    assert runs["f32"] <= 3 * parts + 6  # added to those of the other parts; begun, and read by the optimizer
 
 
 def test_decode_holds_parameters_and_cache():
