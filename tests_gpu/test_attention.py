@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mythos_jax.config import MeshConfig
 from mythos_jax.ops.attention import Mask, attend
+from mythos_jax.ops.slower import say_slower
 from mythos_jax.preflight.cost import cost
 from mythos_jax.preflight.devices import GPU_OPTIONS, topology_devices
 from mythos_jax.preflight.hlo import parse
@@ -54,3 +55,16 @@ def test_other_attention_is_not(K, mask):
 
 def test_that_lowered_text_names_cudnn():
     assert "__cudnn$fmhaSoftmax" in lower_gradient("h100:8", 16, 16, 96, 64).as_text()
+
+
+@pytest.mark.parametrize(
+    ("K", "mask", "reason"),
+    [(192, [], "at most 128 channels per head, and these have 192"), (96, ["segments_BT"], "a mask of documents")],
+)
+def test_that_another_is_slower_is_said_once(K, mask, reason, capsys):
+    say_slower.cache_clear()
+    for _ in range(2):
+        lower_gradient("h100:8", 16, 16, K, 64, mask)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("attention in blocks, not cuDNN's kernel: it ")
+    assert f"{reason}; this is slower" in line

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from mythos_jax.ops import splash_attention
 from mythos_jax.ops.blockwise import blockwise_attention
+from mythos_jax.ops.slower import say_slower
 from mythos_jax.sharding import axis_size, in_use, is_nvidia, partition_spec, platform
 
 # The name by which rematerialisation policies know the output of attention and its other residuals.
@@ -59,7 +60,7 @@ def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask, 
 
     For at most MAX_DENSE_QUERIES queries (decoding) the full score matrix is built, and XLA partitions it. Otherwise
     each device attends from its own rows, heads and queries to all keys: on a TPU with the splash kernel, if there is
-    no cache and the kernel supports the shapes; on a GPU with cuDNN, if `_cudnn_supports` the operands; in all other
+    no cache and the kernel supports the shapes; on a GPU with cuDNN, if it accepts the operands; in all other
     cases with `blockwise_attention`.
     """
     if q_BTHK.shape[1] <= MAX_DENSE_QUERIES:
@@ -88,8 +89,13 @@ def _select_implementation(
     n_shards = _shard_count(partition_spec(q_BTHK.shape, _QUERY_AXES)[1]) if in_use() else 1
     if target == "tpu" and mask.index_BT is None and splash_attention.supports(T, S, n_shards):
         return partial(_splash, scale=scale, n_shards=n_shards)
-    if is_nvidia() and n_shards == 1 and _cudnn_supports(q_BTHK, v_BSGV, mask):
+    why_not = _why_not_cudnn(q_BTHK, v_BSGV, mask, n_shards) if is_nvidia() else None
+    if is_nvidia() and why_not is None:
         return partial(_cudnn, scale=scale)
+    if mask.index_BT is None and target != "cpu":  # with a cache there is no kernel on any platform
+        kernel = "cuDNN's kernel" if is_nvidia() else "the splash kernel" if target == "tpu" else "a kernel"
+        shapes = f"it does not take {T} queries and {S} keys on {n_shards} shards"
+        say_slower("attention in blocks", kernel, why_not or (shapes if target == "tpu" else f"none for a {target}"))
     # On a CPU the block size follows the processor's cache. Accelerators get the largest block that is still useful.
     max_block = None if target == "cpu" else 512
     return partial(blockwise_attention, scale=scale, checkpoint_name=SAVED, max_block=max_block)
@@ -108,11 +114,16 @@ def _splash(
     return splash_attention.splash_attention(q_BTHK, k_BSGK, v_BSGV, segments, scale, SAVED, shard)
 
 
-def _cudnn_supports(q_BTHK: jax.Array, v_BSGV: jax.Array, mask: Mask) -> bool:
-    """What cuDNN's flash attention accepts on every GPU that has it: 16 bits, one segment, no cache, up to 128 wide."""
-    causal_only = mask.index_BT is None and mask.segments_BT is None
+def _why_not_cudnn(q_BTHK: jax.Array, v_BSGV: jax.Array, mask: Mask, n_shards: int) -> str | None:
+    """What cuDNN's flash attention does not accept, on one of the GPUs that have it; None: it accepts all."""
     width = max(q_BTHK.shape[-1], v_BSGV.shape[-1])
-    return causal_only and q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and width <= 128
+    if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it does not take {q_BTHK.dtype}"
+    if mask.index_BT is not None or mask.segments_BT is not None:
+        return "it does not take a cache" if mask.segments_BT is None else "it does not take a mask of documents"
+    if n_shards > 1:
+        return "mesh.sequence divides the queries"
+    return None if width <= 128 else f"it takes at most 128 channels per head, and these have {width}"
 
 
 def _cudnn(
@@ -124,7 +135,7 @@ def _cudnn(
     scale: float,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Checked only by compiling it for CUDA (tests_gpu/); it has not run on a GPU. implementation: xla, for tests.
+    """cuDNN's flash attention, by jax. implementation: xla, for tests.
 
     cuDNN wants keys and values of the same width, a multiple of 8. Channels of zeros change neither the scores nor the
     other channels of the result. Only the output is named for rematerialisation, not cuDNN's other residual. Under

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mythos_jax.ops import grouped_triton
+from mythos_jax.ops.slower import say_slower
 from mythos_jax.sharding import is_nvidia, platform
 
 ExpertWeights = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
@@ -28,6 +29,9 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax
         return megablox.product(x_RD, w_EDF, sizes_E)
     if is_nvidia():
         return grouped_triton.product(x_RD, w_EDF, sizes_E)
+    if platform() != "cpu":
+        reason = "there are kernels for TPUs and for NVIDIA's GPUs from the A100 on"
+        say_slower("experts by lax.ragged_dot", "grouped products", reason)
     return jax.lax.ragged_dot(x_RD, w_EDF, sizes_E)
 
 
