@@ -9,6 +9,7 @@
 #   mythos        train step and decoding of mythos_1b, and which kernels their time goes to
 #   utilisation   train step and decode bandwidth of models of 1 B parameters (benchmarks/roofline.py)
 #   compare       beside the PyTorch original (benchmarks/compare_openmythos.py)
+#   all           all of these but `check`, in the order of their worth
 #
 # Each step of a piece leaves STEP.md, and STEP.json with the name of the device, in $OUT (default: gpu-results). Steps
 # that have a STEP.md in $OUT or in $DONE (default: .gpu) are not run again, so a piece that was cut off goes on.
@@ -31,9 +32,10 @@ case $PIECE in
     kernels) STEPS="attention grouped" ;;
     mythos) STEPS="mythos profile" ;;
     utilisation) STEPS="utilisation" ;;
-    compare) STEPS="compare_readme compare_1b" ;; # --dry-run has no toy of these
+    compare) STEPS="compare_118m compare_readme compare_1b" ;;
+    all) STEPS="gradients mythos compare_118m utilisation grouped attention profile golden compare_1b" ;;
     *)
-        echo "benchmarks/gpu.sh: got '$PIECE', allowed: check, correctness, kernels, mythos, utilisation, compare" >&2
+        echo "benchmarks/gpu.sh: got '$PIECE', allowed: check, correctness, kernels, mythos, utilisation, compare, all" >&2
         exit 2
         ;;
 esac
@@ -51,6 +53,10 @@ for step in $STEPS; do
         echo "$step: done before"
         continue
     fi
+    if [ "$DEVICE" = cpu ] && [[ $step = compare_* ]]; then
+        echo "$step: has no toy size"
+        continue
+    fi
     left=$((LIMIT - SECONDS))
     if [ $left -lt 20 ]; then
         echo "$step: no time left; run '$PIECE' again"
@@ -60,8 +66,7 @@ for step in $STEPS; do
     command=("$PYTHON" -m)
     case $step in
         utilisation) command+=(benchmarks.roofline utilisation "${FLAGS[@]}") ;;
-        compare_1b) command+=(benchmarks.compare_openmythos --config 1b --repeats 3) ;;
-        compare_readme) command+=(benchmarks.compare_openmythos --config readme --repeats 3) ;;
+        compare_*) command+=(benchmarks.compare_openmythos --config "${step#compare_}" --repeats 3) ;;
         *) command+=(benchmarks.gpu "$step" "${FLAGS[@]}") ;;
     esac
     echo "## $step"

@@ -96,10 +96,16 @@ def test_a_run_of_version_0_1_0_resumes_and_is_evaluated(config, uninterrupted, 
     assert "training.grad_accumulation_steps was 1, is now 2" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def sixty_steps(tmp_path_factory):
+    return tmp_path_factory.mktemp("sixty") / "uninterrupted"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_was_stopped_resumes_as_if_nothing_had_happened(config, tmp_path, number):
+def test_a_run_that_was_stopped_resumes_as_if_nothing_had_happened(config, tmp_path, number, sixty_steps):
     config = with_training(config, steps=60, checkpoint_every=20, optimizer_dtype="bfloat16")
-    train(config, tmp_path / "uninterrupted", progress=False)
+    if not sixty_steps.exists():
+        train(config, sixty_steps, progress=False)
     workdir = tmp_path / "stopped"
     process = start(config, workdir)
     wait_for_step(workdir, 25, process)
@@ -113,8 +119,8 @@ def test_a_run_that_was_stopped_resumes_as_if_nothing_had_happened(config, tmp_p
         assert 25 <= saved < 60
         assert f"stopped by {signal.Signals(number).name} after step {saved}; checkpoint saved" in errors
     train(config, workdir, progress=False)
-    assert_same(parameters(tmp_path / "uninterrupted"), parameters(workdir))
-    assert timeless(lines(workdir)) == timeless(lines(tmp_path / "uninterrupted"))
+    assert_same(parameters(sixty_steps), parameters(workdir))
+    assert timeless(lines(workdir)) == timeless(lines(sixty_steps))
 
 
 def test_a_full_disk_is_a_one_line_error_and_keeps_earlier_checkpoints(config, tmp_path):
