@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from mythos_jax.bounds import Between, Formerly, Ge, NonNegativeInt, PathText, PositiveFloat, PositiveInt, Wide
 from mythos_jax.typed import Section, check_field
 
-TASKS = ("p_hop", "addition", "parity", "boolean", "chain")
+TASKS = ("p_hop", "addition", "parity", "boolean", "chain", "group", "arithmetic")
+GROUP_SIZES = {"S3": 6, "S4": 24, "A5": 60}
 Bytes = Annotated[int, Ge(0), Wide()]
 HeldOutFraction = Annotated[float, Between(0, 1, "[)", "a fraction")]
 Difficulty = Annotated[int, Between(1, 1000)]
@@ -16,16 +17,18 @@ Difficulty = Annotated[int, Between(1, 1000)]
 class TaskConfig(Section, section="data.task"):
     """A reasoning task, generated on the fly instead of read from text (docs/data.md)."""
 
-    name: str = ""  #: p_hop, addition, parity, boolean or chain; empty: train on text
+    name: str = ""  #: p_hop, addition, parity, boolean, chain, group or arithmetic; empty: train on text
     #: difficulties that examples are drawn from: hops (p_hop), numbers (addition), bits (parity), levels (boolean),
-    #: references to follow (chain)
+    #: references to follow (chain), factors (group), operations (arithmetic)
     difficulty: tuple[Difficulty, ...] = ()
-    #: p_hop, parity, chain: train on the answers at every position, or only at the last
+    #: all but addition and boolean: train on the answers at every position that has one, or only at the last
     answers: Literal["every", "last"] = "every"
     length: Annotated[int, Between(2, 10_000)] = 32  #: p_hop: symbols in the sequence; chain: assignments
-    #: p_hop: number of different symbols; chain: of different numbers
+    #: p_hop: number of different symbols; chain and arithmetic: of different numbers; group: of different factors
     alphabet: Annotated[int, Between(3, 10_000)] = 4
     digits: Annotated[int, Between(1, 15)] = 3  #: addition: digits of each number
+    #: group: whose elements are multiplied, the symmetric group of 3 or 4 things or the alternating group of 5
+    group: Literal["S3", "S4", "A5"] = "A5"
     #: a row consists of the task's `own` tokens, or of those of `data.tokenizer`, for a model that was trained on text
     tokens: Literal["own", "tokenizer"] = "own"
 
@@ -37,6 +40,9 @@ class TaskConfig(Section, section="data.task"):
         if self.name == "chain":  # one letter per variable, one digit per number
             self.check(self.length <= 26, "length", "an integer from 2 to 26 with chain")
             self.check(self.alphabet <= 10, "alphabet", "an integer from 3 to 10 with chain")
+        if self.name == "group":
+            size = GROUP_SIZES[self.group]
+            self.check(self.alphabet <= size, "alphabet", f"an integer from 3 to {size} with group {self.group}")
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,8 @@ import numpy as np
 from mythos_jax.config import Config, DataConfig
 from mythos_jax.data.batch import Batch, RowSelection, row_numbers
 from mythos_jax.data.manifest import SPLITS
-from mythos_jax.data.problems import (
-    PADDING,
-    PROBLEMS,
-    Problem,
-    ProblemRows,
-    RowRandom,
-    content_hash,
-    fold_in,
-    unit_interval,
-)
+from mythos_jax.data.problem import PADDING, Problem, ProblemRows, RowRandom, content_hash, fold_in, unit_interval
+from mythos_jax.data.problems import PROBLEMS
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.typed import check_field, to_dict

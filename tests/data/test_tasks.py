@@ -4,13 +4,16 @@ import itertools
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mythos_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, TaskConfig, load_config
+from mythos_jax.config.data import GROUP_SIZES
 from mythos_jax.data.open import open_data
 from mythos_jax.data.tasks import TaskData, examples, open_problem
 from mythos_jax.errors import ConfigError
@@ -21,6 +24,8 @@ DATA = {
     "parity": DataConfig(task=TaskConfig("parity", (14, 21, 40)), seq_len=40),
     "boolean": DataConfig(task=TaskConfig("boolean", (4, 5, 7)), seq_len=40),
     "chain": DataConfig(task=TaskConfig("chain", (1, 2, 4), length=13, alphabet=3), seq_len=40),
+    "group": DataConfig(task=TaskConfig("group", (16, 20, 40), group="S4", alphabet=24), seq_len=40),
+    "arithmetic": DataConfig(task=TaskConfig("arithmetic", (3, 5, 19), alphabet=7), seq_len=40),
 }
 IN_BYTES = replace(DATA["chain"].task, tokens="tokenizer")
 
@@ -86,12 +91,63 @@ def slow_chain(text, every):
     return answers if every else {len(text) - 1: answers[len(text) - 1]}
 
 
+@cache
+def matrices(group):
+    """The permutation matrix of each element by its name."""
+    symbols = open_problem(DataConfig(task=TaskConfig("group", (1,), group=group))).symbols[1:]
+    generators = {
+        "S3": ["102", "120"],
+        "S4": ["1230", "1203"],
+        "A5": ["12340", "12034"],
+    }[group]
+    things = len(generators[0])
+    images = [[int(i) for i in word] for word in generators]
+    everything = [list(image) for image in itertools.permutations(range(things))]
+    if group == "A5":
+        everything = [image for image in everything if np.linalg.det(np.eye(things)[image]) > 0]
+    images += [image for image in everything if image not in images]
+    # Column i of the matrix of p is the unit vector of p(i).
+    return dict(zip(symbols, (np.eye(things, dtype=int)[:, image] for image in images), strict=True))
+
+
+def slow_group(text, every, group="S4", alphabet=24):
+    matrix_of = matrices(group)
+    product, answers = np.eye(len(matrix_of["a"]), dtype=int), {}
+    for i, name in enumerate(text):
+        assert name in list(matrix_of)[:alphabet]
+        product = product @ matrix_of[name]
+        (answers[i],) = [other for other, matrix in matrix_of.items() if np.array_equal(matrix, product)]
+    return answers if every else {len(text) - 1: answers[len(text) - 1]}
+
+
+def slow_arithmetic(text, every):
+    """By Python's own evaluation of the same expression in the usual notation."""
+    assert text[-1] == "="
+    answers = {len(text) - 1: eval(infix(text, 0)[0]) % 7}
+    for start in reversed(range(len(text))) if every else []:
+        if text[start] in "+-*":
+            written, end = infix(text, start)
+            answers[end - 1] = eval(written) % 7  # the largest comes last
+    return {position: str(answer) for position, answer in answers.items()}
+
+
+def infix(text, start):
+    """The expression that begins at a place, with parentheses, and the place behind it."""
+    if text[start] not in "+-*":
+        return text[start], start + 1
+    left, middle = infix(text, start + 1)
+    right, end = infix(text, middle)
+    return f"({left} {text[start]} {right})", end
+
+
 SLOW = {
     "p_hop": slow_p_hop,
     "addition": slow_addition,
     "parity": slow_parity,
     "boolean": slow_boolean,
     "chain": slow_chain,
+    "group": slow_group,
+    "arithmetic": slow_arithmetic,
 }
 
 
@@ -122,12 +178,16 @@ def test_answers_agree_with_slow_python(name, split, answers):
 @pytest.mark.parametrize("name", DATA)
 def test_answers_are_balanced(name):
     """Guessing does not help: the most common answer is little more common than chance."""
-    kinds = {"p_hop": 5, "addition": 10, "parity": 2, "boolean": 2, "chain": 3}[name]
+    kinds = {"p_hop": 5, "addition": 10, "parity": 2, "boolean": 2, "chain": 3, "group": 24, "arithmetic": 7}[name]
     rows = 400 * kinds
     for difficulty in DATA[name].task.difficulty[1:]:
         _, batch = make(name, "held_out", indices=range(rows), difficulties=(difficulty,))
         last = batch["mask"].shape[1] - 1 - batch["mask"][:, ::-1].argmax(1)
         counts = np.bincount(batch["targets"][np.arange(rows), last])
+        zero = open_problem(DATA[name]).symbols.index("0") if name == "arithmetic" else None
+        if zero:  # products with a 0 are 0
+            assert 400 * 1.2 < counts[zero] < 400 * 1.6
+            counts[zero] = 400
         assert counts.max() < 400 * 1.15
         assert np.count_nonzero(counts) == kinds
 
@@ -157,7 +217,31 @@ PINNED = {
     "parity": "011001110101001011011",
     "boolean": "(T^((T&~((T^T)^F))|T))=",
     "chain": "b2,q1,rb,d0,ed,nq,sd,cb,in,tq,ud,hb,lc",
+    "group": "opjuxpkldrcjhrtdxtnl",
+    "arithmetic": "+6-6--26*60=",
 }
+
+
+@pytest.mark.parametrize(("group", "alphabet"), [("S3", 3), ("S4", 3), ("A5", 5)])
+def test_products_of_few_factors(group, alphabet):
+    """The first factors generate the group: long products are all of its elements, equally often."""
+    task, size = TaskConfig("group", (32,), group=group, alphabet=alphabet), GROUP_SIZES[group]
+    problem, batch = make("group", indices=range(40 * size), task=task)
+    assert len(problem.symbols) == 1 + size == 1 + len({matrix.tobytes() for matrix in matrices(group).values()})
+    for row in range(20):
+        text, answers = as_text(problem, batch["tokens"][row]), batch["targets"][row]
+        expected = slow_group(text, True, group, alphabet)
+        assert {i: problem.symbols[answer] for i, answer in enumerate(answers[:32])} == expected
+    counts = np.bincount(batch["targets"][:, 31], minlength=1 + size)[1:]
+    assert counts.min() > 40 * 0.5
+    assert counts.max() < 40 * 1.6
+
+
+def test_every_shape_of_an_expression_is_as_likely():
+    problem, batch = make("arithmetic", indices=range(7000), difficulties=(4,))
+    shapes = Counter(re.sub(r"\d", "x", re.sub(r"[-+*]", "o", as_text(problem, row))) for row in batch["tokens"])
+    assert len(shapes) == 14  # Catalan's number of 4
+    assert 500 * 0.85 < min(shapes.values()) <= max(shapes.values()) < 500 * 1.15
 
 
 @pytest.mark.parametrize("difficulty", [1, 3, 4])
@@ -219,6 +303,8 @@ def test_training_never_contains_a_held_out_example(name):
         "addition": TaskConfig("addition", (1,), digits=2),
         "parity": TaskConfig("parity", (6,)),
         "boolean": TaskConfig("boolean", (1,)),
+        "group": TaskConfig("group", (3,), alphabet=4),
+        "arithmetic": TaskConfig("arithmetic", (1,), alphabet=5),
     }[name]
     seen = {}
     for split, seed in [("train", 0), ("train", 1), ("held_out", 0)]:
@@ -283,7 +369,10 @@ def test_invalid_arguments_are_named(tmp_path):
         return load_config(file)
 
     for task, message in [
-        ("{name: p_hopp}", r"data\.task\.name: got 'p_hopp', allowed: p_hop, addition, parity, boolean, chain"),
+        (
+            "{name: p_hopp}",
+            r"data\.task\.name: got 'p_hopp', allowed: p_hop, addition, parity, boolean, chain, group, arithmetic",
+        ),
         ("p_hop", r"data\.task: got 'p_hop', allowed: a mapping with name"),
         ("{name: p_hop}", r"data\.task\.difficulty: got \[\], allowed: a list"),
         ("{name: p_hop, difficulty: 4}", r"data\.task\.difficulty: got 4, allowed: a list of integers"),
@@ -298,6 +387,11 @@ def test_invalid_arguments_are_named(tmp_path):
             "{name: chain, difficulty: [1], length: 8, alphabet: 11}",
             r"data\.task\.alphabet: got 11, allowed: an integer",
         ),
+        (
+            "{name: group, difficulty: [1], group: S3, alphabet: 7}",
+            r"data\.task\.alphabet: got 7, allowed: an integer from 3 to 6 with group S3",
+        ),
+        ("{name: group, difficulty: [1], group: S5}", r"data\.task\.group: got 'S5', allowed: S3, S4, A5"),
         ("{name: p_hop, difficulty: [1], tokens: text}", r"data\.task\.tokens: got 'text', allowed: own, tokenizer"),
     ]:
         with pytest.raises(ConfigError, match=message):
