@@ -41,8 +41,8 @@ def lines(workdir):
 
 def timeless(rows):
     """Rows of the log without what depends on the speed of the machine."""
-    timed = ("tokens_per_second", "flops_per_second", "mfu", "goodput")
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+    timed = ("time", "tokens_per_second", "flops_per_second", "mfu", "goodput", "data_wait", "step_seconds", "hbm")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
 def with_training(config, **fields):

@@ -12,7 +12,7 @@ from mythos_jax.data.prepare import prepare
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import copy_tree, is_remote, to_path
 from mythos_jax.training import loggers
-from mythos_jax.training.loggers import RemoteJsonlLogger, open_loggers
+from mythos_jax.training.loggers import RemoteJsonlLogger, open_jsonl, open_loggers
 
 
 class Store(MemoryFileSystem):
@@ -43,7 +43,7 @@ def lines(path):
 def test_a_log_in_a_bucket_is_complete_after_every_flush_and_truncated_on_resume(monkeypatch):
     run = to_path("gs://bucket/run")
     assert is_remote(run)
-    (log,) = open_loggers((), run, "name", restored_step=0)
+    log = open_jsonl(run, restored_step=0)
     assert isinstance(log, RemoteJsonlLogger)
     log.write(1, {"loss": 2.0})
     assert not (run / "metrics.jsonl").exists()
@@ -54,7 +54,7 @@ def test_a_log_in_a_bucket_is_complete_after_every_flush_and_truncated_on_resume
     log.write(3, {"loss": 1.0})
     assert lines(run / "metrics.jsonl") == [1, 2, 3]
     log.close()
-    (log,) = open_loggers((), run, "name", restored_step=2)
+    log = open_jsonl(run, restored_step=2)
     log.write(3, {"loss": 5.0})
     log.close()
     assert lines(run / "metrics.jsonl") == [1, 2, 3]
@@ -63,10 +63,10 @@ def test_a_log_in_a_bucket_is_complete_after_every_flush_and_truncated_on_resume
 
 def test_tensorboard_files_in_a_bucket_are_complete_when_closed():
     run = to_path("gs://bucket/run")
-    _, first = open_loggers(("tensorboard",), run, "name", restored_step=0)
+    (first,) = open_loggers(("tensorboard",), run, "name", restored_step=0)
     first.write(1, {"loss": 2.0})
     first.close()
-    _, second = open_loggers(("tensorboard",), run, "name", restored_step=1)
+    (second,) = open_loggers(("tensorboard",), run, "name", restored_step=1)
     second.write(2, {"loss": 1.0})
     second.close()
     files = sorted((run / "tensorboard").iterdir(), key=lambda file: file.name)

@@ -6,14 +6,18 @@ import faulthandler
 import signal
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mythos_jax.bounds import Between
 from mythos_jax.commands.arguments import add_processes, connect, of_type, path
-from mythos_jax.errors import DONE, RESTART
+from mythos_jax.errors import DONE, RESTART, ConfigError
 from mythos_jax.streams import print_result, say
+
+if TYPE_CHECKING:
+    from mythos_jax.training.loggers import Logger
 
 SUMMARY = "Train a model, or resume a run. Any config field can be set: --section.field value."
 
@@ -36,6 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run jax's profiler server in process i at PORT + i, for traces on request; it listens on all addresses "
         "(default: no server)",
     )
+    parser.add_argument(
+        "--metrics-port",
+        type=of_type(Annotated[int, Between(0, 65535)]),
+        metavar="PORT",
+        help="process 0 serves the newest line of the log as OpenMetrics, for Prometheus; 0: a free port, which is "
+        "printed (default: nothing listens)",
+    )
+    parser.add_argument(
+        "--metrics-host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="its address (default 127.0.0.1: this machine alone)",
+    )
     add_processes(parser)
     parser.set_defaults(takes_overrides=True)
 
@@ -56,18 +73,30 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     def workdir_of(name: str) -> Any:
         return to_path(arguments.workdir or Path("runs") / name)
 
-    with _restart_on_signals():
+    with _restart_on_signals(), contextlib.ExitStack() as stack:
         _show_stacks_on_request()
         connect(arguments)  # first, because to read a model asks jax for devices
         if arguments.profiler_port is not None:
             start_profiler_server(arguments.profiler_port)
         config = load_config(arguments.config, overrides, workdir_of)
         workdir = workdir_of(config.name)
-        last = train(config, workdir)
+        more: list[Logger] = []
+        if arguments.metrics_port is not None and is_process_zero():
+            more.append(stack.enter_context(_exported(config.name, arguments)))
+        last = train(config, workdir, more_loggers=more)
     if is_process_zero():
         print_result(_summary(last))
         print_result(f"checkpoints: {workdir / 'checkpoints'}\nlog: {workdir / 'metrics.jsonl'}")
     return DONE
+
+
+def _exported(run: str, arguments: argparse.Namespace) -> "contextlib.AbstractContextManager[Logger]":
+    """Raises ConfigError if the package that it takes is not there, or the address is not free."""
+    if find_spec("prometheus_client") is None:
+        raise ConfigError("--metrics-port: needs prometheus_client; allowed: pip install '.[serve]' in the checkout")
+    from mythos_jax.training.exporter import exported
+
+    return exported(run, arguments.metrics_host, arguments.metrics_port)
 
 
 def _summary(last: dict[str, Any]) -> str:

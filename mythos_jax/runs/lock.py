@@ -9,21 +9,16 @@ object stores, where a file cannot be created exclusively: there, a start waits 
 import contextlib
 import json
 import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from mythos_jax.errors import ConfigError, LockError
-from mythos_jax.json_text import parse_json
 from mythos_jax.paths import is_remote, write_whole
 from mythos_jax.processes import log0
-
-LOCK_FILE = "lock.json"
+from mythos_jax.runs.owner import LOCK_FILE, PATIENCE, RENEW, Owner, parse_owner
 
 
 @dataclass(frozen=True)
@@ -32,41 +27,10 @@ class Timing:
     counts as dead; a multiple of `renew`. ending: that such an owner may go on renewing, because it may be about to
     end; more than the launchers' grace period. settle: until a write to an object store is read back."""
 
-    renew: float = 10.0
-    patience: float = 35.0
+    renew: float = RENEW
+    patience: float = PATIENCE
     ending: float = 200.0
     settle: float = 2.0
-
-
-@dataclass(frozen=True)
-class Owner:
-    """What the lock file holds. place: the machine, its boot and the container; started: of the process, since boot."""
-
-    token: str
-    host: str
-    place: str
-    pid: int
-    started: str
-    renewals: int = 0
-    renewed: float = 0.0
-
-    @classmethod
-    def this_process(cls) -> "Owner":
-        host = socket.gethostname()
-        place = " ".join([host, _read_text("/proc/sys/kernel/random/boot_id"), _read_link("/proc/self/ns/pid")])
-        started = _process_start(os.getpid()) or ""
-        return cls(secrets.token_hex(8), host, place, os.getpid(), started, renewed=time.time())
-
-    def is_alive(self, place: str) -> bool | None:
-        """Whether the process still runs; None if it is in another place, from where that cannot be seen."""
-        if self.place != place:
-            return None
-        started = _process_start(self.pid)
-        # An equal number may belong to a process that started later.
-        return started is not None and (started == self.started or "" in (started, self.started))
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, seen {max(0, time.time() - self.renewed):.0f} s ago"
 
 
 @contextlib.contextmanager
@@ -164,7 +128,7 @@ class RunLock:
 
         Raises LockError if the owner is alive.
         """
-        owner = _parse(found)
+        owner = parse_owner(found)
         alive = owner and owner.is_alive(self._me.place)
         if alive is None:
             log0(
@@ -180,7 +144,7 @@ class RunLock:
         """`_wait_for_death` of an owner elsewhere."""
         begin = renewed = time.monotonic()
         while (now := time.monotonic()) < renewed + self._timing.patience:
-            owner = _parse(found)
+            owner = parse_owner(found)
             if now > begin + self._timing.ending:
                 raise self._in_use(owner)
             time.sleep(self._timing.patience / 35)
@@ -188,7 +152,7 @@ class RunLock:
             if content is None:
                 return None
             if content != found:
-                after = _parse(content)
+                after = parse_owner(content)
                 if owner is None or after is None or owner.token != after.token:
                     return None
                 found, renewed = content, time.monotonic()
@@ -232,7 +196,7 @@ class RunLock:
     def _owner(self) -> Owner | None:
         """The owner that the file names, if it is another process."""
         found = self._read()
-        owner = None if found is None else _parse(found)
+        owner = None if found is None else parse_owner(found)
         return None if owner is None or owner.token == self._me.token else owner
 
     def _content(self) -> bytes:
@@ -244,43 +208,3 @@ class RunLock:
         except FileNotFoundError:
             return None
         return content
-
-
-def _parse(content: bytes) -> Owner | None:
-    """None for a file that is damaged or was not written in full."""
-    try:
-        return Owner(**parse_json(content))
-    except (ValueError, TypeError):
-        return None
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None if it has ended, "" where this cannot be seen."""
-    try:
-        # The name of the program, in parentheses, may contain spaces.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:  # no Linux, or the process of another user, which may be hidden
-        return "" if _exists(pid) else None
-    return None if fields[0] in "ZX" else fields[19]  # Z, X: dead, and not yet collected by its parent
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # another error: it is of another user
-    return True
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def _read_link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""

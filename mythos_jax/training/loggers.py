@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mythos_jax.errors import ConfigError, TrainingError, one_line
-from mythos_jax.json_text import parse_json, without_nan
+from mythos_jax.json_text import without_nan
 from mythos_jax.paths import copy_tree, is_remote, write_whole
 from mythos_jax.processes import log0
+from mythos_jax.runs.records import METRICS_FILE, read_log
 
 # Seconds between two copies of a growing file to an object store, where nothing can be appended.
 COPY_EVERY = 60
@@ -35,17 +36,21 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """Appends to `metrics.jsonl`, one JSON object per line, each with a `step`. NaN and infinity become null, because
-    JSON has no word for them."""
+    """Appends to `metrics.jsonl`, one JSON object per line, each with a `step` and the `time` in seconds since 1970.
+    NaN and infinity become null, because JSON has no word for them.
+
+    last: the last line of an earlier start, dropped or not; empty if there is none.
+    """
 
     def __init__(self, path: str | Path, restored_step: int = 0, shown_path: Any = None):
         """Drops lines after `restored_step` and lines that are damaged, and logs how many of these there were.
 
         shown_path: what log lines call the file, if not `path`.
         """
-        self.path = Path(path)
+        self.path, self.last = Path(path), dict[str, Any]()
         if self.path.exists():
             records, damaged = read_log(self.path)
+            self.last = records[-1][0] if records else {}
             if damaged:
                 lines = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
                 log0(f"{shown_path or path}: left out what is damaged, {len(damaged)} lines ({lines})")
@@ -54,7 +59,8 @@ class JsonlLogger:
         self._file = self.path.open("ab", buffering=0)  # so that no half line is left to be written on closing
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        line = json.dumps(without_nan({"step": step, **metrics}), allow_nan=False).encode() + b"\n"
+        row = {"step": step, "time": round(time.time(), 3), **metrics}
+        line = json.dumps(without_nan(row), allow_nan=False).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -77,6 +83,7 @@ class RemoteJsonlLogger:
         if path.exists():
             local.write_bytes(path.read_bytes())
         self._log, self._copied = JsonlLogger(local, restored_step, path), time.monotonic()
+        self.last = self._log.last
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         self._log.write(step, metrics)
@@ -179,37 +186,23 @@ def check_loggers(names: tuple[str, ...]) -> None:
             ) from None
 
 
+def open_jsonl(workdir: Any, restored_step: int) -> JsonlLogger | RemoteJsonlLogger:
+    """The run's `metrics.jsonl`."""
+    log = RemoteJsonlLogger if is_remote(workdir) else JsonlLogger
+    return log(workdir / METRICS_FILE, restored_step)
+
+
 def open_loggers(names: tuple[str, ...], workdir: Any, run_name: str, restored_step: int) -> list[Logger]:
-    """`metrics.jsonl` and the loggers of `training.loggers`, which must be installed (see `check_loggers`)."""
+    """The loggers of `training.loggers`, which must be installed (see `check_loggers`)."""
     makers: dict[str, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoardLogger(workdir / "tensorboard", restored_step),
         "wandb": lambda: WandbLogger(workdir, run_name),
     }
-    log = RemoteJsonlLogger if is_remote(workdir) else JsonlLogger
-    return [log(workdir / "metrics.jsonl", restored_step), *(makers[name]() for name in names)]
+    return [makers[name]() for name in names]
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-
-
-def read_log(path: Any) -> tuple[list[tuple[dict[str, Any], bytes]], list[int]]:
-    """The records of a `metrics.jsonl`, each with its line, and the numbers of the damaged lines, from 1.
-
-    A last line without an end is neither: its writer was killed.
-    """
-    records, damaged = [], []
-    *lines, _ = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = parse_json(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            records.append((record, line))
-        else:
-            damaged.append(number)
-    return records, damaged
 
 
 def _wandb_id(file: Any) -> str:

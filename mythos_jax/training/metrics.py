@@ -1,12 +1,13 @@
-"""What a run reports about its steps: metrics, throughput, and the fraction of time spent training."""
+"""What a run reports about its steps: metrics, throughput, step times, and the fraction of time spent training."""
 
 import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,7 +16,10 @@ from mythos_jax.config import Config, ModelConfig, mean_loops
 from mythos_jax.flops import training_flops
 from mythos_jax.processes import is_process_zero
 from mythos_jax.progress import Progress
-from mythos_jax.training.loggers import Logger, open_loggers
+from mythos_jax.training.events import Events
+from mythos_jax.training.loggers import Logger, open_jsonl, open_loggers
+
+Batch = TypeVar("Batch")
 
 
 class RunLog:
@@ -29,26 +33,45 @@ class RunLog:
         start: int,
         progress: bool,
         teacher: ModelConfig | None = None,
+        more: Sequence[Logger] = (),
     ) -> None:
-        """start: finished steps. teacher: the model that the run learns from."""
+        """start: finished steps. teacher: the model that the run learns from. more: loggers beside those of the config,
+        which the caller closes."""
         self._teacher = teacher
         self.config, t = config, config.training
-        self.last: dict[str, Any] = {}
+        self.last: dict[str, Any] = {"step": start}
         self._loggers: list[Logger] = []
+        self._more, self._events = more, None
         if is_process_zero():
-            self._loggers = open_loggers(t.loggers, run_dir, config.name, restored_step=start)
+            log = open_jsonl(run_dir, start)
+            self._loggers = [log, *open_loggers(t.loggers, run_dir, config.name, restored_step=start)]
+            self._events = Events(run_dir, mesh, start, log.last)
         self._bar = Progress(t.steps, f"train {config.name}", "step", start=start, show=progress)
-        self._devices = mesh.size
-        self._throughput, self._goodput = Throughput(peak_flops(mesh.devices.flat)), Goodput()
+        self._devices, self._local_devices = mesh.size, mesh.local_devices
+        self._throughput, self._times = Throughput(peak_flops(mesh.devices.flat)), StepTimes()
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with contextlib.ExitStack() as stack:  # closes all of them, even if closing one fails
+            if self._events is not None:
+                stack.callback(self._events.end, self.last["step"], error)
             for logger in self._loggers:
                 stack.callback(logger.close)
             stack.callback(self._bar.close)
+
+    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each is there is reported as `data_wait`."""
+        iterator = iter(batches)
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._times.waited(time.perf_counter() - begin)
+            yield batch
 
     def steps(self, finished: Sequence[tuple[int, dict[str, Any]]]) -> None:
         """Counts steps that have ended since the last call, and writes every `log_every`-th of them. They share their
@@ -59,8 +82,8 @@ class RunLog:
             # With ACT, `mean_loops` counts the loops that contributed to the read-out; training runs all of them.
             loops = mean_loops(self.config) if self.config.model.readout == "act" else values["mean_loops"]
             self._throughput.add(int(values["tokens"]), training_flops(self.config, loops, self._teacher))
-        self._goodput.add(len(finished))
-        rates = self._throughput.report() | {"goodput": round(self._goodput.fraction(), 4)} if logged else {}
+        self._times.add(len(finished))
+        rates = self._rates() if logged else {}
         for step, values in finished:
             row, note = {name: value for name, value in values.items() if name != "tokens"}, ""
             if step in logged:
@@ -73,6 +96,10 @@ class RunLog:
             self._bar.update(note=note)
             self.last = {"step": step, **row}
 
+    def _rates(self) -> dict[str, float]:
+        goodput = {"goodput": round(self._times.goodput(), 4)}
+        return self._throughput.report() | goodput | self._times.report() | memory_in_use(self._local_devices)
+
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Around work between two steps, when no step is running; the time that it takes is in no rate of a step."""
@@ -80,10 +107,10 @@ class RunLog:
         yield
         seconds = time.perf_counter() - begin
         self._throughput.pause(seconds)
-        self._goodput.pause(seconds)
+        self._times.pause(seconds)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        for logger in self._loggers:
+        for logger in [*self._loggers, *self._more]:
             logger.write(step, values)
 
     def flush(self) -> None:
@@ -126,31 +153,64 @@ class Throughput:
         return rates
 
 
-class Goodput:
-    """The fraction of wall time that was spent on training steps: their number times their median duration.
-
-    The rest is compilation, waiting for data, evaluation and saving.
+class StepTimes:
+    """How long steps take, how long the loop waits for their batches, and goodput: the fraction of wall time that was
+    spent on training steps, their number times their median duration. The rest is compilation, waiting for data,
+    evaluation and saving.
     """
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
         self._steps = 0
         self._durations: deque[float] = deque(maxlen=101)
+        self._recent: list[float] = []  # durations since the last report
+        self._waits: list[float] = []
 
     def add(self, steps: int) -> None:
         """Counts steps that have ended since the last call."""
         now = time.perf_counter()
-        self._durations.extend([(now - self._last) / steps] * steps if steps else [])
+        durations = [(now - self._last) / steps] * steps if steps else []
+        if self._steps:  # the first of all waits for the compiler
+            self._recent += durations
+        self._durations.extend(durations)
         self._last, self._steps = now if steps else self._last, self._steps + steps
+
+    def waited(self, seconds: float) -> None:
+        """Counts the wait for a batch."""
+        self._waits.append(seconds)
 
     def pause(self, seconds: float) -> None:
         """Leaves out of the next step's duration time in which it did not run. It still counts as wall time."""
         self._last += seconds
 
-    def fraction(self) -> float:
+    def report(self) -> dict[str, float]:
+        """Percentiles since the last call, and the mean wait for a batch; without what nothing is known of."""
+        found: dict[str, float] = {}
+        if self._recent:
+            median, high = np.quantile(self._recent, [0.5, 0.9]).tolist()
+            values = {"p50": median, "p90": high, "max": max(self._recent)}
+            found |= {f"step_seconds_{name}": round(value, 6) for name, value in values.items()}
+        if self._waits:
+            found["data_wait"] = round(statistics.mean(self._waits), 6)
+        self._recent, self._waits = [], []
+        return found
+
+    def goodput(self) -> float:
         """Since the start; 0 before the first step has ended."""
         wall = time.perf_counter() - self._start
         return min(self._steps * statistics.median(self._durations) / wall, 1.0) if self._durations else 0.0
+
+
+def memory_in_use(devices: Iterable[jax.Device]) -> dict[str, int]:
+    """Bytes in use and at their peak so far, and what a program may have, of the device with the highest peak; nothing
+    where devices do not say, such as CPUs. It asks the allocator, and waits for no step."""
+    names = {"hbm_bytes": "bytes_in_use", "hbm_peak_bytes": "peak_bytes_in_use", "hbm_limit_bytes": "bytes_limit"}
+    found = []
+    for device in devices:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # a runtime that has no such call
+            found.append(device.memory_stats() or {})
+    fullest = max(found, key=lambda stats: stats.get("peak_bytes_in_use", 0), default={})
+    return {name: fullest[key] for name, key in names.items() if fullest.get(key, -1) >= 0}
 
 
 def to_json(value: Any) -> Any:

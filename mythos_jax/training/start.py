@@ -25,12 +25,14 @@ from mythos_jax.runs.checkpoints import Checkpoints, newest_folder, newest_meta
 from mythos_jax.runs.comparison import compared
 from mythos_jax.runs.configs import has_begun, model_of
 from mythos_jax.runs.load import load_base, load_model
-from mythos_jax.runs.lock import LOCK_FILE, RunLock, locked
+from mythos_jax.runs.lock import RunLock, locked
 from mythos_jax.runs.low_rank import abstract_base
+from mythos_jax.runs.owner import LOCK_FILE
+from mythos_jax.runs.records import METRICS_FILE, read_log
 from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import check_sharded, make_mesh
 from mythos_jax.training.groups import rate_factors
-from mythos_jax.training.loggers import check_loggers, read_log
+from mythos_jax.training.loggers import check_loggers
 from mythos_jax.training.resume import Metadata, announce_changes, check_resume, checkpoint_metadata
 from mythos_jax.training.step import abstract_state, init_state
 from mythos_jax.training.teacher import abstract_teacher, load_teacher
@@ -298,7 +300,7 @@ def finished(config: Config, run_dir: Any, step: int) -> dict[str, Any]:
     steps = config.training.steps
     past = f", which is past training.steps, {steps}" if step > steps else ""
     log0(f"{run_dir}: is trained to step {step} already{past}; nothing is left to do")
-    log = run_dir / "metrics.jsonl"
+    log = run_dir / METRICS_FILE
     records = read_log(log)[0] if is_process_zero() and log.exists() else []
     ends = (record for record, _ in reversed(records) if record["step"] == step and "loss" in record)
     return next(ends, {"step": step})

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from mythos_jax.runs.lock import RunLock
 from mythos_jax.runs.low_rank import model_variables
 from mythos_jax.runs.source import keep_source
 from mythos_jax.runs.state import Constants, TrainState, eval_variables
+from mythos_jax.training.loggers import Logger
 from mythos_jax.training.metrics import RunLog, to_json
 from mythos_jax.training.profile import Profiler
 from mythos_jax.training.resume import Metadata, checkpoint_metadata
@@ -44,14 +45,18 @@ from mythos_jax.training.step import make_train_step
 
 
 def train(
-    config: Config, workdir: str | Path, progress: bool = True, init_from: str | Path | None = None
+    config: Config,
+    workdir: str | Path,
+    progress: bool = True,
+    init_from: str | Path | None = None,
+    more_loggers: Sequence[Logger] = (),
 ) -> dict[str, Any]:
     """Trains until `training.steps`, resuming from the run's newest checkpoint if there is one.
 
-    Prepares the data first if it is missing. Writes config.yaml, metrics.jsonl and checkpoints/ into `workdir`, which
-    may be remote (gs://…). When all processes of a run call it, it trains on all their devices, and process 0
-    prepares, prints and logs.
-    init_from: replaces `training.init_from`.
+    Prepares the data first if it is missing. Writes config.yaml, metrics.jsonl, events.jsonl and checkpoints/ into
+    `workdir`, which may be remote (gs://…). When all processes of a run call it, it trains on all their devices, and
+    process 0 prepares, prints and logs.
+    init_from: replaces `training.init_from`. more_loggers: are told every line of the log, and are not closed.
     Returns the metrics of the last step; of a finished run those that its log has. Raises ConfigError (something the
     user can correct), BadStepError, SaveError, LockError (another process trains in `workdir`), Interrupted.
     """
@@ -80,7 +85,7 @@ def train(
         # Only now: a resume that is refused leaves the run's config as it was.
         raise_together(lambda: save_files() if is_process_zero() else None)
         log_here = progress and is_process_zero()
-        loop = _Loop(config, mesh, data, checkpoints, metadata, run_dir, lock, constants, log_here)
+        loop = _Loop(config, mesh, data, checkpoints, metadata, run_dir, lock, constants, log_here, more_loggers)
         return loop.run(state)
 
 
@@ -102,8 +107,9 @@ class _Loop:
         lock: RunLock | None,
         constants: Constants,
         progress: bool,
+        more_loggers: Sequence[Logger],
     ) -> None:
-        self.config, self.mesh, self.data = config, mesh, data
+        self.config, self.mesh, self.data, self.more_loggers = config, mesh, data, more_loggers
         self.checkpoints, self.metadata = checkpoints, metadata
         self.run_dir, self.lock, self.constants, self.progress = run_dir, lock, constants, progress
         self.bad_in_a_row = 0
@@ -115,12 +121,12 @@ class _Loop:
         waiting: Steps = []
         due = False  # whether a checkpoint is to be saved
         with (
-            RunLog(self.config, self.mesh, self.run_dir, start, self.progress, teacher) as log,
+            RunLog(self.config, self.mesh, self.run_dir, start, self.progress, teacher, self.more_loggers) as log,
             StopSignal().watching() as stop,
             Profiler(t.profile_steps, self.run_dir / "profile") as profiler,
         ):
             # Not strict: the batches are endless.
-            for step, batch in zip(range(start + 1, t.steps + 1), self._batches(start), strict=False):
+            for step, batch in zip(range(start + 1, t.steps + 1), log.waiting(self._batches(start)), strict=False):
                 with profiler.step(step):
                     state, metrics = train_step(state, batch, self.constants)
                 waiting.append((step, metrics))

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from collections import Counter
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_training_on_a_mixture(parts, tmp_path):
     loaded = load_model(tmp_path / "run")
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (trained,) = evaluate_model(loaded, loops=[TRAINED.loops], progress=False).results
-    assert logged[-1] == {"step": 3, "held_out_loss": pytest.approx(trained.loss, abs=1e-5)}
+    assert logged[-1] == {"step": 3, "time": ANY, "held_out_loss": pytest.approx(trained.loss, abs=1e-5)}
     (mixture,) = evaluate_model(loaded, loops=[1], progress=False).results
     by_part = [evaluate_model(loaded, data=part, loops=[1], progress=False).results[0] for part in (a, b)]
     assert mixture.n == sum(result.n for result in by_part) > by_part[0].n

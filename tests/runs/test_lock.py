@@ -15,7 +15,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from mythos_jax.errors import ConfigError, LockError
 from mythos_jax.paths import to_path
-from mythos_jax.runs.lock import LOCK_FILE, Owner, RunLock, Timing, locked
+from mythos_jax.runs.lock import RunLock, Timing, locked
+from mythos_jax.runs.owner import LOCK_FILE, Owner
 
 FAST = Timing(renew=0.02, patience=0.6, ending=1.0, settle=0.05)
 

@@ -13,7 +13,7 @@ from mythos_jax.data.tokenizer import load_tokenizer
 from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import load_model
-from mythos_jax.training.loggers import read_log
+from mythos_jax.runs.records import read_log
 from mythos_jax.training.train import train
 from tests.chats import dialogue, prepare, run, samples, write_chats, write_model
 from tests.tiny import GQA_LAST

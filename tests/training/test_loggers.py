@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ def test_nan_and_infinity_are_null(tmp_path):
     log.write(1, {"loss": float("nan"), "expert_load": [[0.5, -float("inf")], [float("inf")]], "skipped": 3})
     log.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row.pop("time") == pytest.approx(time.time(), abs=60)
     assert row == {"step": 1, "loss": None, "expert_load": [[0.5, None], [None]], "skipped": 3}
 
 

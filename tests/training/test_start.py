@@ -11,7 +11,8 @@ import pytest
 from mythos_jax.cli import main
 from mythos_jax.config import Config, TrainingConfig, load_config, save_config
 from mythos_jax.errors import ConfigError, LockError
-from mythos_jax.runs.lock import LOCK_FILE, Owner, locked
+from mythos_jax.runs.lock import locked
+from mythos_jax.runs.owner import LOCK_FILE, Owner
 from mythos_jax.sharding import AXES
 from mythos_jax.training import train as training
 from mythos_jax.training.start import check_on_mesh

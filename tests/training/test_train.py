@@ -20,7 +20,7 @@ from mythos_jax.errors import BadStepError, ConfigError, Interrupted, LockError,
 from mythos_jax.processes import StopSignal
 from mythos_jax.runs.checkpoints import Checkpoints, checksums
 from mythos_jax.runs.load import load_model
-from mythos_jax.runs.lock import LOCK_FILE, Owner
+from mythos_jax.runs.owner import LOCK_FILE, Owner
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training import train as training
 from mythos_jax.training.loggers import JsonlLogger

@@ -1,0 +1,65 @@
+"""What a run directory tells about the past of its run: the lines of metrics.jsonl and of events.jsonl.
+
+`events.jsonl` has one JSON object per line, with `event`, `time` (seconds since 1970) and whatever else belongs to it;
+`start`: the run begins or goes on after `step`, having logged up to `reached` before; `end`: it ends after `step`, and
+`how`, with a `message` if it has not finished. Others may appear, with a `message`. Steps that are run again after a
+restart are no longer in metrics.jsonl; here nothing is ever dropped.
+"""
+
+import json
+from typing import Any
+
+from mythos_jax.json_text import parse_json
+from mythos_jax.paths import is_remote
+
+METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
+
+
+def read_log(path: Any) -> tuple[list[tuple[dict[str, Any], bytes]], list[int]]:
+    """The records of a `metrics.jsonl`, each with its line, and the numbers of the damaged lines, from 1.
+
+    A last line without an end is neither: its writer was killed.
+    """
+    records, damaged = [], []
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = parse_json(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append((record, line))
+        else:
+            damaged.append(number)
+    return records, damaged
+
+
+def append_event(run_dir: Any, event: str, time: float, **fields: Any) -> None:
+    """Appends a line to events.jsonl. Raises OSError."""
+    path = run_dir / EVENTS_FILE
+    line = json.dumps({"event": event, "time": round(time, 3), **fields}, allow_nan=False).encode() + b"\n"
+    before = path.read_bytes() if path.exists() else b""
+    if before and not before.endswith(b"\n"):  # the process that wrote it was killed
+        line = b"\n" + line
+    if is_remote(path):  # objects cannot be appended to; this one is small
+        path.write_bytes(before + line)
+        return
+    with path.open("ab", buffering=0) as file:
+        file.write(line)
+
+
+def parse_events(content: bytes) -> list[dict[str, Any]]:
+    """The events of a file, without lines that are damaged or not complete."""
+    events = []
+    for line in content.split(b"\n")[:-1]:
+        try:
+            event = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_number(event.get("time")):
+            events.append(event)
+    return events
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
