@@ -74,11 +74,11 @@ def process_zero_first(
             with _being_alone():
                 result = work()
         except (ConfigError, TrainingError) as error:
-            _client().key_value_set(key, f"{'wrong' if isinstance(error, ConfigError) else 'failed'} {error}")
+            client().key_value_set(key, f"{'wrong' if isinstance(error, ConfigError) else 'failed'} {error}")
             raise
-        _client().key_value_set(key, f"done {identity(result)}")
+        client().key_value_set(key, f"done {identity(result)}")
         return result
-    kind, _, text = _client().blocking_key_value_get(key, _WEEK).partition(" ")
+    kind, _, text = client().blocking_key_value_get(key, _WEEK).partition(" ")
     if kind == "wrong":
         raise ConfigError(text)
     if kind == "failed":
@@ -113,7 +113,6 @@ def raise_together(work: Callable[[], Result]) -> Result:
     if is_single_process():
         return work()
     require_all_processes("raise_together")
-    key = f"mythos/{next(_calls)}"
     result: Any = None
     failure: Exception | None = None
     try:
@@ -121,9 +120,7 @@ def raise_together(work: Callable[[], Result]) -> Result:
     except Exception as error:
         failure = error
     message = "" if failure is None else f"process {jax.process_index()}: {one_line(failure, limit=200)}"
-    _client().key_value_set(f"{key}/{jax.process_index()}", message)
-    _client().wait_at_barrier(key, _WEEK)
-    messages = [text for _, text in _client().key_value_dir_get(key) if text]
+    messages = [text for text in gathered(message) if text]
     if failure is not None:
         raise failure
     if messages:
@@ -131,9 +128,32 @@ def raise_together(work: Callable[[], Result]) -> Result:
     return result
 
 
-def _client() -> Any:
-    # The key-value store of jax.distributed. Unlike a collective it never waits for a device. Orbax uses it in the same
-    # way; jax has no public name for it.
+def gathered(text: str) -> list[str]:
+    """The texts of all processes, by index. All of them call it at once."""
+    if is_single_process():
+        return [text]
+    key = f"mythos/{next(_calls)}"
+    client().key_value_set(f"{key}/{jax.process_index()}", text)
+    client().wait_at_barrier(key, _WEEK)
+    texts = {int(name.rpartition("/")[2]): found for name, found in client().key_value_dir_get(key)}
+    return [texts[i] for i in range(jax.process_count())]
+
+
+def of_process_zero(number: Callable[[], int]) -> int:
+    """A number that process 0 computes, on all processes. The others wait for it, and it for none of them."""
+    if is_single_process():
+        return number()
+    key = f"mythos/{next(_calls)}"
+    if is_process_zero():
+        result = number()
+        client().key_value_set(key, str(result))
+        return result
+    return int(client().blocking_key_value_get(key, _WEEK))
+
+
+def client() -> Any:
+    """The key-value store of jax.distributed. Unlike a collective it never waits for a device."""
+    # Orbax uses it in the same way; jax has no public name for it.
     from jax._src import distributed
 
     return distributed.global_state.client

@@ -143,7 +143,7 @@ def test_a_lora_run_with_a_teacher_goes_on_in_two_processes(tmp_path, monkeypatc
 
 def test_what_needs_all_processes_is_refused_while_the_others_wait_for_process_0(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "is_single_process", lambda: False)
-    monkeypatch.setattr(processes, "_client", lambda: SimpleNamespace(key_value_set=lambda key, text: None))
+    monkeypatch.setattr(processes, "client", lambda: SimpleNamespace(key_value_set=lambda key, text: None))
     for work in (lambda: raise_together(list), lambda: Checkpoints(tmp_path / "checkpoints")):
         with pytest.raises(RuntimeError, match="all processes must do this at once"):
             process_zero_first("a file", work)

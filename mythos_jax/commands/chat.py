@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.inference.chat import Chat
-    from mythos_jax.runs.checkpoints import quiet_background_errors
+    from mythos_jax.runs.orbax_threads import quiet_background_errors
 
     if not arguments.debug:
         quiet_background_errors()

@@ -46,9 +46,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.porting.convert import convert, format_report, report_as_json
     from mythos_jax.porting.reading import FileSource
     from mythos_jax.runs.adapters import FORMAT
-    from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.runs.configs import is_run
     from mythos_jax.runs.load import open_source
+    from mythos_jax.runs.orbax_threads import quiet_background_errors
 
     if not arguments.debug:
         quiet_background_errors()

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.processes import is_process_zero
     from mythos_jax.report.page import write_report
     from mythos_jax.report.tables import format_table
-    from mythos_jax.runs.checkpoints import quiet_background_errors
+    from mythos_jax.runs.orbax_threads import quiet_background_errors
 
     if not arguments.debug:
         quiet_background_errors()

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for flag, value in [("--system", arguments.system), ("--chat-template", arguments.chat_template)]:
         if value is not None and not arguments.chat:
             raise ConfigError(f"{flag}: got {value!r}, allowed only with --chat")
-    from mythos_jax.runs.checkpoints import quiet_background_errors
+    from mythos_jax.runs.orbax_threads import quiet_background_errors
 
     if not arguments.debug:
         quiet_background_errors()

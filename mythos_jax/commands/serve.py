@@ -139,7 +139,7 @@ def _add_defaults(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _require_extra()
     from mythos_jax import cluster
-    from mythos_jax.runs.checkpoints import quiet_background_errors
+    from mythos_jax.runs.orbax_threads import quiet_background_errors
     from mythos_jax.server.auth import read_key
     from mythos_jax.server.run import bind, serve
 

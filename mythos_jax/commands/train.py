@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mythos_jax.paths import to_path
     from mythos_jax.processes import is_process_zero
-    from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.runs.configs import load_config
+    from mythos_jax.runs.orbax_threads import quiet_background_errors
     from mythos_jax.training.profile import start_profiler_server
     from mythos_jax.training.train import train
 

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from mythos_jax.runs.checkpoints import quiet_background_errors
     from mythos_jax.runs.load import load_model
+    from mythos_jax.runs.orbax_threads import quiet_background_errors
     from mythos_jax.training.predictor import train_predictor
 
     if not arguments.debug:

@@ -171,7 +171,12 @@ class TrainingConfig(Section, section="training"):
     #: a loss above this multiple of its running mean is a spike
     spike_factor: Annotated[float, Gt(1), Or(0, "for none")] = 0.0
     checkpoint_every: PositiveInt = 500  #: steps between checkpoints
+    #: minutes between checkpoints, beside those of `checkpoint_every`; 0: by steps alone
+    checkpoint_minutes: NonNegativeFloat = 0.0
     keep_checkpoints: PositiveInt = 2  #: number of newest checkpoints that are kept
+    #: seconds after which a step, save or evaluation that does not end makes the process print the stacks of its
+    #: threads and end with exit code 42; 0: never
+    hang_timeout: NonNegativeFloat = 1800.0
     log_every: PositiveInt = 10  #: steps between lines of the log
     evaluate_every: NonNegativeInt = 0  #: steps between measurements of the held-out loss at model.loops; 0: never
     #: destinations of the log in addition to metrics.jsonl

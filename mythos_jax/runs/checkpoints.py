@@ -1,4 +1,4 @@
-"""Saving and restoring checkpoints; the only file that uses Orbax.
+"""Saving and restoring checkpoints of a run directory with Orbax.
 
 A checkpoint has separate items, so that evaluation reads only what it needs: `model` (params and balance, or low-rank
 weights alone), `average` (moving average of the weights, if one is kept), `optimizer`, and `meta` (a description of the
@@ -12,13 +12,10 @@ import json
 import logging
 import re
 import shutil
-import sys
 import tempfile
 import threading
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,22 +35,8 @@ from mythos_jax.processes import (
     require_all_processes,
 )
 from mythos_jax.runs.fingerprint import bits_and_index
+from mythos_jax.runs.orbax_threads import in_daemon_thread, quiet_orbax
 from mythos_jax.runs.state import TrainState, eval_variables, trained_collection
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Silences absl's logger below errors: Orbax uses it to report each call and to warn about its own defaults.
-
-    Failures are raised, not logged, so nothing is lost. The level is restored, as the logger belongs to others, too.
-    """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def newest_folder(directory: Any) -> int | None:
@@ -92,7 +75,7 @@ class Checkpoints:
             )
         if not read_only and not is_remote(directory):
             _check_writable(self.directory)
-        with _quiet_orbax():
+        with quiet_orbax():
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep,
                 read_only=read_only,
@@ -120,16 +103,18 @@ class Checkpoints:
         if step in self.steps():
             return True
         self.check_space(state)
-        trees = _items(state)
-        if not is_finite(trees):
+        if (whole := with_checksums(state, meta)) is None:
             return False
-        sums = {name: jax.device_get(checksums(tree)) for name, tree in trees.items()}
-        meta = {**meta, "checksums": {name: [int(x) for x in values] for name, values in sums.items()}}
-        meta["digest"] = _digest(meta)
+        trees, meta = whole
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         arguments = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
-        self._guard(lambda: _in_daemon_thread(lambda: self._manager.save(step, args=arguments)))
+        self._guard(lambda: in_daemon_thread(lambda: self._manager.save(step, args=arguments)))
         return True
+
+    def is_saving(self) -> bool:
+        """Whether a save is being written in the background."""
+        running: bool = self._manager.is_saving_in_progress()
+        return running
 
     def wait(self) -> None:
         """Blocks until all saves are on disk. Raises SaveError if one failed."""
@@ -201,14 +186,13 @@ class Checkpoints:
         """The item `meta`, checked against its digest."""
         meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
         # Checkpoints written before digests were introduced have none.
-        if "digest" in meta and meta["digest"] != _digest(meta):
+        if "digest" in meta and meta["digest"] != digest(meta):
             raise DamagedError("meta is damaged: its digest is not the one that was saved")
         return meta
 
     def _restore_state(self, step: int, like: TrainState, sums: dict[str, list[int]]) -> TrainState:
-        items = {name: self._restore_tree(step, name, tree, sums) for name, tree in _items(like).items()}
-        at = jax.device_put(jnp.asarray(step, like.step.dtype), like.step.sharding)
-        return like.replace(step=at, variables=items["model"], average=items.get("average"), **items["optimizer"])
+        items = {name: self._restore_tree(step, name, tree, sums) for name, tree in items_of(like).items()}
+        return with_items(like, step, items)
 
     def _restore_tree(self, step: int, name: str, like: Any, sums: dict[str, list[int]]) -> Any:
         """One item, checked against the checksums it was saved with."""
@@ -222,7 +206,7 @@ class Checkpoints:
             if is_process_zero():
                 (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
 
-        with _quiet_orbax():
+        with quiet_orbax():
             self._manager.wait_until_finished()
             process_zero_first("checkpoint", rename)
             self._manager.reload()
@@ -240,7 +224,7 @@ class Checkpoints:
             time.sleep(0.05)
 
     def _restore(self, step: int, **items: Any) -> Any:
-        with _quiet_orbax():
+        with quiet_orbax():
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def check_space(self, state: TrainState) -> None:
@@ -260,7 +244,7 @@ class Checkpoints:
 
     def _guard(self, write: Callable[[], object]) -> None:
         try:
-            with _quiet_orbax():
+            with quiet_orbax():
                 write()
         except Exception as error:
             # Orbax and TensorStore raise many kinds; the user needs one line with the place and the cause.
@@ -280,27 +264,6 @@ def _check_writable(directory: Path) -> None:
         ) from None
 
 
-def _in_daemon_thread(work: Callable[[], object]) -> None:
-    """Runs Orbax's `work` in a thread, so that the threads that it starts are daemons, as the children of one are.
-
-    After a failed save, some of them wait for minutes for signals that will not come, and Python would wait for them
-    before it exits. Nothing is lost: the program waits for the saves themselves.
-    """
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
-
-
 _THREADS_END = 2  # seconds that the threads of a failed save are given to end
 
 # Errors that say nothing about the files: status words of TensorStore, jax and storage, and error numbers for
@@ -311,7 +274,23 @@ _NOT_DAMAGE = re.compile(
 )
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def with_checksums(state: TrainState, meta: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What is saved, by item, and the meta with the checksums of its arrays; None if any of it is NaN or infinite."""
+    trees = items_of(state)
+    if not is_finite(trees):
+        return None
+    sums = {name: jax.device_get(checksums(tree)) for name, tree in trees.items()}
+    meta = {**meta, "checksums": {name: [int(x) for x in values] for name, values in sums.items()}}
+    return trees, {**meta, "digest": digest(meta)}
+
+
+def with_items(like: TrainState, step: int, items: dict[str, Any]) -> TrainState:
+    """The state whose items these are."""
+    at = jax.device_put(jnp.asarray(step, like.step.dtype), like.step.sharding)
+    return like.replace(step=at, variables=items["model"], average=items.get("average"), **items["optimizer"])
+
+
+def items_of(state: TrainState) -> dict[str, Any]:
     """What is saved, by item; `meta` comes on top."""
     items = {
         "model": state.variables,
@@ -320,7 +299,7 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items if state.average is None else {**items, "average": state.average}
 
 
-def _digest(meta: dict[str, Any]) -> str:
+def digest(meta: dict[str, Any]) -> str:
     """SHA-256 of everything in `meta` but the digest, as JSON."""
     rest = {name: value for name, value in meta.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -346,36 +325,6 @@ def checksums(tree: Any) -> jax.Array:
 
     leaves = jax.tree.leaves(tree)
     return jnp.stack([one(leaf) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
-
-
-def quiet_background_errors() -> None:
-    """Reduces a failed read or background write to the one error that `Checkpoints` raises. For programs, not for
-    libraries: it changes logging and exception hooks of the whole process.
-
-    Orbax raises the error in the thread that reads, saves or waits, but it also logs it and lets it end threads and
-    event loops of its own, each of which prints a traceback; so do the reads that have not ended when one fails. Errors
-    from elsewhere are shown as before.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-    for owner, name in [(threading, "excepthook"), (sys, "unraisablehook"), (sys, "excepthook")]:
-        if not isinstance(hook := getattr(owner, name), _WithoutOrbax):
-            setattr(owner, name, _WithoutOrbax(hook))
-
-
-class _WithoutOrbax:
-    """An exception hook that ignores errors from Orbax and from event loops that it closed."""
-
-    def __init__(self, previous: Callable[..., None]):
-        self._previous = previous
-
-    def __call__(self, *details: Any) -> None:
-        """details: one object with what `sys.excepthook` gets as type, value and traceback."""
-        value, trace = details[1:] if len(details) == 3 else (details[0].exc_value, details[0].exc_traceback)
-        from_orbax = len(details) == 1 and any("orbax" in frame.filename for frame in traceback.extract_tb(trace))
-        if not (from_orbax or "Event loop is closed" in str(value)):
-            self._previous(*details)
 
 
 def _abstract(tree: Any) -> Any:

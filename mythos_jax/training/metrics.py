@@ -4,7 +4,7 @@ import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -61,7 +61,7 @@ class RunLog:
                 stack.callback(logger.close)
             stack.callback(self._bar.close)
 
-    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def waiting(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
         """The same batches; the time until each is there is reported as `data_wait`."""
         iterator = iter(batches)
         while True:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from mythos_jax.training.loggers import Logger
 from mythos_jax.training.metrics import RunLog, to_json
 from mythos_jax.training.profile import Profiler
 from mythos_jax.training.resume import Metadata, checkpoint_metadata
+from mythos_jax.training.saving import SaveTimes
 from mythos_jax.training.start import (
     check_config,
     finished,
@@ -42,6 +43,7 @@ from mythos_jax.training.start import (
     starting_state,
 )
 from mythos_jax.training.step import make_train_step
+from mythos_jax.training.watchdog import FIRST_STEP, Watchdog
 
 
 def train(
@@ -65,6 +67,7 @@ def train(
         config = replace(config, training=replace(config.training, init_from=str(init_from)))
     mesh = check_config(config)
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.training.hang_timeout))
         lock = stack.enter_context(hold_run_dir(run_dir))
         if (step := finished_step(config, mesh, run_dir)) is not None:
             return finished(config, run_dir, step)
@@ -73,6 +76,7 @@ def train(
         constants, models = load_constants(config, mesh, run_dir)
         data = open_run_data(config, run_dir, progress)
         metadata = checkpoint_metadata(config, data, models)
+        watchdog.beat("the start")  # until here, the processes may wait for hours
         checkpoints = stack.enter_context(open_checkpoints(config, run_dir))
         state = starting_state(config, mesh, metadata, checkpoints, run_dir, initial)
 
@@ -85,7 +89,9 @@ def train(
         # Only now: a resume that is refused leaves the run's config as it was.
         raise_together(lambda: save_files() if is_process_zero() else None)
         log_here = progress and is_process_zero()
-        loop = _Loop(config, mesh, data, checkpoints, metadata, run_dir, lock, constants, log_here, more_loggers)
+        loop = _Loop(
+            config, mesh, data, checkpoints, metadata, run_dir, lock, constants, watchdog, log_here, more_loggers
+        )
         return loop.run(state)
 
 
@@ -106,53 +112,62 @@ class _Loop:
         run_dir: Any,
         lock: RunLock | None,
         constants: Constants,
+        watchdog: Watchdog,
         progress: bool,
         more_loggers: Sequence[Logger],
     ) -> None:
         self.config, self.mesh, self.data, self.more_loggers = config, mesh, data, more_loggers
         self.checkpoints, self.metadata = checkpoints, metadata
         self.run_dir, self.lock, self.constants, self.progress = run_dir, lock, constants, progress
+        self.watchdog, self.pulse = watchdog, watchdog.pulse
         self.bad_in_a_row = 0
 
     def run(self, state: TrainState) -> dict[str, Any]:
         t, start = self.config.training, int(state.step)
         teacher = None if self.constants.teacher is None else self.constants.teacher.model
         train_step = make_train_step(self.config, self.mesh)
+        times = SaveTimes(t, start)
         waiting: Steps = []
         due = False  # whether a checkpoint is to be saved
         with (
             RunLog(self.config, self.mesh, self.run_dir, start, self.progress, teacher, self.more_loggers) as log,
             StopSignal().watching() as stop,
             Profiler(t.profile_steps, self.run_dir / "profile") as profiler,
+            contextlib.closing(log.waiting(self._batches(start))) as batches,
         ):
-            # Not strict: the batches are endless.
-            for step, batch in zip(range(start + 1, t.steps + 1), log.waiting(self._batches(start)), strict=False):
-                with profiler.step(step):
+            for step in range(start + 1, t.steps + 1):
+                self.watchdog.beat(f"reading the rows of step {step}")
+                batch = next(batches)
+                self.watchdog.beat(f"step {step}", patience=FIRST_STEP if step == start + 1 else 1)
+                with profiler.step(step), self.pulse.waiting():
                     state, metrics = train_step(state, batch, self.constants)
                 waiting.append((step, metrics))
                 # All processes are told to stop after the same step, whichever of them received the signal.
                 stopped = stop.reached(step)
-                due = due or step % t.checkpoint_every == 0
+                due = times.due(step) or due
                 must_save = step == t.steps or stopped is not None
                 evaluates = t.evaluate_every and step % t.evaluate_every == 0
                 # The metrics of the previous step are there, or nearly so; to read this step's is to wait for it. That
                 # is done before a save or an evaluation, because reading raises at a bad step, whose state must not be
                 # evaluated or saved; and where steps run while they are dispatched, so that there is no wait.
-                jax.block_until_ready(waiting[:-1])
-                reads_all = cast(Any, metrics["loss"]).is_ready() or due or must_save or evaluates
+                with self.pulse.waiting():
+                    jax.block_until_ready(waiting[:-1])
+                    reads_all = cast(Any, metrics["loss"]).is_ready() or due or must_save or evaluates
+                    jax.block_until_ready(waiting if reads_all else [])
+                self._look_around(log, step)
                 end = len(waiting) - (not reads_all)
                 self._read(log, waiting[:end])
                 waiting = waiting[end:]
                 with log.pause():
                     if evaluates:
+                        self.watchdog.beat(f"the evaluation after step {step}")
                         log.write(step, {"held_out_loss": self._evaluate(state)})
                     # After bad steps, weights may be at fault that are finite: the good checkpoints are kept until a
                     # good step.
                     if must_save or (due and not self.bad_in_a_row):
                         due = False
-                        # Before the checkpoint exists: a run that resumes from it does not log these steps again.
-                        log.flush()
-                        self._save(state, step)
+                        self._save(state, step, log)
+                        times.saved()
                 if stopped:
                     # Saves run in the background, and the process is about to exit.
                     self.checkpoints.wait()
@@ -160,7 +175,14 @@ class _Loop:
             self.checkpoints.wait()
         return log.last
 
-    def _batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
+    def _look_around(self, log: RunLog, step: int) -> None:
+        """Tells the watchdog whether a save goes on, and the log which process is slow."""
+        self.pulse.step()
+        self.watchdog.saving(self.checkpoints.is_saving())
+        if slow := self.pulse.slow():
+            log.write(step, slow)
+
+    def _batches(self, start: int) -> Generator[dict[str, jax.Array], None, None]:
         """Global batches from `start` on; each process reads the rows that its own devices hold."""
         size, sharding = self.config.training.batch_size, batch_sharding(self.mesh)
         rows = local_rows(sharding, size)
@@ -190,8 +212,11 @@ class _Loop:
         saved = f"the newest checkpoint is of step {newest}" if newest is not None else "no checkpoint was saved"
         return BadStepError(f"step {step}: {problem}; {outcome}, {saved}")
 
-    def _save(self, state: TrainState, step: int) -> None:
+    def _save(self, state: TrainState, step: int, log: RunLog) -> None:
         """Raises LockError, on all processes, if another start has taken the run over."""
+        self.watchdog.beat(f"the save after step {step}")
+        # Before the checkpoint exists: a run that resumes from it does not log these steps again.
+        log.flush()
         raise_together(self.lock.check if self.lock else lambda: None)
         if not self.checkpoints.save(state, self.metadata):
             raise self._bad_step(step, "the updated weights are NaN or infinite", "training stopped")

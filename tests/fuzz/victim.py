@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 
 from mythos_jax import cli
-from mythos_jax.runs.checkpoints import quiet_background_errors
+from mythos_jax.runs.orbax_threads import quiet_background_errors
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # of <linux/prctl.h>, <linux/capability.h>
 

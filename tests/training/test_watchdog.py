@@ -1,0 +1,144 @@
+"""The watchdog ends a process that hangs; the process that the others wait for is named."""
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mythos_jax.config import TrainingConfig
+from mythos_jax.training.pulse import Message, Pulse, blamed, slow_process
+from mythos_jax.training.saving import SaveTimes
+from mythos_jax.training.watchdog import Watchdog
+
+# Sleeps in C without giving the interpreter to other threads.
+KEEPS_THE_INTERPRETER = """
+import ctypes
+from mythos_jax.training.watchdog import Watchdog
+with Watchdog(0.2) as watchdog:
+    watchdog.beat("step 7")
+    ctypes.PyDLL(None).sleep(30)
+"""
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """Exit codes of the processes that would have ended here."""
+    codes, happened = [], threading.Event()
+
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), happened.set()))
+    return lambda seconds: codes if happened.wait(seconds) else []
+
+
+def test_a_step_that_does_not_end_ends_the_process_after_the_stacks(ended, capfd):
+    begin = time.monotonic()
+    with Watchdog(0.3) as watchdog:
+        watchdog.beat("step 7")
+        assert ended(5) == [42]
+    assert 0.3 <= time.monotonic() - begin < 3
+    errors = capfd.readouterr().err
+    assert "mythos: step 7 has not ended for 0.3 s (training.hang_timeout); the stacks of all threads:" in errors
+    assert "test_a_step_that_does_not_end" in errors  # the stack of the main thread
+
+
+def test_a_save_in_the_background_must_end_too(ended, capfd):
+    with Watchdog(0.3) as watchdog:
+        for step in range(1000):
+            watchdog.beat(f"step {step}")
+            watchdog.saving(True)
+            if ended(0.01):
+                break
+        assert ended(0) == [42]
+    assert "mythos: writing a checkpoint has not ended" in capfd.readouterr().err
+
+
+def test_it_leaves_a_process_alone_that_gets_on_or_has_not_begun(ended):
+    with Watchdog(0.3) as watchdog:
+        assert ended(0.4) == []
+        for step in range(20):
+            watchdog.beat(f"step {step}")
+            watchdog.saving(step % 2 == 0)
+            assert ended(0.02) == []
+        watchdog.beat("step 30", patience=10)
+        assert ended(0.4) == []
+    with Watchdog(0) as watchdog:
+        watchdog.beat("step 1")
+        assert ended(0.1) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a timer of Linux")
+def test_code_that_keeps_the_interpreter_to_itself_is_ended_too():
+    result = subprocess.run([sys.executable, "-c", KEEPS_THE_INTERPRETER], capture_output=True, text=True, timeout=25)
+    assert result.returncode == 42
+    assert 'File "<string>", line 6 in <module>' in result.stderr
+
+
+def message(process, doing="step 9", count=2, own=0.01, step_time=1.0):
+    return Message(process, f"host{process}", count, doing, own, step_time)
+
+
+def by_process(*messages):
+    return {m.process: m for m in messages}
+
+
+def test_the_process_that_the_others_wait_for_is_named():
+    first = by_process(*(message(i, count=1) for i in range(4)))
+    alive = [message(0), message(1), message(3)]
+    silent = by_process(*alive, message(2, "reading the rows of step 9", count=1))
+    assert blamed(first, silent) == ("process 2 on host2 does not answer, it was last at reading the rows of step 9")
+    elsewhere = by_process(*alive, message(2, "the save after step 8"))
+    assert blamed(first, elsewhere) == "process 2 on host2 is at the save after step 8, most are at step 9"
+    assert blamed(first, by_process(*alive, message(2))) == ""
+    two = by_process(message(0), message(1, "reading the rows of step 9"))
+    assert blamed(first, two) == "process 0 on host0 is at step 9; process 1 on host1 is at reading the rows of step 9"
+
+
+def test_a_process_is_slow_if_its_own_work_is_what_a_step_takes():
+    even = [message(i, own=0.1) for i in range(7)]
+    assert slow_process([*even, message(7, own=0.5)]) == message(7, own=0.5)
+    assert slow_process([*even, message(7, own=0.14)]) is None  # hardly more than the others
+    assert slow_process([*even, message(7, own=0.5, step_time=10)]) is None  # hidden behind the devices' work
+    assert slow_process([message(0, own=0.5)]) is None
+
+
+def test_waiting_for_a_device_is_not_a_process_own_work():
+    pulse = Pulse()
+    for _ in range(2):
+        time.sleep(0.01)
+        with pulse.waiting():
+            time.sleep(0.04)
+        pulse.step()
+    told = pulse._message()
+    assert 0.01 <= told.own < 0.03 < 0.05 <= told.step_time
+    assert (pulse._message().own, pulse._message().count) == (told.own, 3)  # no step since
+
+
+class Clock:
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.mark.parametrize("minutes", [0.5, 10])
+def test_checkpoints_are_due_by_steps_and_by_time(minutes):
+    clock, saved, looks = Clock(), [], []
+    times = SaveTimes(TrainingConfig(checkpoint_every=700, checkpoint_minutes=minutes), 0, clock)
+    original = times._steps_left
+    times._steps_left = lambda step: looks.append(step) or original(step)
+    for step in range(1, 3001):
+        clock.seconds += 100 if step == 1 else 0.5 if step < 1500 else 2.0  # compiles; becomes slower
+        if times.due(step):
+            saved.append((step, clock.seconds))
+            times.saved()
+    assert {700, 1400, 2100, 2800} <= {step for step, _ in saved}
+    between = [b - a for (_, a), (_, b) in itertools.pairwise(saved)]
+    assert max(between[1:]) <= 60 * minutes + 2 * 2.0
+    assert sum(step % 700 != 0 for step, _ in saved) == (len(saved) - 4) > 0
+    assert len(looks) < 12 * len(saved)  # processes ask each other rarely
+    by_steps = SaveTimes(TrainingConfig(checkpoint_every=700), 0, clock)
+    assert [step for step in range(1, 3001) if by_steps.due(step)] == [700, 1400, 2100, 2800]
