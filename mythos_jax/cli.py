@@ -32,6 +32,7 @@ from mythos_jax.commands import (
     serve,
     train,
     train_predictor,
+    watch,
 )
 from mythos_jax.commands.words import find_parser, split_overrides
 from mythos_jax.errors import (
@@ -54,6 +55,7 @@ COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "watch": watch,
     "train-predictor": train_predictor,
     "info": info,
     "compile": compile,

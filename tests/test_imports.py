@@ -17,6 +17,7 @@ FLOORS = (
     ("cli",),
     ("commands",),
     ("__init__",),  # the public names, each imported from its room when it is first used
+    ("watch",),
     ("preflight", "report"),
     ("server",),
     ("language_model",),

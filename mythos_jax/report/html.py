@@ -1,4 +1,4 @@
-"""The skeleton of a self-contained HTML page: sections, tables, pairs of columns. The page loads nothing."""
+"""The skeleton of a self-contained HTML page: sections, tables, columns, numbers. The page loads nothing."""
 
 from collections.abc import Sequence
 from html import escape
@@ -32,7 +32,8 @@ def scrollable(content: str, caption: str) -> str:
 
 def section(title: str, words: str, *parts: str) -> str:
     """A titled section; words: plain text, parts: HTML."""
-    return f"<section><h2>{escape(title)}</h2><p>{escape(words)}</p>{''.join(parts)}</section>"
+    text = f"<p>{escape(words)}</p>" if words else ""
+    return f"<section><h2>{escape(title)}</h2>{text}{''.join(parts)}</section>"
 
 
 def pair(left: str, right: str) -> str:
@@ -40,14 +41,43 @@ def pair(left: str, right: str) -> str:
     return f'<div class="pair"><div>{left}</div><div>{right}</div></div>'
 
 
-def document(title: str, facts: Sequence[str], command: str, sections: Sequence[str], footer: str) -> str:
-    """The complete HTML document."""
+def charts(parts: Sequence[str]) -> str:
+    """Blocks of the same width, as many side by side as the screen has room for."""
+    return f'<div class="charts">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+
+
+def tiles(pairs: Sequence[tuple[str, str]]) -> str:
+    """Numbers, each under its name."""
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs)
+    return f'<dl class="tiles">{items}</dl>'
+
+
+def share_table(rows: Sequence[tuple[str, Sequence[float]]], corner: str, highest: float, caption: str) -> str:
+    """Shares of experts, each cell coloured by its share of `highest`. rows: each with its name. corner: what rows
+    are."""
+    experts = "".join(f'<th scope="col">expert {e}</th>' for e in range(len(rows[0][1])))
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(_share_cell(share, highest) for share in shares)}</tr>'
+        for name, shares in rows
+    )
+    heading = f'<thead><tr><th scope="col">{escape(corner)}</th>{experts}</tr></thead>'
+    return scrollable(f"<table>{heading}<tbody>{body}</tbody></table>", caption)
+
+
+def _share_cell(share: float, highest: float) -> str:
+    return f'<td class="cell" style="--h:{0.75 * share / highest:.2f}">{share:.1%}</td>'
+
+
+def document(
+    title: str, facts: Sequence[str], command: str, sections: Sequence[str], footer: str, head: str = ""
+) -> str:
+    """The complete HTML document. head: HTML for its head."""
     style = files("mythos_jax.report").joinpath("style.css").read_text(encoding="utf-8")
     items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>\n{style}</style></head><body>"
+        f"<title>{escape(title)}</title><style>\n{style}</style>{head}</head><body>"
         f'<header><h1>{escape(title)}</h1><ul class="facts">{items}</ul>'
         f'<code class="command">{escape(command)}</code></header>'
         f"<main>{''.join(sections)}</main><footer>{escape(footer)}</footer></body></html>\n"

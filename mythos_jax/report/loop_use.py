@@ -5,7 +5,7 @@ import numpy as np
 from mythos_jax.evaluation.ranks import binned_means
 from mythos_jax.evaluation.results import Evaluation, HeldOutText, LoopTrace, LoopUsage
 from mythos_jax.report.heat_map import problem_map, text_map, widest_per_criterion
-from mythos_jax.report.html import pair, scrollable, section, table
+from mythos_jax.report.html import pair, section, share_table, table
 from mythos_jax.report.svg import Axis, Series, line_chart
 from mythos_jax.report.tables import setting_name
 
@@ -113,20 +113,7 @@ def experts_section(shares_LGE: np.ndarray) -> str:
     tables = []
     for layer in range(n_layers):
         name = f"Layer {layer + 1} of the loop" if n_layers > 1 else "Shares of the tokens' choices"
-        tables.append(f"<h3>{name}</h3>" + _share_table(shares_LGE[:, layer], highest, f"{name}: expert use by loop"))
+        rows = [(f"loop {loop}", shares) for loop, shares in enumerate(shares_LGE[:, layer].tolist(), start=1)]
+        tables.append(f"<h3>{name}</h3>" + share_table(rows, "loop", highest, f"{name}: expert use by loop"))
     words = f"Which experts each loop chooses; an even spread would be {1 / n_experts:.1%} each."
     return section("Expert use per loop", words, *tables)
-
-
-def _share_table(shares_LE: np.ndarray, highest: float, caption: str) -> str:
-    experts = "".join(f'<th scope="col">expert {e}</th>' for e in range(shares_LE.shape[1]))
-    rows = "".join(
-        f'<tr><th scope="row">loop {loop}</th>' + "".join(_share_cell(share, highest) for share in shares) + "</tr>"
-        for loop, shares in enumerate(shares_LE.tolist(), start=1)
-    )
-    heading = f'<thead><tr><th scope="col">loop</th>{experts}</tr></thead>'
-    return scrollable(f"<table>{heading}<tbody>{rows}</tbody></table>", caption)
-
-
-def _share_cell(share: float, highest: float) -> str:
-    return f'<td class="cell" style="--h:{0.75 * share / highest:.2f}">{share:.1%}</td>'

@@ -9,7 +9,7 @@ from typing import Literal
 # Units of the view box, which the page scales to the column. It is small so that text stays legible on a phone.
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 74, 12, 22, 46  # margins around the plot
-MIN_TICK_GAP = 26  # between the labels of the x axis
+MIN_TICK_GAP, CHARACTER = 26, 8  # between the labels of the x axis; width of a character in them
 LARGEST = 1e100  # absolute value that is drawn
 N_COLOURS = 6  # classes c0 to c5 of the style sheet
 
@@ -31,7 +31,8 @@ Scale = Callable[[float], float]  # from a value to its coordinate
 class Series:
     """A line through points (x, y).
 
-    notes: one per point, shown on hover. band: (x, low, high), shaded. dashed: drawn with gaps.
+    notes: one per point, shown on hover. band: (x, low, high), shaded. dashed: drawn with gaps. marked: whether each
+    point has a marker, without which there are no notes.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Series:
     notes: Sequence[str] = ()
     band: Sequence[tuple[float, float, float]] = ()
     dashed: bool = False
+    marked: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def line_chart(
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">']
     parts += [_horizontal_line(y_scale(value), "grid", y.text(value)) for value in y_ticks]
-    parts += [_vertical_line(x_scale(value), "grid", x.text(value)) for value in _thin_out(x_ticks, x_scale)]
+    parts += [_vertical_line(x_scale(value), "grid", x.text(value)) for value in _thin_out(x_ticks, x_scale, x.text)]
     parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 8, "middle", x.label, "label"))
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<g transform="translate(12 {middle}) rotate(-90)">{_text(0, 0, "middle", y.label, "label")}</g>')
@@ -134,7 +136,8 @@ def _draw(series: Series, x_scale: Scale, y_scale: Scale) -> str:
         parts.append(f'<polygon class="band" points="{_coordinates(outline)}"/>')
     points = [(x_scale(x), y_scale(y)) for x, y in series.points]
     parts.append(f'<polyline class="{_line_class(series)}" points="{_coordinates(points)}"/>')
-    for i, point in enumerate(points):
+    # A line of one point has no length, and is seen by its marker alone.
+    for i, point in enumerate(points if series.marked or len(points) == 1 else []):
         title = f"<title>{escape(series.notes[i])}</title>" if series.notes else ""
         parts.append(_marker(_shape(series), *point, title))
     return "".join(parts) + "</g>"
@@ -157,7 +160,7 @@ def _legend(series: Sequence[Series]) -> str:
         return ""
     entries = "".join(
         f'<li class="{_css_class(s)}"><svg viewBox="0 0 30 12" aria-hidden="true">'
-        f'<line class="{_line_class(s)}" x1="0" x2="30" y1="6" y2="6"/>{_marker(_shape(s), 15, 6)}'
+        f'<line class="{_line_class(s)}" x1="0" x2="30" y1="6" y2="6"/>{_marker(_shape(s), 15, 6) if s.marked else ""}'
         f"</svg>{escape(s.name)}</li>"
         for s in series
     )
@@ -214,10 +217,11 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return ticks or [low, high]
 
 
-def _thin_out(ticks: Sequence[float], scale: Scale) -> list[float]:
+def _thin_out(ticks: Sequence[float], scale: Scale, text: Callable[[float], str]) -> list[float]:
     """The ticks whose labels do not overlap, including the last one."""
+    gap = max([MIN_TICK_GAP, *(CHARACTER * (len(text(tick)) + 1) for tick in ticks)])
     shown: list[float] = []
     for tick in reversed(ticks):
-        if not shown or abs(scale(tick) - scale(shown[-1])) >= MIN_TICK_GAP:
+        if not shown or abs(scale(tick) - scale(shown[-1])) >= gap:
             shown.append(tick)
     return shown[::-1]
