@@ -7,35 +7,13 @@ loops. Finished runs are not repeated. A run takes five to ten minutes on two co
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.runs import stored
+from benchmarks.exact_match import TASKS, Results, exact_match, run_seeds
 from mythos_jax.config import Config, load_config
-from mythos_jax.evaluation.evaluate import evaluate_model
-from mythos_jax.runs.load import load_model
-from mythos_jax.training.train import train
-
-CONFIG = Path(__file__).parents[1] / "configs" / "tasks" / "p_hop.yaml"
-Results = list[dict[str, Any]]
-
-
-def run(config: Config, workdir: Path) -> Results:
-    """Trains, and returns the exact match by difficulty and loops."""
-    train(config, workdir)
-    results = evaluate_model(load_model(workdir)).results
-    return [{"difficulty": row.group, "loops": row.setting.loops, "exact_match": row.value} for row in results]
-
-
-def exact_match(runs: list[Results], difficulty: int, loops: int) -> np.ndarray:
-    """One number per seed, in percent."""
-    results = [result for results in runs for result in results]
-    selected = [r for r in results if (r["difficulty"], r["loops"]) == (difficulty, loops)]
-    return np.array([100 * result["exact_match"] for result in selected])
 
 
 def table(looped: list[Results], single: list[Results], config: Config) -> str:
@@ -95,13 +73,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/p_hop"))
     args = parser.parse_args()
-    runs: dict[str, list[Results]] = {"looped": [], "single": []}
-    for seed in args.seeds:
-        for name, overrides in [("looped", []), ("single", ["--model.loops", "1"])]:
-            config = load_config(CONFIG, [*overrides, "--training.seed", str(seed)])
-            workdir = args.out / f"{name}_{seed}"
-            runs[name].append(stored(workdir.with_suffix(".json"), partial(run, config, workdir)))
-    config = load_config(CONFIG)
+    runs = {
+        name: run_seeds("p_hop", name, overrides, args.seeds, args.out)
+        for name, overrides in [("looped", []), ("single", ["--model.loops", "1"])]
+    }
+    config = load_config(TASKS / "p_hop.yaml")
     print(table(runs["looped"], runs["single"], config))
     draw(runs["looped"], runs["single"], config, args.out / "p_hop.png")
 

@@ -37,8 +37,8 @@ def multiplication_table(name: str) -> np.ndarray:
 
 
 class Group:
-    """Difficulty n: the product of n elements of a group (arXiv 2404.08819, 2607.20594). Row: the factors, with the
-    answer at the last one.
+    """Difficulty n: the product of n elements of a group (arXiv 2404.08819, 2607.20594). Row: `>acbb`,
+    with the answer at the last factor.
 
     The factors are drawn from the first `alphabet` elements, of which the first two generate the group. The products
     are any of its elements, which are named a, b, c, … With answers "every", each factor has an answer: the product up
@@ -48,18 +48,20 @@ class Group:
     def __init__(self, config: TaskConfig):
         self.config = config
         self.table = multiplication_table(config.group)
-        self.symbols = ("", *ELEMENTS[: len(self.table)])
+        self.symbols = ("", ">", *ELEMENTS[: len(self.table)])
 
     def width(self, difficulty: int) -> int:
-        return difficulty
+        return 1 + difficulty
 
     def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
         factors = random.integers(self.config.alphabet, difficulty)
         products = factors.copy()
         for i in range(1, difficulty):
             products[:, i] = self.table[products[:, i - 1], factors[:, i]]
-        every = np.ones_like(factors, bool)
-        return select_answers(self.config, 1 + factors, 1 + products, every, valid=every[:, 0])
+        start = np.ones((len(factors), 1), int)  # without it, the product of two factors is the hardest to learn
+        tokens = np.concatenate([start, 2 + factors], axis=1)
+        targets = np.concatenate([start * PADDING, 2 + products], axis=1)
+        return select_answers(self.config, tokens, targets, targets != PADDING, np.ones(len(factors), bool))
 
 
 class Arithmetic:

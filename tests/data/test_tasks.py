@@ -24,7 +24,7 @@ DATA = {
     "parity": DataConfig(task=TaskConfig("parity", (14, 21, 40)), seq_len=40),
     "boolean": DataConfig(task=TaskConfig("boolean", (4, 5, 7)), seq_len=40),
     "chain": DataConfig(task=TaskConfig("chain", (1, 2, 4), length=13, alphabet=3), seq_len=40),
-    "group": DataConfig(task=TaskConfig("group", (16, 20, 40), group="S4", alphabet=24), seq_len=40),
+    "group": DataConfig(task=TaskConfig("group", (16, 20, 39), group="S4", alphabet=24), seq_len=40),
     "arithmetic": DataConfig(task=TaskConfig("arithmetic", (3, 5, 19), alphabet=7), seq_len=40),
 }
 IN_BYTES = replace(DATA["chain"].task, tokens="tokenizer")
@@ -94,7 +94,7 @@ def slow_chain(text, every):
 @cache
 def matrices(group):
     """The permutation matrix of each element by its name."""
-    symbols = open_problem(DataConfig(task=TaskConfig("group", (1,), group=group))).symbols[1:]
+    symbols = open_problem(DataConfig(task=TaskConfig("group", (1,), group=group))).symbols[2:]
     generators = {
         "S3": ["102", "120"],
         "S4": ["1230", "1203"],
@@ -113,7 +113,8 @@ def matrices(group):
 def slow_group(text, every, group="S4", alphabet=24):
     matrix_of = matrices(group)
     product, answers = np.eye(len(matrix_of["a"]), dtype=int), {}
-    for i, name in enumerate(text):
+    assert text[0] == ">"
+    for i, name in enumerate(text[1:], 1):
         assert name in list(matrix_of)[:alphabet]
         product = product @ matrix_of[name]
         (answers[i],) = [other for other, matrix in matrix_of.items() if np.array_equal(matrix, product)]
@@ -217,7 +218,7 @@ PINNED = {
     "parity": "011001110101001011011",
     "boolean": "(T^((T&~((T^T)^F))|T))=",
     "chain": "b2,q1,rb,d0,ed,nq,sd,cb,in,tq,ud,hb,lc",
-    "group": "opjuxpkldrcjhrtdxtnl",
+    "group": ">opjuxpkldrcjhrtdxtnl",
     "arithmetic": "+6-6--26*60=",
 }
 
@@ -227,12 +228,12 @@ def test_products_of_few_factors(group, alphabet):
     """The first factors generate the group: long products are all of its elements, equally often."""
     task, size = TaskConfig("group", (32,), group=group, alphabet=alphabet), GROUP_SIZES[group]
     problem, batch = make("group", indices=range(40 * size), task=task)
-    assert len(problem.symbols) == 1 + size == 1 + len({matrix.tobytes() for matrix in matrices(group).values()})
+    assert len(problem.symbols) == 2 + size == 2 + len({matrix.tobytes() for matrix in matrices(group).values()})
     for row in range(20):
         text, answers = as_text(problem, batch["tokens"][row]), batch["targets"][row]
         expected = slow_group(text, True, group, alphabet)
-        assert {i: problem.symbols[answer] for i, answer in enumerate(answers[:32])} == expected
-    counts = np.bincount(batch["targets"][:, 31], minlength=1 + size)[1:]
+        assert {i: problem.symbols[answer] for i, answer in enumerate(answers[:33]) if i} == expected
+    counts = np.bincount(batch["targets"][:, 32], minlength=2 + size)[2:]
     assert counts.min() > 40 * 0.5
     assert counts.max() < 40 * 1.6
 
@@ -430,7 +431,7 @@ def test_invalid_arguments_are_named(tmp_path):
         make("p_hop", task=TaskConfig("p_hop", (9,), length=9), difficulties=(9,), indices=[0])
 
 
-@pytest.mark.parametrize("name", ["p_hop", "addition", "parity", "boolean"])
+@pytest.mark.parametrize("name", ["p_hop", "addition", "parity", "boolean", "group", "arithmetic"])
 def test_the_bundled_configs(name):
     config = load_config(Path(__file__).parents[2] / "configs" / "tasks" / f"{name}.yaml")
     assert config.data.task.name == name
