@@ -187,11 +187,12 @@ class StepTimes:
         """Percentiles since the last call, and the mean wait for a batch; without what nothing is known of."""
         found: dict[str, float] = {}
         if self._recent:
-            median, high = np.quantile(self._recent, [0.5, 0.9]).tolist()
-            values = {"p50": median, "p90": high, "max": max(self._recent)}
+            recent = self._recent if len(self._recent) > 1 else 2 * self._recent  # `quantiles` wants two
+            tenths = statistics.quantiles(recent, n=10, method="inclusive")
+            values = {"p50": tenths[4], "p90": tenths[8], "max": max(recent)}
             found |= {f"step_seconds_{name}": round(value, 6) for name, value in values.items()}
         if self._waits:
-            found["data_wait"] = round(statistics.mean(self._waits), 6)
+            found["data_wait"] = round(statistics.fmean(self._waits), 6)
         self._recent, self._waits = [], []
         return found
 

@@ -35,6 +35,15 @@ class Curve:
         if end < len(self.steps):
             del self.steps[end:], self.values[end:]
 
+    def without(self, indices: set[int]) -> "Curve":
+        """A copy without some of the values."""
+        copy = Curve()
+        copy.steps, copy.values = self.steps[:], self.values[:]
+        for index in sorted(indices, reverse=True):
+            if index < len(copy):
+                del copy.steps[index], copy.values[index]
+        return copy
+
     def mean(self, after: int, upto: int) -> float | None:
         """Of the values at the steps after + 1 to upto, without NaN; None if there is none."""
         part = self.values[bisect_right(self.steps, after) : bisect_right(self.steps, upto)]

@@ -27,19 +27,18 @@ class Plotted:
 def plot(lines: Sequence[Plotted], width: int, height: int) -> list[Text]:
     """A chart with both axes, `height` + 2 lines high, the y axis logarithmic; nothing if there is nothing to draw."""
     columns = max(width - _GUTTER - 1, 4)
-    drawn = [line for line in lines if _positive(line.curve)]
+    drawn = [(line, points) for line in lines if (points := _positive(line.curve))]
     if not drawn:
         return []
-    ends = [step for line in drawn for step, _ in (_positive(line.curve)[0], _positive(line.curve)[-1])]
-    first, last = min(ends), max(ends)
-    averaged = [_averaged(_positive(line.curve), first, last, 2 * columns) for line in drawn]
+    first, last = min(points[0][0] for _, points in drawn), max(points[-1][0] for _, points in drawn)
+    averaged = [_averaged(points, first, last, 2 * columns) for _, points in drawn]
     heights = [y for dots in averaged for _, y in dots]
     low, high = min(heights), max(heights)
     if high - low < 1e-3:
         low, high = low - 0.05, high + 0.05
     cells: dict[tuple[int, int], tuple[int, str]] = {}
     marks: dict[tuple[int, int], tuple[str, str]] = {}
-    for line, heights_of in zip(drawn, averaged, strict=True):
+    for (line, _), heights_of in zip(drawn, averaged, strict=True):
         dots = [(x, 4 * height - 1 - _scaled(y, low, high, 4 * height - 1)) for x, y in heights_of]
         for x, y in _joined(dots):
             bits, _ = cells.get((y // 4, x // 2), (0, ""))

@@ -1,5 +1,6 @@
 """Following a run from its directory alone, on a disk or in an object store: each look reads what is new."""
 
+import re
 import time
 from typing import Any
 
@@ -12,7 +13,10 @@ from mythos_jax.runs.records import EVENTS_FILE, METRICS_FILE, parse_events
 from mythos_jax.watch.history import History
 
 _CONFIG_FILE = "config.yaml"
+_CHUNK = 2**24  # bytes of a log that are read at a time
 _OVERLAP = 200  # bytes before the new ones, by which an appended file is told from a rewritten one
+# What experts get is shown of the last line alone, and is most of a long log: of lines before these it is not parsed.
+_WITH_LOAD, _LOAD = 20, re.compile(rb'(?<="expert_load": )\[\[[^"]*\]\]')
 
 
 class WatchedRun:
@@ -100,32 +104,32 @@ class _Log:
         seen = (stat.length, stat.mtime) if is_remote(self._path) else (stat.st_size, stat.st_mtime_ns)
         if seen == self._seen:
             return
-        start = max(self._end - _OVERLAP, 0)
         with self._path.open("rb") as file:
-            file.seek(start)
-            content = file.read()
-            if not content.startswith(self._before):  # the run was resumed: its file is another one
-                file.seek(0)
-                content = file.read()
+            file.seek(self._end - len(self._before))
+            if file.read(len(self._before)) != self._before:  # the run was resumed: its file is another one
                 self._restart()
-        new = content[len(self._before) :]
-        complete = new[: new.rfind(b"\n") + 1]
-        self._add(complete)
-        self._end += len(complete)
-        self._before = (self._before + complete)[-_OVERLAP:]
+                file.seek(0)
+            rest = b""
+            while content := file.read(_CHUNK):
+                *lines, rest = (rest + content).split(b"\n")
+                self._add(lines)
         self._seen = seen
 
     def _restart(self) -> None:
         self.history, self._end, self._before, self._seen = History(), 0, b"", None
 
-    def _add(self, lines: bytes) -> None:
-        for text in lines.split(b"\n"):
+    def _add(self, lines: list[bytes]) -> None:
+        for i, text in enumerate(lines, start=1):
+            if i <= len(lines) - _WITH_LOAD:
+                text = _LOAD.sub(b"null", text)
             try:
                 line = parse_json(text)
             except ValueError:  # damaged, as after a crash of the machine; a resume drops it
                 continue
             if isinstance(line, dict) and type(line.get("step")) is int:
                 self.history.add(line)
+        self._end += sum(map(len, lines)) + len(lines)
+        self._before = b"".join([self._before, *(line + b"\n" for line in lines[-_OVERLAP:])])[-_OVERLAP:]
 
 
 def _content(path: Any) -> bytes | None:

@@ -134,12 +134,8 @@ def starts_of(run: WatchedRun) -> list[dict[str, Any]]:
 
 def steady(run: WatchedRun, name: str) -> Curve:
     """A curve without the first line of each start, whose rates include compiling and opening the data."""
-    curve, found = run.history[name], Curve()
-    firsts = {bisect_right(curve.steps, start["step"]) for start in starts_of(run)} or {0}
-    for i, (step, value) in enumerate(curve):
-        if i not in firsts:
-            found.add(step, value)
-    return found
+    curve = run.history[name]
+    return curve.without({bisect_right(curve.steps, start["step"]) for start in starts_of(run)} or {0})
 
 
 def lost_steps(start: dict[str, Any]) -> int:

@@ -27,6 +27,8 @@ from mythos_jax.training.loggers import JsonlLogger
 from mythos_jax.training.start import open_run_data
 from mythos_jax.training.step import init_state
 from mythos_jax.training.train import train
+from mythos_jax.watch.reading import WatchedRun
+from mythos_jax.watch.summary import summarise_all
 from tests.survival import assert_same, lines, parameters, start, stop, timeless, wait_for_step, with_training
 from tests.training.conftest import use_devices
 
@@ -55,6 +57,13 @@ def test_resume_equals_an_uninterrupted_run(config, uninterrupted, tmp_path, cap
     assert f"{log}: left out what is damaged, 1 lines (2)" in capsys.readouterr().err
     assert_same(parameters(uninterrupted), parameters(workdir))
     assert timeless(lines(workdir)) == timeless(lines(uninterrupted))
+    (seen,) = summarise_all([WatchedRun(workdir)])
+    assert (seen.state, seen.step, seen.restarts, seen.lost_steps) == ("finished", 8, 1, 2)
+    assert seen.times is not None
+    assert 0 < seen.times.goodput < 1
+    assert seen.times.counted + seen.times.lost + seen.times.down <= seen.times.total
+    assert 0 < seen.values["data_wait"] < seen.times.total
+    assert seen.values["step_seconds_p50"] <= seen.values["step_seconds_max"]
 
 
 def as_written_by_0_1_0(workdir):

@@ -78,7 +78,7 @@ sys.exit(f"imports {heavy}" if heavy else code)
 """
 
 
-def read_until(terminal, text, seconds=20):
+def read_until(terminal, text, seconds=60):
     """What a terminal shows, up to a text that must come."""
     seen, end = "", time.monotonic() + seconds
     while text not in seen:
@@ -92,8 +92,7 @@ def read_until(terminal, text, seconds=20):
     return seen
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_live_in_a_terminal(made, number):
+def test_live_in_a_terminal(made):
     """It follows the run, ends with 0 on Ctrl-C, gives the screen back, leaves the last view, and needs no jax."""
     terminal, other = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "30", "LC_ALL": "C.UTF-8"}
@@ -104,10 +103,10 @@ def test_live_in_a_terminal(made, number):
         assert "\x1b[?1049h" in first
         made.log({"step": 3, "loss": 1.75})
         read_until(terminal, "1.7500")
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         last = read_until(terminal, "step 3\x1b[0m\r\n")
         assert "\x1b[?1049l" in last
         assert "Traceback" not in last
         assert "1.7500" in last.split("\x1b[?1049l")[1]
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
     os.close(terminal)

@@ -7,6 +7,7 @@ import pytest
 
 from mythos_jax.errors import ConfigError
 from mythos_jax.training.loggers import JsonlLogger, RemoteJsonlLogger
+from mythos_jax.watch import reading
 from mythos_jax.watch.reading import WatchedRun
 from tests.test_paths import store  # noqa: F401  a fixture
 from tests.watch.conftest import RunDir
@@ -23,8 +24,10 @@ def losses(run):
     return [(step, value) for step, value in run.history["loss"] if math.isfinite(value)]
 
 
-def test_a_line_counts_when_it_is_complete(make_run):
-    """The file is seen at each of its lengths in turn, as it grows byte by byte."""
+def test_a_line_counts_when_it_is_complete(make_run, monkeypatch):
+    """The file is seen at each of its lengths in turn, as it grows byte by byte; a line is longer than what is read
+    at a time."""
+    monkeypatch.setattr(reading, "_CHUNK", 50)
     made = make_run()
     content = b"".join(json.dumps(line).encode() + b"\n" for line in LINES)
     log = made.path / "metrics.jsonl"
@@ -62,6 +65,19 @@ def test_a_resumed_run_drops_the_steps_that_run_again(place, tmp_path):
         run.look()
         assert dict(losses(run)) == expected
         assert run.history.step == last
+
+
+def test_a_long_log_is_the_same_at_once_and_line_by_line(make_run):
+    made, grown = make_run("long"), make_run("grown")
+    follower = WatchedRun(grown.path)
+    rows = [{"step": step, "expert_load": [[step / 100, 1.0]], "loss": float(step)} for step in range(1, 70)]
+    made.log(*rows)
+    for row in rows:
+        grown.log(row)
+        follower.look()
+    for run in (WatchedRun(made.path), follower):
+        assert losses(run) == [(row["step"], row["loss"]) for row in rows]
+        assert run.history.expert_load == [[0.69, 1.0]]
 
 
 def test_a_log_that_goes_back_without_being_cut(make_run):
