@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks import original
+from benchmarks.drawing import band, loops_axis, panels, save, tidy
 from benchmarks.runs import DEPTHS, Losses, Variant, add_arguments, batches_of, run_variants, table, train_and_evaluate
 from mythos_jax.config import Config
 
@@ -77,25 +77,17 @@ def summary(rows: dict[str, list[Losses]]) -> str:
 
 def draw(rows: dict[str, list[Losses]], path: Path) -> None:
     """Saves the curves: mean over seeds, and the range as a band."""
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1)
     colours = iter(["C1", "C2", "C3", "C4"])
     for name, runs in rows.items():
         losses = np.array([[run[str(depth)] for depth in DEPTHS] for run in runs])
         style: dict[str, Any] = {"color": "#1f5fa8", "linewidth": 2.2} if name == "ours" else {"color": next(colours)}
-        (line,) = axes.plot(DEPTHS, losses.mean(0), marker="o", markersize=4, label=name, **style)
-        axes.fill_between(DEPTHS, losses.min(0), losses.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
+        band(axes, DEPTHS, losses, label=name, **style)
     axes.axvline(8, color="0.6", linestyle="--", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
-    axes.minorticks_off()
-    axes.set_xlabel("loops at evaluation (dashed: the depth in training)")
+    loops_axis(axes, DEPTHS, "loops at evaluation (dashed: the depth in training)")
     axes.set_ylabel("held-out nats per byte")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    tidy(axes)
+    save(figure, path)
 
 
 def main() -> None:

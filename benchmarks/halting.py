@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,11 +53,18 @@ class Report(NamedTuple):
     milliseconds: list[float]  # per token, one per repeat
 
 
-@partial(jax.jit, static_argnames=("model", "slots"))
+@partial(jax.jit, static_argnames=("model", "slots", "loop_cache"))
 def decode(
-    model: Mythos, variables: Any, batch: dict[str, jax.Array], loops: jax.Array, halting: Halting | None, slots: int
+    model: Mythos,
+    variables: Any,
+    batch: dict[str, jax.Array],
+    loops: jax.Array,
+    halting: Halting | None,
+    slots: int,
+    loop_cache: str = "all",
 ) -> tuple[jax.Array, jax.Array]:
-    """Nats of the targets and loops of the tokens, [T, B] each, by decoding with a cache of `slots` loops."""
+    """Nats of the targets and loops of the tokens, [T, B] each, by decoding with a cache for `slots` loops, which share
+    its memory by this rule (`model.cache.loop_slots`)."""
     tokens_BT = batch["tokens"]
 
     def step(cache: Any, column: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
@@ -65,13 +73,16 @@ def decode(
         log_p_BV = jax.nn.log_softmax(out.logits[:, 0])
         return out.cache, (-jnp.take_along_axis(log_p_BV, targets_B[:, None], axis=1)[:, 0], out.loops[:, 0])
 
-    cache = init_cache(model.config, *tokens_BT.shape, slots)
+    cache = init_cache(model.config, *tokens_BT.shape, slots, loop_cache)
     return jax.lax.scan(step, cache, (tokens_BT.T, batch["targets"].T))[1]
 
 
-def measure(loaded: LoadedModel, batch: Batch, depth: int, loops: int, halting: Halting | None) -> Point:
-    """Means over all tokens of a batch. depth: cache slots; loops: run by every token, or with a policy at most."""
-    nats_TB, loops_TB = decode(loaded.model, loaded.variables, batch, jnp.int32(loops), halting, depth)
+def measure(
+    loaded: LoadedModel, batch: Batch, depth: int, loops: int, halting: Halting | None, loop_cache: str = "all"
+) -> Point:
+    """Means over all tokens of a batch. depth: the most loops, for the cache; loops: run by every token, or with a
+    policy at most."""
+    nats_TB, loops_TB = decode(loaded.model, loaded.variables, batch, jnp.int32(loops), halting, depth, loop_cache)
     threshold = 0.0 if halting is None or halting.threshold is None else float(halting.threshold)
     return Point(threshold, float(np.asarray(loops_TB).mean()), float(np.asarray(nats_TB).mean()))
 
@@ -84,10 +95,14 @@ def thresholds(criterion: str, depth: int) -> np.ndarray:
     return np.geomspace(*RANGES[criterion], SWEEP)
 
 
-def choose_policies(loaded: LoadedModel, batch: Batch, depth: int) -> dict[str, Halting]:
+def criteria_of(loaded: LoadedModel) -> list[str]:
+    """Those that this model can be halted by."""
+    return [*RANGES, "argmax", *(["predicted"] if "predictor" in loaded.variables else [])]
+
+
+def choose_policies(loaded: LoadedModel, batch: Batch, depth: int, criteria: Sequence[str]) -> dict[str, Halting]:
     """For each criterion, the threshold with the fewest loops within `TOLERANCE`; none if no threshold is."""
     bound = measure(loaded, batch, depth, depth, None).nats * (1 + TOLERANCE)
-    criteria = [*RANGES, "argmax", *(["predicted"] if "predictor" in loaded.variables else [])]
     chosen: dict[str, Halting] = {}
     for criterion in tqdm(criteria, desc="policies"):
         policies = [Halting(criterion, jnp.float32(threshold)) for threshold in thresholds(criterion, depth)]
@@ -144,7 +159,8 @@ def main() -> None:
     choice_rows, report_rows = ({name: np.asarray(x)[half::2] for name, x in batch.items()} for half in range(2))
 
     with use_mesh(loaded.mesh):
-        policies: dict[str, Halting | None] = {"full depth": None, **choose_policies(loaded, choice_rows, depth)}
+        chosen = choose_policies(loaded, choice_rows, depth, criteria_of(loaded))
+        policies: dict[str, Halting | None] = {"full depth": None, **chosen}
         single_rows = [{name: x[i : i + 1] for name, x in report_rows.items()} for i in range(TIMED_ROWS)]
         times = time_policies(loaded, single_rows, depth, policies, arguments.repeats)
         fixed = [measure(loaded, report_rows, depth, loops, None) for loops in range(1, depth + 1)]

@@ -15,16 +15,14 @@ repeated, and an interrupted one is resumed. A run takes five to ten minutes on 
 import argparse
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from matplotlib.figure import Figure
 
+from benchmarks.drawing import band, loops_axis, panels, save, tidy
 from benchmarks.runs import file_name, stored
 from mythos_jax.config import Config, DataConfig, TaskConfig
 from mythos_jax.data.tasks import open_problem, symbol_ids
@@ -178,38 +176,24 @@ def table(runs: dict[str, list[Result]]) -> str:
 def draw(runs: dict[str, list[Result]], path: Path) -> None:
     """Left: accuracy by difficulty, each arm at its depth. Right: by loops, at the hardest trained difficulty and the
     hardest of all. Means over seeds, and their range as a band."""
-    figure = Figure(figsize=(9.0, 3.8), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = panels(2, share=True)
     for name, results in runs.items():
-        at_depth = partial(accuracy, results, loops=ARMS[name].loops)
-        _band(left, DIFFICULTIES, at_depth, COLOURS[name], name)
+        style: dict[str, Any] = {"color": COLOURS[name]}
+        by_difficulty = [accuracy(results, difficulty, ARMS[name].loops) for difficulty in DIFFICULTIES]
+        band(left, DIFFICULTIES, np.array(by_difficulty).T, label=name, **style)
         if ARMS[name].loops > 1:
-            for difficulty, style in (TRAINED[-1], "-"), (DIFFICULTIES[-1], ":"):
-                label = f"{name}, {difficulty} steps"
-                _band(right, DEPTHS, lambda x, d=difficulty, r=results: accuracy(r, d, x), COLOURS[name], label, style)
+            for difficulty, line in (TRAINED[-1], "-"), (DIFFICULTIES[-1], ":"):
+                by_loops = np.array([accuracy(results, difficulty, loops) for loops in DEPTHS]).T
+                band(right, DEPTHS, by_loops, label=f"{name}, {difficulty} steps", linestyle=line, **style)
     left.axvspan(TRAINED[-1] + 0.5, DIFFICULTIES[-1] + 0.3, color="0.94", zorder=0)
     left.set_xlabel("steps to follow (grey: more than in training)")
     left.set_ylabel("accuracy on held-out problems, %")
-    right.set_xlabel("loops at evaluation")
-    right.set_xscale("log", base=2)
-    right.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
-    right.minorticks_off()
+    loops_axis(right, DEPTHS)
     for axes in left, right:
         axes.axhline(100 / NUMBERS, color="0.6", linestyle="--", linewidth=1)
         axes.set_ylim(0, 103)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def _band(
-    axes: Any, xs: tuple[int, ...], values_at: Callable[[int], np.ndarray], colour: str, label: str, style: str = "-"
-) -> None:
-    values = np.array([values_at(x) for x in xs])
-    axes.plot(xs, values.mean(1), marker="o", markersize=4, color=colour, linestyle=style, label=label)
-    axes.fill_between(xs, values.min(1), values.max(1), alpha=0.15, color=colour, linewidth=0)
+        tidy(axes)
+    save(figure, path)
 
 
 def main() -> None:

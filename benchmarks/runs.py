@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,15 @@ from mythos_jax.config import Config, load_config
 from mythos_jax.data.batch import Batch
 from mythos_jax.data.open import open_data
 from mythos_jax.evaluation.evaluate import evaluate_model
+from mythos_jax.flops import count_parameters, training_flops
 from mythos_jax.runs.load import load_model
 from mythos_jax.training.train import train
 
 HOUSE = Path(__file__).parents[1] / "configs" / "house_tiny.yaml"
 DEPTHS = (1, 2, 4, 8, 16, 32)
 
-Losses = dict[Any, float]  # depth -> held-out nats per token; as JSON, the depths are text
+# depth -> held-out nats per token (as JSON, the depths are text), and what else is known of a run, by name
+Losses = dict[Any, Any]
 # Overrides of the config, and a function that trains in a folder and evaluates.
 Variant = tuple[list[str], Callable[[Config, Path], Losses]]
 
@@ -40,6 +43,20 @@ def train_and_evaluate(config: Config, workdir: Path) -> Losses:
     return {**{row.setting.loops: row.loss for row in results}, "used": results[-1].mean_loops}
 
 
+def train_and_account(config: Config, workdir: Path) -> Losses:
+    """The same, with what the run cost and what the model weighs."""
+    start = time.perf_counter()
+    losses = train_and_evaluate(config, workdir)
+    parameters = count_parameters(config.model)
+    return {
+        **losses,
+        "seconds": time.perf_counter() - start,  # of the last start, if the run was interrupted; with the evaluation
+        "parameters": parameters,
+        "non_embedding": parameters - config.model.vocab_size * config.model.dim,  # the embedding is also the head
+        "training_flops": config.training.steps * training_flops(config),
+    }
+
+
 def add_arguments(parser: argparse.ArgumentParser, *, seeds: list[int], out: Path) -> None:
     """The arguments that `run_variants` reads."""
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
@@ -48,15 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser, *, seeds: list[int], out: Pat
     parser.add_argument("--out", type=Path, default=out)
 
 
-def run_variants(arguments: argparse.Namespace, variants: Mapping[str, Variant]) -> dict[str, list[Losses]]:
-    """The losses of each variant, one per seed. Finished runs are read from disk, the others are trained."""
+def run_variants(
+    arguments: argparse.Namespace, variants: Mapping[str, Variant], base: Path = HOUSE
+) -> dict[str, list[Losses]]:
+    """The losses of each variant of `base`, one per seed. Finished runs are read from disk, the others are trained."""
     rows: dict[str, list[Losses]] = {}
     for name, (overrides, run) in variants.items():
         if arguments.only not in name:
             continue
         for seed in arguments.seeds:
             fixed = ["--training.seed", str(seed), "--data.path", str(arguments.out / "data")]
-            config = load_config(HOUSE, [*overrides, *fixed])
+            config = load_config(base, [*overrides, *fixed])
             workdir = arguments.out / f"{file_name(name)}_{seed}"
             result = workdir.with_suffix(".json")
             if result.is_file() or not arguments.finished:
