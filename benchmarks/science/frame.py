@@ -57,7 +57,7 @@ class Arm:
     core: int
     loops: int = 0
     experts: int = 0
-    rate: float = 0.02
+    rate: float = 0.04
     more: tuple[str, tuple[str, ...]] = ("", ())
 
     @property
