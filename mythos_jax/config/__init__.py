@@ -19,7 +19,14 @@ from mythos_jax.config.run import (
     may_skip_loops,
     mean_loops,
 )
-from mythos_jax.config.training import DepthConfig, DistillationConfig, LoraConfig, ObjectivesConfig, TrainingConfig
+from mythos_jax.config.training import (
+    DepthConfig,
+    DistillationConfig,
+    LocalCheckpointsConfig,
+    LoraConfig,
+    ObjectivesConfig,
+    TrainingConfig,
+)
 
 __all__ = [
     "Config",
@@ -27,6 +34,7 @@ __all__ = [
     "DepthConfig",
     "DistillationConfig",
     "EvaluationConfig",
+    "LocalCheckpointsConfig",
     "LoraConfig",
     "MeshConfig",
     "ModelConfig",

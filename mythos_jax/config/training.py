@@ -115,6 +115,15 @@ class DistillationConfig(Section, section="training.distillation"):
 
 
 @dataclass(frozen=True)
+class LocalCheckpointsConfig(Section, section="training.local_checkpoints"):
+    """Checkpoints on each host's own disk or in its memory, beside those of the run directory (docs/multihost.md)."""
+
+    #: a folder that each host has for itself, such as /dev/shm; may contain $VARIABLES; empty: none are saved
+    folder: PathText = ""
+    every: PositiveInt = 20  #: steps between them
+
+
+@dataclass(frozen=True)
 class TrainingConfig(Section, section="training"):
     """How a run trains. A step is an optimizer step on one global batch; learning rates are peaks of the schedule."""
 
@@ -173,6 +182,7 @@ class TrainingConfig(Section, section="training"):
     checkpoint_every: PositiveInt = 500  #: steps between checkpoints
     #: minutes between checkpoints, beside those of `checkpoint_every`; 0: by steps alone
     checkpoint_minutes: NonNegativeFloat = 0.0
+    local_checkpoints: LocalCheckpointsConfig = field(default_factory=LocalCheckpointsConfig)
     keep_checkpoints: PositiveInt = 2  #: number of newest checkpoints that are kept
     #: seconds after which a step, save or evaluation that does not end makes the process print the stacks of its
     #: threads and end with exit code 42; 0: never

@@ -22,6 +22,7 @@ from mythos_jax.processes import client, is_process_zero, is_single_process, log
 PERIOD = 2.0  # seconds between two messages of a process
 COMPARED_EVERY = 30.0  # seconds between two comparisons by process 0
 ANSWER = 3.0  # seconds that process 0 is given to answer
+LAST_WORDS = 2 * (ANSWER + PERIOD)  # seconds that `suspects` takes at most
 KEY = "mythos/pulse"
 # A process is slow if its own work takes this many times as long as that of the median process, and that fraction of a
 # step.
@@ -53,7 +54,7 @@ class Pulse:
     def __init__(self) -> None:
         self.doing = "the start"  # what the main thread is doing
         self._slow: tuple[Message, float] | None = None
-        self._lock, self._now = threading.Lock(), time.monotonic()
+        self._lock, self._now = threading.Lock(), 0.0  # when the last step ended; 0: none has
         self._steps, self._waited, self._seconds = 0, 0.0, 0.0  # since the last message
         self._own = self._step_time = 0.0  # of the last message that had steps
         self._count, self._host_of_0, self._announced = 0, "", -ANNOUNCED_EVERY
@@ -76,10 +77,13 @@ class Pulse:
             self._waited += time.monotonic() - begin
 
     def step(self) -> None:
-        """A step has ended."""
+        """A step has ended. The first one, which compiles, does not count."""
         with self._lock:
             before, self._now = self._now, time.monotonic()
-            self._steps, self._seconds = self._steps + 1, self._seconds + self._now - before
+            if before:
+                self._steps, self._seconds = self._steps + 1, self._seconds + self._now - before
+            else:
+                self._waited = 0.0
 
     def slow(self) -> dict[str, float]:
         """For the log of process 0, after each comparison: the process that the others wait for; empty if there is
@@ -140,7 +144,7 @@ class Pulse:
 def slow_process(messages: list[Message]) -> Message | None:
     """The process whose own work takes longest, if the others must wait for it."""
     slowest = max(messages, key=lambda m: m.own, default=None)
-    if slowest is None or len(messages) < 2:
+    if slowest is None or len(messages) < 2 or not all(m.step_time for m in messages):
         return None
     typical = statistics.median_low(m.own for m in messages)
     matters = slowest.own > SLOW * typical and slowest.own - typical > OF_STEP * slowest.step_time

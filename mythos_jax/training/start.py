@@ -25,6 +25,7 @@ from mythos_jax.runs.checkpoints import Checkpoints, newest_folder, newest_meta
 from mythos_jax.runs.comparison import compared
 from mythos_jax.runs.configs import has_begun, model_of
 from mythos_jax.runs.load import load_base, load_model
+from mythos_jax.runs.local_checkpoints import LocalCheckpoints
 from mythos_jax.runs.lock import RunLock, locked
 from mythos_jax.runs.low_rank import abstract_base
 from mythos_jax.runs.owner import LOCK_FILE
@@ -225,6 +226,17 @@ def open_checkpoints(config: Config, run_dir: Any) -> Iterator[Checkpoints]:
         yield checkpoints
 
 
+@contextlib.contextmanager
+def open_local_checkpoints(config: Config, run_dir: Any) -> Iterator[LocalCheckpoints | None]:
+    """Those of `training.local_checkpoints`, on all processes; None if it is off."""
+    folder = config.training.local_checkpoints.folder
+    if not folder:
+        yield None
+        return
+    with contextlib.closing(LocalCheckpoints(folder, run_dir)) as local:
+        yield local
+
+
 def open_run_data(config: Config, run_dir: Any, progress: bool) -> Data:
     """The data of all processes, which process 0 prepares if it is missing.
 
@@ -259,12 +271,17 @@ def starting_state(
     mesh: Mesh,
     metadata: Metadata,
     checkpoints: Checkpoints,
+    local: LocalCheckpoints | None,
     run_dir: Any,
     initial: dict[str, Any] | None,
 ) -> TrainState:
-    """The newest checkpoint, else the weights `initial`, else weights drawn from the seed. metadata: those that the
-    run's checkpoints will have."""
-    if checkpoints.newest() is None:
+    """The newest checkpoint, local ones included, else the weights `initial`, else weights drawn from the seed.
+    metadata: those that the run's checkpoints will have."""
+    found = None
+    if local is not None:
+        like = abstract_state(config, mesh)
+        found = local.restore(like, lambda saved: check_resume(saved, metadata, run_dir), checkpoints.newest())
+    if found is None and checkpoints.newest() is None:
         state = init_state(config, mesh)
         if initial is not None:
             variables = _overlaid(state.variables, initial)
@@ -273,9 +290,9 @@ def starting_state(
             state = state.replace(variables=variables, average=average)
         checkpoints.check_space(state)
         return state
-    state, saved = _restored(config, mesh, metadata, checkpoints, run_dir)
+    state, saved = found or _restored(config, mesh, metadata, checkpoints, run_dir)
     announce_changes(saved, metadata, int(state.step))
-    log0(f"resuming {run_dir} after step {int(state.step)}")
+    log0(f"resuming {run_dir} after step {int(state.step)}" + (", from local checkpoints" if found else ""))
     checkpoints.check_space(state)
     return state
 

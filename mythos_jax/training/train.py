@@ -21,16 +21,14 @@ from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.paths import to_path
 from mythos_jax.processes import StopSignal, is_process_zero, raise_together
-from mythos_jax.runs.checkpoints import Checkpoints
-from mythos_jax.runs.lock import RunLock
 from mythos_jax.runs.low_rank import model_variables
 from mythos_jax.runs.source import keep_source
 from mythos_jax.runs.state import Constants, TrainState, eval_variables
 from mythos_jax.training.loggers import Logger
 from mythos_jax.training.metrics import RunLog, to_json
 from mythos_jax.training.profile import Profiler
-from mythos_jax.training.resume import Metadata, checkpoint_metadata
-from mythos_jax.training.saving import SaveTimes
+from mythos_jax.training.resume import checkpoint_metadata
+from mythos_jax.training.saving import Saver
 from mythos_jax.training.start import (
     check_config,
     finished,
@@ -39,6 +37,7 @@ from mythos_jax.training.start import (
     load_constants,
     load_initial,
     open_checkpoints,
+    open_local_checkpoints,
     open_run_data,
     starting_state,
 )
@@ -78,7 +77,8 @@ def train(
         metadata = checkpoint_metadata(config, data, models)
         watchdog.beat("the start")  # until here, the processes may wait for hours
         checkpoints = stack.enter_context(open_checkpoints(config, run_dir))
-        state = starting_state(config, mesh, metadata, checkpoints, run_dir, initial)
+        local = stack.enter_context(open_local_checkpoints(config, run_dir))
+        state = starting_state(config, mesh, metadata, checkpoints, local, run_dir, initial)
 
         def save_files() -> None:
             save_config(config, run_dir / "config.yaml")
@@ -88,10 +88,11 @@ def train(
 
         # Only now: a resume that is refused leaves the run's config as it was.
         raise_together(lambda: save_files() if is_process_zero() else None)
+        if local is not None:
+            local.begin(state)
+        saver = Saver(checkpoints, local, metadata, lock, watchdog)
         log_here = progress and is_process_zero()
-        loop = _Loop(
-            config, mesh, data, checkpoints, metadata, run_dir, lock, constants, watchdog, log_here, more_loggers
-        )
+        loop = _Loop(config, mesh, data, run_dir, constants, saver, watchdog, log_here, more_loggers)
         return loop.run(state)
 
 
@@ -107,28 +108,24 @@ class _Loop:
         config: Config,
         mesh: Mesh,
         data: Data,
-        checkpoints: Checkpoints,
-        metadata: Metadata,
         run_dir: Any,
-        lock: RunLock | None,
         constants: Constants,
+        saver: Saver,
         watchdog: Watchdog,
         progress: bool,
         more_loggers: Sequence[Logger],
     ) -> None:
         self.config, self.mesh, self.data, self.more_loggers = config, mesh, data, more_loggers
-        self.checkpoints, self.metadata = checkpoints, metadata
-        self.run_dir, self.lock, self.constants, self.progress = run_dir, lock, constants, progress
-        self.watchdog, self.pulse = watchdog, watchdog.pulse
+        self.run_dir, self.constants, self.progress = run_dir, constants, progress
+        self.saver, self.watchdog, self.pulse = saver, watchdog, watchdog.pulse
         self.bad_in_a_row = 0
 
     def run(self, state: TrainState) -> dict[str, Any]:
         t, start = self.config.training, int(state.step)
         teacher = None if self.constants.teacher is None else self.constants.teacher.model
         train_step = make_train_step(self.config, self.mesh)
-        times = SaveTimes(t, start)
+        self.saver.begin(t, start)
         waiting: Steps = []
-        due = False  # whether a checkpoint is to be saved
         with (
             RunLog(self.config, self.mesh, self.run_dir, start, self.progress, teacher, self.more_loggers) as log,
             StopSignal().watching() as stop,
@@ -138,21 +135,21 @@ class _Loop:
             for step in range(start + 1, t.steps + 1):
                 self.watchdog.beat(f"reading the rows of step {step}")
                 batch = next(batches)
-                self.watchdog.beat(f"step {step}", patience=FIRST_STEP if step == start + 1 else 1)
+                # The second one waits for the first.
+                self.watchdog.beat(f"step {step}", patience=FIRST_STEP if step <= start + 2 else 1)
                 with profiler.step(step), self.pulse.waiting():
                     state, metrics = train_step(state, batch, self.constants)
                 waiting.append((step, metrics))
                 # All processes are told to stop after the same step, whichever of them received the signal.
                 stopped = stop.reached(step)
-                due = times.due(step) or due
-                must_save = step == t.steps or stopped is not None
+                saves = self.saver.due(step, stopped is not None)
                 evaluates = t.evaluate_every and step % t.evaluate_every == 0
                 # The metrics of the previous step are there, or nearly so; to read this step's is to wait for it. That
                 # is done before a save or an evaluation, because reading raises at a bad step, whose state must not be
                 # evaluated or saved; and where steps run while they are dispatched, so that there is no wait.
                 with self.pulse.waiting():
                     jax.block_until_ready(waiting[:-1])
-                    reads_all = cast(Any, metrics["loss"]).is_ready() or due or must_save or evaluates
+                    reads_all = cast(Any, metrics["loss"]).is_ready() or saves or evaluates
                     jax.block_until_ready(waiting if reads_all else [])
                 self._look_around(log, step)
                 end = len(waiting) - (not reads_all)
@@ -162,23 +159,19 @@ class _Loop:
                     if evaluates:
                         self.watchdog.beat(f"the evaluation after step {step}")
                         log.write(step, {"held_out_loss": self._evaluate(state)})
-                    # After bad steps, weights may be at fault that are finite: the good checkpoints are kept until a
-                    # good step.
-                    if must_save or (due and not self.bad_in_a_row):
-                        due = False
-                        self._save(state, step, log)
-                        times.saved()
+                    if saves and not self.saver.save(state, step, log.flush, good=not self.bad_in_a_row):
+                        raise self._bad_step(step, "the updated weights are NaN or infinite", "training stopped")
                 if stopped:
                     # Saves run in the background, and the process is about to exit.
-                    self.checkpoints.wait()
+                    self.saver.wait()
                     raise Interrupted(stopped, step)
-            self.checkpoints.wait()
+            self.saver.wait()
         return log.last
 
     def _look_around(self, log: RunLog, step: int) -> None:
         """Tells the watchdog whether a save goes on, and the log which process is slow."""
         self.pulse.step()
-        self.watchdog.saving(self.checkpoints.is_saving())
+        self.watchdog.saving(self.saver.writing())
         if slow := self.pulse.slow():
             log.write(step, slow)
 
@@ -208,18 +201,9 @@ class _Loop:
             raise error
 
     def _bad_step(self, step: int, problem: str, outcome: str) -> BadStepError:
-        newest = self.checkpoints.newest()  # bad states are not saved, so a new start resumes before the bad step
+        newest = self.saver.checkpoints.newest()  # bad states are not saved, so a new start resumes before the bad step
         saved = f"the newest checkpoint is of step {newest}" if newest is not None else "no checkpoint was saved"
         return BadStepError(f"step {step}: {problem}; {outcome}, {saved}")
-
-    def _save(self, state: TrainState, step: int, log: RunLog) -> None:
-        """Raises LockError, on all processes, if another start has taken the run over."""
-        self.watchdog.beat(f"the save after step {step}")
-        # Before the checkpoint exists: a run that resumes from it does not log these steps again.
-        log.flush()
-        raise_together(self.lock.check if self.lock else lambda: None)
-        if not self.checkpoints.save(state, self.metadata):
-            raise self._bad_step(step, "the updated weights are NaN or infinite", "training stopped")
 
     @cached_property
     def held_out(self) -> list[Batch]:

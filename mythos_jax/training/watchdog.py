@@ -17,10 +17,10 @@ from typing import Any
 from mythos_jax.errors import RESTART
 from mythos_jax.processes import SHUTDOWN_GRACE, is_process_zero, is_single_process, process_prefix
 from mythos_jax.streams import say
-from mythos_jax.training.pulse import Pulse
+from mythos_jax.training.pulse import LAST_WORDS, Pulse
 
 TURNS = 60  # that the thread takes in a timeout, each of them a second or less
-FIRST_STEP = 3  # timeouts that the first step may take, which compiles
+FIRST_STEP = 3  # timeouts that the first step may take, which compiles in every process
 
 
 class Watchdog:
@@ -31,10 +31,11 @@ class Watchdog:
 
     def __init__(self, timeout: float) -> None:
         """timeout: seconds; 0: never."""
-        self._timeout, self.pulse = timeout, Pulse()
+        self._timeout = self._limit = timeout
+        self.pulse = Pulse()
         self._turn = min(1.0, timeout / TURNS)
         self._beat: tuple[str, float] | None = None  # replaced by each beat, so that the thread can tell them apart
-        self._saving: object | None = None
+        self._saving: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -42,6 +43,8 @@ class Watchdog:
         self.pulse.__enter__()
         if self._timeout:
             self._alarm, self._prefix = _Alarm(), process_prefix()
+            if not is_single_process():  # within the timeout, it also finds out who is to blame
+                self._limit -= min(LAST_WORDS, self._timeout / 4)
             self._alarm.set(2 * self._timeout)
             self._thread.start()
         return self
@@ -58,23 +61,23 @@ class Watchdog:
         self._beat = (doing, patience)
         self.pulse.doing = doing
 
-    def saving(self, is_running: bool) -> None:
-        """Whether a save is being written in the background, which must end within a timeout, too."""
-        if not is_running:
-            self._saving = None
-        elif self._saving is None:
-            self._saving = object()
+    def saving(self, step: int | None) -> None:
+        """step: of the checkpoint that is being written in the background, which must end within a timeout, too; None
+        if none is."""
+        self._saving = step
 
     def _watch(self) -> None:
-        last, quiet, saving, saved_for = self._beat, 0.0, self._saving, 0.0
+        last, quiet, saving, saved_for, now = self._beat, 0.0, self._saving, 0.0, time.monotonic()
         while not self._stop.wait(self._turn):
             self._alarm.set(2 * self._timeout)
-            last, quiet = self._beat, quiet + self._turn if last is self._beat else 0.0
-            saving, saved_for = self._saving, saved_for + self._turn if saving is self._saving else 0.0
-            if last is not None and quiet >= self._timeout * last[1]:
+            before, now = now, time.monotonic()
+            passed = min(now - before, 5 * self._turn)  # more: this process did not run
+            last, quiet = self._beat, quiet + passed if last is self._beat else 0.0
+            saving, saved_for = self._saving, saved_for + passed if saving == self._saving else 0.0
+            if last is not None and quiet >= self._limit * last[1]:
                 return self._end(last[0], quiet)
-            if saving is not None and saved_for >= self._timeout:
-                return self._end("writing a checkpoint", saved_for)
+            if saving is not None and saved_for >= self._limit:
+                return self._end(f"writing the checkpoint of step {saving}", saved_for)
 
     def _end(self, doing: str, seconds: float) -> None:
         say(

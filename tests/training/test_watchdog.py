@@ -48,11 +48,11 @@ def test_a_save_in_the_background_must_end_too(ended, capfd):
     with Watchdog(0.3) as watchdog:
         for step in range(1000):
             watchdog.beat(f"step {step}")
-            watchdog.saving(True)
+            watchdog.saving(5)
             if ended(0.01):
                 break
         assert ended(0) == [42]
-    assert "mythos: writing a checkpoint has not ended" in capfd.readouterr().err
+    assert "mythos: writing the checkpoint of step 5 has not ended" in capfd.readouterr().err
 
 
 def test_it_leaves_a_process_alone_that_gets_on_or_has_not_begun(ended):
@@ -60,7 +60,7 @@ def test_it_leaves_a_process_alone_that_gets_on_or_has_not_begun(ended):
         assert ended(0.4) == []
         for step in range(20):
             watchdog.beat(f"step {step}")
-            watchdog.saving(step % 2 == 0)
+            watchdog.saving(step // 4 if step < 16 else None)  # one save after the other
             assert ended(0.02) == []
         watchdog.beat("step 30", patience=10)
         assert ended(0.4) == []
@@ -102,10 +102,12 @@ def test_a_process_is_slow_if_its_own_work_is_what_a_step_takes():
     assert slow_process([*even, message(7, own=0.14)]) is None  # hardly more than the others
     assert slow_process([*even, message(7, own=0.5, step_time=10)]) is None  # hidden behind the devices' work
     assert slow_process([message(0, own=0.5)]) is None
+    assert slow_process([*even, message(7, own=0.5), message(8, own=0.0, step_time=0.0)]) is None  # 8 has not begun
 
 
 def test_waiting_for_a_device_is_not_a_process_own_work():
     pulse = Pulse()
+    pulse.step()  # the first one does not count
     for _ in range(2):
         time.sleep(0.01)
         with pulse.waiting():
