@@ -282,9 +282,11 @@ def _checkpointer() -> Any:
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     state = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, type_handler_registry=registry)
     meta = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
-    both = ocp.CompositeCheckpointHandler(
-        state=state, meta=meta, composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
-    )
-    # Otherwise Orbax makes the folders in the background, with a signal from process 0 to the others.
+    # Otherwise Orbax makes folders in the background, and processes signal that to each other.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    both = ocp.CompositeCheckpointHandler(
+        state=state,
+        meta=meta,
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone, async_options=options),
+    )
     return ocp.AsyncCheckpointer(both, async_options=options, multiprocessing_options=alone)

@@ -42,7 +42,7 @@ from mythos_jax.training.start import (
     starting_state,
 )
 from mythos_jax.training.step import make_train_step
-from mythos_jax.training.watchdog import FIRST_STEP, Watchdog
+from mythos_jax.training.watchdog import COMPILING, Watchdog
 
 
 def train(
@@ -75,7 +75,7 @@ def train(
         constants, models = load_constants(config, mesh, run_dir)
         data = open_run_data(config, run_dir, progress)
         metadata = checkpoint_metadata(config, data, models)
-        watchdog.beat("the start")  # until here, the processes may wait for hours
+        watchdog.beat("the start", COMPILING)  # until here, the processes may wait for hours
         checkpoints = stack.enter_context(open_checkpoints(config, run_dir))
         local = stack.enter_context(open_local_checkpoints(config, run_dir))
         state = starting_state(config, mesh, metadata, checkpoints, local, run_dir, initial)
@@ -136,7 +136,7 @@ class _Loop:
                 self.watchdog.beat(f"reading the rows of step {step}")
                 batch = next(batches)
                 # The second one waits for the first.
-                self.watchdog.beat(f"step {step}", patience=FIRST_STEP if step <= start + 2 else 1)
+                self.watchdog.beat(f"step {step}", patience=COMPILING if step <= start + 2 else 1)
                 with profiler.step(step), self.pulse.waiting():
                     state, metrics = train_step(state, batch, self.constants)
                 waiting.append((step, metrics))

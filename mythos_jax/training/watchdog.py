@@ -20,7 +20,7 @@ from mythos_jax.streams import say
 from mythos_jax.training.pulse import LAST_WORDS, Pulse
 
 TURNS = 60  # that the thread takes in a timeout, each of them a second or less
-FIRST_STEP = 3  # timeouts that the first step may take, which compiles in every process
+COMPILING = 3  # timeouts that the start and the first step may take, which compile
 
 
 class Watchdog:

