@@ -75,7 +75,7 @@ def storage(folder: Path, timeout: float) -> int:
         from mythos_jax.paths import to_path
 
         workdir, log = to_path("gs://bucket/run"), folder / "storage.log"
-        command = [sys.executable, "-m", "mythos_jax", *train(folder, workdir, timeout)]
+        command = [sys.executable, "-m", "mythos_jax", *train(folder, workdir, timeout, every=200)]
         with log.open("w") as output:
             run = subprocess.Popen(command, stdout=output, stderr=output)
         wait_for(lambda: re.search(r"train config: \d{2,}", log.read_text()) or run.poll() is not None, 400)
@@ -101,8 +101,8 @@ def emulate() -> int:
     return 0
 
 
-def train(folder: Path, workdir: Any, timeout: float) -> list[str]:
-    fields = {"training.hang_timeout": timeout, "training.checkpoint_every": 200}
+def train(folder: Path, workdir: Any, timeout: float, every: int = 50) -> list[str]:
+    fields = {"training.hang_timeout": timeout, "training.checkpoint_every": every}
     words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
     return ["train", str(folder / "config.yaml"), "--workdir", str(workdir), *words]
 
