@@ -113,8 +113,10 @@ def finish(config, workdir, devices=1, processes=1):
 
 def stop_one(process, number, member):
     """Sends the signal to one of several processes, which end all of them. Returns the standard error."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[member]), number)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) <= member:
+        time.sleep(0.01)
+    os.kill(int(children.read_text().split()[member]), number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 42, errors
     return errors
