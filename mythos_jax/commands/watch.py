@@ -130,7 +130,10 @@ def _write_pages(runs: Sequence["WatchedRun"], arguments: argparse.Namespace) ->
     with _until_told() as told:
         while True:
             page = render_page(runs, arguments.command_line, arguments.every, None if arguments.once else "file")
-            write_whole(file, page.encode())
+            try:
+                write_whole(file, page.encode())
+            except OSError as error:
+                raise ConfigError(f"--html {file}: cannot be written ({error.strerror or error})") from None
             if arguments.once:
                 break
             _wait(told, arguments.every)

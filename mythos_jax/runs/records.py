@@ -49,17 +49,20 @@ def append_event(run_dir: Any, event: str, time: float, **fields: Any) -> None:
 
 
 def parse_events(content: bytes) -> list[dict[str, Any]]:
-    """The events of a file, without lines that are damaged or not complete."""
+    """The events of a file, without lines that are damaged or not complete. Their times are numbers that a clock shows,
+    their steps integers."""
     events = []
     for line in content.split(b"\n")[:-1]:
         try:
             event = parse_json(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_number(event.get("time")):
+        if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_sound(event):
             events.append(event)
     return events
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+def _is_sound(event: dict[str, Any]) -> bool:
+    times = [event.get("time"), event.get("reached_time", 0)]
+    steps = [event.get("step", 0), event.get("reached", 0)]
+    return all(type(x) in (int, float) and 0 <= x < 2**33 for x in times) and all(type(x) is int for x in steps)

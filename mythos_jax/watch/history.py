@@ -6,9 +6,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Any
 
+LARGEST = 1e100  # absolute value of a number that is kept
+
 
 class Curve:
-    """The values of one name of the log at ascending steps; NaN where the log has null."""
+    """The values of one name of the log at ascending steps; NaN where the log has null, or what no chart can show."""
 
     def __init__(self) -> None:
         self.steps, self.values = array("q"), array("d")
@@ -76,7 +78,7 @@ class History:
                 self.expert_load = value if _is_table(value) else self.expert_load
             elif value is None or type(value) in (int, float):
                 curve = self._curves.setdefault(name, Curve())
-                curve.add(step, math.nan if value is None else value)
+                curve.add(step, value if value is not None and abs(value) <= LARGEST else math.nan)
 
 
 def _is_table(value: Any) -> bool:

@@ -49,7 +49,7 @@ class WatchedRun:
 
     @property
     def name(self) -> str:
-        return self.config.name if self.config else str(self.path.name)
+        return self.config.name if self.config else self.path.name or str(self.path)
 
     def look(self) -> None:
         """Reads what is new. What cannot be read stays as it was, with the reason in `problem`."""
@@ -126,7 +126,7 @@ class _Log:
                 line = parse_json(text)
             except ValueError:  # damaged, as after a crash of the machine; a resume drops it
                 continue
-            if isinstance(line, dict) and type(line.get("step")) is int:
+            if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**62:
                 self.history.add(line)
         self._end += sum(map(len, lines)) + len(lines)
         self._before = b"".join([self._before, *(line + b"\n" for line in lines[-_OVERLAP:])])[-_OVERLAP:]

@@ -27,7 +27,8 @@ def state(summary: Summary) -> str:
 def details(summary: Summary) -> str:
     """What is to be said about the state, beside its word; mostly nothing."""
     detail = "" if summary.state == "stopped" else summary.detail
-    return "; ".join(filter(None, [detail, summary.problem]))
+    said = "; ".join(filter(None, [detail, summary.problem]))
+    return "".join(character if character.isprintable() else "?" for character in said)  # it is a file's
 
 
 def time_left(summary: Summary) -> str:

@@ -44,6 +44,18 @@ def test_a_page_that_stays_as_it_is(made, tmp_path, capsys):
     assert "<h2>Loss</h2>" in (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
+def test_what_a_file_says_is_shown_without_control_characters(made, capsys):
+    made.event("end", 1.0, step=2, how="failed", message="\x1b[31mred[bold]\x07")
+    assert main(["watch", str(made.path)]) == 0
+    assert "?[31mred[bold]?" in capsys.readouterr().out
+
+
+def test_a_page_that_cannot_be_written(made, tmp_path, capsys):
+    assert main(["watch", str(made.path), "--html", str(tmp_path / "no" / "a.html")]) == 2
+    problem = "cannot be written (No such file or directory)"
+    assert capsys.readouterr().err == f"mythos: --html {tmp_path}/no/a.html: {problem}\n"
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

@@ -94,8 +94,11 @@ def test_a_log_that_goes_back_without_being_cut(make_run):
 def test_damaged_files_are_read_as_far_as_they_can_be(make_run):
     made = make_run("some_run")
     damaged = [b"\xff", b"[1]", b'{"loss": 1}', b"[" * 100_000, b'{"step": 2, "loss": "x", "expert_load": [[1], "x"]}']
-    (made.path / "metrics.jsonl").write_bytes(b"\n".join([b'{"step": 1, "loss": 2.0}', *damaged, b'{"step": 3}', b""]))
+    damaged += [b'{"step": %d, "loss": 1}' % 10**30, b'{"step": -1, "loss": 1}']
+    huge = b'{"step": 3, "loss": %d, "mean_loops": 1e999}' % 10**400
+    (made.path / "metrics.jsonl").write_bytes(b"\n".join([b'{"step": 1, "loss": 2.0}', *damaged, huge, b""]))
     events = [b'{"event": "start", "time": 1.0, "step": 0}', b"\xff", b'{"event": "end"}', b'{"event": "en']
+    events[1:1] = [b'{"event": "start", "time": NaN}', b'{"event": "start", "time": 1, "reached_time": "x"}']
     (made.path / "events.jsonl").write_bytes(b"\n".join(events))
     (made.path / "config.yaml").write_text("training: {stepss: 3}")
     (made.path / "lock.json").write_bytes(b"{")
