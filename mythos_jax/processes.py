@@ -170,14 +170,17 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._caught: list[int] = []
+        self._asked = 0
 
-    def reached(self, step: int) -> int | None:
+    def reached(self) -> int | None:
         """The number of the signal to stop for after this step, if any. All processes must call it once per step."""
         if is_single_process():
             return self._caught[0] if self._caught else None
         from jax.experimental import multihost_utils
 
-        if not multihost_utils.reached_preemption_sync_point(step):
+        # Counted from 1, as the service does: after a SIGTERM before the first step, it waits for the call of number 1.
+        self._asked += 1
+        if not multihost_utils.reached_preemption_sync_point(self._asked):
             return None
         return self._caught[0] if self._caught else signal.SIGTERM
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from launch.local_processes import combined_exit_code, main
 from mythos_jax import processes
@@ -150,6 +151,16 @@ def test_what_needs_all_processes_is_refused_while_the_others_wait_for_process_0
     process_zero_first("a file", list)
     monkeypatch.undo()
     Checkpoints(tmp_path / "checkpoints").close()  # not after it
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_passed_over(monkeypatch):
+    """jax's service chooses the call after those that were made; it knows nothing of steps."""
+    asked = []
+    monkeypatch.setattr(processes, "is_single_process", lambda: False)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda call: asked.append(call) or call == 2)
+    stop = processes.StopSignal()
+    assert [stop.reached(), stop.reached()] == [None, signal.SIGTERM]
+    assert asked == [1, 2]
 
 
 def loops_over_sets(source):

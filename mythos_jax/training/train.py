@@ -141,7 +141,7 @@ class _Loop:
                     state, metrics = train_step(state, batch, self.constants)
                 waiting.append((step, metrics))
                 # All processes are told to stop after the same step, whichever of them received the signal.
-                stopped = stop.reached(step)
+                stopped = stop.reached()
                 saves = self.saver.due(step, stopped is not None)
                 evaluates = t.evaluate_every and step % t.evaluate_every == 0
                 # The metrics of the previous step are there, or nearly so; to read this step's is to wait for it. That

@@ -377,7 +377,7 @@ def test_a_closed_terminal_is_ignored_under_nohup():
     try:
         with StopSignal().watching() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.reached(1) is None
+            assert stop.reached() is None
     finally:
         signal.signal(signal.SIGHUP, previous)
 
