@@ -56,7 +56,7 @@ def lines(workdir):
 def timeless(rows):
     """Rows of the log without what depends on the speed of the machine."""
     timed = ("time", "tokens_per_second", "flops_per_second", "mfu", "goodput", "data_wait", "step_seconds", "hbm")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows if "slow_process" not in row]
 
 
 def with_training(config, **fields):
