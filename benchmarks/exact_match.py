@@ -1,9 +1,11 @@
 """Runs on reasoning tasks that a benchmark compares, and their exact match by difficulty and loops."""
 
-from collections.abc import Sequence
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from mythos_jax.training.train import train
 
 TASKS = Path(__file__).parents[1] / "configs" / "tasks"
 Results = list[dict[str, Any]]  # of one run
+Arm = TypeVar("Arm")
 
 
 def run(config: Config, workdir: Path) -> Results:
@@ -24,14 +27,35 @@ def run(config: Config, workdir: Path) -> Results:
     return [{"difficulty": row.group, "loops": row.setting.loops, "exact_match": row.value} for row in results]
 
 
-def run_seeds(task: str, name: str, overrides: Sequence[str], seeds: Sequence[int], out: Path) -> list[Results]:
-    """The results of a config of configs/tasks, one per seed. Finished runs are read from `out`."""
+def run_seeds(
+    task: str, name: str, overrides: Sequence[str], seeds: Sequence[int], out: Path, *, finished: bool = False
+) -> list[Results]:
+    """The results of a config of configs/tasks, one per seed. Finished runs are read from `out`. finished: nothing is
+    trained, and seeds without a result are left out."""
     results = []
     for seed in seeds:
         config = load_config(TASKS / f"{task}.yaml", [*overrides, "--training.seed", str(seed)])
         workdir = out / f"{file_name(name)}_{seed}"
-        results.append(stored(workdir.with_suffix(".json"), partial(run, config, workdir)))
+        result = workdir.with_suffix(".json")
+        if result.is_file() or not finished:
+            results.append(stored(result, partial(run, config, workdir)))
     return results
+
+
+def run_arms(
+    arguments: argparse.Namespace, task: str, arms: Mapping[Arm, tuple[str, Sequence[str]]], out: Path
+) -> dict[Arm, list[Results]]:
+    """The results of each arm that `arguments` choose (`runs.add_arguments`): its name and overrides by arm."""
+    chosen = {arm: (name, overrides) for arm, (name, overrides) in arms.items() if arguments.only in name}
+    runs = {
+        arm: run_seeds(task, name, overrides, arguments.seeds, out, finished=arguments.finished)
+        for arm, (name, overrides) in chosen.items()
+    }
+    runs = {arm: results for arm, results in runs.items() if results}
+    if not runs:
+        names = ", ".join(name for name, _ in arms.values())
+        sys.exit(f"--only, --finished: no run is left in {out} of {names}")
+    return runs
 
 
 def exact_match(runs: Sequence[Results], difficulty: int, loops: int) -> np.ndarray:
