@@ -108,7 +108,7 @@ def main(words: list[str] | None = None) -> None:
         band(left, depths, counts, label=f"trained with {loops}")
     loops_axis(left, [2**i for i in range((2 * max(budgets)).bit_length())])
     left.set_ylabel(f"positions solved, of {length}")
-    needed = np.array([length / loops for loops in budgets])
+    needed = [length / loops for loops in budgets]
     band(right, needed, np.array([speeds[loops][:seeds] for loops in budgets]).T, label="measured")
     right.plot(needed, needed, "--", color="0.6", label="needed")
     right.set(xscale="log", yscale="log", xlabel="positions per loop that training needs", ylabel="solved per loop")
