@@ -43,6 +43,7 @@ from mythos_jax.errors import (
     WRONG_INPUT,
     ConfigError,
     Interrupted,
+    StorageError,
     TrainingError,
     one_line,
 )
@@ -227,6 +228,8 @@ def _exit_code(error: Exception) -> int | None:
         return WRONG_INPUT
     if isinstance(error, Interrupted):
         return INTERRUPTED if error.signal == signal.SIGINT else RESTART
+    if isinstance(error, StorageError):
+        return RESTART
     return FAILED if isinstance(error, TrainingError | OSError) else None
 
 

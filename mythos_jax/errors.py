@@ -26,6 +26,10 @@ class LockError(TrainingError):
     """Another process trains in the run directory."""
 
 
+class StorageError(TrainingError):
+    """The storage that rows are read from stays away. It may be back later, so the run may be started again."""
+
+
 class UnreadableError(TrainingError):
     """A checkpoint cannot be read now, but may be whole: no permission, no memory, storage that does not answer."""
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from mythos_jax.errors import ConfigError, TrainingError, one_line
+from mythos_jax.errors import ConfigError, StorageError, TrainingError, one_line
 from mythos_jax.streams import log
 
 # Seconds that process 0, which hosts the coordinator, outlives a failure, so that the others can report theirs.
@@ -74,13 +74,17 @@ def process_zero_first(
             with _being_alone():
                 result = work()
         except (ConfigError, TrainingError) as error:
-            client().key_value_set(key, f"{'wrong' if isinstance(error, ConfigError) else 'failed'} {error}")
+            kinds = (ConfigError, "wrong"), (StorageError, "away"), (TrainingError, "failed")
+            kind = next(kind for of, kind in kinds if isinstance(error, of))
+            client().key_value_set(key, f"{kind} {error}")
             raise
         client().key_value_set(key, f"done {identity(result)}")
         return result
     kind, _, text = client().blocking_key_value_get(key, _WEEK).partition(" ")
     if kind == "wrong":
         raise ConfigError(text)
+    if kind == "away":
+        raise StorageError(text)
     if kind == "failed":
         raise TrainingError(text)
     result = work()

@@ -1,4 +1,4 @@
-"""Logs, configs and prepared data under gs://, with an object store in memory."""
+"""Logs and configs under gs://, with an object store in memory (rows: tests/data/test_shards.py)."""
 
 import json
 
@@ -7,10 +7,8 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mythos_jax.config import Config, load_config, save_config
-from mythos_jax.data.fetch import local_folder
-from mythos_jax.data.prepare import prepare
 from mythos_jax.errors import ConfigError
-from mythos_jax.paths import copy_tree, is_remote, to_path
+from mythos_jax.paths import is_remote, to_path
 from mythos_jax.training import loggers
 from mythos_jax.training.loggers import RemoteJsonlLogger, open_jsonl, open_loggers
 
@@ -78,24 +76,3 @@ def test_a_config_in_a_bucket():
     assert load_config("gs://bucket/run/config.yaml") == Config(name="there")
     with pytest.raises(ConfigError, match=r"gs://bucket/run/other\.yaml: cannot be read"):
         load_config("gs://bucket/run/other.yaml")
-
-
-def test_prepared_rows_in_a_bucket_are_copied_once(tmp_path, monkeypatch, store):
-    monkeypatch.setenv("MYTHOS_DATA_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "text").mkdir()
-    for i in range(10):
-        (tmp_path / "text" / f"{i}.txt").write_text(f"document {i} " * 20)
-    manifest = prepare([str(tmp_path / "text")], tmp_path / "rows", seq_len=8, held_out_fraction=0.3, progress=False)
-    copy_tree(tmp_path / "rows", to_path("gs://bucket/rows"))
-    folder = local_folder("gs://bucket/rows")
-    assert folder.parent == tmp_path / "cache"
-    for file in (tmp_path / "rows").iterdir():
-        assert (folder / file.name).read_bytes() == file.read_bytes()
-    assert manifest.fingerprint in (folder / "manifest.json").read_text()
-    del store.store["/bucket/rows/train.array_record"]  # it is not read again
-    assert local_folder("gs://bucket/rows") == folder
-    assert local_folder(tmp_path / "rows") == tmp_path / "rows"
-    with pytest.raises(ConfigError, match="gs://bucket/other: nothing prepared there"):
-        local_folder("gs://bucket/other")
-    with pytest.raises(ConfigError, match="gs://bucket/new: rows are prepared on a disk"):
-        prepare([str(tmp_path / "text")], "gs://bucket/new", seq_len=8, held_out_fraction=0.3, progress=False)

@@ -6,9 +6,10 @@ import os
 import sys
 from typing import Annotated
 
-from mythos_jax.bounds import Between, NonNegativeInt, PositiveInt
+from mythos_jax.bounds import Between, Ge, NonNegativeInt, PositiveInt, Wide
 from mythos_jax.commands.arguments import add_json, of_type, path
 from mythos_jax.config.data import Bytes, HeldOutFraction
+from mythos_jax.data.shards import SHARD_BYTES
 from mythos_jax.errors import DONE, ConfigError
 from mythos_jax.streams import counted
 
@@ -81,6 +82,13 @@ def _add_prepare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         default=0,
         metavar="N",
         help="threads that tokenize (default 0: one per core)",
+    )
+    prepare.add_argument(
+        "--shard-bytes",
+        type=of_type(Annotated[int, Ge(1), Wide()]),
+        default=SHARD_BYTES,
+        metavar="N",
+        help=f"a file of rows becomes about this large; the rows do not depend on it (default {SHARD_BYTES})",
     )
 
 
@@ -163,6 +171,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         chat_template=arguments.chat_template or "",
         on_error=arguments.on_error,
         workers=arguments.workers,
+        shard_bytes=arguments.shard_bytes,
     )
     for name, split in manifest.splits.items():
         rows = counted(split.rows, "row")

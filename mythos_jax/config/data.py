@@ -64,6 +64,8 @@ class DataConfig(Section, section="data"):
     chat_template: PathText = ""  #: chat: a Jinja file that says how they are written (default: the model's own)
     max_bytes: Bytes = 0  #: stop preparing after this many bytes of text; 0: all of it
     document_mask: bool = False  #: tokens attend only to their own document, not to the others in their row
+    #: rows in an object store: copy them to this machine's disk first, instead of reading them where they are
+    copy: bool = False
     #: several prepared folders with their sampling weights, instead of path and sources
     mixture: dict[PathText, PositiveFloat] = field(default_factory=dict, hash=False)  # a dict cannot be hashed
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -74,7 +76,7 @@ class DataConfig(Section, section="data"):
         self.check(self.text_column == "text" or not self.chat, "text_column", "nothing with data.chat true")
         self.check(self.chat or not self.chat_template, "chat_template", "nothing without data.chat true")
         if self.task.name:
-            for name in ["path", "sources", "mixture", "document_mask", "chat"]:
+            for name in ["path", "sources", "mixture", "document_mask", "chat", "copy"]:
                 self.check(not getattr(self, name), name, f"nothing, with data.task.name {self.task.name}")
         if self.mixture:
             for name in ["path", "sources", "chat"]:

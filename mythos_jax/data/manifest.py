@@ -5,16 +5,19 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mythos_jax.data.shards import shard_name
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.json_text import parse_json
 
 MANIFEST_FILE = "manifest.json"
-VERSION = 1
+ROWS_AT_FILE = "rows_at"  # in a folder whose rows are elsewhere: where
+VERSION = 2  # 1: each split is one compressed file, of rows without checks (up to 0.2.0's development)
 SPLITS = ("train", "held_out")
 
 # Fields that record how the folder was requested, not what it contains.
@@ -26,16 +29,31 @@ _FILE_KEYS = {"held_out_fraction": "held_out"}  # fields whose key in manifest.j
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One of the files of a split (shards.py). The field names are keys in manifest.json."""
+
+    rows: int
+    content: str  # sha256 of the padded rows, the key of their checks
+    file_bytes: int
+    sha256: str  # of the file
+
+
+@dataclass(frozen=True)
 class Split:
-    """One file of rows. The field names are keys in manifest.json."""
+    """The rows of a split. The field names are keys in manifest.json."""
 
     documents: int  # or conversations
     text_bytes: int  # UTF-8 bytes of the documents: the denominator of bits per byte
     tokens: int  # targets: every token of every document, and its end; of conversations, those trained on
     rows: int
-    content: str  # sha256 of the rows' tokens, independent of how the file is compressed
-    file_bytes: int
-    sha256: str  # of the file
+    content: str  # sha256 of the rows' tokens, independent of the files that they are in
+    file_bytes: int  # of all files
+    sha256: str  # of the list of shards; in version 1 of the file
+    row_bytes: int = 0  # of the longest row
+    shards: tuple[Shard, ...] = ()  # with the same number of rows, but the last may have fewer; none in version 1
+
+
+_FILE_FIELDS = ("file_bytes", "sha256", "row_bytes", "shards")  # that say how the rows are stored, not what they are
 
 
 @dataclass(frozen=True)
@@ -103,11 +121,28 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the rows, independently of their sources, their creation time and the compression of the files."""
+        """Identifies the rows, independently of their sources, their creation time and the files that they are in."""
         content = {name: value for name, value in self._fields().items() if name not in _REQUEST_FIELDS}
-        for split in content["splits"].values():
-            del split["file_bytes"], split["sha256"]
+        content["version"] = 1  # the same rows are the same data in every version
+        content["splits"] = {
+            name: {key: value for key, value in split.items() if key not in _FILE_FIELDS}
+            for name, split in content["splits"].items()
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def row_files(self, split: str) -> dict[str, int]:
+        """The names of the files of a split, and their sizes."""
+        return {name: file.file_bytes for name, file in self._files(split).items()}
+
+    def row_checksums(self, split: str) -> dict[str, str]:
+        """The names of the files of a split, and the sha256 of each."""
+        return {name: file.sha256 for name, file in self._files(split).items()}
+
+    def _files(self, split: str) -> dict[str, Shard | Split]:
+        found = self.splits[split]
+        if self.version == 1:
+            return {f"{split}.array_record": found}
+        return {shard_name(split, i, len(found.shards)): shard for i, shard in enumerate(found.shards)}
 
     def load_tokenizer(self, folder: str | Path) -> Tokenizer:
         """The tokenizer in the folder that this describes."""
@@ -138,33 +173,43 @@ class Manifest:
 def load_manifest(folder: str | Path) -> Manifest:
     """Reads the manifest of a prepared folder and checks that its files exist and have the recorded sizes.
 
+    Of a folder whose rows are elsewhere, `local_folder` has compared the files.
     Raises ConfigError: not a prepared folder, a changed manifest, a missing or truncated file.
     """
     folder = Path(folder)
     if not (folder / MANIFEST_FILE).is_file():
         problem = f"has no {MANIFEST_FILE}" if folder.is_dir() else "no such folder"
         raise ConfigError(f"{folder}: {problem}; allowed: a folder made by `mythos data prepare`")
-    manifest = _read(folder / MANIFEST_FILE)
-    for name, split in manifest.splits.items():
-        file = rows_file(folder, name)
-        if not file.is_file():
-            raise ConfigError(f"{file}: missing; prepare the folder again")
-        if (size := file.stat().st_size) != split.file_bytes:
-            raise ConfigError(f"{file}: got {size} bytes, the manifest says {split.file_bytes}; prepare it again")
+    manifest = parse_manifest((folder / MANIFEST_FILE).read_bytes, folder / MANIFEST_FILE)
+    if not (folder / ROWS_AT_FILE).exists():
+        with os.scandir(folder) as entries:
+            check_files(manifest, folder, {entry.name: entry.stat().st_size for entry in entries if entry.is_file()})
     if not manifest.in_bytes and not (folder / TOKENIZER_FILE).is_file():
         raise ConfigError(f"{folder / TOKENIZER_FILE}: missing; prepare the folder again")
     return manifest
 
 
-def _read(path: Path) -> Manifest:
-    """A manifest.json whose content matches its fingerprint."""
+def check_files(manifest: Manifest, folder: str | Path, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError if a file of rows is not in `folder`, whose files have these sizes, or has another size."""
+    for split in manifest.splits:
+        for name, file_bytes in manifest.row_files(split).items():
+            if name not in sizes:
+                raise ConfigError(f"{folder}/{name}: missing; prepare the folder again")
+            if sizes[name] != file_bytes:
+                raise ConfigError(
+                    f"{folder}/{name}: got {sizes[name]} bytes, the manifest says {file_bytes}; prepare it again"
+                )
+
+
+def parse_manifest(read: Callable[[], bytes], path: str | Path) -> Manifest:
+    """A manifest.json whose content matches its fingerprint. path: for messages. Raises ConfigError."""
     manifest = None
     try:
-        fields = parse_json(path.read_bytes())
+        fields = parse_json(read())
         version, fingerprint = fields["version"], fields.pop("fingerprint")
         fields |= {name: fields.pop(key) for name, key in _FILE_KEYS.items() if key in fields}
-        if version == VERSION:  # the fields of other versions are unknown
-            splits = {name: Split(**fields["splits"][name]) for name in SPLITS}
+        if version in range(1, VERSION + 1):  # the fields of other versions are unknown
+            splits = {name: _split(fields["splits"][name]) for name in SPLITS}
             lists = {name: tuple(fields.get(name, ())) for name in ("sources", "left_out")}
             manifest = Manifest(**fields | {"splits": splits} | lists | {"chat": _chats(fields.get("chat"))})
     except OSError as error:
@@ -172,10 +217,15 @@ def _read(path: Path) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ConfigError(f"{path}: not a manifest of prepared data; prepare the folder again") from None
     if manifest is None:
-        raise ConfigError(f"{path}: got version {version}, allowed: {VERSION}; prepare the folder again")
-    if manifest.fingerprint != fingerprint:
+        raise ConfigError(f"{path}: got version {version}, allowed: 1 to {VERSION}; prepare the folder again")
+    changed = any(split.sha256 != shards_sha256(split.shards) for split in manifest.splits.values() if version > 1)
+    if changed or manifest.fingerprint != fingerprint:
         raise ConfigError(f"{path}: has changed since it was written; prepare the folder again")
     return manifest
+
+
+def _split(tree: dict[str, Any]) -> Split:
+    return Split(**tree | {"shards": tuple(Shard(**shard) for shard in tree.get("shards", ()))})
 
 
 def _chats(tree: dict[str, Any] | None) -> Chats | None:
@@ -187,20 +237,26 @@ def _chats(tree: dict[str, Any] | None) -> Chats | None:
 def verify(folder: str | Path) -> Manifest:
     """`load_manifest`, and compares the sha256 of each file, which reads all of it. Raises ConfigError."""
     manifest = load_manifest(folder)
-    for name, split in manifest.splits.items():
-        file = rows_file(folder, name)
-        if file_sha256(file) != split.sha256:
-            raise ConfigError(f"{file}: its checksum differs from the manifest's; prepare the folder again")
+    for split in manifest.splits:
+        for name, sha256 in manifest.row_checksums(split).items():
+            if file_sha256(Path(folder) / name) != sha256:
+                raise ConfigError(
+                    f"{folder}/{name}: its checksum differs from the manifest's; prepare the folder again"
+                )
     return manifest
 
 
-def rows_file(folder: str | Path, split: str) -> Path:
-    """The path of the rows of a split. Raises ConfigError for a name that the library for rows cannot open."""
+def shards_sha256(shards: Sequence[Shard]) -> str:
+    """The sha256 of a list of shards."""
+    return hashlib.sha256(json.dumps([dataclasses.asdict(shard) for shard in shards]).encode()).hexdigest()
+
+
+def check_folder_name(folder: str | Path) -> None:
+    """Raises ConfigError for a name that the library for rows cannot open."""
     try:
         os.path.abspath(folder).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{str(folder)!a}: the folder's name is not UTF-8; allowed: a name that is") from None
-    return Path(folder) / f"{split}.array_record"
 
 
 def file_sha256(path: Path) -> str:

@@ -131,7 +131,7 @@ def open_data(config: Config, progress: bool = True, prepare: bool = True, resum
 
 
 def _open_text(config: Config, progress: bool, prepare: bool, resumes: bool) -> PreparedData:
-    folder, document_mask = local_folder(config.data_path), config.data.document_mask
+    folder, document_mask = local_folder(config.data_path, config.data.copy), config.data.document_mask
     manifest = ensure_prepared(config, progress=progress, path=folder, prepare_missing=prepare, resumes=resumes)
     rows = manifest.fingerprint
     identity = {"rows": rows, "document_mask": True} if document_mask else rows
@@ -140,7 +140,7 @@ def _open_text(config: Config, progress: bool, prepare: bool, resumes: bool) -> 
 
 def _open_mixture(config: Config) -> PreparedData:
     document_mask = config.data.document_mask
-    weights = {local_folder(folder): weight for folder, weight in config.data.mixture.items()}
+    weights = {local_folder(folder, config.data.copy): weight for folder, weight in config.data.mixture.items()}
     manifests = {folder: ensure_prepared(config, path=folder) for folder in weights}
     # The order of the folders matters, because it determines the order of the rows; their paths do not.
     parts = [[manifests[folder].fingerprint, weight] for folder, weight in weights.items()]

@@ -4,9 +4,9 @@ Best fit with a bounded number of open rows (bounded-space best fit of bin packi
 that has the least room left of those with enough of it, else into a new one; the fullest row is written when too many
 are open. The rows depend on the samples and their order alone.
 
-A row of T targets has up to T + 1 tokens, of one sample after the other. Its record is their ids (little-endian, in the
-folder's dtype), their weights as targets (float32), and the numbers of their samples, counted from 1 (int32). The first
-token of a sample has the weight 0, because no token of its own is before it.
+A row of T targets has up to T + 1 tokens, of one sample after the other. It is stored as their ids (little-endian, in
+the folder's dtype), their weights as targets (float32), and the numbers of their samples, counted from 1 (int32). The
+first token of a sample has the weight 0, because no token of its own is before it.
 """
 
 from dataclasses import dataclass, field, fields
@@ -16,6 +16,7 @@ import numpy as np
 
 from mythos_jax.data.manifest import ChatSplit, Split
 from mythos_jax.data.row_file import RowFile, TokenPiece
+from mythos_jax.data.shards import SHARD_BYTES
 
 OPEN_ROWS = 128
 
@@ -37,8 +38,10 @@ class _Row:
 class PackedWriter(RowFile):
     """Writes the packed rows of one split."""
 
-    def __init__(self, path: Path, seq_len: int, dtype: str, end_of_document: int):
-        super().__init__(path)
+    def __init__(
+        self, folder: Path, split: str, seq_len: int, dtype: str, end_of_document: int, shard_bytes: int = SHARD_BYTES
+    ):
+        super().__init__(folder, split, (seq_len + 1) * (np.dtype(dtype).itemsize + 8), shard_bytes)
         self._room, self._dtype = seq_len + 1, dtype
         self._open: list[_Row] = []  # the oldest first
         self._conversations = self._text_bytes = self._targets = 0
@@ -72,21 +75,14 @@ class PackedWriter(RowFile):
             self._write_row(row)
 
     def close(self) -> Split:
-        """Writes the open rows, closes the file and reads it back.
-
-        Raises ConfigError: the file cannot be written, or reads back differently.
-        """
+        """Writes the open rows and the last file. Raises ConfigError as `finish` does."""
         while self._open:
             self._write_row(self._open[0])
-        content, file_bytes, sha256 = self.finish()
         return Split(
             documents=self._conversations,
             text_bytes=self._text_bytes,
             tokens=self._counts["trained"],
-            rows=self.rows,
-            content=content,
-            file_bytes=file_bytes,
-            sha256=sha256,
+            **self.finish(),
         )
 
     def counts(self) -> ChatSplit:

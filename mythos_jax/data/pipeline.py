@@ -18,6 +18,9 @@ from mythos_jax.data.manifest import load_manifest
 from mythos_jax.data.rows import TokenRows
 from mythos_jax.errors import ConfigError
 
+_THREADS, _PREFETCH = 2, 4
+_REMOTE_THREADS, _REMOTE_PREFETCH = 4, 16
+
 Folders = str | Path | Mapping[str, float] | Mapping[Path, float]
 
 
@@ -29,8 +32,8 @@ def train_batches(
     start_step: int = 0,
     rows: RowSelection = None,
     document_mask: bool = False,
-    threads: int = 2,
-    prefetch: int = 4,
+    threads: int | None = None,
+    prefetch: int | None = None,
 ) -> Iterator[Batch]:
     """The endless batches of a run, from `start_step` on.
 
@@ -39,21 +42,35 @@ def train_batches(
     all batches have the form of theirs.
     batch_size: of the global batch. rows: the rows of each batch that this process reads.
     document_mask: include segment_ids (see `TokenRows`).
-    threads: readers; 0: read when a batch is requested. prefetch: batches read ahead.
+    threads: readers; 0: read when a batch is requested. prefetch: batches read ahead. Both are larger for rows in an
+    object store, which take tens of milliseconds each, by default.
 
-    Raises ConfigError: no rows, a damaged file, a weight too small for `MixtureOrder`.
+    Raises ConfigError: no rows, a damaged file, a weight too small for `MixtureOrder`. StorageError: the storage stays
+    away.
     """
     weights = dict(folders) if isinstance(folders, Mapping) else {folders: 1.0}
     weighted = any(load_manifest(folder).chat is not None for folder in weights)
     sources = [open_rows(folder, "train", document_mask, weighted) for folder in weights]
     for source in sources:
         if not len(source):
-            raise ConfigError(f"{source.file}: has no rows to train on")
+            raise ConfigError(f"{source.name} has no rows to train on")
     # A single folder is a mixture of one: SeedSequence hashes (seed, 0) as it does `seed`.
     orders = [row_order(len(source), [seed, part]) for part, source in enumerate(sources)]
     mixture = MixtureOrder(list(weights.values()))
     batches = _TrainBatches(sources, orders, mixture, batch_size, row_numbers(rows, batch_size))
-    return prefetched(batches, start_step, threads=threads, prefetch=prefetch)
+    remote = any(source.remote for source in sources)
+    threads = (_REMOTE_THREADS if remote else _THREADS) if threads is None else threads
+    prefetch = (_REMOTE_PREFETCH if remote else _PREFETCH) if prefetch is None else prefetch
+    return _until_closed(prefetched(batches, start_step, threads=threads, prefetch=prefetch), sources)
+
+
+def _until_closed(batches: Iterator[Batch], sources: Sequence[TokenRows]) -> Iterator[Batch]:
+    """The same batches. When nobody asks for more, what is read ahead does not go on waiting for storage."""
+    try:
+        yield from batches
+    finally:
+        for source in sources:
+            source.close()
 
 
 def eval_batches(
@@ -75,7 +92,7 @@ def eval_batches(
     """
     source = open_rows(folder, split, document_mask, weighted)
     if not len(source):
-        raise ConfigError(f"{source.file}: has no rows to evaluate on")
+        raise ConfigError(f"{source.name} has no rows to evaluate on")
     count = min(len(source), max_rows) if max_rows else len(source)
     local_rows = row_numbers(rows, batch_size)
     return (_read_padded(source, start + local_rows, count) for start in range(0, count, batch_size))
@@ -131,7 +148,7 @@ class MixtureOrder:
         return part, period * int(self._turns[part]) + int(self._turn[offset])
 
 
-def prefetched(batches: Any, start_step: int, *, threads: int = 2, prefetch: int = 4) -> Iterator[Batch]:
+def prefetched(batches: Any, start_step: int, *, threads: int = _THREADS, prefetch: int = _PREFETCH) -> Iterator[Batch]:
     """Iterates over `batches[start_step]`, `batches[start_step + 1]`, …, with `prefetch` of them made in advance by
     `threads` threads."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch) if threads else 0)

@@ -1,4 +1,4 @@
-"""Prepares text once: writes OUT/train.array_record, OUT/held_out.array_record and OUT/manifest.json.
+"""Prepares text once: writes the rows of both splits (shards.py) and OUT/manifest.json.
 
 Text is read in pieces (readers.py), tokenized in parallel in units that are kept until the end (units.py), and cut into
 rows (write_rows.py). All of this happens in a sibling folder (work_folder.py), which is renamed to OUT when it is
@@ -21,6 +21,7 @@ from mythos_jax.data.chat_units import ChatUnitEncoder
 from mythos_jax.data.conventions import save_conventions
 from mythos_jax.data.manifest import MANIFEST_FILE, Chats, Manifest, load_manifest
 from mythos_jax.data.readers import Reading
+from mythos_jax.data.shards import SHARD_BYTES
 from mythos_jax.data.sources import RECORD_SUFFIXES, SUFFIXES, Found, InputFile, find_inputs, one_line_path
 from mythos_jax.data.split import Division, find_division
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,6 +50,7 @@ def prepare(
     chat_template: str | Path = "",
     on_error: Literal["stop", "skip"] = "stop",
     workers: int = 0,
+    shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Manifest:
     """Tokenizes `sources` (see sources.py) into rows in the folder `out`, and returns its manifest.
@@ -58,7 +60,8 @@ def prepare(
     text; 0: all. text_column: of records. chat: the records are conversations (chat_record.py), and written as the
     model that the tokenizer is from does it, or as a Jinja file `chat_template` says. on_error: whether a file or
     record that cannot be read stops everything or is left out and listed in the manifest. workers: threads that
-    tokenize; 0: one per core; the result does not depend on it. progress: show a progress bar on a terminal.
+    tokenize; 0: one per core; the result does not depend on it. shard_bytes: how large a file of rows may become, more
+    or less. progress: show a progress bar on a terminal.
 
     `out` appears only when it is complete; after a kill or an error, the same call resumes. An existing `out` is never
     overwritten: it is returned if it holds the same data.
@@ -67,6 +70,7 @@ def prepare(
     """
     reading = Reading(text_column, on_error == "skip", chat)
     _check_arguments(sources, out, reading, seq_len, held_out_fraction, max_bytes, workers, on_error)
+    check_field(shard_bytes >= 1, "shard_bytes", shard_bytes, "an integer >= 1")
     out, encoder = Path(out), load_tokenizer(tokenizer, end_of_document)
     chats = make_chat_encoder(tokenizer, encoder, chat_template, seq_len) if chat else None
     request = Manifest(
@@ -94,7 +98,7 @@ def prepare(
         raise _holds_other_data(out)
     division = None if chat else find_division(found.files, reading, max_bytes, held_out_fraction)
     stream = TextStream(found.files, reading, max_bytes, division)
-    return _prepare(stream, out, encoder, chats, request, workers or _available_cores(), progress)
+    return _prepare(stream, out, encoder, chats, request, workers or _available_cores(), shard_bytes, progress)
 
 
 def _prepare(
@@ -104,6 +108,7 @@ def _prepare(
     chats: ChatEncoder | None,
     request: Manifest,
     threads: int,
+    shard_bytes: int,
     progress: bool,
 ) -> Manifest:
     absolute = Path(os.path.abspath(out))  # "." has no name for the work folder to derive its own from
@@ -116,14 +121,15 @@ def _prepare(
             encode = ChatUnitEncoder(chats, request.dtype, skip) if chats else TextEncoder(encoder, request.dtype)
             tokenize = UnitTokenizer(encode, folder / "units", skip, pool.stopped)
             units = _with_progress(tokenize_units(stream, tokenize, pool), stream, progress)
-            written = write_rows(units, folder / "rows", request)
+            written = write_rows(units, folder / "rows", request, shard_bytes)
             check_not_empty(written, request)
             empty = written.empty_split()
             alone = written.documents == 1 and empty == "held_out"  # a conversation is not divided, as a text is
             if empty and request.held_out_fraction and not alone:
                 # Again from the stored units: which document moves is known only when all have been seen.
                 _, moved = written.nearest[empty]
-                written = write_rows(tokenize_units(stream, tokenize, pool), folder / "rows", request, moved)
+                again = tokenize_units(stream, tokenize, pool)
+                written = write_rows(again, folder / "rows", request, shard_bytes, moved)
             _say_split(stream.division, empty, written, request)
             manifest = _complete(request, written)
             encoder.save(folder / "rows")

@@ -2,8 +2,8 @@
 
 The tokens of a split are one stream, with an end-of-document token E before, between and after the documents:
 `E doc1 E doc2 E`. Row r of T targets holds stream[r T : r T + T + 1]. Neighbouring rows share one token, so every token
-but the first E is a target exactly once. The last row may be shorter. A row is one ArrayRecord record: its tokens as
-little-endian uint16 or uint32.
+but the first E is a target exactly once. The last row may be shorter. A row is stored as its tokens, little-endian
+uint16 or uint32; the files are described in shards.py.
 
 Rows of conversations are packed (pack.py).
 """
@@ -14,18 +14,22 @@ from pathlib import Path
 import numpy as np
 
 from mythos_jax.data.batch import Batch
-from mythos_jax.data.manifest import SPLITS, Split, load_manifest, rows_file
+from mythos_jax.data.manifest import SPLITS, Split, load_manifest
 from mythos_jax.data.pack import unpack
-from mythos_jax.data.row_file import RowFile, TokenPiece, first_part
+from mythos_jax.data.row_file import RowFile, TokenPiece
+from mythos_jax.data.shards import SHARD_BYTES
+from mythos_jax.data.stored_rows import open_stored_rows
 from mythos_jax.errors import ConfigError
 from mythos_jax.typed import check_field
 
 
 class RowWriter(RowFile):
-    """Cuts the token stream of one split into rows and writes them to an ArrayRecord file."""
+    """Cuts the token stream of one split into rows and writes them."""
 
-    def __init__(self, path: Path, seq_len: int, dtype: str, end_of_document: int):
-        super().__init__(path)
+    def __init__(
+        self, folder: Path, split: str, seq_len: int, dtype: str, end_of_document: int, shard_bytes: int = SHARD_BYTES
+    ):
+        super().__init__(folder, split, (seq_len + 1) * np.dtype(dtype).itemsize, shard_bytes)
         self.seq_len = seq_len
         self.documents = self.text_bytes = self.tokens_written = 0
         self._end_of_document = np.array([end_of_document], dtype)
@@ -38,23 +42,16 @@ class RowWriter(RowFile):
         self._append([self._end_of_document, piece.tokens] if piece.begins else [piece.tokens])
 
     def close(self) -> Split:
-        """Writes the last row, closes the file and reads it back.
-
-        Raises ConfigError: the file cannot be written, or reads back differently.
-        """
+        """Writes the last row and the last file. Raises ConfigError as `finish` does."""
         if self.documents:
             self._append([self._end_of_document])
         if len(self._pending) > 1:
             self._write(self._pending)
-        content, file_bytes, sha256 = self.finish()
         return Split(
             documents=self.documents,
             text_bytes=self.text_bytes,
             tokens=self.tokens_written - self.rows,  # the first token of a row is not a target in it
-            rows=self.rows,
-            content=content,
-            file_bytes=file_bytes,
-            sha256=sha256,
+            **self.finish(),
         )
 
     def _append(self, parts: list[np.ndarray]) -> None:
@@ -85,22 +82,22 @@ class TokenRows:
     """
 
     def __init__(self, folder: str | Path, split: str, document_mask: bool = False, weighted: bool = False):
-        from array_record.python.array_record_module import ArrayRecordReader
-
         check_field(split in SPLITS, "split", split, ", ".join(SPLITS))
         self.manifest = load_manifest(folder)
-        self.file = rows_file(folder, split)
+        self.name = f"{folder}: {split}"
         self._document_mask, self._weighted = document_mask, weighted
         self._split = self.manifest.splits[split]
         self._dtype = np.dtype(self.manifest.dtype)
-        # Rows are read in random order, so reading ahead would be wasted.
-        self._reader = ArrayRecordReader(str(self.file), "readahead_buffer_size:0,max_parallelism:0")
-        # The reader does not raise for a damaged file: it reports 0 records and returns b"" for each.
-        if self._reader.num_records() != self._split.rows:
-            raise ConfigError(
-                f"{self.file}: damaged, got {self._reader.num_records()} rows, the manifest says {self._split.rows}; "
-                "prepare the folder again"
-            )
+        self._stored = open_stored_rows(folder, split, self.manifest)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the rows are read from an object store."""
+        return self._stored.remote
+
+    def close(self) -> None:
+        """Ends what waits for storage that does not answer. The rows are not read after that."""
+        self._stored.close()
 
     def __len__(self) -> int:
         return self._split.rows
@@ -116,14 +113,14 @@ class TokenRows:
         numbers = [int(i) for i in indices]
         for number in numbers:
             if not 0 <= number < len(self):
-                raise IndexError(f"row {number} of {self.file}, which has {len(self)} rows")
+                raise IndexError(f"row {number} of {self.name}, which has {len(self)} rows")
         return self._read_packed(numbers) if self.manifest.chat is not None else self._read_text(numbers)
 
     def stream(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A row without its padding: its ids, int32 [n], what each of them weighs as a target, float32 (the first is
         none), and the document or sample that each belongs to, int32. Raises as `read` does."""
         if self.manifest.chat is not None:
-            return self._unpack(number, self._records([number])[0])
+            return self._unpack(number, self._stored.read([number])[0])
         batch = self._read_text([number])
         length = int(batch["mask"].sum())
         segments = self._segment_ids(batch)[0, :length]
@@ -133,7 +130,7 @@ class TokenRows:
     def _read_text(self, numbers: list[int]) -> Batch:
         stream = self._padding(len(numbers))
         lengths = np.array([self._length(number) for number in numbers], np.int32)
-        for i, record in enumerate(self._records(numbers)):
+        for i, record in enumerate(self._stored.read(numbers)):
             if len(record) != lengths[i] * self._dtype.itemsize:
                 raise self._damaged(numbers[i], f"got {len(record)} bytes")
             stream[i, : lengths[i]] = np.frombuffer(record, self._dtype)
@@ -148,7 +145,7 @@ class TokenRows:
     def _read_packed(self, numbers: list[int]) -> Batch:
         stream = self._padding(len(numbers))
         weights, samples = np.zeros(stream.shape, np.float32), np.zeros(stream.shape, np.int32)
-        for i, record in enumerate(self._records(numbers)):
+        for i, record in enumerate(self._stored.read(numbers)):
             ids, row_weights, row_samples = self._unpack(numbers[i], record)
             stream[i, : len(ids)], weights[i, : len(ids)], samples[i, : len(ids)] = ids, row_weights, row_samples
         return {
@@ -179,18 +176,5 @@ class TokenRows:
         """Tokens in a row, one more than its targets."""
         return min(self.manifest.seq_len, self._split.tokens - number * self.manifest.seq_len) + 1
 
-    def _records(self, numbers: list[int]) -> list[bytes]:
-        if not numbers:  # the reader takes an empty list to mean the whole file
-            return []
-        try:
-            return self._reader.read(numbers)
-        except RuntimeError:
-            for number in numbers:  # the error does not say which row it was
-                try:
-                    self._reader.read([number])
-                except RuntimeError as error:
-                    raise self._damaged(number, first_part(error)) from None
-            raise
-
     def _damaged(self, number: int, reason: str) -> ConfigError:
-        return ConfigError(f"{self.file}, row {number}: damaged ({reason}); prepare the folder again")
+        return ConfigError(f"{self._stored.place(number)}: damaged ({reason}); prepare the folder again")

@@ -35,7 +35,10 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # generated tables (code pages, help texts), which would make the loss look better than it is.
 _STDLIB_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 
-_PREPARED = {"manifest.json", "train.array_record"}  # files of a folder that `mythos data prepare` has made
+
+def _is_prepared(names: Sequence[str]) -> bool:
+    """Whether these are the files of a folder that `mythos data prepare` has made."""
+    return "manifest.json" in names and any(name.endswith(".array_record") for name in names)
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ class _Walk:
         if self._seen(start):
             return links
         for parent, subfolders, names in os.walk(start, onerror=self._unreadable):
-            if _PREPARED <= set(names):  # made from such text, perhaps of this very folder
+            if _is_prepared(names):  # made from such text, perhaps of this very folder
                 self.left_out["prepared folder"] += 1
                 subfolders.clear()
                 continue

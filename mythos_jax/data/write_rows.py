@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mythos_jax.data.manifest import SPLITS, ChatSplit, Manifest, Split, rows_file
+from mythos_jax.data.manifest import SPLITS, ChatSplit, Manifest, Split
 from mythos_jax.data.pack import PackedWriter
 from mythos_jax.data.readers import LeftOut
 from mythos_jax.data.rows import RowWriter
@@ -42,8 +42,11 @@ class Written:
                 self.left_out.append(item)
 
 
-def write_rows(units: Iterable[TokenUnit], folder: Path, request: Manifest, moved: int = -1) -> Written:
-    """Writes the rows of `units` into `folder`, made anew. moved: the number of a document that changes its split.
+def write_rows(
+    units: Iterable[TokenUnit], folder: Path, request: Manifest, shard_bytes: int, moved: int = -1
+) -> Written:
+    """Writes the rows of `units` into `folder`, made anew, in files of about `shard_bytes`. moved: the number of a
+    document that changes its split.
 
     Raises ConfigError: the files cannot be written.
     """
@@ -54,8 +57,7 @@ def write_rows(units: Iterable[TokenUnit], folder: Path, request: Manifest, move
     kind: type[RowWriter] | type[PackedWriter] = RowWriter if request.chat is None else PackedWriter
     try:
         for split in SPLITS:
-            file = rows_file(folder, split)
-            writers[split] = kind(file, request.seq_len, request.dtype, request.end_of_document)
+            writers[split] = kind(folder, split, request.seq_len, request.dtype, request.end_of_document, shard_bytes)
         for unit in units:
             written.note(unit.leaves_out())
             for draw, piece in unit:

@@ -131,7 +131,7 @@ class LoadedModel:
                     f"{self.directory}: its data is not here (there is no prepared folder {name}); allowed: to start "
                     "from the directory that has it; `mythos eval` takes other data with --data DIR"
                 )
-        return [local_folder(name) for name in names]
+        return [local_folder(name, self.config.data.copy) for name in names]
 
     @property
     def evaluation_batch(self) -> int:

@@ -19,9 +19,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from mythos_jax.config import Config, DataConfig, ModelConfig
 from mythos_jax.data import prepare as prepare_module
 from mythos_jax.data import readers as readers_module
+from mythos_jax.data import row_file as row_file_module
 from mythos_jax.data import sources as sources_module
 from mythos_jax.data import units as units_module
-from mythos_jax.data import write_rows as write_rows_module
 from mythos_jax.data.ensure import ensure_prepared
 from mythos_jax.data.manifest import load_manifest, verify
 from mythos_jax.data.prepare import prepare
@@ -48,9 +48,10 @@ def corpus(tmp_path):
 def read_rows(folder, split):
     """The stored rows, read without `TokenRows`."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    reader = ArrayRecordReader(str(folder / f"{split}.array_record"))
-    records = reader.read_all() if manifest["splits"][split]["rows"] else []
-    return [np.frombuffer(record, manifest["dtype"]).tolist() for record in records]
+    files = sorted(folder.glob(f"{split}-*.array_record"))
+    records = [record for file in files for record in ArrayRecordReader(str(file)).read_all()]
+    rows = [record[: int.from_bytes(record[-12:-8], "little")] for record in records]  # then zeros, its length, a check
+    return [np.frombuffer(row, manifest["dtype"]).tolist() for row in rows]
 
 
 def join(rows):
@@ -81,9 +82,9 @@ def test_every_token_is_a_target_exactly_once(corpus, tmp_path, seq_len):
         assert summary.text_bytes == sum(len(text.encode()) for text in texts)
         assert summary.tokens == len(expected) - 1 == sum(len(row) - 1 for row in rows)
         assert summary.rows == len(rows)
-        file = tmp_path / "out" / f"{split}.array_record"
-        assert summary.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-        assert summary.file_bytes == file.stat().st_size
+        file, (shard,) = tmp_path / "out" / f"{split}-00000-of-00001.array_record", summary.shards
+        assert shard.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert summary.file_bytes == shard.file_bytes == file.stat().st_size
     assert load_manifest(tmp_path / "out") == verify(tmp_path / "out") == manifest
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
@@ -321,11 +322,11 @@ def test_a_destination_that_cannot_be_replaced(corpus, tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_a_full_disk(corpus, tmp_path, monkeypatch, split):
-    rows_file = write_rows_module.rows_file
+    path = row_file_module.RowFile._path
 
     def prepare_out(split):
         paths = {split: Path("/dev/full")}
-        monkeypatch.setattr(write_rows_module, "rows_file", lambda f, name: paths.get(name, rows_file(f, name)))
+        monkeypatch.setattr(row_file_module.RowFile, "_path", lambda self, n: paths.get(self.split, path(self, n)))
         return prepare([str(corpus)], tmp_path / "out", seq_len=16, held_out_fraction=0.2)
 
     with pytest.raises(ConfigError, match=r"/dev/full: cannot be written \(.*No space left on device"):
@@ -343,24 +344,25 @@ def test_damage_is_named(corpus, tmp_path):
     with pytest.raises(ConfigError, match=r"corpus: has no manifest\.json"):
         load_manifest(corpus)
     prepare([str(corpus)], out, seq_len=16, held_out_fraction=0.2)
-    file, manifest = out / "train.array_record", out / "manifest.json"
+    file, manifest = out / "train-00000-of-00001.array_record", out / "manifest.json"
     content, text = file.read_bytes(), manifest.read_text()
 
     middle = len(content) // 2
     file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     load_manifest(out)  # compares sizes only
-    with pytest.raises(ConfigError, match=r"train\.array_record: its checksum"):
+    with pytest.raises(ConfigError, match=r"train-00000-of-00001\.array_record: its checksum"):
         verify(out)
     file.write_bytes(content[:-1])
-    with pytest.raises(ConfigError, match=r"train\.array_record: got \d+ bytes, the manifest says \d+"):
+    with pytest.raises(ConfigError, match=r"train-00000-of-00001\.array_record: got \d+ bytes, the manifest says \d+"):
         load_manifest(out)
     file.unlink()
-    with pytest.raises(ConfigError, match=r"train\.array_record: missing"):
+    with pytest.raises(ConfigError, match=r"train-00000-of-00001\.array_record: missing"):
         load_manifest(out)
     file.write_bytes(content)
     for damaged, message in [
         (text.replace('"seq_len": 16', '"seq_len": 17'), "has changed since"),
-        (text.replace('"version": 1', '"version": 2'), "got version 2, allowed: 1"),
+        (text.replace('"version": 2', '"version": 3'), "got version 3, allowed: 1 to 2"),
+        (text.replace('"sha256": "', '"sha256": "0', 1), "has changed since"),  # of a shard
         (text[:100], "not a manifest"),
         ("[]", "not a manifest"),
         ('{"version": 1, "fingerprint": ""}', "not a manifest"),

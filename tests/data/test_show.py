@@ -93,7 +93,7 @@ def test_no_folder(tmp_path, capsys):
 
 def test_a_damaged_row(chats, tmp_path, capsys):
     folder = shutil.copytree(chats, tmp_path / "copy")
-    file = folder / "train.array_record"
+    file = folder / "train-00000-of-00001.array_record"
     content = bytearray(file.read_bytes())
     content[64:128] = bytes(64)
     file.write_bytes(content)

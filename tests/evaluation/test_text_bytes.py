@@ -31,7 +31,7 @@ def prepared(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> Path:
     folder.mkdir()
     splits = {}
     for name, documents in [("train", ["a"]), ("held_out", texts)]:
-        writer = RowWriter(folder / f"{name}.array_record", SEQ_LEN, "<u2", tokenizer.end_of_document)
+        writer = RowWriter(folder, name, SEQ_LEN, "<u2", tokenizer.end_of_document)
         for text in documents:
             writer.add(TokenPiece(tokenizer.encode(text), len(text.encode()), begins=True))
         splits[name] = writer.close()
