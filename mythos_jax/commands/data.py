@@ -69,6 +69,10 @@ def _add_prepare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         default="stop",
         help="a file or record that cannot be read: stop, and keep the finished work (default), or leave it out",
     )
+    _add_sizes(prepare)
+
+
+def _add_sizes(prepare: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "--max-bytes",
         type=of_type(Bytes),

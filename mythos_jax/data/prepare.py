@@ -69,8 +69,7 @@ def prepare(
     Raises ConfigError: invalid sources, no text, `out` exists with other content, `out` is not writable, a full disk.
     """
     reading = Reading(text_column, on_error == "skip", chat)
-    _check_arguments(sources, out, reading, seq_len, held_out_fraction, max_bytes, workers, on_error)
-    check_field(shard_bytes >= 1, "shard_bytes", shard_bytes, "an integer >= 1")
+    _check_arguments(sources, out, reading, seq_len, held_out_fraction, max_bytes, workers, shard_bytes, on_error)
     out, encoder = Path(out), load_tokenizer(tokenizer, end_of_document)
     chats = make_chat_encoder(tokenizer, encoder, chat_template, seq_len) if chat else None
     request = Manifest(
@@ -88,9 +87,7 @@ def prepare(
         chat=None if chats is None else Chats(chats.fingerprint),
     )
     existing = _existing_manifest(out, request, encoder)
-    found = find_inputs(request.sources, reading.skip_errors, RECORD_SUFFIXES if chat else SUFFIXES)
-    for line in found.left_out:
-        log(line)
+    found = _find(request, reading)
     request = with_inputs(request, found)
     if existing is not None and existing.inputs == request.inputs:
         return existing
@@ -99,6 +96,14 @@ def prepare(
     division = None if chat else find_division(found.files, reading, max_bytes, held_out_fraction)
     stream = TextStream(found.files, reading, max_bytes, division)
     return _prepare(stream, out, encoder, chats, request, workers or _available_cores(), shard_bytes, progress)
+
+
+def _find(request: Manifest, reading: Reading) -> Found:
+    """The files to read. Says what is left out."""
+    found = find_inputs(request.sources, reading.skip_errors, RECORD_SUFFIXES if reading.chat else SUFFIXES)
+    for line in found.left_out:
+        log(line)
+    return found
 
 
 def _prepare(
@@ -182,6 +187,7 @@ def _check_arguments(
     held_out_fraction: float,
     max_bytes: int,
     workers: int,
+    shard_bytes: int,
     on_error: str,
 ) -> None:
     check_field(seq_len >= 1, "seq_len", seq_len, "an integer >= 1")
@@ -190,6 +196,7 @@ def _check_arguments(
     column = reading.text_column
     check_field(column == "text" or not reading.chat, "text_column", column, "nothing with conversations")
     check_field(workers >= 0, "workers", workers, "an integer >= 0")
+    check_field(shard_bytes >= 1, "shard_bytes", shard_bytes, "an integer >= 1")
     check_field(on_error in ("stop", "skip"), "on_error", on_error, "stop, skip")
     check_field(len(sources) > 0, "sources", list(sources), "files, folders, or stdlib")
     if is_remote(out):
