@@ -3,10 +3,12 @@
     pip install gcsfs gcp-storage-emulator && python launch/tests/gcs.py
 
 Prepares rows on this disk, copies them to the bucket, trains to step 4, resumes to step 8, evaluates; then compares
-with the same run on this disk.
+with the same run on this disk. Before that, compares the batches of 1, 3 and 64 shards that 1, 2 and 8 processes read,
+from the bucket and from this disk, and the bytes that they read.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -50,13 +52,68 @@ def main() -> int:
         "STORAGE_EMULATOR_HOST": url,  # gcsfs: config, log, data, compiled programs
         "TENSORSTORE_GCS_HTTP_URL": url,  # Orbax's arrays
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # which asks Google for the kind of each bucket
         "JAX_PLATFORMS": "cpu",
         "MYTHOS_DATA_CACHE": str(folder / "cache"),
     }
     try:
+        check_rows(folder)
         return check(folder)
     finally:
         server.stop()
+
+
+def check_rows(folder: Path) -> None:
+    import numpy as np
+
+    from mythos_jax.data.fetch import local_folder
+    from mythos_jax.data.prepare import prepare
+    from mythos_jax.paths import copy_tree, to_path
+
+    text = folder / "letters.txt"
+    text.write_bytes(np.random.default_rng(0).integers(97, 123, 1_500_000, dtype=np.uint8).tobytes())
+    expected = None
+    for shards in (1, 3, 64):
+        out, url = folder / f"rows{shards}", f"gs://bucket/rows{shards}"
+        size = 2106 * (1320 // shards + 1)  # 1319 rows of 1024 tokens
+        prepare([str(text)], out, seq_len=1024, held_out_fraction=0.1, shard_bytes=size, progress=False)
+        copy_tree(out, to_path(url))
+        for processes in (1, 2, 8):
+            for where in (out, local_folder(url)):
+                batches, ratio = read_batches(where, processes)
+                expected = batches if expected is None else expected
+                if not np.array_equal(batches, expected) or ratio > 1.1:
+                    raise SystemExit(f"{where}, {processes} processes: other batches, or {ratio:.4f} times their bytes")
+                print(
+                    f"{shards} shards, {processes} processes, {where}: read {ratio:.4f} times the bytes of their rows"
+                )
+
+
+def read_batches(folder: Path, processes: int, steps: int = 6, size: int = 32) -> tuple[Any, float]:
+    """The tokens of the first batches, and how many times the bytes of its rows' tokens a process reads at most."""
+    import numpy as np
+
+    from mythos_jax.data import stored_rows
+    from mythos_jax.data.pipeline import train_batches
+    from mythos_jax.data.storage import Storage
+
+    opened: list[Storage] = []
+
+    class Counted(Storage):
+        def __init__(self, path: str | Path):
+            super().__init__(path)
+            opened.append(self)
+
+    parts, ratio, count = [], 0.0, size // processes
+    stored_rows.Storage = Counted
+    for process in range(processes):
+        rows = slice(process * count, (process + 1) * count)
+        stored_rows._cache = stored_rows._Cache()
+        batches = train_batches(folder, batch_size=size, seed=7, rows=rows, threads=0)
+        parts.append([batch["tokens"] for batch in itertools.islice(batches, steps)])
+        ratio = max(ratio, opened[-1].bytes_read / (steps * count * 1025 * 2))
+    stored_rows.Storage = Storage
+    return np.concatenate(parts, axis=1), ratio
 
 
 def check(folder: Path) -> int:
@@ -65,7 +122,17 @@ def check(folder: Path) -> int:
     (folder / "tiny.yaml").write_text(TINY)
     source = Path(__file__).parents[2] / "docs"
     mythos(
-        "data", "prepare", str(source), "--out", str(folder / "data"), "--seq-len", "16", "--held-out-fraction", "0.2"
+        "data",
+        "prepare",
+        str(source),
+        "--out",
+        str(folder / "data"),
+        "--seq-len",
+        "16",
+        "--held-out-fraction",
+        "0.2",
+        "--shard-bytes",
+        "200000",
     )
     copy_tree(folder / "data", to_path("gs://bucket/data"))
     run = to_path("gs://bucket/runs/tiny")
