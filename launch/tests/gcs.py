@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PORT = 9123
 TINY = """
@@ -105,14 +106,12 @@ def read_batches(folder: Path, processes: int, steps: int = 6, size: int = 32) -
             opened.append(self)
 
     parts, ratio, count = [], 0.0, size // processes
-    stored_rows.Storage = Counted
     for process in range(processes):
         rows = slice(process * count, (process + 1) * count)
-        stored_rows._cache = stored_rows._Cache()
-        batches = train_batches(folder, batch_size=size, seed=7, rows=rows, threads=0)
-        parts.append([batch["tokens"] for batch in itertools.islice(batches, steps)])
+        with mock.patch.multiple(stored_rows, Storage=Counted, _cache=stored_rows._Cache()):
+            batches = train_batches(folder, batch_size=size, seed=7, rows=rows, threads=0)
+            parts.append([batch["tokens"] for batch in itertools.islice(batches, steps)])
         ratio = max(ratio, opened[-1].bytes_read / (steps * count * 1025 * 2))
-    stored_rows.Storage = Storage
     return np.concatenate(parts, axis=1), ratio
 
 
