@@ -84,9 +84,16 @@ class Comparison:
 
         return of
 
+    @property
+    def layers(self) -> dict[int, Arm]:
+        """The plain models of the width of the looped ones, by their layers; none if too few have finished."""
+        width = {arm.width for arm in self.looped if arm.kind == "looped"}
+        found = {arm.core: arm for arm in self.plain if arm.width in width}
+        return found if len(found) > 1 else {}
+
     def phi(self, seeds: list[int]) -> float:
+        plain = {layers: self.losses[arm][seeds].mean() for layers, arm in self.layers.items()}
         dense = [arm for arm in self.looped if arm.kind == "looped"]
-        plain = {arm.core: self.losses[arm][seeds].mean() for arm in self.plain if arm.width == dense[0].width}
         return fitted_phi(plain, [(arm, self.losses[arm][seeds].mean()) for arm in dense])
 
 
@@ -96,10 +103,11 @@ def tables(found: Comparison) -> list[str]:
         numbers = " | ".join(f"{cost:.4g}" if cost < 1e7 else f"{cost:.3g}" for cost in found.costs[arm])
         lines.append(f"| {arm.name(found.size)} | {arm.executed} | {numbers} | {spread(found.losses[arm])} |")
     lines += ["", f"| plain of equal loss costs, times | {' | '.join(COSTS)} |", "|---" * 5 + "|"]
-    for arm in found.looped:
+    for arm in found.looped if found.plain else ():
         cells = [bracket(interval(found.seeds, found.ratio(arm, i))) for i in range(len(COSTS))]
         lines.append(f"| {arm.name(found.size)} | {' | '.join(cells)} |")
-    lines += ["", f"phi: {bracket(interval(found.seeds, found.phi))}, {found.seeds} seeds"]
+    if found.layers:
+        lines += ["", f"phi: {bracket(interval(found.seeds, found.phi))}, {found.seeds} seeds"]
     return lines
 
 
