@@ -80,6 +80,7 @@ def test_an_interval_resamples_seeds_together():
     values = np.array([1.0, 2.0, 6.0])
     assert interval(3, lambda seeds: values[seeds].mean()) == pytest.approx((3.0, 1.0 + 7 / 60, 6.0 - 13 / 15), abs=0.3)
     assert interval(3, lambda seeds: (values[seeds] - values[seeds]).mean()) == (0, 0, 0)
+    assert frame.bracket(interval(1, lambda seeds: values[seeds].mean())) == "1.00"
 
 
 def test_the_tables_of_parameters_and_rates(trained, tmp_path, capsys):

@@ -7,6 +7,7 @@ Finished runs are stored in runs/science/SIZE and used by all scripts.
 import argparse
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,20 +141,23 @@ def interval(seeds: int, statistic: Callable[[list[int]], float]) -> tuple[float
     """A statistic of all seeds, and the 2.5 % and 97.5 % quantiles of the statistic of resampled seeds.
 
     statistic: of the indices of the seeds to use. All models are resampled together, since runs with one seed have the
-    same batches. Up to 4 seeds all resamples are made, beyond 2000 random ones.
+    same batches. Up to 4 seeds all resamples are made, beyond that 2000 random ones. A single seed has none: NaN.
     """
+    value = statistic(list(range(seeds)))
+    if seeds == 1:
+        return value, math.nan, math.nan
     if seeds <= 4:
         draws = [list(draw) for draw in itertools.product(range(seeds), repeat=seeds)]
     else:
         draws = np.random.default_rng(0).integers(0, seeds, (2000, seeds)).tolist()
     low, high = np.nanquantile([statistic(draw) for draw in draws], [0.025, 0.975])
-    return statistic(list(range(seeds))), float(low), float(high)
+    return value, float(low), float(high)
 
 
 def bracket(found: tuple[float, float, float], digits: int = 2) -> str:
-    """A table cell: a statistic and its interval."""
+    """A table cell: a statistic and its interval, if there is one."""
     value, low, high = (f"{number:.{digits}f}" for number in found)
-    return f"{value} ({low} to {high})"
+    return value if low == "nan" else f"{value} ({low} to {high})"
 
 
 def save_json(arguments: argparse.Namespace, name: str, value: Any) -> None:

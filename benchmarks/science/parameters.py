@@ -84,6 +84,10 @@ class Comparison:
 
         return of
 
+    def beats(self, arm: Arm, plain: Sequence[Arm]) -> bool:
+        """Whether an arm is better than all these, so that what is interpolated between them is a bound."""
+        return bool(self.losses[arm].mean() < min(self.losses[p].mean() for p in plain))
+
     @property
     def layers(self) -> dict[int, Arm]:
         """The plain models of the width of the looped ones, by their layers; none if too few have finished."""
@@ -105,9 +109,12 @@ def tables(found: Comparison) -> list[str]:
     lines += ["", f"| plain of equal loss costs, times | {' | '.join(COSTS)} |", "|---" * 5 + "|"]
     for arm in found.looped if found.plain else ():
         cells = [bracket(interval(found.seeds, found.ratio(arm, i))) for i in range(len(COSTS))]
-        lines.append(f"| {arm.name(found.size)} | {' | '.join(cells)} |")
+        bound = "at least " if found.beats(arm, found.plain) else ""
+        lines.append(f"| {arm.name(found.size)} | {' | '.join(bound + cell for cell in cells)} |")
     if found.layers:
-        lines += ["", f"phi: {bracket(interval(found.seeds, found.phi))}, {found.seeds} seeds"]
+        dense = [arm for arm in found.looped if arm.kind == "looped"]
+        bound = "at least " if any(found.beats(arm, [*found.layers.values()]) for arm in dense) else ""
+        lines += ["", f"phi: {bound}{bracket(interval(found.seeds, found.phi))}, {found.seeds} seeds"]
     return lines
 
 
