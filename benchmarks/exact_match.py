@@ -31,14 +31,15 @@ def run_seeds(
     task: str, name: str, overrides: Sequence[str], seeds: Sequence[int], out: Path, *, finished: bool = False
 ) -> list[Results]:
     """The results of a config of configs/tasks, one per seed. Finished runs are read from `out`. finished: nothing is
-    trained, and seeds without a result are left out."""
+    trained, and seeds are left out from the first without a result."""
     results = []
     for seed in seeds:
         config = load_config(TASKS / f"{task}.yaml", [*overrides, "--training.seed", str(seed)])
         workdir = out / f"{file_name(name)}_{seed}"
         result = workdir.with_suffix(".json")
-        if result.is_file() or not finished:
-            results.append(stored(result, partial(run, config, workdir)))
+        if finished and not result.is_file():
+            break  # position i of a list is the i-th seed
+        results.append(stored(result, partial(run, config, workdir)))
     return results
 
 

@@ -9,7 +9,7 @@
 #   mythos        train step and decoding of mythos_1b, and which kernels their time goes to
 #   utilisation   train step and decode bandwidth of models of 1 B parameters (benchmarks/roofline.py)
 #   compare       beside the PyTorch original (benchmarks/compare_openmythos.py)
-#   all           all of these but `check`, in the order of their worth
+#   all           all but `check` and the small comparison, in the order of their worth
 #
 # Each step of a piece leaves STEP.md, and STEP.json with the name of the device, in $OUT (default: gpu-results). Steps
 # that have a STEP.md in $OUT or in $DONE (default: .gpu) are not run again, so a piece that was cut off goes on.

@@ -78,8 +78,9 @@ def run_variants(
             config = load_config(base, [*overrides, *fixed])
             workdir = arguments.out / f"{file_name(name)}_{seed}"
             result = workdir.with_suffix(".json")
-            if result.is_file() or not arguments.finished:
-                rows.setdefault(name, []).append(stored(result, partial(run, config, workdir)))
+            if arguments.finished and not result.is_file():
+                break  # position i of a list is the i-th seed
+            rows.setdefault(name, []).append(stored(result, partial(run, config, workdir)))
     if not any(arguments.only in name for name in variants):
         sys.exit(f"--only: got {arguments.only!r}, allowed: part of one of {', '.join(variants)}")
     if not rows:

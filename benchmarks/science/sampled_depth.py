@@ -69,10 +69,12 @@ def main(words: list[str] | None = None) -> None:
         values = np.stack([losses(rows[name], depth) for depth in depths], axis=1)
         shared = min(len(values), len(rows.get(fixed_name, ())))
         cells = [spread(column) for column in values.T] + [spread(values.max(1) - values.min(1))]
-        cells.append(spread(losses(rows[name], FIXED.loops)[:shared] - losses(rows[fixed_name], FIXED.loops)[:shared]))
+        fixed = losses(rows[fixed_name], FIXED.loops) if shared else None
+        cells.append("" if fixed is None else spread(losses(rows[name], FIXED.loops)[:shared] - fixed[:shared]))
         if arguments.repeats:
             cells.append(median_and_range(times[name], 1e3 / STEPS))
-            cells.append(median_and_range(ratios(times[name], times[fixed_name]), digits=2))
+            same = times.get(fixed_name)
+            cells.append("" if same is None else median_and_range(ratios(times[name], same), digits=2))
         print_row(name, *cells)
         band(axes, depths, values, label=f"trained at {FIXED.loops} loops" + (arm.more[0] or ", fixed"))
     if arguments.repeats:

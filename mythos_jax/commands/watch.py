@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 SUMMARY = "Watch runs while they train, or look back at them: in the terminal, or as a page."
 
 _PIPE_WIDTH = 120  # where there is no terminal that has one
-_TURN = 0.2  # seconds between two looks at signals and at the size of the terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run directories, also gs://…")
     parser.add_argument(
-        "--once", action="store_true", help="look once and end, as also where standard output is no terminal"
+        "--once",
+        action="store_true",
+        help="look once and end; the view in the terminal does so where standard output is no terminal",
     )
     add_json(parser)
     parser.add_argument(
@@ -170,7 +171,7 @@ def _wait(told: list[int], seconds: float, console: "Console | None" = None) -> 
     ended it."""
     end, size = time.monotonic() + seconds, console and console.size
     while not told and (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, _TURN))
+        time.sleep(min(left, interrupts.TURN))
         if console is not None and console.size != size:
             return True
     return False

@@ -65,7 +65,7 @@ class Group:
 
 
 class Arithmetic:
-    """Difficulty n: the value of n nested operations modulo `alphabet` (Mano, arXiv 2510.25741). Row: `+*3-75 2=`,
+    """Difficulty n: the value of n nested operations modulo `alphabet` (Mano, arXiv 2510.25741). Row: `+*3-752=`,
     in prefix notation, with the answer at the `=`.
 
     The operations are +, - and *, each of two expressions; all shapes of n operations are equally likely. An answer is

@@ -109,7 +109,7 @@ def gather_loop_weights(variables: dict[str, Any], boxed: dict[str, Any], dtype:
     is narrower (collection `gathered`). The gathered float32 weight only accumulates the gradients of all loops, so
     that they are reduced over devices once; so do low-rank weights, where there are any.
     """
-    if axis_size("fsdp") * axis_size("expert") == 1 and dtype.itemsize == 4:
+    if axis_size("fsdp") * axis_size("expert") == 1 and dtype == jnp.float32:
         return variables  # neither cut nor cast
     # Only the loop: prelude and coda use each weight once, so gathering early would save nothing.
     params, boxes = variables["params"], boxed["params"]["recurrence"]["cell"]

@@ -23,7 +23,8 @@ class Comparison:
         words = "mean of the losses logged since the row above"
         if len(known) < 2:
             return words
-        return f"{words}; a step has {', '.join(f'{tokens or 0:,}' for tokens in self.step_tokens)} tokens"
+        each = ", ".join("?" if tokens is None else f"{tokens:,}" for tokens in self.step_tokens)
+        return f"{words}; a step has {each} tokens"
 
 
 def compare_losses(runs: Sequence[WatchedRun], rows: int = ROWS) -> Comparison:

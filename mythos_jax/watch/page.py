@@ -187,13 +187,13 @@ def _experts(runs: Sequence[WatchedRun]) -> str:
     for name, run in zip(names(runs), runs, strict=True):
         load = run.history.expert_load
         if load:
-            widest = [row for row in load if len(row) == len(load[0])]
-            highest = max(max(map(max, widest)), 1e-9)
-            rows = [(f"layer {i}", row) for i, row in enumerate(widest, start=1)]
+            even_rows = [row for row in load if len(row) == len(load[0])]
+            highest = max(max(map(max, even_rows)), 1e-9)
+            rows = [(f"layer {i}", row) for i, row in enumerate(even_rows, start=1)]
             heading = f"<h3>{escape(name)}</h3>" if len(runs) > 1 else ""
             tables.append(heading + share_table(rows, "layer", highest, f"{name}: load of the experts"))
-    words_ = "The share of each layer's choices that an expert gets, in the last line of the log."
-    return section("Expert load", words_, *tables) if tables else ""
+    text = "The share of each layer's choices that an expert gets, in the last line of the log."
+    return section("Expert load", text, *tables) if tables else ""
 
 
 def _series(curve: Curve, name: str, style: int, with_band: bool) -> Series:

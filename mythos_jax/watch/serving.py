@@ -1,5 +1,6 @@
 """The page over HTTP, to this machine alone."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,7 @@ def page_server(port: int, render: Callable[[], str]) -> ThreadingHTTPServer:
         timeout = 30
 
         def do_GET(self) -> None:
-            if self.headers.get("Host", "").rpartition(":")[0] not in _NAMES:
+            if self.headers.get("Host", "").partition(":")[0] not in _NAMES:
                 self.send_error(403, "the page is for this machine alone")
                 return
             if self.path.partition("?")[0] != "/":
@@ -32,7 +33,8 @@ def page_server(port: int, render: Callable[[], str]) -> ThreadingHTTPServer:
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # the tab was closed
+                self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             pass

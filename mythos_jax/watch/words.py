@@ -55,8 +55,8 @@ def seconds(value: float) -> str:
 
 
 def step_time(summary: Summary, brief: bool = False) -> str:
-    """Median, nine tenths and longest. brief: the median alone."""
-    names = {"p50": "median"} if brief else {"p50": "median", "p90": "90 %", "max": "longest"}
+    """Median, 90th percentile and longest. brief: the median alone."""
+    names = {"p50": "median"} if brief else {"p50": "median", "p90": "p90", "max": "longest"}
     found = {word: summary.values.get(f"step_seconds_{name}") for name, word in names.items()}
     return ", ".join(f"{seconds(value)} {word}" for word, value in found.items() if value is not None) or NONE
 

@@ -53,7 +53,7 @@ def test_one_run_shows_everything(runs):
     assert lines[0] == "rich  ended  step 75 of 100 (75%)"
     for word in [
         "loss 0.8925", "held out 1.1250", "depth 4.00 loops",
-        "500 ms median, 750 ms 90 %, 1.50 s longest", "2 ms per step", "75,000", "32.5 TFLOP/s", "16.5 %",
+        "500 ms median, 750 ms p90, 1.50 s longest", "2 ms per step", "75,000", "32.5 TFLOP/s", "16.5 %",
         "8.0 GiB of 16.0, peak 12.0", "restarts 1, 5 steps lost", "2.00 times even",
         "experts, layer 1 █▅▃▃ 0.50 to 2.00 times even, of 4",
         "experts, layer 2 ████ 1.00 to 1.00 times even, of 4",
