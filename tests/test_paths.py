@@ -30,6 +30,7 @@ class Store(MemoryFileSystem):
 @pytest.fixture(autouse=True)
 def store(monkeypatch):
     Store.store.clear()
+    Store.pseudo_dirs[:] = [""]
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: Store())
     return Store
 
