@@ -1,5 +1,6 @@
 # make demo    train the quickstart model on real text, evaluate it, print a sample
 # make test    run the tests (on the CPU, whatever the machine has)
+# make test-slow    the tests that start whole programs or take long
 # make fuzz    the same random inputs as in the tests, but many more of them (an hour)
 # make test-torch   compare with the PyTorch original, run lm-evaluation-harness, in an environment of its own
 # make test-tpu     compile for TPUs, without TPUs, in an environment of its own
@@ -18,7 +19,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test fuzz test-torch test-tpu test-gpu lint format clean constraints
+.PHONY: demo test test-slow fuzz test-torch test-tpu test-gpu lint format clean constraints
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed$(addprefix -,$(EXTRA))
@@ -28,7 +29,10 @@ demo: $(VENV)/.installed$(addprefix -,$(EXTRA))
 
 # Worker processes and the programs that tests start share what XLA has compiled (tests/conftest.py: .cache/jax).
 test: $(VENV)/.installed-dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 fuzz: $(VENV)/.installed-dev
 	JAX_PLATFORMS=cpu MYTHOS_FUZZ=full $(BIN)/python -m pytest -n 2 tests/fuzz $(ARGS)

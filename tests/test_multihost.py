@@ -67,6 +67,7 @@ def plain_checksums(tree):
     return sums
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_and_they_resume(tmp_path, monkeypatch):
     file, workdir = tmp_path / "two.yaml", tmp_path / "run"
     save_config(CONFIG, file)
@@ -115,6 +116,7 @@ def test_sigterm_to_one_process_stops_both_and_they_resume(tmp_path, monkeypatch
     jax.tree.map(np.testing.assert_array_equal, *restored)
 
 
+@pytest.mark.slow
 def test_a_lora_run_with_a_teacher_goes_on_in_two_processes(tmp_path, monkeypatch):
     """Its base, and its teacher, which is a LoRA run itself, are loaded by both processes before its own checkpoint."""
     monkeypatch.chdir(tmp_path)

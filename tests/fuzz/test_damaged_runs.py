@@ -147,6 +147,7 @@ fraction = st.floats(0, 1, exclude_max=True)
 damages = st.lists(st.tuples(fraction, st.sampled_from(DAMAGES), fraction, st.integers(0, 255)), min_size=1, max_size=3)
 
 
+@pytest.mark.slow
 @given(damages, st.sampled_from(sorted(COMMANDS)))
 @budget(short=10, full=500)
 def test_damaged(whole, victim, damages, name):

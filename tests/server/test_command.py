@@ -88,6 +88,7 @@ def test_what_clients_call_the_model(tmp_path, monkeypatch):
     assert serve._name("smollm2") == "smollm2"
 
 
+@pytest.mark.slow
 def test_from_start_to_end(folder, tmp_path):
     """The address is printed when requests are answered; SIGTERM lets a stream end; the exit code is 0."""
     words = ["serve", folder, "--port", "0", "--places", "2", "--served-name", "mine", "--max-length", "200"]

@@ -2,9 +2,12 @@
 
 import logging
 
+import pytest
+
 from tests.serving.soak import Soak
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_and_nothing_grows(engine, caplog):
     caplog.set_level(logging.ERROR, "mythos_jax")  # each listener that is gone has a line
     with Soak(engine).listening() as soak:

@@ -110,6 +110,7 @@ def sixty_steps(tmp_path_factory):
     return tmp_path_factory.mktemp("sixty") / "uninterrupted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_resumes_as_if_nothing_had_happened(config, tmp_path, number, sixty_steps):
     config = with_training(config, steps=60, checkpoint_every=20, optimizer_dtype="bfloat16")
