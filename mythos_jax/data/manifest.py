@@ -234,16 +234,16 @@ def _chats(tree: dict[str, Any] | None) -> Chats | None:
     return Chats(**tree | {"splits": {name: ChatSplit(**tree["splits"][name]) for name in SPLITS}})
 
 
-def verify(folder: str | Path) -> Manifest:
-    """`load_manifest`, and compares the sha256 of each file, which reads all of it. Raises ConfigError."""
-    manifest = load_manifest(folder)
+def check_sums(manifest: Manifest, folder: str | Path, origin: str | Path | None = None) -> None:
+    """Raises ConfigError if a file of rows in `folder` has another sha256 than the manifest says; reads all of them.
+    origin: what the message calls the folder."""
     for split in manifest.splits:
         for name, sha256 in manifest.row_checksums(split).items():
             if file_sha256(Path(folder) / name) != sha256:
+                place = f"{origin or folder}/{name}"
                 raise ConfigError(
-                    f"{folder}/{name}: its checksum differs from the manifest's; prepare the folder again"
+                    f"{place}: its checksum differs from the manifest's; prepare or copy the folder again"
                 )
-    return manifest
 
 
 def shards_sha256(shards: Sequence[Shard]) -> str:

@@ -15,24 +15,36 @@ from typing import Any
 
 from mythos_jax.errors import ConfigError, StorageError, one_line
 from mythos_jax.paths import is_remote
+from mythos_jax.processes import process_prefix
 from mythos_jax.streams import log
 
 PATIENCE = 600.0  # seconds that the storage may stay away while rows are read
 OPEN_PATIENCE = 60.0  # while a folder is opened: its name or the permission may be wrong
 STALL = 30.0  # seconds after which a call that has not returned is made again
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # between calls
-LASTING_TRIES = 3  # of what the storage will not mend: a missing file, or wrong content
+# A missing file or wrong content, which the storage will not mend, in this many calls one after the other ...
+LASTING_TRIES = 3
+LASTING_PATIENCE = 60.0  # ... and, once rows are read, for so many seconds: passing trouble may look like that
 CONCURRENT = 32  # calls at once to an object store
 QUIET = 60.0  # seconds after a line about reads that fail in which there is no other
 _WAKE = 0.2  # how often one who waits looks whether the rows are still wanted
 
-_LASTING = (FileNotFoundError, IsADirectoryError, PermissionError, ValueError)
+
+class WrongBytesError(Exception):
+    """The bytes of a part are not what they should be, or too few."""
+
+
+class MissingError(ConfigError):
+    """A file, or the folder, is not there."""
+
+
+_LASTING = (FileNotFoundError, IsADirectoryError, PermissionError, WrongBytesError)
 
 
 @dataclass(frozen=True)
 class Part:
     """A part of a file of the folder: its bytes from `start` up to `end`, and what becomes of them. parse: raises
-    ValueError for bytes that are not what they should be."""
+    WrongBytesError for bytes that are not what they should be."""
 
     file: str
     start: int
@@ -59,23 +71,22 @@ class Storage:
 
     def sizes(self) -> dict[str, int]:
         """The names of the files in the folder, and their sizes. Raises as `read` does."""
-        return self._patiently("the folder", self._list, OPEN_PATIENCE)
+        return self._patiently("the folder", self._list, opening=True)
 
     def read(self, parts: Sequence[Part], opening: bool = False) -> list[Any]:
         """What the parts hold, each as its `parse` returns it. opening: with less patience.
 
-        Raises ConfigError: a file is missing, or ends too early, or `parse` refuses what it holds. StorageError: the
-        storage stays away.
+        Raises ConfigError: a file is missing (MissingError), or ends too early, or `parse` refuses what it holds.
+        StorageError: the storage stays away.
         """
         # One call reads all parts from a disk, where a thread for each would take longer than the reading.
         groups = [[part] for part in parts] if self.remote or not parts else [list(parts)]
         found: list[Any] = []
-        patience = OPEN_PATIENCE if opening else PATIENCE
         for start in range(0, len(groups), CONCURRENT):
             work = [self._reading(group) for group in groups[start : start + CONCURRENT]]
             calls = [_Call(one) for one in work]
             for group, one, call in zip(groups[start:], work, calls, strict=False):
-                found += self._patiently(group[0].file, one, patience, call)
+                found += self._patiently(group[0].file, one, opening, call)
         return found
 
     def _reading(self, parts: list[Part]) -> Callable[[], list[Any]]:
@@ -86,13 +97,21 @@ class Storage:
         if self._files is not None:
             content = self._files.cat_file(path, start=part.start, end=part.end)
         else:
-            with open(path, "rb", buffering=0) as file:
-                content = os.pread(file.fileno(), part.end - part.start, part.start)
+            content = self._local_bytes(path, part)
         if len(content) != part.end - part.start:
-            raise ValueError(f"got {len(content)} of {part.end - part.start} bytes from {part.start} on")
+            raise WrongBytesError(f"got {len(content)} of {part.end - part.start} bytes from {part.start} on")
         with self._lock:
             self.bytes_read += len(content)
         return content
+
+    def _local_bytes(self, path: str, part: Part) -> bytes:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), part.end - part.start, part.start)
+        except FileNotFoundError:
+            if not os.path.isdir(self._root) or not os.listdir(self._root):  # a mounted bucket that is gone
+                raise OSError("the folder is not there, or empty") from None
+            raise
 
     def _list(self) -> dict[str, int]:
         if self._files is None:
@@ -102,9 +121,11 @@ class Storage:
         entries = self._files.ls(self._root, detail=True)
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
 
-    def _patiently(self, what: str, work: Callable[[], Any], patience: float, call: "_Call | None" = None) -> Any:
+    def _patiently(self, what: str, work: Callable[[], Any], opening: bool, call: "_Call | None" = None) -> Any:
         """The result of `work`, of which `call` may be the first call already."""
+        patience, lasting_patience = (OPEN_PATIENCE, 0.0) if opening else (PATIENCE, LASTING_PATIENCE)
         begin, tries, pause = time.monotonic(), 0, FIRST_PAUSE
+        lasting, since = 0, begin  # the number of lasting errors after the last other one; the time of the first
         try:
             while True:
                 call = call or _Call(work)
@@ -112,11 +133,15 @@ class Storage:
                 if call.succeeded:
                     return call.result
                 error = call.error or TimeoutError(f"no answer in {STALL:g} s")
-                tries += 1
+                tries, now = tries + 1, time.monotonic()
+                lasting = lasting + 1 if isinstance(error, _LASTING) else 0
+                since = now if lasting <= 1 else since
                 reason, place = one_line(error, limit=200) or type(error).__name__, f"{self.folder}: {what}"
-                if isinstance(error, _LASTING) and tries == LASTING_TRIES:
-                    raise ConfigError(f"{place}: {'missing' if isinstance(error, FileNotFoundError) else reason}")
-                if time.monotonic() - begin > patience:
+                if lasting >= LASTING_TRIES and now - since >= lasting_patience:
+                    if isinstance(error, FileNotFoundError):
+                        raise MissingError(f"{place}: missing")
+                    raise ConfigError(f"{place}: {reason}")
+                if now - begin > patience:
                     raise StorageError(f"{place}: cannot be read for {patience:g} s ({reason}); is the storage there?")
                 if tries == 1:
                     self._begins_to_fail(f"{place}: cannot be read ({reason}); trying again for up to {patience:g} s")
@@ -143,7 +168,7 @@ class Storage:
             if self._failing > 1 or now - self._said_at < QUIET:
                 return
             self._said_at = self._failing_since = now
-        log(text)
+        log(f"{process_prefix()}{text}")
 
     def _ends_to_fail(self, succeeded: bool) -> None:
         with self._lock:
@@ -152,7 +177,8 @@ class Storage:
             if self._failing or since is None or not succeeded:
                 return
             self._failing_since = None
-        log(f"{self.folder}: no read is failing any more, after {time.monotonic() - since:.1f} s")
+        lasted = time.monotonic() - since
+        log(f"{process_prefix()}{self.folder}: no read is failing any more, after {lasted:.1f} s")
 
 
 class _Call:

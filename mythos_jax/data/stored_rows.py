@@ -9,7 +9,7 @@ from typing import Protocol
 from mythos_jax.data.manifest import ROWS_AT_FILE, Manifest, check_folder_name
 from mythos_jax.data.row_file import first_part
 from mythos_jax.data.shards import Layout, shard_name, unsealed
-from mythos_jax.data.storage import Part, Storage
+from mythos_jax.data.storage import Part, Storage, WrongBytesError
 from mythos_jax.errors import ConfigError
 
 CACHE_BYTES = 256 << 20  # of rows from an object store that this process keeps
@@ -101,7 +101,7 @@ class Shards:
                 try:
                     rows.append(unsealed(record, i, key))
                 except ValueError as error:
-                    raise ValueError(f"row {i}: damaged ({error}); prepare the folder again") from None
+                    raise WrongBytesError(f"row {i}: damaged ({error}); prepare the folder again") from None
             return rows
 
         return Part(self._file(run.start), start, end, parse)
