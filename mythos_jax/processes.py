@@ -47,10 +47,16 @@ def log0(text: str, level: int = logging.INFO) -> None:
         log(text, level)
 
 
-# All processes call the next two functions in the same order, so that equal call numbers mean the same call.
+# All processes call these functions in the same order, so that equal call numbers mean the same call.
 _calls = itertools.count()
+_keys: list[str] = []  # of the newest `gathered` and the calls since
 _alone = False  # whether this is process 0, doing what the others do after it
 _WEEK = 7 * 24 * 3600 * 1000  # in ms, longer than any wait: the runtime ends the wait much sooner if a process dies
+
+
+def _next_key() -> str:
+    _keys.append(f"mythos/{next(_calls)}")
+    return _keys[-1]
 
 
 def process_zero_first(
@@ -68,7 +74,7 @@ def process_zero_first(
     """
     if is_single_process():
         return work()
-    key = f"mythos/{next(_calls)}"
+    key = _next_key()
     if is_process_zero():
         try:
             with _being_alone():
@@ -136,9 +142,14 @@ def gathered(text: str) -> list[str]:
     """The texts of all processes, by index. All of them call it at once."""
     if is_single_process():
         return [text]
-    key = f"mythos/{next(_calls)}"
+    key = _next_key()
     client().key_value_set(f"{key}/{jax.process_index()}", text)
     client().wait_at_barrier(key, _WEEK)
+    # Every process is in this call, so that the keys of all calls before it have been read.
+    if is_process_zero():
+        for old in _keys[:-1]:
+            client().key_value_delete(old)
+    del _keys[:-1]
     texts = {int(name.rpartition("/")[2]): found for name, found in client().key_value_dir_get(key)}
     return [texts[i] for i in range(jax.process_count())]
 
@@ -147,7 +158,7 @@ def of_process_zero(number: Callable[[], int]) -> int:
     """A number that process 0 computes, on all processes. The others wait for it, and it for none of them."""
     if is_single_process():
         return number()
-    key = f"mythos/{next(_calls)}"
+    key = _next_key()
     if is_process_zero():
         result = number()
         client().key_value_set(key, str(result))

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,11 +184,7 @@ class Checkpoints:
 
     def _meta(self, step: int) -> dict[str, Any]:
         """The item `meta`, checked against its digest."""
-        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
-        # Checkpoints written before digests were introduced have none.
-        if "digest" in meta and meta["digest"] != digest(meta):
-            raise DamagedError("meta is damaged: its digest is not the one that was saved")
-        return meta
+        return checked_meta(self._restore(step, meta=ocp.args.JsonRestore())["meta"])
 
     def _restore_state(self, step: int, like: TrainState, sums: dict[str, list[int]]) -> TrainState:
         items = {name: self._restore_tree(step, name, tree, sums) for name, tree in items_of(like).items()}
@@ -197,8 +193,7 @@ class Checkpoints:
     def _restore_tree(self, step: int, name: str, like: Any, sums: dict[str, list[int]]) -> Any:
         """One item, checked against the checksums it was saved with."""
         tree = raise_together(lambda: self._restore(step, **{name: ocp.args.StandardRestore(_abstract(like))}))[name]
-        if jax.device_get(checksums(tree)).tolist() != sums[name]:
-            raise DamagedError(f"{name} is damaged: its checksums are not the ones that were saved")
+        check_sums(name, tree, sums)
         return tree
 
     def _set_aside(self, step: int) -> None:
@@ -282,6 +277,20 @@ def with_checksums(state: TrainState, meta: dict[str, Any]) -> tuple[dict[str, A
     sums = {name: jax.device_get(checksums(tree)) for name, tree in trees.items()}
     meta = {**meta, "checksums": {name: [int(x) for x in values] for name, values in sums.items()}}
     return trees, {**meta, "digest": digest(meta)}
+
+
+def checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """The meta. Raises DamagedError if it is not what `with_checksums` made."""
+    # Checkpoints written before digests were introduced have none.
+    if "digest" in meta and meta["digest"] != digest(meta):
+        raise DamagedError("meta is damaged: its digest is not the one that was saved")
+    return meta
+
+
+def check_sums(name: str, tree: Any, sums: Mapping[str, list[int]]) -> None:
+    """Raises DamagedError if the item `name` is not what was saved. sums: those of its meta."""
+    if jax.device_get(checksums(tree)).tolist() != sums[name]:
+        raise DamagedError(f"{name} is damaged: its checksums are not the ones that were saved")
 
 
 def with_items(like: TrainState, step: int, items: dict[str, Any]) -> TrainState:

@@ -4,9 +4,11 @@ Each process writes the parts of the state that its devices hold into FOLDER/myt
 for no other one meanwhile. When the run starts again, it goes on from the newest step of which the processes together
 have every part: a process that misses its own, because it is on another host now, gets a copy from one that has the
 same (`peers.py`). The token is in a file of the run directory. It is replaced when a run goes on from anything else, so
-that what was saved locally before is not taken for its future.
+that what was saved locally before is not taken for its future. Process 0 alone touches that file: another host may not
+see yet what has just been written there.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,17 +25,18 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mythos_jax.errors import ConfigError, DamagedError, one_line
+from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 from mythos_jax.paths import expand, write_whole
-from mythos_jax.processes import gathered, is_process_zero, log0, process_zero_first, raise_together
-from mythos_jax.runs.checkpoints import checksums, digest, items_of, with_checksums, with_items
+from mythos_jax.processes import gathered, is_process_zero, log0, raise_together
+from mythos_jax.runs.checkpoints import check_sums, checked_meta, items_of, with_checksums, with_items
 from mythos_jax.runs.orbax_threads import in_daemon_thread, quiet_orbax
 from mythos_jax.runs.peers import copy_folders
 from mythos_jax.runs.state import TrainState
 from mythos_jax.streams import counted
 
 TOKEN_FILE = "local_checkpoints.token"
+_ID = "id-"
 
 Restored = tuple[TrainState, dict[str, Any]]
 Holdings = dict[str, dict[int, Path]]  # by the key of their parts and by step: the checkpoints that this process sees
@@ -58,25 +61,40 @@ class LocalCheckpoints:
         name = f"mythos-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
         self._root = raise_together(lambda: _made(Path(expand(folder)).absolute() / name))
         self._token_file = run_dir / TOKEN_FILE
-        self._read_token()
+        self._token = _of_process_zero(self._read_token)
+        ids = gathered(min(path.name for path in self._root.glob(f"{_ID}*")))
+        self._here = [i for i, found in enumerate(ids) if found == ids[jax.process_index()]]  # who share the folder
         self.restored: int | None = None  # the step that the run goes on from, if `restore` found it
+        self._source = self._root  # what this process has restored
         self._failure, self._stopped = "", False
         self._checkpointer = _checkpointer()
 
-    def restore(self, like: TrainState, check: Callable[[dict[str, Any]], None], stored: int | None) -> Restored | None:
+    def restore(
+        self,
+        like: TrainState,
+        check: Callable[[dict[str, Any]], None],
+        stored: int | None,
+        end: float = math.inf,
+    ) -> Restored | None:
         """The newest state that the processes have together, and its meta; None if there is none, or it is older than
-        `stored`, the newest checkpoint of the run directory. Says so if a newer one is not restored.
+        `stored`, the newest checkpoint of the run directory, or no future of that. Says so if a newer one is not
+        restored.
 
-        check: as for `Checkpoints.restore_newest`.
+        check: as for `Checkpoints.restore_newest`. end: the last step of the run. A state of that step or a later one
+        is not restored, because a run that has nothing left to do saves no checkpoint.
         """
-        have = self._holdings()
+        have = raise_together(self._holdings)
         mine = Table(socket.gethostname(), parts_key(like), {key: sorted(steps) for key, steps in have.items()})
         tables = [Table(**json.loads(text)) for text in gathered(json.dumps(asdict(mine)))]
-        newest = max(_steps(tables), default=None)
-        if newest is None or newest < (stored or 0):
+        steps = [s for s in sorted(_steps(tables), reverse=True) if s >= (stored or 0)]
+        if steps and steps[0] >= end:
+            log0(f"local checkpoints: step {steps[0]} is not restored, because training.steps is {end}")
+            steps = [s for s in steps if s < end]
+        if not steps:
             return None
-        step = next((s for s in sorted(_steps(tables), reverse=True) if None not in sources(s, tables)), None)
-        if step is None or step < (stored or 0):
+        newest = steps[0]
+        step = next((s for s in steps if None not in sources(s, tables)), None)
+        if step is None:
             lacks = sources(newest, tables).index(None)
             log0(
                 f"local checkpoints: step {newest} is not restored, because no process has what process {lacks} on "
@@ -84,7 +102,7 @@ class LocalCheckpoints:
             )
             return None
         try:
-            return self._restore(step, tables, have, like, check)
+            return self._restore(step, tables, have, like, check, stored)
         except ConfigError:  # from `check`
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -95,20 +113,15 @@ class LocalCheckpoints:
         """Before the first step: deletes what is not to be restored any more. Raises ConfigError if two checkpoints do
         not fit."""
         if self.restored is None:
-            token = secrets.token_hex(8).encode()
-            raise_together(lambda: write_whole(self._token_file, token) if is_process_zero() else None)
-            self._read_token()
-        for path in self._root.iterdir():
-            if path.name != self._token:
-                shutil.rmtree(path, ignore_errors=True)
-        for step, path in self._own().items():
-            if self.restored is None or step > self.restored:
-                shutil.rmtree(path, ignore_errors=True)
-        raise_together(partial(self._check_space, like))
+            self._token = _of_process_zero(self._new_token)
+        raise_together(self._take_over)
+        raise_together(self._delete_rest)
+        self._check_space(like)
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> bool:
+    def save(self, state: TrainState, meta: dict[str, Any], stored: Sequence[int]) -> bool:
         """Starts writing the state. Writes nothing and returns False if any of it is NaN or infinite.
 
+        stored: the checkpoints that the run directory has, those that are being written included.
         A save that fails is the last one, and is said: the run goes on with the checkpoints of its directory.
         """
         if self._stopped:
@@ -121,7 +134,8 @@ class LocalCheckpoints:
         # Every process has written the save before this one, so that nothing older is needed.
         for path in list(self._own().values())[:-1]:
             shutil.rmtree(path, ignore_errors=True)
-        if (whole := with_checksums(state, {**meta, "parts": parts_key(state)})) is None:
+        meta = {**meta, "parts": parts_key(state), "stored": list(stored)}
+        if (whole := with_checksums(state, meta)) is None:
             return False
         trees, meta = whole
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(trees), meta=ocp.args.JsonSave(meta))
@@ -140,11 +154,34 @@ class LocalCheckpoints:
     def _folder(self) -> Path:
         return self._root / self._token / str(jax.process_index())
 
-    def _read_token(self) -> None:
-        def read() -> str:
-            return self._token_file.read_text(encoding="utf-8") if self._token_file.exists() else "none"
+    def _read_token(self) -> str:
+        found: str = self._token_file.read_text(encoding="utf-8") if self._token_file.exists() else "none"
+        return found
 
-        self._token: str = process_zero_first(str(self._token_file), read, identity=str)
+    def _new_token(self) -> str:
+        token = secrets.token_hex(8)
+        write_whole(self._token_file, token.encode())
+        return token
+
+    def _take_over(self) -> None:
+        """Moves what was restored to this process's folder if it is in that of one that is not on this host any
+        more."""
+        if self.restored is None or self._source.parent.name in map(str, self._here):
+            return
+        own = self._folder / str(self.restored)
+        shutil.rmtree(own, ignore_errors=True)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process on this host has restored and moved the same
+            self._source.rename(own)
+
+    def _delete_rest(self) -> None:
+        """Keeps what was restored, on the host of the process that has it."""
+        here = set(map(str, self._here))
+        others = [path for path in (self._root / self._token).glob("*") if path.name not in here]
+        before = [path for path in self._root.glob("*") if path.name != self._token and path.is_dir()]
+        for path in [*before, *others, *self._folder.glob("*")]:
+            if path != self._folder / str(self.restored):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _own(self) -> dict[int, Path]:
         """The checkpoints that this process has written, in order."""
@@ -170,31 +207,40 @@ class LocalCheckpoints:
         have: Holdings,
         like: TrainState,
         check: Callable[[dict[str, Any]], None],
+        stored: int | None,
     ) -> Restored:
         source, me = sources(step, tables), jax.process_index()
         pairs = [(sender, receiver) for receiver, sender in enumerate(source) if sender not in (None, receiver)]
         folder = self._folder / str(step)
+        incoming = folder.with_name(f"copy-{step}")
         if source[me] == me:
             folder = have[tables[me].needs][step]
+        # All processes know what they have, and nothing is received yet. Room is made for it.
+        for path in (self._root / self._token).glob("*/*"):
+            if path.name != str(step):
+                shutil.rmtree(path, ignore_errors=True)
         if pairs:
             log0(f"local checkpoints: {counted(len(pairs), 'process', 'processes')} get step {step} from another one")
-            incoming = folder.with_name(f"copy-{step}")
-            shutil.rmtree(incoming, ignore_errors=True)
             copy_folders(pairs, lambda receiver: have[tables[receiver].needs][step], incoming)
+
+        def read_meta() -> dict[str, Any]:
             if source[me] != me:
+                shutil.rmtree(folder, ignore_errors=True)
                 incoming.rename(folder)
-        meta = raise_together(partial(self._read, folder, meta=ocp.args.JsonRestore()))["meta"]
-        if meta["digest"] != digest(meta):
-            raise DamagedError("meta is damaged: its digest is not the one that was saved")
+            meta = checked_meta(self._read(folder, meta=ocp.args.JsonRestore())["meta"])
+            if stored not in (None, *meta["stored"]):
+                raise ValueError(f"the run directory has step {stored}, which was not there before it")
+            return meta
+
+        meta = raise_together(read_meta)
         check(meta)
         items = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items_of(like))
         places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape), items)
         arguments = ocp.args.PyTreeRestore(item=items, restore_args=places)
         trees = raise_together(partial(self._read, folder, state=arguments))["state"]
         for name, tree in trees.items():
-            if jax.device_get(checksums(tree)).tolist() != meta["checksums"][name]:
-                raise DamagedError(f"{name} is damaged: its checksums are not the ones that were saved")
-        self.restored = step
+            check_sums(name, tree, meta["checksums"])
+        self.restored, self._source = step, folder
         return with_items(like, step, trees), meta
 
     def _read(self, folder: Path, **items: Any) -> Any:
@@ -202,15 +248,22 @@ class LocalCheckpoints:
             return self._checkpointer.restore(folder, args=ocp.args.Composite(**items))
 
     def _check_space(self, like: TrainState) -> None:
-        """Two checkpoints must fit: one that is whole, and the next one while it is written."""
-        needed = 2 * sum(_bytes_here(x) for x in jax.tree.leaves(items_of(like)))
-        used = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
-        free = shutil.disk_usage(self._root).free
-        if needed > free + used:
-            raise ConfigError(
-                f"training.local_checkpoints.folder: got {self._root.parent}, where {free / 2**30:.2f} GiB are free; "
-                f"allowed: a place for two checkpoints of this process, {needed / 2**30:.2f} GiB"
-            )
+        """Two checkpoints of each process that shares the folder must fit: one that is whole, and the next one while
+        it is written."""
+        needs = gathered(str(2 * sum(_bytes_here(x) for x in jax.tree.leaves(items_of(like)))))
+        needed = sum(int(needs[i]) for i in self._here)
+
+        def check() -> None:
+            count = counted(len(self._here), "process", "processes")
+            used = sum(file.stat().st_size for file in self._root.rglob("*") if file.is_file())
+            free = shutil.disk_usage(self._root).free
+            if needed > free + used:
+                raise ConfigError(
+                    f"training.local_checkpoints.folder: got {self._root.parent}, where {free / 2**30:.2f} GiB are "
+                    f"free; allowed: a place for two checkpoints of {count}, {needed / 2**30:.2f} GiB"
+                )
+
+        raise_together(check)
 
     def _finish(self) -> None:
         self._try(self._checkpointer.wait_until_finished)
@@ -260,9 +313,17 @@ def _whole(folder: Path) -> dict[int, Path]:
     return {int(path.name): path for path in found if path.name.isdecimal() and ocp.utils.is_checkpoint_finalized(path)}
 
 
+def _of_process_zero(work: Callable[[], str]) -> str:
+    """What `work` returns on process 0, the only one that does it."""
+    return gathered(raise_together(lambda: work() if is_process_zero() else ""))[0]
+
+
 def _made(root: Path) -> Path:
+    """Makes the folder, with a file whose name tells which processes share it: they may have several host names."""
     try:
         root.mkdir(parents=True, exist_ok=True)
+        if not any(root.glob(f"{_ID}*")):
+            (root / f"{_ID}{secrets.token_hex(8)}").touch()
     except OSError as error:
         raise ConfigError(
             f"training.local_checkpoints.folder: {root.parent} cannot be written ({error.strerror}); allowed: a folder "

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from mythos_jax.processes import gathered, raise_together
 CHUNK = 2**26  # bytes that a process sends at a time
 
 Files = list[tuple[str, int]]  # path in the folder, bytes
+Result = TypeVar("Result")
 
 
 def copy_folders(pairs: Sequence[tuple[int, int]], sent: Callable[[int], Path], received: Path) -> None:
@@ -24,13 +26,14 @@ def copy_folders(pairs: Sequence[tuple[int, int]], sent: Callable[[int], Path], 
     pairs: (sender, receiver); nobody receives twice. sent: the folder that this process sends to a receiver. received:
     where this process puts what it receives.
     """
-    me, left, failures = jax.process_index(), list(pairs), list[OSError]()
+    me, left, failures = jax.process_index(), list(pairs), list[Exception]()
     mesh = Mesh(np.array([_first_device(process) for process in range(jax.process_count())]), ("process",))
     while left:
         turn = {sender: receiver for sender, receiver in reversed(left)}  # each sends to one at a time
         left = [pair for pair in left if pair not in turn.items()]
         source = sent(turn[me]) if me in turn else None
-        tables: list[Files] = [json.loads(text) for text in gathered(json.dumps(_files(source) if source else []))]
+        files = _attempt(partial(_files, source), failures) if source is not None else None
+        tables: list[Files] = [json.loads(text) for text in gathered(json.dumps(files or []))]
         senders = {receiver: sender for sender, receiver in turn.items()}
         move = _mover(mesh, tuple(turn.items()))
         for chunk in range(max(map(_size, tables)) // CHUNK + 1):
@@ -43,15 +46,16 @@ def copy_folders(pairs: Sequence[tuple[int, int]], sent: Callable[[int], Path], 
     raise_together(lambda: _raise(failures))
 
 
-def _attempt(work: Callable[[], None], failures: list[OSError]) -> None:
+def _attempt(work: Callable[[], Result], failures: list[Exception]) -> Result | None:
     """Keeps an error for the end, because the others go on."""
     try:
-        work()
-    except OSError as error:
+        return work()
+    except Exception as error:
         failures.append(error)
+        return None
 
 
-def _raise(failures: list[OSError]) -> None:
+def _raise(failures: list[Exception]) -> None:
     for failure in failures:
         raise failure
 

@@ -98,7 +98,7 @@ class Saver:
             self._due, self._newest = False, step
             self._times.saved()
         if locally and finite and self._local is not None:
-            finite = self._local.save(state, self._metadata)
+            finite = self._local.save(state, self._metadata, self.checkpoints.steps())
         return finite
 
     def writing(self) -> int | None:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,13 +20,13 @@ from mythos_jax.flops import low_rank_sizes
 from mythos_jax.model.abstract import abstract_variables
 from mythos_jax.model.low_rank import target_paths
 from mythos_jax.paths import to_path
-from mythos_jax.processes import is_process_zero, log0, process_zero_first
+from mythos_jax.processes import is_process_zero, log0, process_zero_first, raise_together
 from mythos_jax.runs.base import ModelRecord, announce_step, naming
 from mythos_jax.runs.checkpoints import Checkpoints, newest_folder, newest_meta
 from mythos_jax.runs.comparison import compared
 from mythos_jax.runs.configs import has_begun, model_of
 from mythos_jax.runs.load import load_base, load_model
-from mythos_jax.runs.local_checkpoints import LocalCheckpoints
+from mythos_jax.runs.local_checkpoints import TOKEN_FILE, LocalCheckpoints
 from mythos_jax.runs.lock import RunLock, locked
 from mythos_jax.runs.low_rank import abstract_base
 from mythos_jax.runs.owner import LOCK_FILE
@@ -231,6 +232,8 @@ def open_local_checkpoints(config: Config, run_dir: Any) -> Iterator[LocalCheckp
     """Those of `training.local_checkpoints`, on all processes; None if it is off."""
     folder = config.training.local_checkpoints.folder
     if not folder:
+        # The run goes on without them, so that those of an earlier start are not its future.
+        raise_together(lambda: (run_dir / TOKEN_FILE).unlink(missing_ok=True) if is_process_zero() else None)
         yield None
         return
     with contextlib.closing(LocalCheckpoints(folder, run_dir)) as local:
@@ -280,7 +283,8 @@ def starting_state(
     found = None
     if local is not None:
         like = abstract_state(config, mesh)
-        found = local.restore(like, lambda saved: check_resume(saved, metadata, run_dir), checkpoints.newest())
+        check = partial(check_resume, current=metadata, workdir=run_dir)
+        found = local.restore(like, check, checkpoints.newest(), config.training.steps)
     if found is None and checkpoints.newest() is None:
         state = init_state(config, mesh)
         if initial is not None:

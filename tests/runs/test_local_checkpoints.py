@@ -1,17 +1,24 @@
 """Checkpoints on a host's own disk: what is restored from them, and when not."""
 
 import contextlib
+import json
 import shutil
+import socket
+from dataclasses import asdict
 
 import jax
 import numpy as np
 import pytest
+from jax._src.lib import _jax
 
+from mythos_jax import processes
 from mythos_jax.config import Config, DataConfig, MeshConfig
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, DamagedError
+from mythos_jax.runs import local_checkpoints, peers
 from mythos_jax.runs.local_checkpoints import TOKEN_FILE, LocalCheckpoints, Table, parts_key, sources
 from mythos_jax.runs.peers import _files, _read, _write
 from mythos_jax.sharding import make_mesh
+from mythos_jax.training.start import open_local_checkpoints
 from mythos_jax.training.step import abstract_state, init_state
 from tests.tiny import DENSE
 
@@ -40,7 +47,7 @@ def saved(tmp_path_factory, state):
     with contextlib.closing(LocalCheckpoints(str(home / "local"), home / "run")) as local:
         local.begin(state)
         for step in (1, 2, 3):
-            assert local.save(at(state, step), {"checked": step})
+            assert local.save(at(state, step), {"checked": step}, [step])
     return home
 
 
@@ -74,13 +81,115 @@ def test_the_newest_is_restored_to_the_bit_and_the_one_before_is_kept(local, hom
         for a, b in zip(jax.tree.leaves(restored.variables), jax.tree.leaves(state.variables), strict=True)
     )
     local.begin(state)
-    assert local.save(at(state, 5), {})
-    assert local.restore(state, lambda _: None, None)[1]["checked"] == 3  # until the next one is whole
+    assert local.save(at(state, 5), {}, [])
+    assert (local._folder / "3").is_dir()  # until the next one is whole
 
 
 def test_what_is_not_the_newest_state_is_not_restored(local, state, capsys):
     assert local.restore(state, lambda _: None, stored=4) is None
     assert not capsys.readouterr().err
+
+
+def test_what_would_leave_nothing_to_do_is_not_restored(local, state, capsys):
+    """Nothing would be saved in the run directory."""
+    assert local.restore(state, lambda _: None, None, end=3)[1]["checked"] == 2
+    assert "step 3 is not restored, because training.steps is 3" in capsys.readouterr().err
+
+
+def test_what_is_no_future_of_the_run_directory_is_not_restored(local, home, state, capsys):
+    assert local.restore(state, lambda _: None, stored=2) is None  # step 3 was saved when the run directory had only 3
+    assert "step 3 is not restored (the run directory has step 2" in capsys.readouterr().err
+    with open_local_checkpoints(CONFIG, home / "run") as off:
+        assert off is None
+    assert not (home / "run" / TOKEN_FILE).exists()
+
+
+def test_what_processes_left_that_are_on_other_hosts_now_takes_no_room(local, home, state):
+    own = local._folder
+    shutil.copytree(own, own.with_name("2"))
+    own.rename(own.with_name("1"))
+    assert local.restore(state, lambda _: None, None)[1]["checked"] == 3
+    local.begin(state)
+    assert [path.relative_to(own.parent).as_posix() for path in own.parent.glob("*/*")] == ["0/3"]
+
+
+def test_all_processes_of_a_host_have_room_or_none_has(local, state, monkeypatch):
+    needed = 2 * sum(x.nbytes for x in jax.tree.leaves(local_checkpoints.items_of(state)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed))
+    local.begin(state)
+    local._here = [0, 1]
+    monkeypatch.setattr(local_checkpoints, "gathered", lambda text: [text] * 2)
+    with pytest.raises(ConfigError, match="two checkpoints of 2 processes"):
+        local._check_space(state)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The errors that one process tells the others, which wait for it otherwise."""
+    errors = []
+
+    def raise_together(work):
+        try:
+            return work()
+        except Exception as error:
+            errors.append(type(error))
+            raise
+
+    monkeypatch.setattr(local_checkpoints, "raise_together", raise_together)
+    monkeypatch.setattr(peers, "raise_together", raise_together)
+    return errors
+
+
+def test_what_fails_on_one_process_is_told_to_the_others(local, home, state, told, monkeypatch):
+    """This process's copy from another one is not there."""
+    mine = Table("h0", parts_key(state), {})
+    tables = [mine, Table("h1", "b", {mine.needs: [3], "b": [3]})]
+    monkeypatch.setattr(local_checkpoints, "gathered", lambda _: [json.dumps(asdict(table)) for table in tables])
+    monkeypatch.setattr(local_checkpoints, "copy_folders", lambda *_: None)
+    assert local.restore(state, lambda _: None, None) is None
+    assert told == [FileNotFoundError]
+
+
+def test_a_damaged_meta_of_one_process_is_told_to_the_others(local, home, state, told):
+    file = next((home / "local").glob("*/*/0/3/meta/metadata"))
+    file.write_bytes(file.read_bytes().replace(b'"checked"', b'"chacked"'))
+    assert local.restore(state, lambda _: None, None) is None
+    assert told == [DamagedError]
+
+
+def test_a_folder_that_cannot_be_listed_is_told_to_the_others(tmp_path, told, monkeypatch):
+    monkeypatch.setattr(peers, "CHUNK", 8)
+    monkeypatch.setattr(peers, "_files", lambda _: (tmp_path / "gone").stat())
+    with pytest.raises(FileNotFoundError):
+        peers.copy_folders([(0, 0)], lambda _: tmp_path, tmp_path / "to")
+    assert told == [FileNotFoundError]
+
+
+def test_the_token_is_that_of_process_zero(home, monkeypatch):
+    """Another process may not see the file of the token yet."""
+    monkeypatch.setattr(local_checkpoints, "is_process_zero", lambda: False)
+    monkeypatch.setattr(local_checkpoints, "gathered", lambda text: ["of process 0", text])
+    with contextlib.closing(LocalCheckpoints(str(home / "local"), home / "run")) as other:
+        assert other._token == "of process 0"
+
+
+def test_the_store_of_the_processes_does_not_grow(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    service = _jax.get_distributed_runtime_service(address, 1)
+    client = _jax.get_distributed_runtime_client(address, 0)
+    client.connect()
+    monkeypatch.setattr(processes, "client", lambda: client)
+    monkeypatch.setattr(processes, "is_single_process", lambda: False)
+    for i in range(4):
+        assert processes.of_process_zero(lambda i=i: i) == i
+        assert processes.process_zero_first("", lambda i=i: i) == i
+        assert processes.gathered(f"text {i}") == [f"text {i}"]
+    assert [text for _, text in client.key_value_dir_get("mythos")] == ["text 3"]
+    processes._keys.clear()
+    client.shutdown()
+    service.shutdown()
 
 
 def test_what_another_mesh_needs_is_not_there(local, capsys):
@@ -118,7 +227,7 @@ def test_a_save_that_fails_is_said_and_stops_no_run(local, home, state, capsys):
     shutil.rmtree(home / "local")
     (home / "local").write_text("")
     for step in (6, 7, 8):
-        assert local.save(at(state, step), {})
+        assert local.save(at(state, step), {}, [])
     errors = capsys.readouterr().err
     assert errors.count("no more of them are saved") == 1
     assert "warning: local checkpoints: process 0 on " in errors
@@ -127,7 +236,7 @@ def test_a_save_that_fails_is_said_and_stops_no_run(local, home, state, capsys):
 
 def test_a_state_that_is_nan_is_not_saved(local, home, state):
     local.begin(state)
-    assert not local.save(state.replace(loss_mean=state.loss_mean * np.nan), {})
+    assert not local.save(state.replace(loss_mean=state.loss_mean * np.nan), {}, [])
     assert steps(home) == []
 
 
