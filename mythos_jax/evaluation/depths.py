@@ -2,7 +2,7 @@
 one compiled program, and so do all thresholds of a criterion."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,12 +53,14 @@ def evaluate_depths(
     mesh: Mesh,
     bytes_per_token: float,
     progress: bool = True,
+    before_batch: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[Measurement], list[LoopUsage]]:
     """Measures bits per byte and loss on the same batches under each setting, and the loops of the first 2^18 tokens
     under each halting policy.
 
     batches: as in data/batch.py, all of one shape. Means are weighted by the mask.
     bytes_per_token: UTF-8 bytes of the text of these targets, per target.
+    before_batch: is called with the index of each batch before it is measured.
     """
     recorded_batches = max(1, RECORDED_TOKENS // batches[0]["tokens"].size)
     policies = [s for s in settings if s.halting is not None]
@@ -72,6 +74,7 @@ def evaluate_depths(
     n_calls = len(settings) * len(batches)
     with use_mesh(mesh), Progress(n_calls, "eval", "measurement", show=progress) as bar:
         for i, batch in enumerate(batches):
+            before_batch(i)
             placed = place_batch(mesh, batch)
             for setting in settings:
                 how = jnp.int32(setting.loops), setting.halting, setting.forward

@@ -91,7 +91,7 @@ class RunLock:
         self._stop.set()
         if self._renewing.ident is not None:
             self._renewing.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # as in `_renew`; a lock that stays is that of a dead process soon
             if self._owner() is None:
                 self._file.unlink()
 
@@ -185,8 +185,9 @@ class RunLock:
 
     def _renew(self) -> Owner | None:
         """Rewrites the file with a new count; returns the owner instead if that is another process by now."""
-        # An OSError is a passing failure of the file system; the next renewal tries again.
-        with self._writing, contextlib.suppress(OSError):
+        # A passing failure of the file system, or of an object store, whose clients have exceptions of their own; the
+        # next renewal tries again.
+        with self._writing, contextlib.suppress(Exception):
             if owner := self._owner():
                 return owner
             self._me = replace(self._me, renewals=self._me.renewals + 1, renewed=time.time())

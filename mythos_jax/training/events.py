@@ -44,6 +44,6 @@ class Events:
     def _write(self, event: str, **fields: Any) -> None:
         try:
             append_event(self._run_dir, event, time.time(), **fields)
-        except OSError as error:
-            reason = error.strerror or error
+        except Exception as error:  # the clients of object stores have exceptions of their own
+            reason = getattr(error, "strerror", None) or one_line(error, _LONGEST_MESSAGE)
             log0(f"{self._run_dir / EVENTS_FILE}: cannot be written ({reason}); the run goes on without this line")

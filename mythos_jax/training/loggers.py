@@ -39,7 +39,8 @@ class JsonlLogger:
     """Appends to `metrics.jsonl`, one JSON object per line, each with a `step` and the `time` in seconds since 1970.
     NaN and infinity become null, because JSON has no word for them.
 
-    last: the last line of an earlier start, dropped or not; empty if there is none.
+    last: the last line of an earlier start, dropped or not; empty if there is none. restored: what earlier starts have
+    logged of `restored_step`.
     """
 
     def __init__(self, path: str | Path, restored_step: int = 0, shown_path: Any = None):
@@ -47,13 +48,15 @@ class JsonlLogger:
 
         shown_path: what log lines call the file, if not `path`.
         """
-        self.path, self.last = Path(path), dict[str, Any]()
+        self.path, self.last, self.restored = Path(path), dict[str, Any](), dict[str, Any]()
         if self.path.exists():
             records, damaged = read_log(self.path)
             self.last = records[-1][0] if records else {}
             if damaged:
                 lines = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
                 log0(f"{shown_path or path}: left out what is damaged, {len(damaged)} lines ({lines})")
+            for record, _ in records:
+                self.restored |= record if record["step"] == restored_step else {}
             past = [line + b"\n" for record, line in records if record["step"] <= restored_step]
             write_whole(self.path, b"".join(past))
         self._file = self.path.open("ab", buffering=0)  # so that no half line is left to be written on closing
@@ -83,7 +86,7 @@ class RemoteJsonlLogger:
         if path.exists():
             local.write_bytes(path.read_bytes())
         self._log, self._copied = JsonlLogger(local, restored_step, path), time.monotonic()
-        self.last = self._log.last
+        self.last, self.restored = self._log.last, self._log.restored
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         self._log.write(step, metrics)

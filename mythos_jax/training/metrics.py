@@ -1,6 +1,7 @@
 """What a run reports about its steps: metrics, throughput, step times, and the fraction of time spent training."""
 
 import contextlib
+import logging
 import statistics
 import time
 from collections import deque
@@ -13,8 +14,9 @@ from jax.sharding import Mesh
 
 from mythos_jax.chips import peak_flops
 from mythos_jax.config import Config, ModelConfig, mean_loops
+from mythos_jax.errors import one_line
 from mythos_jax.flops import training_flops
-from mythos_jax.processes import is_process_zero
+from mythos_jax.processes import is_process_zero, log0
 from mythos_jax.progress import Progress
 from mythos_jax.training.events import Events
 from mythos_jax.training.loggers import Logger, open_jsonl, open_loggers
@@ -42,9 +44,11 @@ class RunLog:
         self.last: dict[str, Any] = {"step": start}
         self._loggers: list[Logger] = []
         self._more, self._events = more, None
+        self.restored: dict[str, Any] = {}  # on process 0, what earlier starts have logged of step `start`
         if is_process_zero():
             log = open_jsonl(run_dir, start)
             self._loggers = [log, *open_loggers(t.loggers, run_dir, config.name, restored_step=start)]
+            self.restored = log.restored
             self._events = Events(run_dir, mesh, start, log.last)
         self._bar = Progress(t.steps, f"train {config.name}", "step", start=start, show=progress)
         self._devices, self._local_devices = mesh.size, mesh.local_devices
@@ -58,7 +62,7 @@ class RunLog:
             if self._events is not None:
                 stack.callback(self._events.end, self.last["step"], error)
             for logger in self._loggers:
-                stack.callback(logger.close)
+                stack.callback(_close, logger, error)
             stack.callback(self._bar.close)
 
     def waiting(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
@@ -116,6 +120,16 @@ class RunLog:
     def flush(self) -> None:
         for logger in self._loggers:
             logger.flush()
+
+
+def _close(logger: Logger, error: BaseException | None) -> None:
+    """error: what ends the run; it says more than a logger that cannot be closed, and has an exit code of its own."""
+    try:
+        logger.close()
+    except Exception as problem:
+        if error is None:
+            raise
+        log0(f"warning: the last lines of the log may be missing ({one_line(problem, limit=200)})", logging.WARNING)
 
 
 class Throughput:

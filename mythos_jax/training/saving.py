@@ -70,6 +70,7 @@ class Saver:
         """Before the first step. start: finished steps."""
         self._times, self._steps = SaveTimes(training, start), training.steps
         self._every = training.local_checkpoints.every if self._local is not None else 0
+        self._watchdog.watch_saves(self.writing)
 
     def due(self, step: int, stopped: bool) -> bool:
         """Whether anything is to be saved after this step. stopped: it is the last one that runs."""
@@ -107,6 +108,7 @@ class Saver:
 
     def wait(self) -> None:
         """Until all is on disk."""
+        self._watchdog.beat("the end of the last save")
         self.checkpoints.wait()
         if self._local is not None and self._is_last:
             self._local.finish()

@@ -39,6 +39,7 @@ from mythos_jax.training.resume import Metadata, announce_changes, check_resume,
 from mythos_jax.training.step import abstract_state, init_state
 from mythos_jax.training.teacher import abstract_teacher, load_teacher
 from mythos_jax.training.tokenizers import check_tokenizers, with_local_tokenizer
+from mythos_jax.training.watchdog import Watchdog
 from mythos_jax.typed import check_field
 
 
@@ -193,9 +194,9 @@ def _load_base(
     return loaded.variables, record
 
 
-def finished_step(config: Config, mesh: Mesh, run_dir: Any) -> int | None:
+def finished_step(config: Config, mesh: Mesh, run_dir: Any, watchdog: Watchdog) -> int | None:
     """The last step of a run that is finished; None for any other. It needs neither its base nor its teacher any more,
-    and data that is gone is not prepared again.
+    and data that is gone is not prepared again. watchdog: rests while data is opened.
 
     Raises ConfigError if the run was made with other settings or data.
     """
@@ -205,7 +206,9 @@ def finished_step(config: Config, mesh: Mesh, run_dir: Any) -> int | None:
         return None
     if process_zero_first("data", lambda: _data_is_gone(config), identity=str):
         return newest
-    metadata = checkpoint_metadata(config, open_run_data(config, run_dir, progress=False))
+    with watchdog.resting():
+        data = open_run_data(config, run_dir, progress=False)
+    metadata = checkpoint_metadata(config, data)
     with open_checkpoints(config, run_dir) as checkpoints:
         step = int(_restored(config, mesh, metadata, checkpoints, run_dir)[0].step)
     return step if step >= config.training.steps else None  # the newest checkpoint may be damaged

@@ -20,7 +20,7 @@ from mythos_jax.evaluation.depths import evaluate_depths
 from mythos_jax.evaluation.policies import fixed
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.paths import to_path
-from mythos_jax.processes import StopSignal, is_process_zero, raise_together
+from mythos_jax.processes import StopSignal, is_process_zero, of_process_zero, raise_together
 from mythos_jax.runs.low_rank import model_variables
 from mythos_jax.runs.source import keep_source
 from mythos_jax.runs.state import Constants, TrainState, eval_variables
@@ -67,15 +67,16 @@ def train(
     mesh = check_config(config)
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.training.hang_timeout))
-        lock = stack.enter_context(hold_run_dir(run_dir))
-        if (step := finished_step(config, mesh, run_dir)) is not None:
+        lock = stack.enter_context(hold_run_dir(run_dir))  # not watched: it may wait for another start
+        watchdog.beat("the start", COMPILING)
+        if (step := finished_step(config, mesh, run_dir, watchdog)) is not None:
             return finished(config, run_dir, step)
         # Everything that can be refused is refused before data is prepared, which can take hours.
         initial = load_initial(config, run_dir)
         constants, models = load_constants(config, mesh, run_dir)
-        data = open_run_data(config, run_dir, progress)
+        with watchdog.resting():
+            data = open_run_data(config, run_dir, progress)
         metadata = checkpoint_metadata(config, data, models)
-        watchdog.beat("the start", COMPILING)  # until here, the processes may wait for hours
         checkpoints = stack.enter_context(open_checkpoints(config, run_dir))
         local = stack.enter_context(open_local_checkpoints(config, run_dir))
         state = starting_state(config, mesh, metadata, checkpoints, local, run_dir, initial)
@@ -132,6 +133,10 @@ class _Loop:
             Profiler(t.profile_steps, self.run_dir / "profile") as profiler,
             contextlib.closing(log.waiting(self._batches(start))) as batches,
         ):
+            # Checkpoints are saved before the evaluation after the same step, which may have been cut short.
+            owed = 0 < start < t.steps and self._evaluates(start)
+            if owed and of_process_zero(lambda: "held_out_loss" not in log.restored):
+                self._evaluate(log, state, start)
             for step in range(start + 1, t.steps + 1):
                 self.watchdog.beat(f"reading the rows of step {step}")
                 batch = next(batches)
@@ -143,7 +148,7 @@ class _Loop:
                 # All processes are told to stop after the same step, whichever of them received the signal.
                 stopped = stop.reached()
                 saves = self.saver.due(step, stopped is not None)
-                evaluates = t.evaluate_every and step % t.evaluate_every == 0
+                evaluates = self._evaluates(step)
                 # The metrics of the previous step are there, or nearly so; to read this step's is to wait for it. That
                 # is done before a save or an evaluation, because reading raises at a bad step, whose state must not be
                 # evaluated or saved; and where steps run while they are dispatched, so that there is no wait.
@@ -151,16 +156,19 @@ class _Loop:
                     jax.block_until_ready(waiting[:-1])
                     reads_all = cast(Any, metrics["loss"]).is_ready() or saves or evaluates
                     jax.block_until_ready(waiting if reads_all else [])
-                self._look_around(log, step)
                 end = len(waiting) - (not reads_all)
                 self._read(log, waiting[:end])
                 waiting = waiting[end:]
+                self._look_around(log, step)
+                # The save comes first, so that nothing is lost if the evaluation does not end: the next start makes up
+                # for it. After the last step it comes last: a run that has that checkpoint is finished.
+                if evaluates and step == t.steps:
+                    self._evaluate(log, state, step)
                 with log.pause():
-                    if evaluates:
-                        self.watchdog.beat(f"the evaluation after step {step}")
-                        log.write(step, {"held_out_loss": self._evaluate(state)})
                     if saves and not self.saver.save(state, step, log.flush, good=not self.bad_in_a_row):
                         raise self._bad_step(step, "the updated weights are NaN or infinite", "training stopped")
+                if evaluates and step < t.steps:
+                    self._evaluate(log, state, step)
                 if stopped:
                     # Saves run in the background, and the process is about to exit.
                     self.saver.wait()
@@ -169,9 +177,9 @@ class _Loop:
         return log.last
 
     def _look_around(self, log: RunLog, step: int) -> None:
-        """Tells the watchdog whether a save goes on, and the log which process is slow."""
+        """Tells the other processes that a step has ended, and the log which process is slow: only once the steps
+        before are in the log, because W&B drops what comes after a later step."""
         self.pulse.step()
-        self.watchdog.saving(self.saver.writing())
         if slow := self.pulse.slow():
             log.write(step, slow)
 
@@ -210,16 +218,36 @@ class _Loop:
         """Read once, at the first evaluation; `evaluation.max_rows` bounds it."""
         settings = self.config.evaluation
         size = fitting_batch(self.mesh, settings.batch_size)
-        return list(self.data.held_out_batches(size, settings.max_rows))
+        batches: list[Batch] = []
+        for batch in self.data.held_out_batches(size, settings.max_rows):
+            batches.append(batch)
+            self.watchdog.beat(f"reading the held-out rows, after {len(batches)} batches")
+        return batches
 
-    def _evaluate(self, state: TrainState) -> float:
-        """Held-out loss at the model's depth, in nats per token."""
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.training.evaluate_every
+        return every > 0 and step % every == 0
+
+    def _evaluate(self, log: RunLog, state: TrainState, step: int) -> None:
+        """Logs the held-out loss after a step."""
+        with log.pause():
+            self.watchdog.beat(f"the evaluation after step {step}")
+            log.write(step, {"held_out_loss": self._held_out_loss(state, step)})
+
+    def _held_out_loss(self, state: TrainState, step: int) -> float:
+        """At the model's depth, in nats per token."""
         model = Mythos(self.config.model)
         settings = fixed([self.config.model.loops])  # not the depths drawn in training, so that the losses compare
         trained = eval_variables(state.variables, state.average)
         variables = model_variables(self.config, trained, self.constants)
+        held_out = self.held_out
+
+        def beat(i: int) -> None:
+            patience = 1 if i else COMPILING
+            self.watchdog.beat(f"batch {i + 1} of {len(held_out)} of the evaluation after step {step}", patience)
+
         measurements, _ = evaluate_depths(
-            model, variables, self.held_out, settings, mesh=self.mesh, bytes_per_token=1, progress=False
+            model, variables, held_out, settings, mesh=self.mesh, bytes_per_token=1, progress=False, before_batch=beat
         )
         return measurements[0].loss
 

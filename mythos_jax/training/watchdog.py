@@ -12,10 +12,11 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mythos_jax.errors import RESTART
-from mythos_jax.processes import SHUTDOWN_GRACE, is_process_zero, is_single_process, process_prefix
+from mythos_jax.processes import SHUTDOWN_GRACE, is_process_zero, is_single_process, log0, process_prefix
 from mythos_jax.streams import say
 from mythos_jax.training.pulse import LAST_WORDS, Pulse
 
@@ -35,7 +36,7 @@ class Watchdog:
         self.pulse = Pulse()
         self._turn = min(1.0, timeout / TURNS)
         self._beat: tuple[str, float] | None = None  # replaced by each beat, so that the thread can tell them apart
-        self._saving: int | None = None
+        self._writing: Callable[[], int | None] = lambda: None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -61,36 +62,53 @@ class Watchdog:
         self._beat = (doing, patience)
         self.pulse.doing = doing
 
-    def saving(self, step: int | None) -> None:
-        """step: of the checkpoint that is being written in the background, which must end within a timeout, too; None
-        if none is."""
-        self._saving = step
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Around what may take hours: it is not watched. What was watched before begins anew after it."""
+        before, self._beat = self._beat, None
+        yield
+        if before is not None:
+            self.beat(*before)
+
+    def watch_saves(self, writing: Callable[[], int | None]) -> None:
+        """writing: says of which step a checkpoint is being written in the background, which must end within a timeout,
+        too; None if none is. The thread asks it."""
+        self._writing = writing
 
     def _watch(self) -> None:
-        last, quiet, saving, saved_for, now = self._beat, 0.0, self._saving, 0.0, time.monotonic()
+        last, quiet, saving, saved_for, now = self._beat, 0.0, self._saving(), 0.0, time.monotonic()
         while not self._stop.wait(self._turn):
             self._alarm.set(2 * self._timeout)
             before, now = now, time.monotonic()
             passed = min(now - before, 5 * self._turn)  # more: this process did not run
             last, quiet = self._beat, quiet + passed if last is self._beat else 0.0
-            saving, saved_for = self._saving, saved_for + passed if saving == self._saving else 0.0
+            saved_before, saving = saving, self._saving()
+            saved_for = saved_for + passed if saving == saved_before else 0.0
             if last is not None and quiet >= self._limit * last[1]:
                 return self._end(last[0], quiet)
             if saving is not None and saved_for >= self._limit:
                 return self._end(f"writing the checkpoint of step {saving}", saved_for)
 
+    def _saving(self) -> int | None:
+        with contextlib.suppress(Exception):  # must not end the thread: the timer would end the process
+            return self._writing()
+        return None
+
     def _end(self, doing: str, seconds: float) -> None:
-        say(
-            f"mythos: {self._prefix}{doing} has not ended for {seconds:.3g} s (training.hang_timeout); "
-            "the stacks of all threads:"
-        )
-        _print_stacks()
-        if suspects := self.pulse.suspects():
-            say(f"mythos: {self._prefix}{suspects}")
-        say(f"mythos: {self._prefix}ends, because it hangs; run the same command again")
-        if is_process_zero() and not is_single_process():
-            time.sleep(SHUTDOWN_GRACE)  # the others ask this process
-        os._exit(RESTART)
+        try:
+            say(
+                f"mythos: {self._prefix}{doing} has not ended for {seconds:.3g} s (training.hang_timeout); "
+                "the stacks of all threads:"
+            )
+            _print_stacks()
+            with contextlib.suppress(Exception):  # who is to blame is not known, then
+                if suspects := self.pulse.suspects():
+                    say(f"mythos: {self._prefix}{suspects}")
+            say(f"mythos: {self._prefix}ends, because it hangs; run the same command again")
+            if is_process_zero() and not is_single_process():
+                time.sleep(SHUTDOWN_GRACE)  # the others ask this process
+        finally:
+            os._exit(RESTART)
 
 
 def _print_stacks() -> None:
@@ -103,6 +121,14 @@ class _Alarm:
 
     def __init__(self) -> None:
         self._timer: Any = None
+        self._open()
+        if self._timer is None:
+            log0(
+                "training.hang_timeout: there is no timer of the C library here, so a process is not ended that hangs "
+                "in code which keeps Python's interpreter to itself"
+            )
+
+    def _open(self) -> None:
         if sys.platform != "linux":
             return
         with contextlib.suppress(OSError, AttributeError):

@@ -175,6 +175,27 @@ def test_a_lock_that_somebody_deleted_is_made_again(run_dir):
         assert (run_dir / LOCK_FILE).exists()
 
 
+def test_an_object_store_that_fails_for_a_moment_does_not_end_the_renewals(run_dir, monkeypatch):
+    fails, read = [True], RunLock._read
+
+    def reading(lock):
+        if lock._stop.is_set() or not fails:
+            return read(lock)
+        fails.append(True)
+        raise RuntimeError("503")  # as gcsfs: no OSError
+
+    with locked(run_dir, FAST) as lock:
+        monkeypatch.setattr(RunLock, "_read", reading)
+        lock.check()
+        while len(fails) < 3 and lock._renewing.is_alive():
+            time.sleep(0.01)
+        fails.clear()
+        before = lock._me.renewals
+        time.sleep(0.2)
+        assert lock._renewing.is_alive()
+        assert lock._me.renewals > before
+
+
 def test_a_new_directory_in_which_nothing_was_written_is_deleted(tmp_path):
     with locked(tmp_path / "run", FAST):
         assert (tmp_path / "run").is_dir()

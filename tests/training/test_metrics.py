@@ -13,7 +13,8 @@ from mythos_jax.errors import BadStepError, Interrupted
 from mythos_jax.flops import training_flops
 from mythos_jax.runs.records import parse_events
 from mythos_jax.sharding import make_mesh
-from mythos_jax.training import metrics
+from mythos_jax.training import events, metrics
+from mythos_jax.training.loggers import JsonlLogger
 from mythos_jax.training.metrics import RunLog, StepTimes, Throughput, memory_in_use
 
 
@@ -166,6 +167,30 @@ def test_events_that_cannot_be_written_stop_no_run(config, tmp_path, capsys):
         pass
     line = f"{tmp_path}/events.jsonl: cannot be written (Is a directory); the run goes on without this line\n"
     assert capsys.readouterr().err == 2 * line
+
+
+class StoreError(Exception):
+    """As those of gcsfs, which are no OSErrors."""
+
+
+def test_an_object_store_that_fails_neither_stops_a_run_nor_changes_how_it_ends(config, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise StoreError("503, try again")
+
+    monkeypatch.setattr(events, "append_event", fail)
+    monkeypatch.setattr(JsonlLogger, "close", fail)
+    with (
+        pytest.raises(Interrupted),
+        RunLog(config, make_mesh(config.mesh), tmp_path, start=0, progress=False),
+    ):
+        raise Interrupted(signal.SIGTERM, 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == (
+        f"{tmp_path}/events.jsonl: cannot be written (503, try again); the run goes on without this line"
+    )
+    assert lines[1] == "warning: the last lines of the log may be missing (503, try again)"
+    with pytest.raises(StoreError), RunLog(config, make_mesh(config.mesh), tmp_path, start=0, progress=False):
+        pass  # nothing else is wrong
 
 
 def test_the_log_reports_flops_at_the_depth_that_was_trained(config, clock, tmp_path):

@@ -47,9 +47,9 @@ def test_a_step_that_does_not_end_ends_the_process_after_the_stacks(ended, capfd
 
 def test_a_save_in_the_background_must_end_too(ended, capfd):
     with Watchdog(0.3) as watchdog:
+        watchdog.watch_saves(lambda: 5)
         for step in range(1000):
             watchdog.beat(f"step {step}")
-            watchdog.saving(5)
             if ended(0.01):
                 break
         assert ended(0) == [42]
@@ -59,15 +59,51 @@ def test_a_save_in_the_background_must_end_too(ended, capfd):
 def test_it_leaves_a_process_alone_that_gets_on_or_has_not_begun(ended):
     with Watchdog(1) as watchdog:
         assert ended(0.2) == []
+        steps = [0]  # one save after the other
+        watchdog.watch_saves(lambda: steps[-1] // 4 if steps[-1] < 20 else None)
         for step in range(24):
+            steps.append(step)
             watchdog.beat(f"step {step}")
-            watchdog.saving(step // 4 if step < 20 else None)  # one save after the other
             assert ended(0.05) == []
         watchdog.beat("step 30", patience=100)
         assert ended(1.2) == []
     with Watchdog(0) as watchdog:
         watchdog.beat("step 1")
         assert ended(0.1) == []
+
+
+def test_a_save_that_has_ended_during_a_long_evaluation_is_not_held_against_it(ended):
+    writing = [5]
+    with Watchdog(0.4) as watchdog:
+        watchdog.watch_saves(lambda: writing[0])
+        watchdog.beat("the evaluation after step 5", patience=100)
+        assert ended(0.2) == []
+        writing[0] = None
+        assert ended(0.6) == []
+
+
+def test_it_rests_while_data_is_prepared_and_watches_again_after(ended, capfd):
+    with Watchdog(0.2) as watchdog:
+        watchdog.beat("the start", patience=1)
+        with watchdog.resting():
+            assert ended(0.5) == []
+        assert ended(60) == [42]
+    assert "mythos: the start has not ended" in capfd.readouterr().err
+
+
+def test_what_is_wrong_with_the_last_words_does_not_keep_the_process(ended, capfd, monkeypatch):
+    monkeypatch.setattr(Pulse, "suspects", lambda _: {}["no message"])
+    with Watchdog(0.2) as watchdog:
+        watchdog.beat("step 7")
+        assert ended(60) == [42]
+    assert "mythos: ends, because it hangs" in capfd.readouterr().err
+
+
+def test_a_system_without_the_timer_is_announced_once(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "other")
+    with Watchdog(1):
+        pass
+    assert capsys.readouterr().err.count("training.hang_timeout: there is no timer of the C library here") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a timer of Linux")
