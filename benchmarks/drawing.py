@@ -27,11 +27,11 @@ def loops_axis(axes: Any, depths: Sequence[int], label: str = "loops at evaluati
     axes.set_xlabel(label)
 
 
-def tidy(axes: Any) -> None:
+def tidy(axes: Any, **legend: Any) -> None:
     """A faint grid, no frame, and a legend."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, **legend)
 
 
 def save(figure: Figure, path: Path) -> None:

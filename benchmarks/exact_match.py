@@ -3,14 +3,13 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from benchmarks.runs import file_name, stored
-from mythos_jax.config import Config, load_config
+from benchmarks.runs import run_seeds
+from mythos_jax.config import Config
 from mythos_jax.evaluation.evaluate import evaluate_model
 from mythos_jax.runs.load import load_model
 from mythos_jax.training.train import train
@@ -27,29 +26,13 @@ def run(config: Config, workdir: Path) -> Results:
     return [{"difficulty": row.group, "loops": row.setting.loops, "exact_match": row.value} for row in results]
 
 
-def run_seeds(
-    task: str, name: str, overrides: Sequence[str], seeds: Sequence[int], out: Path, *, finished: bool = False
-) -> list[Results]:
-    """The results of a config of configs/tasks, one per seed. Finished runs are read from `out`. finished: nothing is
-    trained, and seeds are left out from the first without a result."""
-    results = []
-    for seed in seeds:
-        config = load_config(TASKS / f"{task}.yaml", [*overrides, "--training.seed", str(seed)])
-        workdir = out / f"{file_name(name)}_{seed}"
-        result = workdir.with_suffix(".json")
-        if finished and not result.is_file():
-            break  # position i of a list is the i-th seed
-        results.append(stored(result, partial(run, config, workdir)))
-    return results
-
-
 def run_arms(
     arguments: argparse.Namespace, task: str, arms: Mapping[Arm, tuple[str, Sequence[str]]], out: Path
 ) -> dict[Arm, list[Results]]:
     """The results of each arm that `arguments` choose (`runs.add_arguments`): its name and overrides by arm."""
     chosen = {arm: (name, overrides) for arm, (name, overrides) in arms.items() if arguments.only in name}
     runs = {
-        arm: run_seeds(task, name, overrides, arguments.seeds, out, finished=arguments.finished)
+        arm: run_seeds(TASKS / f"{task}.yaml", name, overrides, run, arguments.seeds, out, finished=arguments.finished)
         for arm, (name, overrides) in chosen.items()
     }
     runs = {arm: results for arm, results in runs.items() if results}

@@ -10,9 +10,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from benchmarks.exact_match import TASKS, Results, exact_match, run_seeds
+from benchmarks.drawing import band, loops_axis, panels, save, tidy
+from benchmarks.exact_match import TASKS, Results, exact_match, run
+from benchmarks.runs import run_seeds
 from mythos_jax.config import Config, load_config
 
 
@@ -35,17 +36,13 @@ def table(looped: list[Results], single: list[Results], config: Config) -> str:
 
 def draw(looped: list[Results], single: list[Results], config: Config, path: Path) -> None:
     """Saves the curves: mean over seeds, and the range as a band; dotted if the difficulty was not trained on."""
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1)
     depths = config.evaluation.loops
     for difficulty in config.evaluation.difficulties:
         trained = difficulty in config.data.task.difficulty
-        values = np.array([exact_match(looped, difficulty, loops) for loops in depths])
+        values = np.stack([exact_match(looped, difficulty, loops) for loops in depths], axis=1)
         label = f"{difficulty} hop{'s' if difficulty > 1 else ''}" + ("" if trained else " (not trained on)")
-        (line,) = axes.plot(
-            depths, values.mean(1), marker="o", markersize=4, linestyle="-" if trained else ":", label=label
-        )
-        axes.fill_between(depths, values.min(1), values.max(1), alpha=0.15, color=line.get_color(), linewidth=0)
+        band(axes, depths, values, linestyle="-" if trained else ":", label=label)
     hardest = max(config.data.task.difficulty)
     axes.plot(
         [1],
@@ -55,17 +52,11 @@ def draw(looped: list[Results], single: list[Results], config: Config, path: Pat
         label=f"{hardest} hops, trained with one loop",
     )
     axes.axvline(config.model.loops, color="0.6", linestyle="--", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(depths, [str(depth) for depth in depths])
-    axes.minorticks_off()
+    loops_axis(axes, depths, "loops at evaluation (dashed: the depth in training)")
     axes.set_ylim(-3, 103)
-    axes.set_xlabel("loops at evaluation (dashed: the depth in training)")
     axes.set_ylabel("exact match, %")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    tidy(axes, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
 
 
 def main() -> None:
@@ -74,7 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/p_hop"))
     args = parser.parse_args()
     runs = {
-        name: run_seeds("p_hop", name, overrides, args.seeds, args.out)
+        name: run_seeds(TASKS / "p_hop.yaml", name, overrides, run, args.seeds, args.out)
         for name, overrides in [("looped", []), ("single", ["--model.loops", "1"])]
     }
     config = load_config(TASKS / "p_hop.yaml")

@@ -73,19 +73,38 @@ def run_variants(
     for name, (overrides, run) in variants.items():
         if arguments.only not in name:
             continue
-        for seed in arguments.seeds:
-            fixed = ["--training.seed", str(seed), "--data.path", str(arguments.out / "data")]
-            config = load_config(base, [*overrides, *fixed])
-            workdir = arguments.out / f"{file_name(name)}_{seed}"
-            result = workdir.with_suffix(".json")
-            if arguments.finished and not result.is_file():
-                break  # position i of a list is the i-th seed
-            rows.setdefault(name, []).append(stored(result, partial(run, config, workdir)))
+        words = [*overrides, "--data.path", str(arguments.out / "data")]
+        results = run_seeds(base, name, words, run, arguments.seeds, arguments.out, finished=arguments.finished)
+        if results:
+            rows[name] = results
     if not any(arguments.only in name for name in variants):
         sys.exit(f"--only: got {arguments.only!r}, allowed: part of one of {', '.join(variants)}")
     if not rows:
         sys.exit(f"--finished: no finished runs in {arguments.out}")
     return rows
+
+
+def run_seeds(
+    base: Path,
+    name: str,
+    overrides: Sequence[str],
+    run: Callable[[Config, Path], Any],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    finished: bool = False,
+) -> list[Any]:
+    """What `run` returns for the config `base` with each seed. Finished runs are read from `out`. finished: nothing is
+    trained, and seeds are left out from the first without a result."""
+    results = []
+    for seed in seeds:
+        config = load_config(base, [*overrides, "--training.seed", str(seed)])
+        workdir = out / f"{file_name(name)}_{seed}"
+        result = workdir.with_suffix(".json")
+        if finished and not result.is_file():
+            break  # position i of a list is the i-th seed
+        results.append(stored(result, partial(run, config, workdir)))
+    return results
 
 
 def stored(path: Path, make: Callable[[], Any]) -> Any:

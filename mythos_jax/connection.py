@@ -10,7 +10,6 @@ import ctypes
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 
 import jax
 
+from mythos_jax.calls import Call
 from mythos_jax.cluster import Cluster
 from mythos_jax.errors import RESTART, ConfigError, one_line
 from mythos_jax.interrupts import TURN
@@ -98,19 +98,9 @@ def _wait_for_port(cluster: Cluster, end: float) -> None:
 
 def _run_in_thread(initialize: Callable[[], None], cluster: Cluster, connect_timeout: int, end: float) -> None:
     """Runs jax's `initialize` while this thread waits for it and for signals. Raises ConfigError if it fails."""
-    failures: list[Exception] = []
-    finished = threading.Event()
-
-    def work() -> None:
-        try:
-            initialize()
-        except Exception as error:
-            failures.append(error)
-        finished.set()
-
-    threading.Thread(target=work, name="connect", daemon=True).start()
+    call = Call(initialize, "connect")
     who, address = f"{_who(cluster)} ({cluster.source})", cluster.coordinator
-    while not finished.wait(TURN):
+    while not call.ended.wait(TURN):
         if time.monotonic() < end:
             continue
         if cluster.process_id == 0 or address is None:
@@ -121,8 +111,8 @@ def _run_in_thread(initialize: Callable[[], None], cluster: Cluster, connect_tim
             f"{who} could not join the others at {address or 'the TPU’s coordinator'} within {connect_timeout} s: "
             f"{reason}"
         )
-    if failures:
-        reason = one_line(failures[0], limit=200)
+    if call.error is not None:
+        reason = one_line(call.error, limit=200)
         if "bad_cast" in reason:  # what is left of an error that came through the callback in `_own_client`
             reason = "process 0 has ended or refused it; allowed: the same --processes everywhere, and each id once"
         raise ConfigError(f"{who} could not join the others at {address or 'the TPU’s coordinator'}: {reason}")

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 
 from mythos_jax.errors import ConfigError, StorageError, TrainingError, one_line
+from mythos_jax.interrupts import handled
 from mythos_jax.streams import log
 
 # Seconds that process 0, which hosts the coordinator, outlives a failure, so that the others can report theirs.
@@ -201,22 +202,14 @@ class StopSignal:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["StopSignal"]:
-        """Handles signals inside the context. Outside the main thread signals are left to the caller."""
+        """Handles signals inside the context, as `handled` does."""
         numbers = [signal.SIGINT]
         if is_single_process():
             numbers.append(signal.SIGTERM)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
             numbers.append(signal.SIGHUP)
-        try:
-            previous = {number: signal.signal(number, self._record) for number in numbers}
-        except ValueError:
+        with handled(numbers, self._record):
             yield self
-            return
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _record(self, number: int, _: FrameType | None) -> None:
         if self._caught and number == signal.SIGINT:

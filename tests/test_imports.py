@@ -38,7 +38,7 @@ FLOORS = (
     ("typed",),
     ("bounds",),
     ("progress",),
-    ("chips", "interrupts", "paths", "streams"),
+    ("calls", "chips", "interrupts", "paths", "streams"),
     ("json_text",),
     ("errors", "version"),
 )

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import exact_match
 from benchmarks.science import mano, positions
+from mythos_jax.config import load_config
 from mythos_jax.data.open import open_data
 
 
@@ -19,7 +20,7 @@ def results(config, right):
 @pytest.mark.parametrize("size", positions.SIZES)
 def test_the_data_of_all_sizes_exist(size):
     for loops in positions.SIZES[size][1]:
-        config = exact_match.load_config(exact_match.TASKS / "group.yaml", positions.overrides(size, loops))
+        config = load_config(exact_match.TASKS / "group.yaml", positions.overrides(size, loops))
         assert {loops, 2 * loops} <= set(config.evaluation.loops)
         open_data(config)
     depth, widths, _ = mano.SIZES[size]

@@ -5,7 +5,6 @@ import contextlib
 import ipaddress
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +26,7 @@ from mythos_jax.commands.arguments import (
     path,
 )
 from mythos_jax.errors import DONE, ConfigError
+from mythos_jax.interrupts import handled
 from mythos_jax.streams import log, say
 
 if TYPE_CHECKING:
@@ -173,15 +173,8 @@ def _ends_on_signals() -> Iterator[None]:
         say(f"mythos: {signal.Signals(number).name}: ended while it was loading")
         os._exit(DONE)  # what is being read cannot be stopped
 
-    if threading.current_thread() is not threading.main_thread():  # as in tests: Python has no signals there
+    with handled([signal.SIGTERM, signal.SIGINT], end):
         yield
-        return
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _prepare(arguments: argparse.Namespace, loaded: "LoadedModel", key: str | None) -> tuple["Engine", "Service"]:

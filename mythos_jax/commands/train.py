@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mythos_jax.bounds import Between
 from mythos_jax.commands.arguments import add_processes, connect, of_type, path
 from mythos_jax.errors import DONE, RESTART, ConfigError
+from mythos_jax.interrupts import handled
 from mythos_jax.streams import print_result, say
 
 if TYPE_CHECKING:
@@ -124,13 +125,5 @@ def _restart_on_signals() -> Iterator[None]:
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
         numbers.append(signal.SIGHUP)
-    try:
-        previous = {number: signal.signal(number, end) for number in numbers}
-    except ValueError:  # outside the main thread signals are left to the caller
+    with handled(numbers, end):
         yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

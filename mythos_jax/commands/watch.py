@@ -181,15 +181,6 @@ def _wait(told: list[int], seconds: float, console: "Console | None" = None) -> 
 def _until_told() -> Iterator[list[int]]:
     """Yields a list that is not empty once Ctrl-C, SIGTERM or a closed terminal says to end, which is how watching ends
     and no failure."""
-    with interrupts.noted() as told:
-        try:
-            numbers = [signal.SIGTERM, signal.SIGHUP]
-            previous = {n: signal.signal(n, lambda number, _: told.append(number)) for n in numbers}
-        except ValueError:  # outside the main thread signals are left to the caller
-            yield told
-            return
-        try:
-            yield told
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    ends = [signal.SIGTERM, signal.SIGHUP]
+    with interrupts.noted() as told, interrupts.handled(ends, lambda number, _: told.append(number)):
+        yield told

@@ -49,15 +49,15 @@ def local_folder(path: str | Path, copy: bool = False) -> Path:
     name = f"{url.rpartition('/')[2]}-{_digest(url, content)}"
     folder, window = root / name, root / f"{name}-elsewhere"
     try:
-        if not folder.exists() and (copy or manifest.version == 1):
+        if not folder.exists():
             check_files(manifest, url, sizes)
-            log(f"{process_prefix()}copying {url} to {folder}")
-            _make(storage, sizes, folder, manifest, copy=True)
-        elif not folder.exists():
-            check_files(manifest, url, sizes)
-            if not window.exists():
-                _make(storage, sizes, window, manifest, copy=False)
-            folder = window
+            if copy or manifest.version == 1:
+                log(f"{process_prefix()}copying {url} to {folder}")
+                _make(storage, sizes, folder, manifest, copy=True)
+            else:
+                if not window.exists():
+                    _make(storage, sizes, window, manifest, copy=False)
+                folder = window
     except OSError as error:
         raise ConfigError(f"{path}: cannot be copied to this machine ({error})") from None
     load_manifest(folder)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mythos_jax.calls import Call
 from mythos_jax.errors import ConfigError, StorageError, one_line
 from mythos_jax.paths import is_remote
 from mythos_jax.processes import process_prefix
@@ -84,7 +85,7 @@ class Storage:
         found: list[Any] = []
         for start in range(0, len(groups), CONCURRENT):
             work = [self._reading(group) for group in groups[start : start + CONCURRENT]]
-            calls = [_Call(one) for one in work]
+            calls = [Call(one) for one in work]
             for group, one, call in zip(groups[start:], work, calls, strict=False):
                 found += self._patiently(group[0].file, one, opening, call)
         return found
@@ -121,14 +122,14 @@ class Storage:
         entries = self._files.ls(self._root, detail=True)
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
 
-    def _patiently(self, what: str, work: Callable[[], Any], opening: bool, call: "_Call | None" = None) -> Any:
+    def _patiently(self, what: str, work: Callable[[], Any], opening: bool, call: Call | None = None) -> Any:
         """The result of `work`, of which `call` may be the first call already."""
         patience, lasting_patience = (OPEN_PATIENCE, 0.0) if opening else (PATIENCE, LASTING_PATIENCE)
         begin, tries, pause = time.monotonic(), 0, FIRST_PAUSE
         lasting, since = 0, begin  # the number of lasting errors after the last other one; the time of the first
         try:
             while True:
-                call = call or _Call(work)
+                call = call or Call(work)
                 self._wait(STALL, call.ended)
                 if call.succeeded:
                     return call.result
@@ -179,24 +180,6 @@ class Storage:
             self._failing_since = None
         lasted = time.monotonic() - since
         log(f"{process_prefix()}{self.folder}: no read is failing any more, after {lasted:.1f} s")
-
-
-class _Call:
-    """A call in a thread of its own, which does not keep the program from ending."""
-
-    def __init__(self, work: Callable[[], Any]):
-        self.ended, self.succeeded = threading.Event(), False
-        self.result: Any = None
-        self.error: Exception | None = None
-        threading.Thread(target=self._run, args=(work,), daemon=True).start()
-
-    def _run(self, work: Callable[[], Any]) -> None:
-        try:
-            self.result = work()
-            self.succeeded = True
-        except Exception as error:  # libraries of object stores have errors of their own
-            self.error = error
-        self.ended.set()
 
 
 def open_file_system(url: str) -> tuple[Any, str]:

@@ -52,13 +52,13 @@ class Shards:
         self._keys = [bytes.fromhex(shard.content) for shard in found.shards]
 
     def read(self, numbers: Sequence[int]) -> list[bytes]:
-        found = _cache.get([(self._key(n), self._in_shard(n)) for n in numbers]) if self.remote else {}
-        rows = {n: row for n in numbers if (row := found.get((self._key(n), self._in_shard(n)))) is not None}
+        found = _cache.get([self._name(n) for n in numbers]) if self.remote else {}
+        rows = {n: row for n in numbers if (row := found.get(self._name(n))) is not None}
         runs = self._runs(sorted({n for n in numbers if n not in rows}))
         for run, content in zip(runs, self.storage.read([self._part(run) for run in runs]), strict=True):
             rows |= zip(run, content, strict=True)
             if self.remote:
-                _cache.put({(self._key(n), self._in_shard(n)): rows[n] for n in run})
+                _cache.put({self._name(n): rows[n] for n in run})
         return [rows[n] for n in numbers]
 
     def place(self, number: int) -> str:
@@ -70,6 +70,10 @@ class Shards:
 
     def close(self) -> None:
         self.storage.close()
+
+    def _name(self, number: int) -> tuple[bytes, int]:
+        """What the cache calls a row."""
+        return self._key(number), self._in_shard(number)
 
     def _key(self, number: int) -> bytes:
         return self._keys[number // self._shards[0].rows]

@@ -85,20 +85,35 @@ def dense_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mas
 def _select_implementation(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask, scale: float
 ) -> AttentionFunction:
-    target, T, S = platform(), q_BTHK.shape[1], k_BSGK.shape[1]
-    n_shards = _shard_count(partition_spec(q_BTHK.shape, _QUERY_AXES)[1]) if in_use() else 1
-    if target == "tpu" and mask.index_BT is None and splash_attention.supports(T, S, n_shards):
-        return partial(_splash, scale=scale, n_shards=n_shards)
-    why_not = _why_not_cudnn(q_BTHK, v_BSGV, mask, n_shards) if is_nvidia() else None
-    if is_nvidia() and why_not is None:
-        return partial(_cudnn, scale=scale)
-    if mask.index_BT is None and target != "cpu":  # with a cache there is no kernel on any platform
-        kernel = "cuDNN's kernel" if is_nvidia() else "the splash kernel" if target == "tpu" else "a kernel"
-        shapes = f"it does not take {T} queries and {S} keys on {n_shards} shards"
-        say_slower("attention in blocks", kernel, why_not or (shapes if target == "tpu" else f"none for a {target}"))
+    # There is no kernel for a CPU, nor one that takes a cache.
+    if platform() != "cpu" and mask.index_BT is None:
+        kernel = _kernel(q_BTHK, k_BSGK, v_BSGV, mask, scale)
+        if kernel is not None:
+            return kernel
     # On a CPU the block size follows the processor's cache. Accelerators get the largest block that is still useful.
-    max_block = None if target == "cpu" else 512
+    max_block = None if platform() == "cpu" else 512
     return partial(blockwise_attention, scale=scale, checkpoint_name=SAVED, max_block=max_block)
+
+
+def _kernel(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: Mask, scale: float
+) -> AttentionFunction | None:
+    """The accelerator's kernel, without a cache. Says why, if there is none for these operands."""
+    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
+    n_shards = _shard_count(partition_spec(q_BTHK.shape, _QUERY_AXES)[1]) if in_use() else 1
+    if platform() == "tpu":
+        if splash_attention.supports(T, S, n_shards):
+            return partial(_splash, scale=scale, n_shards=n_shards)
+        kernel, reason = "the splash kernel", f"it does not take {T} queries and {S} keys on {n_shards} shards"
+    elif is_nvidia():
+        why_not = _why_not_cudnn(q_BTHK, v_BSGV, mask, n_shards)
+        if why_not is None:
+            return partial(_cudnn, scale=scale)
+        kernel, reason = "cuDNN's kernel", why_not
+    else:
+        kernel, reason = "a kernel", f"none for a {platform()}"
+    say_slower("attention in blocks", kernel, reason)
+    return None
 
 
 def _splash(
@@ -115,12 +130,13 @@ def _splash(
 
 
 def _why_not_cudnn(q_BTHK: jax.Array, v_BSGV: jax.Array, mask: Mask, n_shards: int) -> str | None:
-    """What cuDNN's flash attention does not accept, on one of the GPUs that have it; None: it accepts all."""
+    """What cuDNN's flash attention does not accept, on one of the GPUs that have it; None: it accepts all. It is not
+    asked where there is a cache."""
     width = max(q_BTHK.shape[-1], v_BSGV.shape[-1])
     if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it does not take {q_BTHK.dtype}"
-    if mask.index_BT is not None or mask.segments_BT is not None:
-        return "it does not take a cache" if mask.segments_BT is None else "it does not take a mask of documents"
+    if mask.segments_BT is not None:
+        return "it does not take a mask of documents"
     if n_shards > 1:
         return "mesh.sequence divides the queries"
     return None if width <= 128 else f"it takes at most 128 channels per head, and these have {width}"

@@ -192,7 +192,7 @@ class Checkpoints:
 
     def _restore_tree(self, step: int, name: str, like: Any, sums: dict[str, list[int]]) -> Any:
         """One item, checked against the checksums it was saved with."""
-        tree = raise_together(lambda: self._restore(step, **{name: ocp.args.StandardRestore(_abstract(like))}))[name]
+        tree = raise_together(lambda: self._restore(step, **{name: ocp.args.StandardRestore(abstract(like))}))[name]
         check_sums(name, tree, sums)
         return tree
 
@@ -336,5 +336,6 @@ def checksums(tree: Any) -> jax.Array:
     return jnp.stack([one(leaf) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
 
 
-def _abstract(tree: Any) -> Any:
+def abstract(tree: Any) -> Any:
+    """The shapes, dtypes and places of its arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

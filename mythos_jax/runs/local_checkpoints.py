@@ -29,7 +29,7 @@ from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 from mythos_jax.paths import expand, write_whole
 from mythos_jax.processes import gathered, is_process_zero, log0, raise_together
-from mythos_jax.runs.checkpoints import check_sums, checked_meta, items_of, with_checksums, with_items
+from mythos_jax.runs.checkpoints import abstract, check_sums, checked_meta, items_of, with_checksums, with_items
 from mythos_jax.runs.orbax_threads import in_daemon_thread, quiet_orbax
 from mythos_jax.runs.peers import copy_folders
 from mythos_jax.runs.state import TrainState
@@ -234,7 +234,7 @@ class LocalCheckpoints:
 
         meta = raise_together(read_meta)
         check(meta)
-        items = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items_of(like))
+        items = abstract(items_of(like))
         places = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape), items)
         arguments = ocp.args.PyTreeRestore(item=items, restore_args=places)
         trees = raise_together(partial(self._read, folder, state=arguments))["state"]

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mythos_jax.calls import Call
+
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
@@ -31,19 +33,10 @@ def in_daemon_thread(work: Callable[[], object]) -> None:
     After a failed save, some of them wait for minutes for signals that will not come, and Python would wait for them
     before it exits. Nothing is lost: the program waits for the saves themselves.
     """
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
+    call = Call(work, "checkpoint")
+    call.ended.wait()
+    if call.error is not None:
+        raise call.error
 
 
 def quiet_background_errors() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from mythos_jax.calls import Call
 from mythos_jax.processes import client, is_process_zero, is_single_process, log0
 
 PERIOD = 2.0  # seconds between two messages of a process
@@ -171,13 +172,6 @@ def _read() -> dict[int, Message]:
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
     """The result of `work`; None if it takes longer, or fails."""
-    results: list[Any] = []
-
-    def run() -> None:
-        with contextlib.suppress(Exception):
-            results.append(work())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
+    call = Call(work)
+    call.ended.wait(seconds)
+    return call.result if call.succeeded else None

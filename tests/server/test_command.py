@@ -91,7 +91,7 @@ def test_what_clients_call_the_model(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_from_start_to_end(folder, tmp_path):
     """The address is printed when requests are answered; SIGTERM lets a stream end; the exit code is 0."""
-    words = ["serve", folder, "--port", "0", "--places", "2", "--served-name", "mine", "--max-length", "200"]
+    words = ["serve", folder, "--port", "0", "--places", "2", "--served-name", "mine", "--max-length", "256"]
     (tmp_path / "key").write_text("k")
     words += ["--api-key-file", tmp_path / "key", "--halting", "latent:0.5"]
     command = [sys.executable, "-m", "mythos_jax", *map(str, words)]
@@ -105,7 +105,7 @@ def test_from_start_to_end(folder, tmp_path):
             key = {"authorization": "Bearer k"}
             with httpx.Client(base_url=line.split()[-1], headers=key, timeout=60) as client:
                 assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["mine", "model"]
-                body = {"model": "model", "prompt": "The lazy", "max_tokens": 150, "stream": True, "temperature": 0}
+                body = {"model": "model", "prompt": "The lazy", "max_tokens": 245, "stream": True, "temperature": 0}
                 with client.stream("POST", "/v1/completions", json=body) as reply:
                     lines = reply.iter_lines()
                     assert next(lines).startswith("data: {")
