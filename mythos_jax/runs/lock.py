@@ -7,12 +7,14 @@ object stores, where a file cannot be created exclusively: there, a start waits 
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from mythos_jax.errors import ConfigError, LockError
@@ -69,13 +71,11 @@ class RunLock:
 
     def acquire(self) -> None:
         """Raises LockError if the lock's owner is alive, OSError if the directory cannot be written."""
-        create = self._create_remote if is_remote(self._file) else self._create
+        create = self._create_remote if is_remote(self._file) else partial(self._create, self._file)
         while not create():
-            found = self._read()
-            if found is not None:
-                dead = self._wait_for_death(found)
-                if dead is not None:
-                    self._delete(dead)
+            dead = self._wait_for_death(self._file)
+            if dead is not None and self._take_over(dead):
+                break
         self._renewing.start()
 
     def check(self) -> None:
@@ -95,39 +95,46 @@ class RunLock:
             if self._owner() is None:
                 self._file.unlink()
 
-    def _create(self) -> bool:
-        """Makes the file with its content in one go, so that nobody sees it empty."""
-        temporary = self._run_dir / f".{LOCK_FILE}.{self._me.token}"
-        temporary.write_bytes(self._content())
+    def _create(self, path: Any) -> bool:
+        """Makes a file that names this process in one go, so that nobody sees it empty; False if it exists."""
+        temporary = self._write_aside()
         try:
-            os.link(temporary, self._file)
+            os.link(temporary, path)
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
-            return self._create_exclusively()
+            return self._create_exclusively(path)
         finally:
             temporary.unlink()
         return True
 
-    def _create_exclusively(self) -> bool:
+    def _write_aside(self) -> Any:
+        aside = self._run_dir / f".{LOCK_FILE}.{self._me.token}"
+        aside.write_bytes(self._content())
+        return aside
+
+    def _create_exclusively(self, path: Any) -> bool:
         try:
-            with open(self._file, "xb") as file:
+            with open(path, "xb") as file:
                 file.write(self._content())
         except FileExistsError:
             return False
         return True
 
     def _create_remote(self) -> bool:
-        if self._read() is None:
+        if _read(self._file) is None:
             self._file.write_bytes(self._content())
             time.sleep(self._timing.settle)
-        return self._read() == self._content()
+        return _read(self._file) == self._content()
 
-    def _wait_for_death(self, found: bytes) -> bytes | None:
-        """Returns what the file held last when the owner is dead; None if it has another owner, or none, by now.
+    def _wait_for_death(self, path: Any) -> bytes | None:
+        """Returns what a file held last when its owner is dead; None if it has another owner, or none, by now.
 
         Raises LockError if the owner is alive.
         """
+        found = _read(path)
+        if found is None:
+            return None
         owner = parse_owner(found)
         alive = owner and owner.is_alive(self._me.place)
         if alive is None:
@@ -135,12 +142,12 @@ class RunLock:
                 f"{self._run_dir}: in use by {owner or 'an unknown process'}; waiting until that ends, or does not "
                 f"answer for {self._timing.patience:.0f} s"
             )
-            return self._watch(found)
+            return self._watch(path, found)
         if alive:
             raise self._in_use(owner)
         return found
 
-    def _watch(self, found: bytes) -> bytes | None:
+    def _watch(self, path: Any, found: bytes) -> bytes | None:
         """`_wait_for_death` of an owner elsewhere."""
         begin = renewed = time.monotonic()
         while (now := time.monotonic()) < renewed + self._timing.patience:
@@ -148,7 +155,7 @@ class RunLock:
             if now > begin + self._timing.ending:
                 raise self._in_use(owner)
             time.sleep(self._timing.patience / 35)
-            content = self._read()
+            content = _read(path)
             if content is None:
                 return None
             if content != found:
@@ -164,19 +171,32 @@ class RunLock:
             "directory, so end that one or choose another --workdir"
         )
 
-    def _delete(self, found: bytes) -> None:
-        """Deletes the file of a dead owner, but not that of another start which was faster."""
+    def _take_over(self, dead: bytes) -> bool:
+        """Replaces the file of a dead owner, given what it held last; False if another start was faster.
+
+        Of several starts that find the same dead owner, one is its successor: the one that makes the file which is
+        named after what the dead owner wrote last. A successor that died before it replaced the lock has a successor
+        in the same way. Such a file counts only while the lock is still the dead owner's.
+        """
         if is_remote(self._file):
-            if self._read() == found:
+            if _read(self._file) == dead:
                 self._file.unlink()
-            return
-        aside = self._run_dir / f".{LOCK_FILE}.{self._me.token}"
-        with contextlib.suppress(FileNotFoundError):
-            self._file.rename(aside)
-            if aside.read_bytes() != found:
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self._file)
-            aside.unlink()
+            return False
+        claims = [self._claim(dead)]
+        while not self._create(claims[-1]):
+            died = self._wait_for_death(claims[-1])
+            if died is None:
+                return False
+            claims.append(self._claim(died))
+        is_successor = _read(self._file) == dead
+        if is_successor:
+            os.replace(self._write_aside(), self._file)
+        for claim in claims:
+            claim.unlink(missing_ok=True)
+        return is_successor
+
+    def _claim(self, dead: bytes) -> Any:
+        return self._run_dir / f".{LOCK_FILE}.after.{hashlib.sha256(dead).hexdigest()[:16]}"
 
     def _renew_until_stopped(self) -> None:
         while not self._stop.wait(self._timing.renew):
@@ -196,16 +216,17 @@ class RunLock:
 
     def _owner(self) -> Owner | None:
         """The owner that the file names, if it is another process."""
-        found = self._read()
+        found = _read(self._file)
         owner = None if found is None else parse_owner(found)
         return None if owner is None or owner.token == self._me.token else owner
 
     def _content(self) -> bytes:
         return json.dumps(asdict(self._me)).encode()
 
-    def _read(self) -> bytes | None:
-        try:
-            content: bytes = self._file.read_bytes()
-        except FileNotFoundError:
-            return None
-        return content
+
+def _read(path: Any) -> bytes | None:
+    try:
+        content: bytes = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return content

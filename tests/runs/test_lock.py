@@ -15,8 +15,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from mythos_jax.errors import ConfigError, LockError
 from mythos_jax.paths import to_path
+from mythos_jax.runs import lock as lock_module
 from mythos_jax.runs.lock import RunLock, Timing, locked
-from mythos_jax.runs.owner import LOCK_FILE, Owner
+from mythos_jax.runs.owner import LOCK_FILE, Owner, parse_owner
 
 FAST = Timing(renew=0.02, patience=0.6, ending=1.0, settle=0.05)
 
@@ -168,6 +169,54 @@ def test_one_of_many_starts_wins(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_start_that_was_held_up_does_not_take_over_from_the_one_that_was_faster(tmp_path, monkeypatch):
+    """It has found the owner dead; before it acts, another start has replaced that owner, or come and gone."""
+    late, fast, next_one = (RunLock(tmp_path, FAST) for _ in range(3))
+    write(tmp_path, owner(started="1"))
+    wait, calls = late._wait_for_death, []
+
+    def held_up(path):
+        dead = wait(path)
+        if not calls:
+            fast.acquire()
+        calls.append(path)
+        return dead
+
+    monkeypatch.setattr(late, "_wait_for_death", held_up)
+    with pytest.raises(LockError, match="in use by"):
+        late.acquire()
+    assert len(calls) == 1  # the second call raised
+    fast.check()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    fast.release()
+    next_one.acquire()
+    next_one.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_successor_that_died_before_it_replaced_the_lock_has_a_successor(tmp_path):
+    dead = [owner(started="1"), owner(started="2"), owner(started="3")]
+    write(tmp_path, dead[0])
+    lock = RunLock(tmp_path, FAST)
+    claims = [lock._claim(json.dumps(dataclasses.asdict(each)).encode()) for each in dead]
+    for claim, claimant in zip(claims, dead[1:], strict=False):
+        claim.write_text(json.dumps(dataclasses.asdict(claimant)))
+    lock.acquire()
+    lock.check()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    lock.release()
+
+
+def test_a_start_waits_for_a_successor_that_lives(tmp_path):
+    write(tmp_path, owner(started="1"))
+    lock, successor = RunLock(tmp_path, FAST), owner()
+    claim = lock._claim((tmp_path / LOCK_FILE).read_bytes())
+    claim.write_text(json.dumps(dataclasses.asdict(successor)))
+    with pytest.raises(LockError, match=f"in use by process {successor.pid} on"):
+        lock.acquire()
+    assert parse_owner(claim.read_bytes()) == successor
+
+
 def test_a_lock_that_somebody_deleted_is_made_again(run_dir):
     with locked(run_dir, Timing(settle=0.01)) as lock:
         (run_dir / LOCK_FILE).unlink()
@@ -176,16 +225,16 @@ def test_a_lock_that_somebody_deleted_is_made_again(run_dir):
 
 
 def test_an_object_store_that_fails_for_a_moment_does_not_end_the_renewals(run_dir, monkeypatch):
-    fails, read = [True], RunLock._read
+    fails, read = [True], lock_module._read
 
-    def reading(lock):
-        if lock._stop.is_set() or not fails:
-            return read(lock)
+    def reading(path):
+        if not fails:
+            return read(path)
         fails.append(True)
         raise RuntimeError("503")  # as gcsfs: no OSError
 
     with locked(run_dir, FAST) as lock:
-        monkeypatch.setattr(RunLock, "_read", reading)
+        monkeypatch.setattr(lock_module, "_read", reading)
         lock.check()
         while len(fails) < 3 and lock._renewing.is_alive():
             time.sleep(0.01)
