@@ -9,7 +9,9 @@
 #   mythos        train step and decoding of mythos_1b, and which kernels their time goes to
 #   utilisation   train step and decode bandwidth of models of 1 B parameters (benchmarks/roofline.py)
 #   compare       beside the PyTorch original (benchmarks/compare_openmythos.py)
-#   all           all but `check` and the small comparison, in the order of their worth
+#   science       what a loop is worth (docs/science.md), at the size that is meant for a GPU; $SEEDS (default: 0). Its
+#                 runs stay in runs/science/gpu, and those that are finished are not repeated
+#   all           all but `check`, `science` and the small comparison, in the order of their worth
 #
 # Each step of a piece leaves STEP.md, and STEP.json with the name of the device, in $OUT (default: gpu-results). Steps
 # that have a STEP.md in $OUT or in $DONE (default: .gpu) are not run again, so a piece that was cut off goes on.
@@ -20,9 +22,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-DEVICE=gpu FLAGS=() LIMIT=${LIMIT:-530}
+DEVICE=gpu FLAGS=() SIZE=gpu LIMIT=${LIMIT:-530}
 if [ "${1:-}" = --dry-run ]; then
-    DEVICE=cpu FLAGS=(--small --repeats 1)
+    DEVICE=cpu FLAGS=(--small --repeats 1) SIZE=cpu
     shift
 fi
 PIECE=${1:-} PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu-results} DONE=${DONE:-.gpu}
@@ -33,9 +35,10 @@ case $PIECE in
     mythos) STEPS="mythos profile" ;;
     utilisation) STEPS="utilisation" ;;
     compare) STEPS="compare_118m compare_readme compare_1b" ;;
+    science) STEPS="science_parameters science_sampled_depth science_latency science_cache science_positions science_rates" ;;
     all) STEPS="gradients mythos compare_118m utilisation grouped attention profile golden compare_1b" ;;
     *)
-        echo "benchmarks/gpu.sh: got '$PIECE', allowed: check, correctness, kernels, mythos, utilisation, compare, all" >&2
+        echo "benchmarks/gpu.sh: got '$PIECE', allowed: check, correctness, kernels, mythos, utilisation, compare, science, all" >&2
         exit 2
         ;;
 esac
@@ -64,18 +67,24 @@ for step in $STEPS; do
         continue
     fi
     command=("$PYTHON" -m)
+    result=(--device "$DEVICE" --json "$OUT/$step.json")
     case $step in
         utilisation) command+=(benchmarks.roofline utilisation "${FLAGS[@]}") ;;
         compare_*) command+=(benchmarks.compare_openmythos --config "${step#compare_}" --repeats 3) ;;
+        # shellcheck disable=SC2206  # seeds are words
+        science_*) command+=("benchmarks.science.${step#science_}" --size "$SIZE" --seeds ${SEEDS:-0}) result=() ;;
         *) command+=(benchmarks.gpu "$step" "${FLAGS[@]}") ;;
     esac
     echo "## $step"
     code=0
-    timeout "$left" "${command[@]}" --device "$DEVICE" --json "$OUT/$step.json" 2>"$OUT/$step.log" |
+    timeout "$left" "${command[@]}" "${result[@]}" 2>"$OUT/$step.log" |
         tee "$OUT/$step.part" || code=$?
     if [ $code = 0 ]; then
         mv "$OUT/$step.part" "$OUT/$step.md"
         rm "$OUT/$step.log"
+        if [[ $step = science_* ]]; then
+            cp "runs/science/$SIZE/${step#science_}".{json,png} "$OUT"
+        fi
     else
         echo "$step: ended with code $code; the end of $OUT/$step.log:"
         tail -n 15 "$OUT/$step.log"

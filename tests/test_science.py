@@ -147,6 +147,7 @@ def test_the_table_of_latency(trained, monkeypatch, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     name = SAMPLED.name("cpu")
     found = json.loads((tmp_path / "cpu" / "latency.json").read_text())
+    assert found.pop("device") == jax.devices()[0].device_kind
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {side}" for side in found]
     assert len(found) == len(PLAIN) + 4 + len(latency.DRAFTS)
     assert found[f"{name}; last-loop cache"]["kilobytes"] < found[name]["kilobytes"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.runs import Losses, add_arguments, file_name, run_variants, train_and_account
@@ -160,7 +161,9 @@ def bracket(found: tuple[float, float, float], digits: int = 2) -> str:
     return value if low == "nan" else f"{value} ({low} to {high})"
 
 
-def save_json(arguments: argparse.Namespace, name: str, value: Any) -> None:
+def save_json(arguments: argparse.Namespace, name: str, value: dict[str, Any]) -> None:
+    """Writes a script's numbers and the kind of the device."""
     path = folder(arguments) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    about = {"device": jax.devices()[0].device_kind}
+    path.write_text(json.dumps(about | value, indent=1) + "\n", encoding="utf-8")
