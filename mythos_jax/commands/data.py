@@ -30,7 +30,9 @@ def _add_prepare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     prepare.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
-    prepare.add_argument("sources", type=path, nargs="+", metavar="SRC", help='a file, a folder, or "stdlib"')
+    prepare.add_argument(
+        "sources", type=path, nargs="+", metavar="SRC", help='a file, a folder, the URL of one, or "stdlib"'
+    )
     prepare.add_argument("--out", type=path, required=True, metavar="DIR", help="where the rows are written")
     prepare.add_argument(
         "--tokenizer",
@@ -61,7 +63,7 @@ def _add_prepare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         "--text-column",
         default="text",
         metavar="NAME",
-        help='the text of JSON, CSV and Parquet records (default "text")',
+        help='the text of JSON, CSV and Parquet records; several with commas are joined (default "text")',
     )
     prepare.add_argument(
         "--on-error",

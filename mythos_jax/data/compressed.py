@@ -7,7 +7,8 @@ import lzma
 import zlib
 from typing import BinaryIO, cast
 
-from mythos_jax.data.sources import InputFile
+from mythos_jax.data.input_file import InputFile
+from mythos_jax.data.remote import open_remote
 
 # What decompressors raise for damaged files, besides OSError.
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
@@ -17,17 +18,22 @@ def open_bytes(file: InputFile) -> BinaryIO:
     """The content of a file, decompressed as it is read. Raises OSError; reading also raises `DAMAGED`."""
     match file.compression:
         case ".gz":
-            return cast(BinaryIO, gzip.open(file.path, "rb"))
+            return cast(BinaryIO, gzip.open(open_stored(file), "rb"))
         case ".bz2":
-            return cast(BinaryIO, bz2.open(file.path, "rb"))
+            return cast(BinaryIO, bz2.open(open_stored(file), "rb"))
         case ".xz":
-            return cast(BinaryIO, lzma.open(file.path, "rb"))
+            return cast(BinaryIO, lzma.open(open_stored(file), "rb"))
         case ".zst":
             import pyarrow
 
             # An open file, because pyarrow takes no path that is not UTF-8.
-            return io.BufferedReader(pyarrow.CompressedInputStream(open(file.path, "rb"), "zstd"))
-    return open(file.path, "rb")
+            return io.BufferedReader(pyarrow.CompressedInputStream(open_stored(file), "zstd"))
+    return open_stored(file)
+
+
+def open_stored(file: InputFile) -> BinaryIO:
+    """The content of a file as it is stored. Raises OSError; for a URL also StorageError, as reading does."""
+    return open_remote(file) if file.url else open(file.path, "rb")
 
 
 def open_text(file: InputFile) -> io.TextIOWrapper:

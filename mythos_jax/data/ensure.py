@@ -4,11 +4,12 @@ from pathlib import Path
 
 from mythos_jax.config import Config, DataConfig
 from mythos_jax.data.chat_encoder import make_chat_encoder
+from mythos_jax.data.input_file import RECORD_SUFFIXES, SUFFIXES
 from mythos_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest
 from mythos_jax.data.prepare import check_chat, check_request, check_tokenizer, have_changed, prepare, with_inputs
-from mythos_jax.data.sources import RECORD_SUFFIXES, SUFFIXES, find_inputs
+from mythos_jax.data.sources import find_inputs
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, StorageError
 from mythos_jax.streams import log
 from mythos_jax.typed import check_field
 
@@ -85,8 +86,8 @@ def _check_sources(manifest: Manifest, data: DataConfig, folder: Path, resumes: 
     """Raises ConfigError, or says so, if the files behind `data.sources` are not those that `folder` was made from."""
     try:
         found = find_inputs(data.sources, True, RECORD_SUFFIXES if data.chat else SUFFIXES)
-    except ConfigError:
-        return  # the sources are not on this machine, and are not needed
+    except (ConfigError, StorageError):
+        return  # the sources cannot be read from this machine, and are not needed
     current = with_inputs(manifest, found)
     if current.inputs == manifest.inputs or current.times == manifest.times:
         return

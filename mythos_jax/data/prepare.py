@@ -19,10 +19,11 @@ from mythos_jax.data.chat_counts import say_chats
 from mythos_jax.data.chat_encoder import ChatEncoder, make_chat_encoder
 from mythos_jax.data.chat_units import ChatUnitEncoder
 from mythos_jax.data.conventions import save_conventions
+from mythos_jax.data.input_file import RECORD_SUFFIXES, SUFFIXES, InputFile, one_line_path
 from mythos_jax.data.manifest import MANIFEST_FILE, Chats, Manifest, load_manifest
 from mythos_jax.data.readers import Reading
 from mythos_jax.data.shards import SHARD_BYTES
-from mythos_jax.data.sources import RECORD_SUFFIXES, SUFFIXES, Found, InputFile, find_inputs, one_line_path
+from mythos_jax.data.sources import Found, find_inputs
 from mythos_jax.data.split import Division, find_division
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mythos_jax.data.units import UNIT_BYTES, TextEncoder, TextStream, TokenUnit, UnitTokenizer, tokenize_units
@@ -264,7 +265,7 @@ def with_inputs(manifest: Manifest, found: Found) -> Manifest:
         manifest,
         skipped=found.skipped,
         left_out=tuple(found.left_out),
-        inputs=digest([[file.name, str(file.path.absolute()), file.size, file.modified] for file in files]),
+        inputs=digest([[file.name, file.location, file.size, file.modified] for file in files]),
         files=digest([[file.name, file.size] for file in files]),
         times=digest([[file.name, file.size, file.modified] for file in files]),
     )

@@ -15,16 +15,18 @@ memory.
 import csv
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from mythos_jax.data.chat_record import COLUMNS, RecordError, canonical, parse_record
 from mythos_jax.data.compressed import DAMAGED, open_bytes, open_text
-from mythos_jax.data.sources import RECORD_SUFFIXES, SUFFIXES, InputFile
+from mythos_jax.data.input_file import RECORD_SUFFIXES, SUFFIXES, InputFile
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 
+JOIN = "\n\n"  # between the texts of several columns
 PIECE_CHARACTERS = 1 << 20  # a longer text file is read, and tokenized, in pieces of about this size
 SKIP_HINT = "`mythos data prepare --on-error skip` leaves it out"
 
@@ -54,17 +56,25 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are read. skip_errors: leave out what cannot be read, instead of refusing it. chat: records are
-    conversations."""
+    """How documents are read. text_column: the name of the text of records; or several with commas, whose texts are
+    joined. skip_errors: leave out what cannot be read, instead of refusing it. chat: records are conversations."""
 
     text_column: str = "text"
     skip_errors: bool = False
     chat: bool = False
 
+    @cached_property
+    def text_columns(self) -> list[str]:
+        return self.text_column.split(",")
+
+    def missing(self, columns: Container[str]) -> list[str]:
+        """The columns of text that are not there."""
+        return [name for name in self.text_columns if name not in columns]
+
     def wanted(self, columns: Sequence[str]) -> list[str]:
         """Those of a table's columns that are read; none if it lacks one that is needed."""
         if not self.chat:
-            return [self.text_column] if self.text_column in columns else []
+            return [] if self.missing(columns) else self.text_columns
         is_chat = "messages" in columns or {"prompt", "completion"} <= set(columns)
         return [name for name in COLUMNS if name in columns] if is_chat else []
 
@@ -191,7 +201,8 @@ def _read_json(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut]:
         yield LeftOut(f"{file}: {_missing(records[0], reading)}", is_error=False)  # such as package.json
         return
     for number, record in enumerate(records, start=1):
-        value = {reading.text_column: record} if isinstance(record, str) and not reading.chat else record
+        is_text = isinstance(record, str) and not reading.chat and len(reading.text_columns) == 1
+        value = {reading.text_column: record} if is_text else record
         yield from _document(value, f"{file.name}:{number}", f"{file}, record {number}", reading)
 
 
@@ -255,7 +266,7 @@ def _read_parquet(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut
             columns = table.schema_arrow.names
             if not (wanted := reading.wanted(columns)):
                 raise _NotReadable(_no_column(columns, reading))
-            for batch in table.iter_batches(batch_size=256, columns=wanted):
+            for batch in _batches(table, wanted):
                 for record in batch.to_pylist():
                     number += 1
                     yield from _document(record, f"{file.name}:{number}", f"{file}, row {number}", reading)
@@ -267,28 +278,38 @@ def _read_parquet(file: InputFile, reading: Reading) -> Iterator[Piece | LeftOut
         raise _NotReadable(f"cannot be read near row {number + 1} ({one_line(error, limit=200)})") from None
 
 
+def _batches(table: Any, columns: list[str]) -> Iterator[Any]:
+    """The rows of a Parquet file. Row group by row group: a reader keeps in memory what it has read until its end."""
+    for group in range(table.num_row_groups):
+        yield from table.iter_batches(batch_size=256, columns=columns, row_groups=[group])
+
+
 def _document(record: Any, name: str, location: str, reading: Reading) -> Iterator[Piece | LeftOut]:
-    """The document in the text column of a record, nothing if it is empty or null; or the conversation that it is."""
+    """The document in the text columns of a record, nothing if they are empty or null; or the conversation that it
+    is."""
     if reading.chat:
         yield _conversation(record, location)
         return
     if problem := _missing(record, reading):
         yield LeftOut(f"{location}: {problem}")
         return
-    text = record[reading.text_column]
-    if text is None:
-        return
-    if not isinstance(text, str):
-        allowed = "allowed: a string"
-        yield LeftOut(f"{location}: {one_line_name(reading.text_column)} has type {type(text).__name__}, {allowed}")
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        yield LeftOut(f"{location}: text is not valid Unicode (half of a surrogate pair)")
-        return
-    if text:
-        yield Piece(name, text)
+    texts = []
+    for column in reading.text_columns:
+        text = record[column]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            yield LeftOut(f"{location}: {one_line_name(column)} has type {type(text).__name__}, allowed: a string")
+            return
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            yield LeftOut(f"{location}: text is not valid Unicode (half of a surrogate pair)")
+            return
+        if text:
+            texts.append(text)
+    if texts:
+        yield Piece(name, JOIN.join(texts))
 
 
 def _conversation(record: Any, location: str) -> Piece | LeftOut:
@@ -311,10 +332,9 @@ def _missing(record: Any, reading: Reading) -> str:
     if reading.chat:
         return "" if isinstance(record, dict) and reading.wanted(list(record)) else _no_column(record, reading)
     if not isinstance(record, dict):
-        return (
-            f'no {one_line_name(reading.text_column)} column; allowed: {{"{one_line_name(reading.text_column)}": "…"}}'
-        )
-    return "" if reading.text_column in record else _no_column(list(record), reading)
+        names = ", ".join(f'"{one_line_name(name)}": "…"' for name in reading.text_columns)
+        return f"no {one_line_name(reading.text_columns[0])} column; allowed: {{{names}}}"
+    return _no_column(list(record), reading) if reading.missing(record) else ""
 
 
 def _no_column(columns: Any, reading: Reading) -> str:
@@ -324,4 +344,4 @@ def _no_column(columns: Any, reading: Reading) -> str:
     if reading.chat:
         return f"no messages, and not both prompt and completion; it has {shown or 'none'}"
     has = f"it has {shown or 'none'}" + (" (--text-column or data.text_column names one)" if columns else "")
-    return f"no {one_line_name(reading.text_column)} column; {has}"
+    return f"no {' and no '.join(map(one_line_name, reading.missing(columns)))} column; {has}"

@@ -7,7 +7,8 @@ A source is the path of
 - a folder: every file below it with one of `SUFFIXES`, in sorted order, then those behind links to folders. Hidden
   files and folders are left out; whatever is left out is counted, and said;
 
-or the word `stdlib`. Text and records, except Parquet, may be compressed: `.jsonl.gz`, `.txt.zst`.
+or the URL of such a file or folder, or a pattern of URLs (remote.py); or the word `stdlib`. Text and records, except
+Parquet, may be compressed: `.jsonl.gz`, `.txt.zst`.
 """
 
 import os
@@ -19,17 +20,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from mythos_jax.data.input_file import COMPRESSIONS, SUFFIXES, InputFile, one_line_path, split_suffix
+from mythos_jax.data.remote import find_remote
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_remote
 
 STDLIB = "stdlib"
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-TEXT_SUFFIXES = (
-    *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".yaml", ".yml", ".toml"),
-    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql"),
-)
-SUFFIXES = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 # Folders of the standard library that are not read: tests, installed packages, and two packages that consist mostly of
 # generated tables (code pages, help texts), which would make the loss look better than it is.
@@ -39,30 +35,6 @@ _STDLIB_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-package
 def _is_prepared(names: Sequence[str]) -> bool:
     """Whether these are the files of a folder that `mythos data prepare` has made."""
     return "manifest.json" in names and any(name.endswith(".array_record") for name in names)
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file to read. `name` is relative to its source, and so the same on every machine."""
-
-    path: Path
-    name: str
-    size: int  # bytes
-    modified: int = 0  # nanoseconds
-    given: bool = False  # whether the file itself is a source, not a folder that it is in
-
-    @property
-    def compression(self) -> str:
-        """The suffix that says how the file is compressed; empty if it is not."""
-        return split_suffix(self.path)[1]
-
-    @property
-    def suffix(self) -> str:
-        """The suffix that says what the file contains."""
-        return split_suffix(self.path)[0]
-
-    def __str__(self) -> str:
-        return f"source {one_line_path(self.path)}"
 
 
 @dataclass(frozen=True)
@@ -84,32 +56,32 @@ def find_inputs(sources: Sequence[str], skip_errors: bool = False, suffixes: Col
     files: list[InputFile] = []
     left_out: list[str] = []
     skipped = 0
+    wanted = partial(_is_read, suffixes=suffixes)
+
+    def add_folder(source: str, found: list[InputFile], unread: Counter[str]) -> None:
+        if not found:
+            raise ConfigError(_nothing_in(source, unread, suffixes))
+        files.extend(found)
+        if unread:
+            left_out.append(f"source {one_line_path(source)}: left out {_counts(unread)}")
+
     for source in sources:
         path = Path(source)
         if source == STDLIB and ".py" in suffixes:
             library, skipped = _standard_library()
             files += library
+        elif is_remote(source):
+            found, unread = find_remote(source, wanted, _is_prepared)
+            if unread is None:
+                files += [_checked(file) for file in found]
+            else:
+                add_folder(source, found, unread)
         elif path.is_dir():
-            walk = _Walk(path, skip_errors, partial(_is_read, suffixes=suffixes))
-            if not walk.files:
-                raise ConfigError(_nothing_in(source, walk.left_out, suffixes))
-            files += walk.files
-            if walk.left_out:
-                left_out.append(f"source {one_line_path(source)}: left out {_counts(walk.left_out)}")
+            walk = _Walk(path, skip_errors, wanted)
+            add_folder(source, walk.files, walk.left_out)
         else:
             files.append(_given_file(source))
     return Found(files, left_out, skipped)
-
-
-def split_suffix(path: Path) -> tuple[str, str]:
-    """What a file's name says about its content and its compression: ".jsonl" and ".gz"."""
-    suffix = path.suffix.lower()
-    return (Path(path.stem).suffix.lower(), suffix) if suffix in COMPRESSIONS else (suffix, "")
-
-
-def one_line_path(path: str | Path) -> str:
-    """The path as it can be shown: a file's name may contain line breaks and bytes that are not UTF-8."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
 def _is_read(path: Path, suffixes: Collection[str]) -> bool:
@@ -122,14 +94,16 @@ def _given_file(source: str) -> InputFile:
     path = Path(source)
     if not path.is_file():
         problem = "neither a file nor a folder" if path.exists() else "no such file"
-        if is_remote(source):
-            problem = "sources are read from a disk; copy it there"
-        raise ConfigError(f"source {one_line_path(source)}: {problem}; allowed: files, folders, {STDLIB}")
-    suffix, compression = split_suffix(path)
-    if compression and suffix == ".parquet":
-        raise ConfigError(f"source {one_line_path(source)}: compressed Parquet; allowed: the .parquet file itself")
+        raise ConfigError(f"source {one_line_path(source)}: {problem}; allowed: files, folders, URLs, {STDLIB}")
     info = path.stat()
-    return InputFile(path, path.name, info.st_size, info.st_mtime_ns, given=True)
+    return _checked(InputFile(path, path.name, info.st_size, info.st_mtime_ns, given=True))
+
+
+def _checked(file: InputFile) -> InputFile:
+    """A file that is given. Raises ConfigError if its name says that it cannot be read."""
+    if file.compression and file.suffix == ".parquet":
+        raise ConfigError(f"{file}: compressed Parquet; allowed: the .parquet file itself")
+    return file
 
 
 class _Walk:

@@ -9,8 +9,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mythos_jax.data.input_file import InputFile
 from mythos_jax.data.readers import LeftOut, Piece, Reading, read_pieces, truncate_piece
-from mythos_jax.data.sources import InputFile
 from mythos_jax.errors import ConfigError
 
 DRAWS = 1 << 64

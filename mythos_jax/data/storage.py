@@ -28,6 +28,13 @@ LASTING_TRIES = 3
 LASTING_PATIENCE = 60.0  # ... and, once rows are read, for so many seconds: passing trouble may look like that
 CONCURRENT = 32  # calls at once to an object store
 QUIET = 60.0  # seconds after a line about reads that fail in which there is no other
+# What fsspec needs besides.
+_PACKAGES = {
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    **dict.fromkeys(("http", "https"), "aiohttp requests"),
+}
 _WAKE = 0.2  # how often one who waits looks whether the rows are still wanted
 
 
@@ -188,6 +195,10 @@ def open_file_system(url: str) -> tuple[Any, str]:
 
     try:
         files, path = url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        package = _PACKAGES.get(url.partition("://")[0])
+        remedy = f"; pip install {package}" if package else ""
+        raise ConfigError(f"{url}: cannot be opened ({one_line(error)}){remedy}") from None
+    except ValueError as error:
         raise ConfigError(f"{url}: cannot be opened ({one_line(error)})") from None
     return files, path

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mythos_jax.data.input_file import InputFile
 from mythos_jax.data.manifest import COUNTS
 from mythos_jax.data.readers import LeftOut, Piece, Reading, read_pieces, truncate_piece
 from mythos_jax.data.row_file import TokenPiece
-from mythos_jax.data.sources import InputFile
 from mythos_jax.data.split import Division, draw
 from mythos_jax.data.tokenizer import Tokenizer
 from mythos_jax.data.workers import Workers
@@ -52,7 +52,7 @@ class TextStream:
         options = [self.reading.text_column, self.max_bytes, self.division and asdict(self.division)]
         states = [_sha256(json.dumps(options).encode())]
         for file in self.inputs:
-            state = [states[-1], file.name, str(file.path.absolute()), file.size, file.modified, file.given]
+            state = [states[-1], file.name, file.location, file.size, file.modified, file.given]
             states.append(_sha256(json.dumps(state).encode()))
         return [*states, _sha256(f"{states[-1]} end".encode())]
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mythos_jax.data.input_file import one_line_path
 from mythos_jax.data.manifest import SPLITS, ChatSplit, Manifest, Split
 from mythos_jax.data.pack import PackedWriter
 from mythos_jax.data.readers import LeftOut
 from mythos_jax.data.rows import RowWriter
-from mythos_jax.data.sources import one_line_path
 from mythos_jax.data.split import DRAWS
 from mythos_jax.data.units import LISTED, TokenUnit
 from mythos_jax.errors import ConfigError

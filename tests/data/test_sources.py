@@ -13,9 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from mythos_jax.cli import main
+from mythos_jax.data.input_file import COMPRESSIONS
 from mythos_jax.data.prepare import prepare
 from mythos_jax.data.readers import LeftOut, Piece, Reading, read_pieces
-from mythos_jax.data.sources import COMPRESSIONS, find_inputs
+from mythos_jax.data.sources import find_inputs
 from mythos_jax.errors import ConfigError
 from tests.data.test_split import texts
 
@@ -300,7 +301,7 @@ def test_sources_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for source, message in [
         (str(tmp_path / "pipe"), "neither a file nor a folder"),
-        ("gs://bucket/text", "copy it there"),
+        ("gs://bucket/text", r"pip install gcsfs"),
     ]:
         with pytest.raises(ConfigError, match=message):
             find_inputs([source])
