@@ -59,9 +59,8 @@ class DataConfig(Section, section="data"):
     seq_len: PositiveInt = 128  #: target tokens per row, at most model.max_seq_len
     #: fraction of the documents kept for evaluation; a hash of a document's name decides (of a single one, its end)
     held_out_fraction: Annotated[HeldOutFraction, Formerly("held_out")] = 0.05
-    text_column: str = (
-        "text"  #: the field or column of JSON, CSV and Parquet records with their text; several: title,text
-    )
+    #: the field or column of JSON, CSV and Parquet records that holds their text; several with commas are joined
+    text_column: str = "text"
     chat: bool = False  #: the sources are conversations (JSON, CSV, Parquet), trained on in what the model says itself
     chat_template: PathText = ""  #: chat: a Jinja file that says how they are written (default: the model's own)
     max_bytes: Bytes = 0  #: stop preparing after this many bytes of text; 0: all of it
