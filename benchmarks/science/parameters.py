@@ -73,6 +73,7 @@ class Comparison:
         self.costs = {arm: costs(arm, size, rows[arm.name(size)][0]) for arm in whole}
         self.plain = [arm for arm in whole if not arm.loops]
         self.looped = [arm for arm in whole if arm.loops]
+        self.dense = [arm for arm in self.looped if not arm.experts]
 
     def ratio(self, arm: Arm, cost: int) -> Callable[[list[int]], float]:
         """What a plain model of equal loss costs, in multiples of the arm's cost; of these seeds."""
@@ -91,14 +92,13 @@ class Comparison:
     @property
     def layers(self) -> dict[int, Arm]:
         """The plain models of the width of the looped ones, by their layers; none if too few have finished."""
-        width = {arm.width for arm in self.looped if arm.kind == "looped"}
+        width = {arm.width for arm in self.dense}
         found = {arm.core: arm for arm in self.plain if arm.width in width}
         return found if len(found) > 1 else {}
 
     def phi(self, seeds: list[int]) -> float:
         plain = {layers: self.losses[arm][seeds].mean() for layers, arm in self.layers.items()}
-        dense = [arm for arm in self.looped if arm.kind == "looped"]
-        return fitted_phi(plain, [(arm, self.losses[arm][seeds].mean()) for arm in dense])
+        return fitted_phi(plain, [(arm, self.losses[arm][seeds].mean()) for arm in self.dense])
 
 
 def tables(found: Comparison) -> list[str]:
@@ -112,28 +112,28 @@ def tables(found: Comparison) -> list[str]:
         bound = "at least " if found.beats(arm, found.plain) else ""
         lines.append(f"| {arm.name(found.size)} | {' | '.join(bound + cell for cell in cells)} |")
     if found.layers:
-        dense = [arm for arm in found.looped if arm.kind == "looped"]
-        bound = "at least " if any(found.beats(arm, [*found.layers.values()]) for arm in dense) else ""
+        bound = "at least " if any(found.beats(arm, [*found.layers.values()]) for arm in found.dense) else ""
         lines += ["", f"phi: {bound}{bracket(interval(found.seeds, found.phi))}, {found.seeds} seeds"]
     return lines
 
 
 def draw(found: Comparison, path: Path) -> None:
     figure, axes = panels(3, share=True)
-    styles = {"plain": ("C1", "s"), "looped": ("C0", "o"), "experts": ("C2", "^")}
+    marks = dict(zip(found.looped, "ov^D*", strict=False))
     for panel, cost in zip(axes, (0, 2, 3), strict=True):
-        for kind, (colour, marker) in styles.items():
-            arms = [arm for arm in found.arms if arm.kind == kind]
-            means = [found.losses[arm].mean() for arm in arms]
-            ranges = [[m - found.losses[a].min(), found.losses[a].max() - m] for a, m in zip(arms, means, strict=True)]
-            xs = [found.costs[arm][cost] for arm in arms]
-            panel.errorbar(xs, means, np.array(ranges).T, fmt=marker, color=colour, label=kind, capsize=2)
-            for arm, x, y in zip(arms, xs, means, strict=True):
-                panel.annotate(arm.name(found.size).split(",")[1].removesuffix(" layers"), (x, y), fontsize=6)
-        panel.set_xscale("log")
-        panel.set_xlabel(COSTS[cost])
+        for arm in found.arms:
+            values, x, name = found.losses[arm], found.costs[arm][cost], arm.name(found.size).removesuffix(" layers")
+            middle = values.mean()
+            if arm.loops:  # side by side where their costs are equal
+                x *= 1 + 0.025 * (found.looped.index(arm) - 1)
+            else:
+                panel.annotate(name.removeprefix("plain "), (x, middle), (5, 5), textcoords="offset points", fontsize=8)
+            bars = [[middle - values.min()], [values.max() - middle]]
+            look = {"fmt": marks[arm], "label": name} if arm.loops else {"fmt": "s", "color": "0.4"}
+            panel.errorbar([x], [middle], bars, capsize=2, **look)
+        panel.set(xscale="log", xlabel=COSTS[cost])
         tidy(panel)
-    axes[0].set_ylabel("held-out nats per byte")
+    axes[0].set_ylabel("held-out nats per byte (grey: plain)")
     save(figure, path)
 
 
