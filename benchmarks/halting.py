@@ -62,16 +62,17 @@ def decode(
     halting: Halting | None,
     slots: int,
     loop_cache: str = "all",
-) -> tuple[jax.Array, jax.Array]:
-    """Nats of the targets and loops of the tokens, [T, B] each, by decoding with a cache for `slots` loops, which share
-    its memory by this rule (`model.cache.loop_slots`)."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each token, [T, B]: nats of its target, loops, and whether the target is the most likely token; by decoding
+    with a cache for `slots` loops, which share its memory by this rule (`model.cache.loop_slots`)."""
     tokens_BT = batch["tokens"]
 
-    def step(cache: Any, column: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    def step(cache: Any, column: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, jax.Array, jax.Array]]:
         tokens_B, targets_B = column
         out: Any = model.apply(variables, tokens_B[:, None], loops=loops, halting=halting, cache=cache)
         log_p_BV = jax.nn.log_softmax(out.logits[:, 0])
-        return out.cache, (-jnp.take_along_axis(log_p_BV, targets_B[:, None], axis=1)[:, 0], out.loops[:, 0])
+        nats_B = -jnp.take_along_axis(log_p_BV, targets_B[:, None], axis=1)[:, 0]
+        return out.cache, (nats_B, out.loops[:, 0], log_p_BV.argmax(-1) == targets_B)
 
     cache = init_cache(model.config, *tokens_BT.shape, slots, loop_cache)
     return jax.lax.scan(step, cache, (tokens_BT.T, batch["targets"].T))[1]
@@ -82,7 +83,7 @@ def measure(
 ) -> Point:
     """Means over all tokens of a batch. depth: the most loops, for the cache; loops: run by every token, or with a
     policy at most."""
-    nats_TB, loops_TB = decode(loaded.model, loaded.variables, batch, jnp.int32(loops), halting, depth, loop_cache)
+    nats_TB, loops_TB, _ = decode(loaded.model, loaded.variables, batch, jnp.int32(loops), halting, depth, loop_cache)
     threshold = 0.0 if halting is None or halting.threshold is None else float(halting.threshold)
     return Point(threshold, float(np.asarray(loops_TB).mean()), float(np.asarray(nats_TB).mean()))
 

@@ -206,7 +206,7 @@ def test_overrides_take_precedence_over_the_file(write):
         ("--training.spike_factor 0.5", "training.spike_factor: got 0.5, allowed: a number > 1, or 0 for none"),
         (
             "--training.objectives.ponder_prior_rate 1",
-            "training.objectives.ponder_prior_rate: got 1.0, allowed: a number in (0, 1)",
+            "training.objectives.ponder_prior_rate: got 1.0, allowed: a number in [0, 1)",
         ),
         (
             "--training.objectives.exit_loss gain",

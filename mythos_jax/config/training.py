@@ -62,14 +62,17 @@ class ObjectivesConfig(Section, section="training.objectives"):
 
     ponder_cost: NonNegativeFloat = 0.0  #: expected number of loops under the ACT weights; needs `readout: act`
     ponder_prior: NonNegativeFloat = 0.0  #: KL from the ACT weights to a geometric distribution; needs `readout: act`
-    ponder_prior_rate: Annotated[float, Between(0, 1, "()")] = 0.2  #: halting probability per loop of that distribution
+    #: halting probability per loop of that distribution; 0: uniform over the loops
+    ponder_prior_rate: Annotated[float, Between(0, 1, "[)")] = 0.2
     contraction: NonNegativeFloat = 0.0  #: steps of the state that grow from one loop to the next
     router_z: NonNegativeFloat = 0.0  #: squared log-partition function of the router
 
     #: how an exit gate is trained (docs/training.md): `none`: not at all; `expected`: with the model, whose loss is the
     #: mean over the exits; `gain`: alone, to go on while loops lower the loss; needs `exit_gate: true`
     exit_loss: ExitLoss = "none"
-    exit_entropy: NonNegativeFloat = 0.1  #: expected: weight of the entropy of the exits, which is subtracted
+    exit_entropy: NonNegativeFloat = 0.1  #: expected: weight of the KL from the exits to the prior below
+    #: expected: exit probability per loop of a geometric prior; 0: uniform, so that the entropy of the exits is raised
+    exit_prior_rate: Annotated[float, Between(0, 1, "[)")] = 0.0
     exit_gain: NonNegativeFloat = 0.005  #: gain: decrease of the loss, in nats, that makes a loop worth running
     exit_slope: PositiveFloat = 50.0  #: gain: slope of the label sigmoid(slope (decrease - exit_gain))
 

@@ -52,12 +52,19 @@ def ponder_cost(weight_LBT: jax.Array) -> jax.Array:
 
 
 def ponder_prior(weight_LBT: jax.Array, rate: float) -> jax.Array:
-    """KL(ACT weights || geometric distribution with this rate, truncated at L loops and renormalised), [B, T]
-    (PonderNet, arXiv 2107.05407, equation 6)."""
-    prior_L = rate * (1 - rate) ** jnp.arange(weight_LBT.shape[0], dtype=jnp.float32)
-    log_prior_L = jnp.log(prior_L / prior_L.sum())
-    terms_LBT = weight_LBT * (jnp.log(jnp.maximum(weight_LBT, 1e-8)) - log_prior_L[:, None, None])
+    """KL(ACT weights || `log_geometric`), [B, T] (PonderNet, arXiv 2107.05407, equation 6)."""
+    log_prior_L11 = log_geometric(rate, len(weight_LBT), jnp.int32(len(weight_LBT)))
+    terms_LBT = weight_LBT * (jnp.log(jnp.maximum(weight_LBT, 1e-8)) - log_prior_L11)
     return terms_LBT.sum(0)
+
+
+def log_geometric(rate: float, loops: int, steps_BT: jax.Array) -> jax.Array:
+    """Logarithms of the geometric distribution over the first `steps_BT` of these loops that goes on with probability
+    1 - rate, truncated and renormalised, [L, B, T]; at rate 0 it is uniform. What comes after these loops is of no
+    meaning."""
+    ratio_L11 = jnp.arange(loops, dtype=jnp.float32)[:, None, None] * jnp.log1p(-rate)
+    exists_LBT = jnp.arange(1, loops + 1)[:, None, None] <= steps_BT
+    return ratio_L11 - jnp.log(jnp.where(exists_LBT, jnp.exp(ratio_L11), 0).sum(0))
 
 
 def contraction(change_LBT: jax.Array) -> jax.Array:
@@ -96,7 +103,11 @@ def exit_objective(
     entropy_BT = -jnp.where(exists_LBT, p_LBT * log_p_LBT, 0).sum(0)
     nats_BT = (p_LBT * loss_LBT).sum(0)
     metrics["exit_entropy"] = mean(entropy_BT)
-    return TokenLosses(nats_BT - config.exit_entropy * entropy_BT, nats_BT, metrics)
+    closeness_BT = entropy_BT  # minus KL(p || prior), for a uniform one up to a constant
+    if config.exit_prior_rate:
+        log_prior_LBT = log_geometric(config.exit_prior_rate, len(logit_LBT), steps_BT)
+        closeness_BT = entropy_BT + (p_LBT * log_prior_LBT).sum(0)
+    return TokenLosses(nats_BT - config.exit_entropy * closeness_BT, nats_BT, metrics)
 
 
 def log_exits(logit_LBT: jax.Array, steps_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,6 +24,7 @@ from tests.training.test_step import RANDOM, config_with, run
 
 GATED = dataclasses.replace(GQA_LAST, exit_gate=True)  # with a prelude and a coda
 EXPECTED = ObjectivesConfig(exit_loss="expected", exit_entropy=0.3)
+GEOMETRIC = dataclasses.replace(EXPECTED, exit_prior_rate=0.4)
 GAIN = ObjectivesConfig(exit_loss="gain", exit_gain=0.1, exit_slope=5.0)
 
 
@@ -35,11 +36,14 @@ def mean_over(mask):
 def formula(config, losses_L, gates_L):
     """One token's objective, from its loss and its gate's probability after each loop, as the paper writes it."""
     survival, total, L = 1.0, 0.0, len(losses_L)
+    prior = (1 - config.exit_prior_rate) ** np.arange(L)
+    if config.exit_prior_rate:  # of the uniform one, the constant is left out
+        prior /= prior.sum()
     for t in range(L):
         if config.exit_loss == "expected":
             p = survival if t == L - 1 else survival * gates_L[t]
             survival *= 1 - gates_L[t]
-            total += p * losses_L[t] + config.exit_entropy * p * np.log(p)
+            total += p * losses_L[t] + config.exit_entropy * p * np.log(p / prior[t])
         elif t > 0:
             gain = max(0, losses_L[t - 1] - losses_L[t])
             w = 1 / (1 + np.exp(-config.exit_slope * (gain - config.exit_gain)))
@@ -47,7 +51,7 @@ def formula(config, losses_L, gates_L):
     return total
 
 
-@pytest.mark.parametrize("config", [EXPECTED, GAIN], ids=["expected", "gain"])
+@pytest.mark.parametrize("config", [EXPECTED, GEOMETRIC, GAIN], ids=["expected", "geometric", "gain"])
 def test_objectives_are_the_formulas_of_the_paper(config):
     """Tokens that have run 1 to 4 of 4 traced loops, also with a gate that is sure of itself; and the metrics."""
     random = np.random.default_rng(0)

@@ -168,6 +168,7 @@ def test_objectives_by_hand():
     w = np.array([0.5, 0.3, 0.2])
     assert ponder_prior(weights, 0.2)[0, 0] == pytest.approx((w * np.log(w / prior)).sum(), rel=1e-5)
     assert ponder_prior(jnp.asarray(prior, jnp.float32).reshape(3, 1, 1), 0.2)[0, 0] == pytest.approx(0, abs=1e-6)
+    assert ponder_prior(weights, 0.0)[0, 0] == pytest.approx((w * np.log(3 * w)).sum(), rel=1e-5)  # a uniform prior
     assert contraction(jnp.array([0.5, 0.7, 0.1, 0.2]).reshape(4, 1, 1))[0, 0] == pytest.approx(0.2 + 0.1)
 
 
