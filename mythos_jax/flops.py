@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from mythos_jax.config import Config, ModelConfig, backprop_loops, mean_loops
 from mythos_jax.model.abstract import abstract_variables
-from mythos_jax.model.cache import loop_slots
+from mythos_jax.model.cache import model_slots
 from mythos_jax.model.layers import compute_dtype
 from mythos_jax.model.low_rank import adaptable, target_paths
 from mythos_jax.model.names import frozen_paths, parameter_paths
@@ -42,7 +42,8 @@ class Flops:
 def forward_flops(config: ModelConfig, context: int) -> Flops:
     """Forward FLOPs per token, if each token attends to `context` keys.
 
-    For a causal sequence of n tokens, the mean context is about n / 2.
+    For a causal sequence of n tokens, the mean context is about n / 2. With `loop_kv: first`, keys and values of later
+    loops are computed and not used; they count.
     """
     c = config
     attention = 2 * _attention_weights(c) + 2 * context * _attention_per_key(c)
@@ -149,14 +150,14 @@ def matrix_flops(config: ModelConfig) -> dict[str, int]:
 
 def cache_bytes(config: ModelConfig, loops: int, loop_cache: str = "all") -> int:
     """Bytes of the decoding cache per token of context, for calls of up to `loops` loops that share its slots by this
-    rule (`model.cache.loop_slots`).
+    rule (`model.cache.model_slots`).
 
     Each layer and slot keeps kv_lora_rank + qk_rope_head_dim channels with mla, 2 n_kv_heads head_dim with gqa.
     """
     c = config
     mla = c.attention == "mla"
     channels = c.kv_lora_rank + c.qk_rope_head_dim if mla else 2 * c.n_kv_heads * c.gqa_head_dim
-    slots = c.prelude_layers + c.coda_layers + min(loop_slots(loop_cache, loops), loops) * c.loop_layers
+    slots = c.prelude_layers + c.coda_layers + min(model_slots(c, loop_cache, loops), loops) * c.loop_layers
     return slots * channels * compute_dtype(c).itemsize
 
 

@@ -85,11 +85,11 @@ class _Model:
         return norm(x, self.params["prelude_norm"]["scale"], c.norm_eps) if c.prelude_norm else x
 
     def loop(self, h: np.ndarray, e: np.ndarray, t: int, frozen: np.ndarray) -> np.ndarray:
-        """The state [T, D] after loop t; frozen tokens keep their keys and values."""
+        """The state [T, D] after loop t; frozen tokens, or with `loop_kv: first` all, keep their keys and values."""
         c, cell = self.config, self.cell
         y = enter(c, cell, h, e, t)
         for i in range(c.loop_layers):
-            old = None if self.kv[i] is None else (frozen, self.kv[i])
+            old = None if self.kv[i] is None else (frozen | (c.loop_kv == "first"), self.kv[i])
             value = self._value_embedding(c.prelude_layers + i)
             y, self.kv[i], experts = layer(c, cell[f"layer_{i}"], y, value, old=old, bias=self._router_bias(i))
             for token in np.flatnonzero(~frozen):

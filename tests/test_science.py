@@ -25,7 +25,13 @@ from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import make_mesh
 from tests import tiny
 
-ARMS = {*PLAIN, *LOOPED, *sampled_depth.ARMS, *(rates.at(kind, rate) for kind in rates.KINDS for rate in rates.RATES)}
+ARMS = {
+    cache.SHARED,
+    *PLAIN,
+    *LOOPED,
+    *sampled_depth.ARMS,
+    *(rates.at(kind, rate) for kind in rates.KINDS for rate in rates.RATES),
+}
 PHI = 0.46
 
 
@@ -163,10 +169,10 @@ def test_the_table_of_caches(trained, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cache, "measure", lambda loaded, rows, depth, loops, halting, rule: Point(0, loops, len(rule)))
     cache.main(["--out", str(tmp_path), "--seeds", "0", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith(
-        f"| {FIXED.name('cpu')} | 3.000 ± 0.000 | 8.000 ± 0.000 | 5.000 ± 0.000 | 4.000 ± 0.000 |"
-    )
     # Prelude, coda and the slots of the loop; keys and values of 2 heads with 16 channels in float32.
-    slots = [2 + n for n in (4, 2, 2, 1, 8, 2, 2, 1)]
-    assert lines[-1] == f"| bytes per token | {' | '.join(str(n * 2 * 2 * 16 * 4) for n in slots)} |"
+    rows = [(FIXED, rule, slots) for rule, slots in (("all", (4, 8)), ("modulo:2", (2, 2)), ("first", (2, 2)))]
+    for arm, rule, slots in [*rows, (SAMPLED, "last", (1, 1)), (cache.SHARED, "first loop alone", (1, 1))]:
+        cells = [str((2 + n) * 2 * 2 * 16 * 4) for n in slots]
+        loss = f"{len('all' if arm is cache.SHARED else rule)}.000 ± 0.000"
+        assert f"| {arm.name('cpu')} | {rule} | {cells[0]} | {loss} | {cells[1]} | {loss} |" in lines
     assert (tmp_path / "cpu" / "cache.png").stat().st_size > 10_000

@@ -14,37 +14,32 @@ from benchmarks.science import exits, stopping
 from benchmarks.sweeps import FIXED, Curve, Point
 from mythos_jax.config import Config, DataConfig, MeshConfig, TaskConfig, load_config
 from mythos_jax.model.halting import Halting
-from mythos_jax.model.likelihood import token_loss
 from mythos_jax.model.mythos import Mythos
 from mythos_jax.runs.load import LoadedModel
 from mythos_jax.sharding import make_mesh
 from tests import tiny
 
-GATED = replace(tiny.GQA_LAST, exit_gate=True)
-
 
 def test_a_curve_is_that_of_the_full_forward_pass(monkeypatch):
     """A gate looks at the state alone: decoding token by token is the forward pass. Rows of three difficulties."""
     task = DataConfig(seq_len=8, held_out_fraction=0, task=TaskConfig(name="parity", difficulty=(3,)))
-    variables = tiny.variables(GATED)
-    config, mesh = Config(model=GATED, data=task), make_mesh(MeshConfig(), jax.devices()[:1])
-    loaded = LoadedModel(Path(), config, Mythos(GATED), variables, None, mesh, None)
+    variables, config, thresholds = tiny.variables(tiny.OURO), Config(model=tiny.OURO, data=task), np.array([0.3, 0.8])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    loaded = LoadedModel(Path(), config, Mythos(tiny.OURO), variables, None, mesh, None)
     rows = sweeps.evaluation_rows(loaded, 4)
     assert rows["tokens"].shape == (12, 8)
-    monkeypatch.setattr(sweeps, "CUMULATIVE", np.array([0.3, 0.8]))
     assert sweeps.criteria_of(loaded)[-1] == "gate"
-    for criterion in FIXED, "gate":
+    monkeypatch.setattr(sweeps, "CUMULATIVE", thresholds)
+    ways = {FIXED: [(n, None) for n in (1, 2, 3)], "gate": [(3, Halting("gate", jnp.float32(q))) for q in thresholds]}
+    for criterion, settings in ways.items():
         found = sweeps.curve(loaded, rows, 3, criterion)
-        for i, half in enumerate((slice(0, None, 2), slice(1, None, 2))):
-            batch = {name: jnp.asarray(x[half]) for name, x in rows.items()}
-            for j in range(3 if criterion == FIXED else 2):
-                how = {"loops": jnp.int32(j + 1)} if criterion == FIXED else {"loops": jnp.int32(3)}
-                halting = None if criterion == FIXED else Halting("gate", jnp.float32(sweeps.CUMULATIVE[j]))
-                nats_BT, out = token_loss(loaded.model, variables, batch, halting=halting, **how)
-                mask_BT = np.asarray(batch["mask"], bool)
-                logits = np.asarray(loaded.model.apply(variables, out.features, method="head"))
-                right = (logits.argmax(-1) == batch["targets"])[mask_BT].mean()
-                expected = np.asarray(out.loops)[mask_BT].mean(), np.asarray(nats_BT)[mask_BT].mean(), right
+        for j, (loops, policy) in enumerate(settings):
+            out = tiny.run_traced(tiny.OURO, variables, rows["tokens"], jnp.int32(loops), halting=policy)
+            log_p = np.asarray(jax.nn.log_softmax(out.logits))
+            nats = -np.take_along_axis(log_p, rows["targets"][..., None], -1)[..., 0]
+            for i in range(2):
+                used, right = rows["mask"][i::2], log_p.argmax(-1) == rows["targets"]
+                expected = [np.asarray(x)[i::2][used].mean() for x in (out.loops, nats, right)]
                 np.testing.assert_allclose(found[i][j], expected, atol=1e-5)
 
 

@@ -17,6 +17,7 @@ QKGainNorm = Literal["none", "head", "width"]
 INJECTION_NAMES = ["openmythos", "parcae", "concat", "none"]  # and those of `register_injection`
 Injection = Annotated[str, OneOf(INJECTION_NAMES)]
 InitialState = Literal["injected", "noise", "zeros"]
+LoopKV = Literal["own", "first"]
 ReadOut = Literal["last", "act"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "full", "attention", "offload", "sublayers", "half_hidden", "hidden", "dots"]
@@ -107,6 +108,9 @@ class ModelConfig(Section, section="model"):
     initial_state: InitialState = "injected"  #: state before the first loop: the prelude's output, noise, or zeros
     #: standard deviation of that noise, before `embedding_scale` (default: sqrt(2 / (5 dim)))
     initial_noise_std: PositiveFloat | None = None
+    #: keys and values that a loop attends to: its `own`, or those of the `first` loop, so that a cache has one slot for
+    #: all loops (docs/model.md)
+    loop_kv: LoopKV = "own"
     loop_embedding: bool = False  #: add a sinusoid of the loop index to the first dim // 8 channels of what is injected
     loop_embedding_scale: NonNegativeFloat = 1.0  #: factor on the loop embedding
     lora_rank: NonNegativeInt = 0  #: rank of the per-loop low-rank adapter on the loop's output; 0: no adapter

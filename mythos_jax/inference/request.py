@@ -75,7 +75,7 @@ def prepare(
     check_depth(config, variables, loops, halting)
     check(initial_state in (None, "zeros"), "initial_state", initial_state, "'zeros' or None")
     check(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "an integer >= 1")
-    loop_cache = loop_cache_for(loop_cache, loops)
+    loop_cache = loop_cache_for(config, loop_cache, loops)
 
     (B, T), N = tokens_BT.shape, max_new_tokens if room is None else max(room, max_new_tokens)
     size = min(T, prefill_chunk)

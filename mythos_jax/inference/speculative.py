@@ -140,7 +140,7 @@ def check_drafts(config: ModelConfig, draft_loops: int, draft_tokens: int, optio
     temperature, loop_cache = options.get("temperature", 0), options.get("loop_cache", "all")
     check(temperature == 0, "temperature", temperature, "0 (greedy) with draft_loops")
     loops, limit, halting = options.get("loops") or config.loops, config.max_seq_len - 1, options.get("halting")
-    exact = loop_cache_for(loop_cache, loops) == "all"
+    exact = loop_cache_for(config, loop_cache, loops) == "all"
     check(exact, "loop_cache", loop_cache, "all (a slot for each loop) with draft_loops")
     check(1 <= draft_loops <= loops, "draft_loops", draft_loops, f"1 to loops, {loops}")
     check(1 <= draft_tokens <= limit, "draft_tokens", draft_tokens, f"1 to {limit}, one below max_seq_len")

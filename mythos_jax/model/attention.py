@@ -27,17 +27,19 @@ class AttentionContext(struct.PyTreeNode):
 
     rope: cosines and sines, [B or 1, T, rope_dim]. mask: which keys a query may attend to, and with a cache where
     the tokens are in it. loop: t, int32 [] or one per row [B]; 0 outside the loop. frozen_BT: bool, tokens whose loops
-    have ended (None: no token can be frozen).
+    have ended (None: no token can be frozen). first_only: loops attend to the keys and values of the first.
     """
 
     rope: tuple[jax.Array, jax.Array]
     mask: Mask
     loop: jax.Array | int = 0
     frozen_BT: jax.Array | None = None
+    first_only: bool = struct.field(pytree_node=False, default=False)
 
     def update(self, cache: LayerCache, new: KV) -> tuple[LayerCache, KV]:
         """`update_cache` for the current loop."""
-        return update_cache(cache, new, loop=self.loop, index_BT=self.mask.index_BT, frozen_BT=self.frozen_BT)
+        where = {"index_BT": self.mask.index_BT, "frozen_BT": self.frozen_BT}
+        return update_cache(cache, new, loop=self.loop, first_only=self.first_only, **where)
 
 
 def make_attention_context(config: ModelConfig, inputs: TokenInputs) -> AttentionContext:
@@ -48,7 +50,7 @@ def make_attention_context(config: ModelConfig, inputs: TokenInputs) -> Attentio
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None] if index_BT is None else index_BT
     # In a cache a query sees everything up to its own place; segments exist without one only.
     mask = Mask(segments_BT=inputs.segments_BT) if index_BT is None else Mask(index_BT=index_BT)
-    return AttentionContext(rope_tables(positions_BT, config), mask)
+    return AttentionContext(rope_tables(positions_BT, config), mask, first_only=config.loop_kv == "first")
 
 
 class GroupedQueryAttention(nn.Module):

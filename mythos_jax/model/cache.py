@@ -26,7 +26,8 @@ def loop_slots(loop_cache: str, loops: int) -> int:
 
     all: a slot for each loop. A token at loop t attends to what others left in loop t: decoding is exact.
     The other rules bound the memory at any depth. Loops share slots, so that a token at loop t sees what others left in
-    a later loop of the same slot: decoding is an approximation.
+    a later loop of the same slot: decoding is an approximation. (A model with `loop_kv: first` is trained so that one
+    slot is exact.)
     last: one slot; of each token the last loop that it ran is kept. first: one slot for the first loop, one for all
     later ones. modulo:N: loop t has slot t mod N.
 
@@ -41,10 +42,16 @@ def loop_slots(loop_cache: str, loops: int) -> int:
     return slots
 
 
-def loop_cache_for(loop_cache: str, loops: int) -> str:
-    """The rule to follow in calls of up to `loops` loops: "all" where no two of them would share a slot, so that
-    nothing is approximate."""
-    return "all" if loop_slots(loop_cache, loops) >= loops else loop_cache
+def loop_cache_for(config: ModelConfig, loop_cache: str, loops: int) -> str:
+    """The rule to follow in calls of up to `loops` loops: "all" where nothing is approximate, since no two of them
+    would share a slot, or since the model has one slot by itself."""
+    return "all" if config.loop_kv == "first" or loop_slots(loop_cache, loops) >= loops else loop_cache
+
+
+def model_slots(config: ModelConfig, loop_cache: str, loops: int) -> int:
+    """`loop_slots` of a model: one where all loops attend to the keys and values of the first."""
+    slots = loop_slots(loop_cache, loops)  # also checks the rule
+    return 1 if config.loop_kv == "first" else slots
 
 
 class KV(NamedTuple):
@@ -59,7 +66,7 @@ class LayerCache(struct.PyTreeNode):
     """What one layer keeps; a field is None where nothing is kept.
 
     kv: [slots, B, S, ...], the decode cache. exit_kv: [B, T, ...], keys and values of the current tokens from the last
-    loop that they ran.
+    loop that they ran, or from the first where all loops attend to those (`loop_kv`).
     pages: int32 [B, N] where `kv` is a pool of pages, [slots, pages, tokens of a page, ...]. Block n of row b is page
     pages[b, n]; an entry equal to the number of pages is no page: nothing is written there, and zeros are read.
     loop_cache: which slot a loop writes and reads, see `loop_slots`.
@@ -208,36 +215,46 @@ def _empty_cache(config: ModelConfig, rows: int, size: int, loops: int | None, l
         kv = (constrain_cache(empty_kv(config, slots, rows, size), paged) for _ in range(n))
         return tuple(LayerCache(kv=each, loop_cache=loop_cache) for each in kv)
 
+    rule = "last" if config.loop_kv == "first" else loop_cache  # one slot, for any number of loops
     return Cache(
         prelude=layers(config.prelude_layers, 1),
-        loop=layers(config.loop_layers, loop_slots(loop_cache, loops or config.loops), loop_cache),
+        loop=layers(config.loop_layers, model_slots(config, loop_cache, loops or config.loops), rule),
         coda=layers(config.coda_layers, 1),
         length_B=jnp.zeros((0,), jnp.int32),
     )
 
 
 def update_cache(
-    cache: LayerCache, new: KV, *, loop: jax.Array | int, index_BT: jax.Array | None, frozen_BT: jax.Array | None
+    cache: LayerCache,
+    new: KV,
+    *,
+    loop: jax.Array | int,
+    index_BT: jax.Array | None,
+    frozen_BT: jax.Array | None,
+    first_only: bool = False,
 ) -> tuple[LayerCache, KV]:
     """Writes the current tokens' keys and values; returns the updated cache and everything queries may attend to.
 
     loop: t, one for all rows or int32 [B]; it writes and reads the slot of loop t, at `index_BT`. An index beyond the
     capacity writes nothing. Frozen tokens keep the keys and values of the last loop that they ran, and write those to
-    the slots of loops that they did not run.
+    the slots of loops that they did not run. first_only: of the first loop alone, which all later ones read.
     """
-    if cache.exit_kv is not None and frozen_BT is not None:
-        # Computed for all tokens and then undone for frozen ones: shapes must not depend on who has halted.
-        new = jax.tree.map(lambda a, b: jnp.where(broadcast_mask(frozen_BT, b), a, b), cache.exit_kv, new)
-        cache = cache.replace(exit_kv=new)
-    if cache.kv is None or index_BT is None:
-        return cache, new
     loop = jnp.asarray(loop)
     if loop.ndim == 1:
         loop = loop[:, None]
+    kept = frozen_BT
+    if first_only:
+        kept = loop > 0 if frozen_BT is None else frozen_BT | (loop > 0)
+    if cache.exit_kv is not None and kept is not None:
+        # Computed for all tokens and then undone for frozen ones: shapes must not depend on who has halted.
+        new = jax.tree.map(lambda a, b: jnp.where(broadcast_mask(kept, b), a, b), cache.exit_kv, new)
+        cache = cache.replace(exit_kv=new)
+    if cache.kv is None or index_BT is None:
+        return cache, new
     written_BT = index_BT
-    if frozen_BT is not None:
+    if kept is not None:
         # From loop `slots` on, every slot holds a loop that the token ran, or its last one.
-        written_BT = jnp.where(frozen_BT & (loop >= cache.slots), cache.capacity, index_BT)
+        written_BT = jnp.where(kept & (loop >= cache.slots), cache.capacity, index_BT)
     cache = cache.write(cache.slot(loop), written_BT, new)
     return cache, cache.read(cache.slot(loop), index_BT)
 

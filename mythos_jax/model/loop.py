@@ -118,9 +118,11 @@ def prepare_tokens(
 ) -> TokenState:
     """The tokens with all fields that this call's loops need: those who freeze tokens remember keys and values of the
     last loop, a probe what it measured. Padding starts out halted where halted tokens are frozen."""
-    # Others see a frozen token through its keys and values: in a cache, or in this call under a policy.
+    # Others see a frozen token through its keys and values: in a cache, or in this call under a policy. Where all loops
+    # attend to those of the first, a cache has them.
     exit_kv, cached = tokens.exit_kv, context.inputs.index_BT is not None
-    if exit_kv is None and (context.freeze == "halted" or (context.freeze != "none" and cached)):
+    frozen = context.freeze == "halted" or (context.freeze != "none" and cached)
+    if exit_kv is None and (frozen or (config.loop_kv == "first" and not cached)):
         exit_kv = (empty_kv(config, *tokens.halted_BT.shape),) * config.loop_layers
     return tokens.replace(
         halted_BT=tokens.halted_BT | ~context.inputs.active_BT if context.freeze == "halted" else tokens.halted_BT,

@@ -68,7 +68,7 @@ def _check_drafts(
     check(1 <= draft_loops <= loops, "draft_loops", draft_loops, f"1 to loops, {loops}")
     check(1 <= request.draft_tokens <= most, "draft_tokens", request.draft_tokens, f"1 to {most}, one below the places")
     rule = options.loop_cache
-    exact = loop_cache_for(rule, layout.max_loops) == "all"
+    exact = loop_cache_for(config, rule, layout.max_loops) == "all"
     check(exact, "draft_loops", f"{draft_loops} with loop_cache {rule}", "loop_cache all, a slot for each loop")
     if request.halting is not None:
         known = f"with drafts {', '.join(STATE_CRITERIA)}, which look at the state only"

@@ -80,7 +80,7 @@ def make_layout(config: ModelConfig, options: EngineOptions) -> Layout:
         f"at least {row_pages * page_bytes:,}, one request of max_length {max_length}",
     )
     largest = min(options.prefill_chunk, max_length)
-    exact = loop_cache_for(options.loop_cache, max_loops) == "all"
+    exact = loop_cache_for(config, options.loop_cache, max_loops) == "all"
     return Layout(
         places=options.places,
         page=PAGE,

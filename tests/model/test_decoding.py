@@ -121,7 +121,7 @@ def test_an_unknown_rule_is_refused(rule):
 
 def test_a_rule_under_which_no_loops_share_a_slot_is_all():
     names = ["all", "last", "first", "modulo:3"]
-    assert [[loop_cache_for(rule, loops) for rule in names] for loops in (1, 2, 3, 4)] == [
+    assert [[loop_cache_for(CONFIGS["gqa"], rule, loops) for rule in names] for loops in (1, 2, 3, 4)] == [
         ["all", "all", "all", "all"],
         ["all", "last", "all", "all"],
         ["all", "last", "first", "all"],
