@@ -10,6 +10,7 @@ that get the one and the other so that the budget is met. All reported numbers a
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -124,7 +125,7 @@ def with_predictor(loaded: LoadedModel, depth: int) -> LoadedModel:
     if loaded.config.model.readout == "act" or "predictor" in loaded.variables:
         return loaded
     train_predictor(loaded, loops=depth, progress=False)
-    return load_model(loaded.directory)
+    return replace(loaded, variables=load_model(loaded.directory).variables)
 
 
 def main(words: list[str] | None = None) -> None:

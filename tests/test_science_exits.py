@@ -72,7 +72,7 @@ def test_the_tables_of_exits(monkeypatch, tmp_path, capsys):
     by 0.02."""
     trained = []
     monkeypatch.setattr(stopping, "train", lambda config, path, **more: trained.append((path.name, more)))
-    monkeypatch.setattr(stopping, "load_model", lambda path: path)
+    monkeypatch.setattr(stopping, "opened", lambda path, config: path)
     monkeypatch.setattr(stopping, "with_predictor", lambda path, depth: path)
     monkeypatch.setattr(stopping, "evaluation_rows", lambda path, rows: None)
     ways = {"gate": [FIXED, "kl", "gate"], "act": [FIXED, "act"]}

@@ -8,6 +8,7 @@ on the frozen model too. What is measured, and how thresholds are chosen: benchm
 """
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -37,7 +38,10 @@ def train_models(arguments: argparse.Namespace, problem: Problem) -> dict[str, R
             how = problem.base, PREFIX + name, [*words, *path], run, arguments.seeds, out
             found = run_seeds(*how, finished=arguments.finished)
             models[model] = [{way: Curve.of(lists) for way, lists in seed.items()} for seed in found]
-    return {model: runs for model, runs in models.items() if runs}
+    models = {model: runs for model, runs in models.items() if runs}
+    if not models:
+        sys.exit(f"--only, --finished: no run is left in {out} of {', '.join(problem.models(arguments.size))}")
+    return models
 
 
 def values_at(runs: Runs, way: str, loops: float, field: str) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from benchmarks.science.sampled_depth import SAMPLED
 from benchmarks.sweeps import Curve, criteria_of, curve, evaluation_rows, with_predictor
 from mythos_jax.config import Config
 from mythos_jax.config.training import DepthConfig
-from mythos_jax.runs.load import load_model
+from mythos_jax.runs.load import LoadedModel, load_model
 from mythos_jax.training.train import train
 
 PREFIX = "exits "  # of the names of results; without it, they are those of the runs
@@ -73,19 +73,25 @@ def second_stage(config: Config) -> Config:
     return replace(config, model=replace(config.model, exit_gate=True), training=t)
 
 
+def opened(run: Path, config: Config) -> LoadedModel:
+    """A finished run, with its data where `config` has it: the run may have been trained from another folder."""
+    loaded = load_model(run)
+    return replace(loaded, config=replace(loaded.config, data=config.data))
+
+
 def train_and_stop(config: Config, workdir: Path, rows: int) -> dict[str, Curve]:
     """Trains the model, then on the frozen model a predictor and a gate; measures every way to stop it."""
     trained = workdir.with_name(workdir.name.removeprefix("exits_"))
     train(config, trained)
     depth = config.model.loops
-    loaded = with_predictor(load_model(trained), depth)
+    loaded = with_predictor(opened(trained, config), depth)
     batch = evaluation_rows(loaded, rows)
     curves = {criterion: curve(loaded, batch, depth, criterion) for criterion in criteria_of(loaded)}
     if config.model.readout == "act":
         return curves
     gated = trained.with_name(f"{trained.name}_stage_2")
     train(second_stage(config), gated, init_from=trained)
-    second = curve(load_model(gated), batch, depth, "gate")
+    second = curve(opened(gated, config), batch, depth, "gate")
     first = curves.pop("gate", None)
     if first is None:
         return {**curves, "gate, stage II alone": second}
