@@ -27,7 +27,8 @@ from mythos_jax.sharding import use_mesh
 from mythos_jax.training.predictor import train_predictor
 
 CHANGES = np.geomspace(0.003, 1.5, 20)  # relative changes of the state
-CUMULATIVE = np.concatenate([np.linspace(0.05, 0.95, 13), 1 - np.geomspace(0.03, 1e-4, 6)])  # probabilities
+TAIL = np.geomspace(1e-4, 0.03, 6)
+CUMULATIVE = np.concatenate([TAIL, np.linspace(0.05, 0.95, 13), 1 - TAIL[::-1]])  # probabilities
 FIXED = "fixed depth"
 
 

@@ -60,7 +60,7 @@ def group_models(size: str) -> Models:
 
 PROBLEMS = {
     "text": Problem(TEXT, text_models, (1.5, 2.0, 2.5, 3.0), "nats", 256),
-    "group": Problem(TASKS / "group.yaml", group_models, (3.0, 4.5, 6.0, 7.5, 9.0), "right", 64),
+    "group": Problem(TASKS / "group.yaml", group_models, (2.0, 3.0, 4.5, 6.0, 9.0), "right", 64),
 }
 
 
