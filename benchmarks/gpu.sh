@@ -35,7 +35,7 @@ case $PIECE in
     mythos) STEPS="mythos profile" ;;
     utilisation) STEPS="utilisation" ;;
     compare) STEPS="compare_118m compare_readme compare_1b" ;;
-    science) STEPS="science_parameters science_sampled_depth science_latency science_cache science_positions science_rates" ;;
+    science) STEPS="science_parameters science_sampled_depth science_latency science_cache science_exits science_positions science_rates" ;;
     all) STEPS="gradients mythos compare_118m utilisation grouped attention profile golden compare_1b" ;;
     *)
         echo "benchmarks/gpu.sh: got '$PIECE', allowed: check, correctness, kernels, mythos, utilisation, compare, science, all" >&2
