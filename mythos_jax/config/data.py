@@ -21,12 +21,14 @@ class TaskConfig(Section, section="data.task"):
     #: difficulties that examples are drawn from: hops (p_hop), numbers (addition), bits (parity), levels (boolean),
     #: references to follow (chain), factors (group), operations (arithmetic)
     difficulty: tuple[Difficulty, ...] = ()
-    #: all but addition and boolean: train on the answers at every position that has one, or only at the last
+    #: all but addition: train on the answers at every position that has one, or only at the last
     answers: Literal["every", "last"] = "every"
     length: Annotated[int, Between(2, 10_000)] = 32  #: p_hop: symbols in the sequence; chain: assignments
     #: p_hop: number of different symbols; chain and arithmetic: of different numbers; group: of different factors
     alphabet: Annotated[int, Between(3, 10_000)] = 4
     digits: Annotated[int, Between(1, 15)] = 3  #: addition: digits of each number
+    #: addition: which digit of the numbers and of their sum is written first, the `high`est or the `low`est
+    first_digit: Literal["high", "low"] = "high"
     #: group: whose elements are multiplied, the symmetric group of 3 or 4 things or the alternating group of 5
     group: Literal["S3", "S4", "A5"] = "A5"
     #: a row consists of the task's `own` tokens, or of those of `data.tokenizer`, for a model that was trained on text

@@ -77,8 +77,9 @@ class Addition:
     """Difficulty n: the sum of n numbers of `digits` digits (arXiv 2502.17416). Row: `315+120+045=0480`.
 
     The numbers and the sum are zero-padded, the sum to the length that n such numbers can need, most significant digit
-    first. All digits of the sum are answers, each predicted from the correct ones before it: they are all correct
-    exactly if greedy decoding is.
+    first, or with `first_digit: low` least significant digit first: `513+021+540=0840`, where a carry goes to what is
+    written next. All digits of the sum are answers, each predicted from the correct ones before it: they are all
+    correct exactly if greedy decoding is.
     """
 
     symbols: tuple[str, ...] = ("", *"0123456789", "+", "=")
@@ -94,6 +95,8 @@ class Addition:
         numbers = random.integers(10, difficulty * digits).reshape(n, difficulty, digits)
         total = (numbers @ 10 ** np.arange(digits)[::-1]).sum(axis=1)
         sum_digits = total[:, None] // 10 ** np.arange(self._sum_digits(difficulty))[::-1] % 10
+        if self.config.first_digit == "low":
+            numbers, sum_digits = numbers[:, :, ::-1], sum_digits[:, ::-1]
         signs = np.full((n, difficulty, 1), 11)
         signs[:, -1] = 12
         question = np.concatenate([1 + numbers, signs], axis=2).reshape(n, -1)
@@ -111,7 +114,7 @@ class Boolean:
 
     Built from the inside out: each level combines the expression so far, negated or not, with a constant on either
     side, by and (&), or (|), exclusive or (^). An outer constant may decide & and | alone, so at one level in three the
-    search can stop.
+    search can stop. With answers "every", each `)` has an answer too: the value of what it closes.
     """
 
     symbols: tuple[str, ...] = ("", "F", "T", "(", ")", "~", "&", "|", "^", "=")
@@ -125,7 +128,7 @@ class Boolean:
     def make(self, random: RowRandom, difficulty: int) -> ProblemRows:
         n = len(random.keys)
         value = random.integers(2, 1)
-        text = 1 + value
+        text, answers = 1 + value, np.full((n, 1), PADDING)
         for _ in range(difficulty):
             constant, negated, operation, on_left = (random.integers(k, 1) for k in (2, 2, 3, 2))
             operand = value ^ negated
@@ -136,12 +139,16 @@ class Boolean:
             constant_first = np.concatenate([opening, constant, operation, negation, text, closing], axis=1)
             constant_last = np.concatenate([opening, negation, text, operation, constant, closing], axis=1)
             text = np.where(on_left, constant_first, constant_last)
+            before = np.where(on_left, np.pad(answers, ((0, 0), (4, 0))), np.pad(answers, ((0, 0), (2, 2))))
+            answers = np.concatenate([before, 1 + value], axis=1)
         text = np.concatenate([text, np.full((n, 1), 9)], axis=1)
+        answers = np.concatenate([answers, 1 + value], axis=1)
         # A stable sort moves the padding to the end.
-        tokens = np.take_along_axis(text, np.argsort(text == PADDING, axis=1, kind="stable"), axis=1)
-        answer_mask = tokens == 9
-        targets = np.where(answer_mask, 1 + value, PADDING)
-        return ProblemRows(tokens, targets, answer_mask, answer_mask, np.ones(n, bool))
+        order = np.argsort(text == PADDING, axis=1, kind="stable")
+        tokens, targets = np.take_along_axis(text, order, axis=1), np.take_along_axis(answers, order, axis=1)
+        last = tokens == 9
+        mask = targets != PADDING if self.config.answers == "every" else last
+        return ProblemRows(tokens, targets, mask, last, np.ones(n, bool))
 
 
 class Chain:

@@ -66,19 +66,27 @@ def slow_parity(text, every):
     return answers if every else {len(text) - 1: answers[len(text) - 1]}
 
 
-def slow_addition(text, every):
+def slow_addition(text, every, order=slice(None)):
     question, given = re.fullmatch(r"([\d+]+=)(\d*)", text).groups()
-    total = str(sum(int(number) for number in question[:-1].split("+")))
-    answer = total.zfill(len(given) + 1)  # the last digit is not an input
+    total = str(sum(int(number[order]) for number in question[:-1].split("+")))
+    answer = total.zfill(len(given) + 1)[order]  # the last digit is not an input
     assert len(answer) == len(given) + 1
     assert answer.startswith(given)
     return {len(question) - 1 + i: digit for i, digit in enumerate(answer)}
 
 
 def slow_boolean(text, every):
-    # As true and false, -1 and 0 work with all bitwise operators, including the complement.
-    value = eval(text[:-1].replace("T", "(-1)").replace("F", "0"))
-    return {len(text) - 1: "T" if value else "F"}
+    def value(expression):
+        # As true and false, -1 and 0 work with all bitwise operators, including the complement.
+        return "T" if eval(expression.replace("T", "(-1)").replace("F", "0")) else "F"
+
+    answers, openings = {len(text) - 1: value(text[:-1])}, []
+    for i, character in enumerate(text) if every else []:
+        if character == "(":
+            openings.append(i)
+        elif character == ")":
+            answers[i] = value(text[openings.pop() : i + 1])
+    return answers
 
 
 def slow_chain(text, every):
@@ -174,6 +182,14 @@ def test_answers_agree_with_slow_python(name, split, answers):
         assert not targets[~mask].any()
     assert len(lengths) > 2 or name == "chain"  # the difficulties are mixed
     assert len(set(texts)) > 185
+
+
+def test_sums_with_the_lowest_digit_first():
+    task = replace(DATA["addition"].task, first_digit="low")
+    problem, batch = make("addition", task=task)
+    for tokens, targets, mask in zip(*batch.values(), strict=True):
+        expected = slow_addition(as_text(problem, tokens), True, slice(None, None, -1))
+        assert {int(i): problem.symbols[targets[i]] for i in np.flatnonzero(mask)} == expected
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -382,6 +398,7 @@ def test_invalid_arguments_are_named(tmp_path):
         ("{name: p_hop, difficulty: [1], alphabet: 2}", r"data\.task\.alphabet: got 2"),
         ("{name: p_hop, difficulty: [1], length: 1}", r"data\.task\.length: got 1"),
         ("{name: addition, difficulty: [1], digits: 16}", r"data\.task\.digits: got 16, allowed: an integer from 1"),
+        ("{name: addition, difficulty: [1], first_digit: 0}", r"data\.task\.first_digit: got '0', allowed: high, low"),
         ("{name: p_hop, difficulty: [1], answers: all}", r"data\.task\.answers: got 'all', allowed: every, last"),
         ("{name: chain, difficulty: [1], length: 27}", r"data\.task\.length: got 27, allowed: an integer from 2 to 26"),
         (
