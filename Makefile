@@ -5,6 +5,7 @@
 # make test-torch   compare with the PyTorch original, run lm-evaluation-harness, in an environment of its own
 # make test-tpu     compile for TPUs, without TPUs, in an environment of its own
 # make test-gpu     compile for NVIDIA GPUs, without GPUs, in an environment of its own
+# make test-beam    prepare data as a pipeline of Apache Beam, in an environment of its own
 # make lint, make format, make clean
 #
 # EXTRA=cuda or EXTRA=tpu installs that accelerator's jax for the demo; the CPU's is the default.
@@ -19,7 +20,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow fuzz test-torch test-tpu test-gpu lint format clean constraints
+.PHONY: demo test test-slow fuzz test-torch test-tpu test-gpu test-beam lint format clean constraints
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed$(addprefix -,$(EXTRA))
@@ -68,6 +69,21 @@ GPU_VENV ?= .venv-gpu
 test-gpu: $(GPU_VENV)/.installed
 	JAX_PLATFORMS=cpu $(GPU_VENV)/bin/python -m pytest tests_gpu $(ARGS)
 
+# Apache Beam wants older versions of some libraries.
+BEAM_VENV ?= .venv-beam
+
+test-beam: $(BEAM_VENV)/.installed
+	JAX_PLATFORMS=cpu $(BEAM_VENV)/bin/python -m pytest tests/data/test_beam.py $(ARGS)
+
+$(BEAM_VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing mythos_jax and apache-beam into $(BEAM_VENV) (once; some minutes)"
+	@test -n "$(PYTHON)" || { echo "mythos_jax needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(BEAM_VENV)
+	@grep -vE '^(numpy|pillow|protobuf|pyarrow)==' constraints.txt > $(BEAM_VENV)/constraints.txt
+	@$(BEAM_VENV)/bin/python -m pip --disable-pip-version-check install -q -c $(BEAM_VENV)/constraints.txt \
+		-e '.[beam]' pytest pytest-timeout
+	@touch $@
+
 $(TPU_VENV)/.installed: COMPILER = tpu
 $(GPU_VENV)/.installed: COMPILER = cuda
 $(TPU_VENV)/.installed $(GPU_VENV)/.installed: pyproject.toml constraints.txt
@@ -88,13 +104,16 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 # Remakes constraints.txt: the newest versions, of every extra, that fit each Python from 3.11 on, on every platform.
+# All extras but `beam`, whose limits on other libraries would hold for all.
+LOCKED := tpu cuda torch lm-eval gguf tensorboard wandb plots serve dev
+
 constraints: $(BIN)/python
 	$(PIP) install -q uv
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
+	$(BIN)/uv pip compile pyproject.toml $(LOCKED:%=--extra %) --universal --python-version 3.11 --upgrade \
 		--no-annotate -q --custom-compile-command "make constraints" -o constraints.txt
 
 clean:
-	rm -rf $(VENV) $(TORCH_VENV) $(TPU_VENV) $(GPU_VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
+	rm -rf $(VENV) $(TORCH_VENV) $(TPU_VENV) $(GPU_VENV) $(BEAM_VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find mythos_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

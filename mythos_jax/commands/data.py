@@ -72,6 +72,13 @@ def _add_prepare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         help="a file or record that cannot be read: stop, and keep the finished work (default), or leave it out",
     )
     _add_sizes(prepare)
+    prepare.add_argument(
+        "--runner",
+        nargs=argparse.REMAINDER,
+        metavar=("RUNNER", "FLAG"),
+        help="do it on many machines, with this runner of Apache Beam (DirectRunner, DataflowRunner, FlinkRunner, "
+        "SparkRunner) and its own flags; the last of the flags here, because all that follows is Beam's",
+    )
 
 
 def _add_sizes(prepare: argparse.ArgumentParser) -> None:
@@ -162,6 +169,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from mythos_jax.data.prepare import prepare
     from mythos_jax.porting.hub import local_tokenizer
 
+    if arguments.runner == []:
+        raise ConfigError("--runner: got nothing, allowed: a runner of Apache Beam, such as DirectRunner")
+    runner, *flags = arguments.runner or [""]
     if arguments.chat_template and not arguments.chat:
         raise ConfigError(f"--chat-template: got {arguments.chat_template}, allowed: only with --chat")
     manifest = prepare(
@@ -178,6 +188,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         on_error=arguments.on_error,
         workers=arguments.workers,
         shard_bytes=arguments.shard_bytes,
+        runner=runner,
+        runner_flags=flags,
     )
     for name, split in manifest.splits.items():
         rows = counted(split.rows, "row")

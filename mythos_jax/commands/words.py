@@ -22,7 +22,7 @@ def split_overrides(parser: argparse.ArgumentParser, words: Sequence[str]) -> tu
     while rest:
         word = rest.pop(0)
         name, equals, _ = word.partition("=")
-        if word == "--":
+        if word == "--" or word in _takes_the_rest(parser):
             return [*plain, word, *rest], overrides, ""
         if not word.startswith("--") or " " in name or name in flags:
             plain.append(word)
@@ -53,6 +53,11 @@ def _subcommands(parser: argparse.ArgumentParser) -> Iterator[dict[str, argparse
 
 def _flags(parser: argparse.ArgumentParser) -> list[str]:
     return [flag for action in parser._actions for flag in action.option_strings]
+
+
+def _takes_the_rest(parser: argparse.ArgumentParser) -> list[str]:
+    """Flags after which all words are another program's."""
+    return [flag for action in parser._actions if action.nargs == argparse.REMAINDER for flag in action.option_strings]
 
 
 def _fields(parser: argparse.ArgumentParser) -> list[str]:

@@ -45,14 +45,22 @@ def make_chat_encoder(spec: str | Path, tokenizer: Tokenizer, template: str | Pa
     path = to_path(spec)
     directory = path if path.is_dir() else path.parent
     conventions = read_conventions(spec, tokenizer, directory, tokenizer.vocab_size)
-    found, now = None, datetime.now()  # one time for all, so that it does not change on the way
     if template:
-        found = ChatTemplate.from_file(template, conventions.special_tokens, clock=lambda: now)
-    elif conventions.chat_template is not None:
-        own = conventions.chat_template
-        found = ChatTemplate(own, f"of {spec}", conventions.special_tokens, clock=lambda: now)
-    source = None if found is None else found.source
-    return ChatEncoder(tokenizer, replace(conventions, chat_template=source), found, seq_len + 1)
+        own = ChatTemplate.from_file(template, conventions.special_tokens).source
+        conventions = replace(conventions, chat_template=own)
+    origin = str(template or f"of {spec}")
+    return chat_encoder_of(tokenizer, conventions, seq_len, datetime.now(), origin)
+
+
+def chat_encoder_of(
+    tokenizer: Tokenizer, conventions: TextConventions, seq_len: int, now: datetime, origin: str = "of the model"
+) -> "ChatEncoder":
+    """now: one time for all conversations, so that it does not change on the way. origin: of the template, for
+    messages."""
+    source, found = conventions.chat_template, None
+    if source is not None:
+        found = ChatTemplate(source, origin, conventions.special_tokens, clock=lambda: now)
+    return ChatEncoder(tokenizer, conventions, found, seq_len + 1)
 
 
 class Answer(NamedTuple):

@@ -13,7 +13,7 @@ from mythos_jax.data.chat_record import RecordError, from_canonical
 from mythos_jax.data.manifest import CONVERSATION_COUNTS, COUNTS
 from mythos_jax.data.readers import SKIP_HINT, LeftOut, Piece
 from mythos_jax.data.split import draw
-from mythos_jax.data.units import TextUnit, add_left_out
+from mythos_jax.data.text_parts import TextUnit, add_left_out
 from mythos_jax.errors import ConfigError
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from mythos_jax.data.shards import shard_name
 from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from mythos_jax.errors import ConfigError
 from mythos_jax.json_text import parse_json
+from mythos_jax.paths import write_whole
 
 MANIFEST_FILE = "manifest.json"
 ROWS_AT_FILE = "rows_at"  # in a folder whose rows are elsewhere: where
@@ -146,13 +146,7 @@ class Manifest:
 
     def load_tokenizer(self, folder: str | Path) -> Tokenizer:
         """The tokenizer in the folder that this describes."""
-        if self.in_bytes:
-            return ByteTokenizer()
-        from tokenizers import Tokenizer as Backend
-
-        # Its end of document may have a name that has to be given.
-        end = Backend.from_file(str(Path(folder) / TOKENIZER_FILE)).id_to_token(self.end_of_document)
-        return load_tokenizer(folder, end)
+        return ByteTokenizer() if self.in_bytes else load_saved_tokenizer(folder, self.end_of_document)
 
     def _fields(self) -> dict[str, Any]:
         tree = dataclasses.asdict(self)
@@ -160,14 +154,15 @@ class Manifest:
             del tree["chat"]
         return tree
 
-    def save(self, folder: str | Path) -> None:
-        """Writes manifest.json into `folder`, in one step."""
+    def to_json(self) -> bytes:
+        """The content of manifest.json."""
         fields = {_FILE_KEYS.get(name, name): value for name, value in self._fields().items()}
         fields["fingerprint"] = self.fingerprint
-        file = Path(folder) / MANIFEST_FILE
-        partial = file.with_name(f"{MANIFEST_FILE}.{uuid.uuid4().hex[:8]}")
-        partial.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
+        return (json.dumps(fields, indent=2) + "\n").encode()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes manifest.json into `folder`, in one step."""
+        write_whole(Path(folder) / MANIFEST_FILE, self.to_json())
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -222,6 +217,13 @@ def parse_manifest(read: Callable[[], bytes], path: str | Path) -> Manifest:
     if changed or manifest.fingerprint != fingerprint:
         raise ConfigError(f"{path}: has changed since it was written; prepare the folder again")
     return manifest
+
+
+def load_saved_tokenizer(folder: str | Path, end_of_document: int) -> Tokenizer:
+    """The tokenizer in a folder, whose end of document may have a name that has to be given."""
+    from tokenizers import Tokenizer as Backend
+
+    return load_tokenizer(folder, Backend.from_file(str(Path(folder) / TOKENIZER_FILE)).id_to_token(end_of_document))
 
 
 def _split(tree: dict[str, Any]) -> Split:

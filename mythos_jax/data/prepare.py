@@ -5,10 +5,10 @@ rows (write_rows.py). All of this happens in a sibling folder (work_folder.py), 
 complete. After a kill or an error, the same command resumes there, and the result is identical to the bit.
 """
 
-import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -19,17 +19,21 @@ from mythos_jax.data.chat_counts import say_chats
 from mythos_jax.data.chat_encoder import ChatEncoder, make_chat_encoder
 from mythos_jax.data.chat_units import ChatUnitEncoder
 from mythos_jax.data.conventions import save_conventions
+from mythos_jax.data.destination import Destination
 from mythos_jax.data.input_file import RECORD_SUFFIXES, SUFFIXES, InputFile, one_line_path
-from mythos_jax.data.manifest import MANIFEST_FILE, Chats, Manifest, load_manifest
+from mythos_jax.data.manifest import MANIFEST_FILE, Chats, Manifest
+from mythos_jax.data.part_worker import Job
+from mythos_jax.data.prepare_beam import Runner, check_runner, write_on_workers
 from mythos_jax.data.readers import Reading
 from mythos_jax.data.shards import SHARD_BYTES
 from mythos_jax.data.sources import Found, find_inputs
 from mythos_jax.data.split import Division, find_division
+from mythos_jax.data.text_parts import UNIT_BYTES, TextStream
 from mythos_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mythos_jax.data.units import UNIT_BYTES, TextEncoder, TextStream, TokenUnit, UnitTokenizer, tokenize_units
-from mythos_jax.data.work_folder import work_folder
+from mythos_jax.data.units import TextEncoder, TokenUnit, UnitTokenizer, tokenize_units
+from mythos_jax.data.work_files import WorkFiles
 from mythos_jax.data.workers import Workers
-from mythos_jax.data.write_rows import Written, check_not_empty, write_rows
+from mythos_jax.data.write_rows import Written, write_rows
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_remote
 from mythos_jax.progress import Progress
@@ -53,16 +57,20 @@ def prepare(
     workers: int = 0,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
+    runner: str = "",
+    runner_flags: Sequence[str] = (),
 ) -> Manifest:
     """Tokenizes `sources` (see sources.py) into rows in the folder `out`, and returns its manifest.
 
     end_of_document: the name of that token in the tokenizer, if it is none of the usual ones. seq_len: targets per row.
     held_out_fraction: of the documents, chosen by a hash of their names; of a single document, its end. max_bytes: of
-    text; 0: all. text_column: of records. chat: the records are conversations (chat_record.py), and written as the
-    model that the tokenizer is from does it, or as a Jinja file `chat_template` says. on_error: whether a file or
-    record that cannot be read stops everything or is left out and listed in the manifest. workers: threads that
-    tokenize; 0: one per core; the result does not depend on it. shard_bytes: how large a file of rows may become, more
-    or less. progress: show a progress bar on a terminal.
+    text; 0: all. text_column: of records; several with commas are joined. chat: the records are conversations
+    (chat_record.py), and written as the model that the tokenizer is from does it, or as a Jinja file `chat_template`
+    says. on_error: whether a file or record that cannot be read stops everything or is left out and listed in the
+    manifest. workers: threads that tokenize (with the direct runner of Beam: processes); 0: one per core; the result
+    does not depend on it. shard_bytes: how large a file of rows may become, more or less. progress: show a progress bar
+    on a terminal. runner: of Apache Beam, to do the work on many machines (prepare_beam.py); runner_flags: its own
+    flags. Then `out` may be the URL of a folder in an object store.
 
     `out` appears only when it is complete; after a kill or an error, the same call resumes. An existing `out` is never
     overwritten: it is returned if it holds the same data.
@@ -70,8 +78,15 @@ def prepare(
     Raises ConfigError: invalid sources, no text, `out` exists with other content, `out` is not writable, a full disk.
     """
     reading = Reading(text_column, on_error == "skip", chat)
-    _check_arguments(sources, out, reading, seq_len, held_out_fraction, max_bytes, workers, shard_bytes, on_error)
-    out, encoder = Path(out), load_tokenizer(tokenizer, end_of_document)
+    _check_arguments(sources, reading, seq_len, held_out_fraction, max_bytes, workers, shard_bytes, on_error)
+    threads = workers or _available_cores()
+    where = Runner(runner, tuple(runner_flags), threads) if runner else threads
+    if isinstance(where, Runner):
+        check_runner(where, sources, out)
+    elif is_remote(out):
+        allowed = "allowed: a local folder, which you then copy there, or --runner"
+        raise ConfigError(f"{out}: rows are prepared on a disk; {allowed}")
+    encoder = load_tokenizer(tokenizer, end_of_document)
     chats = make_chat_encoder(tokenizer, encoder, chat_template, seq_len) if chat else None
     request = Manifest(
         seq_len=seq_len,
@@ -87,16 +102,19 @@ def prepare(
         text_column=text_column,
         chat=None if chats is None else Chats(chats.fingerprint),
     )
-    existing = _existing_manifest(out, request, encoder)
+    place = Destination(out, _hash_request(request, chats))
+    existing = place.existing()
+    if existing is not None:
+        _check_same(existing, str(place), request, encoder)
     found = _find(request, reading)
     request = with_inputs(request, found)
     if existing is not None and existing.inputs == request.inputs:
         return existing
-    if existing is not None and have_changed(existing, request):
-        raise _holds_other_data(out)
+    if existing is not None and (have_changed(existing, request) or place.remote):
+        raise place.holds_other_data()
     division = None if chat else find_division(found.files, reading, max_bytes, held_out_fraction)
     stream = TextStream(found.files, reading, max_bytes, division)
-    return _prepare(stream, out, encoder, chats, request, workers or _available_cores(), shard_bytes, progress)
+    return _prepare(stream, place, encoder, chats, request, shard_bytes, where, progress)
 
 
 def _find(request: Manifest, reading: Reading) -> Found:
@@ -109,45 +127,53 @@ def _find(request: Manifest, reading: Reading) -> Found:
 
 def _prepare(
     stream: TextStream,
-    out: Path,
+    place: Destination,
     encoder: Tokenizer,
     chats: ChatEncoder | None,
     request: Manifest,
-    threads: int,
     shard_bytes: int,
+    where: Runner | int,
     progress: bool,
 ) -> Manifest:
-    absolute = Path(os.path.abspath(out))  # "." has no name for the work folder to derive its own from
-    if absolute.is_mount():
-        raise ConfigError(f"{out}: cannot be replaced, a disk is mounted there; allowed: a folder below it")
+    """where: a runner, or the number of threads here."""
     try:
-        with work_folder(absolute, _hash_request(request, chats)) as folder, Workers(threads) as pool:
-            (folder / "units").mkdir(exist_ok=True)
-            skip = stream.reading.skip_errors
-            encode = ChatUnitEncoder(chats, request.dtype, skip) if chats else TextEncoder(encoder, request.dtype)
-            tokenize = UnitTokenizer(encode, folder / "units", skip, pool.stopped)
-            units = _with_progress(tokenize_units(stream, tokenize, pool), stream, progress)
-            written = write_rows(units, folder / "rows", request, shard_bytes)
-            check_not_empty(written, request)
-            empty = written.empty_split()
-            alone = written.documents == 1 and empty == "held_out"  # a conversation is not divided, as a text is
-            if empty and request.held_out_fraction and not alone:
-                # Again from the stored units: which document moves is known only when all have been seen.
-                _, moved = written.nearest[empty]
-                again = tokenize_units(stream, tokenize, pool)
-                written = write_rows(again, folder / "rows", request, shard_bytes, moved)
-            _say_split(stream.division, empty, written, request)
-            manifest = _complete(request, written)
-            encoder.save(folder / "rows")
-            if chats:
-                save_conventions(folder / "rows", encoder, chats.conventions)
-            manifest.save(folder / "rows")
-            return _publish(folder / "rows", out, manifest)
+        with place.working() as (work, rows):
+            conventions = None if chats is None else chats.conventions
+            job = Job(request, work, rows, shard_bytes, stream.reading.skip_errors, conventions)
+            if isinstance(where, Runner):
+                written = write_on_workers(stream, job, where, encoder)
+            else:
+                written = _write_here(stream, job, encoder, chats, where, progress)
+            manifest = complete(request, written, stream.division)
+            with tempfile.TemporaryDirectory() as folder:
+                encoder.save(folder)
+                if conventions:
+                    save_conventions(folder, encoder, conventions)
+                WorkFiles(rows).put_all(Path(folder))
+            return place.publish(rows, manifest)
     except OSError as error:  # of writing: reading raises ConfigError
-        raise ConfigError(f"{out}: cannot be written ({error.strerror or error})") from None
+        raise ConfigError(f"{place}: cannot be written ({error.strerror or error})") from None
 
 
-def _complete(request: Manifest, written: Written) -> Manifest:
+def _write_here(
+    stream: TextStream, job: Job, encoder: Tokenizer, chats: ChatEncoder | None, threads: int, progress: bool
+) -> Written:
+    """Tokenizes in threads of this process, and writes the rows."""
+    request, skip = job.request, job.skip_errors
+    encode = ChatUnitEncoder(chats, request.dtype, skip) if chats else TextEncoder(encoder, request.dtype)
+    with Workers(threads) as pool:
+        tokenize = UnitTokenizer(encode, job.files.below("units"), skip, pool.stopped)
+        first = [_with_progress(tokenize_units(stream, tokenize, pool), stream, progress)]
+
+        def units() -> Iterable[TokenUnit]:
+            return first.pop() if first else tokenize_units(stream, tokenize, pool)
+
+        return write_rows(units, Path(job.rows), request, job.shard_bytes)
+
+
+def complete(request: Manifest, written: Written, division: Division | None) -> Manifest:
+    """The manifest of what has been written. Says how the documents are divided and what is left out."""
+    _say_split(division, written, request)
     for item in written.left_out[:10]:
         log(f"left out: {item.text}")
     if written.left_out_count > 10:
@@ -163,16 +189,16 @@ def _complete(request: Manifest, written: Written) -> Manifest:
     )
 
 
-def _say_split(division: Division | None, empty: str, written: Written, request: Manifest) -> None:
+def _say_split(division: Division | None, written: Written, request: Manifest) -> None:
     """Says how the documents are divided where it is not the hash of their names alone."""
     share = f"{request.held_out_fraction:g}"
     if division:
         size = written.splits["held_out"].text_bytes
         log(f"{one_line_path(division.name)} is the only document; its last {size:,} bytes ({share}) are held out")
-    elif empty and request.held_out_fraction and written.documents == 1:
+    elif request.held_out_fraction and written.documents == 1:
         log("there is only one conversation; it is trained on, and nothing is held out")
-    elif empty and request.held_out_fraction:
-        what = "held out" if empty == "held_out" else "trained on"
+    elif written.filled:
+        what = "held out" if written.filled == "held_out" else "trained on"
         documents = "documents" if request.chat is None else "conversations"
         log(
             f"held_out_fraction {share} leaves none of {written.documents:,} {documents} to be {what}; the one that is "
@@ -182,7 +208,6 @@ def _say_split(division: Division | None, empty: str, written: Written, request:
 
 def _check_arguments(
     sources: Sequence[str],
-    out: str | Path,
     reading: Reading,
     seq_len: int,
     held_out_fraction: float,
@@ -200,28 +225,17 @@ def _check_arguments(
     check_field(shard_bytes >= 1, "shard_bytes", shard_bytes, "an integer >= 1")
     check_field(on_error in ("stop", "skip"), "on_error", on_error, "stop, skip")
     check_field(len(sources) > 0, "sources", list(sources), "files, folders, or stdlib")
-    if is_remote(out):
-        raise ConfigError(f"{out}: rows are prepared on a disk; allowed: a local folder, which you then copy there")
 
 
-def _existing_manifest(out: Path, request: Manifest, tokenizer: Tokenizer) -> Manifest | None:
-    """The manifest in `out`; None if it is a new or empty folder.
-
-    Raises ConfigError: it was prepared by another request, or holds something else.
-    """
-    if (out / MANIFEST_FILE).exists():
-        manifest = load_manifest(out)
-        check_tokenizer(manifest, out, tokenizer, "tokenizer")
-        check_chat(manifest, out, request.chat is not None, None if request.chat is None else request.chat.template)
-        names = ("seq_len", "sources", "held_out_fraction", "max_bytes", "text_column")
-        check_request(manifest, out, {name: getattr(request, name) for name in names})
-        return manifest
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out}: already exists and holds something else; allowed: a new folder")
-    return None
+def _check_same(manifest: Manifest, out: str, request: Manifest, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError if the folder `out` was prepared by another request."""
+    check_tokenizer(manifest, out, tokenizer, "tokenizer")
+    check_chat(manifest, out, request.chat is not None, None if request.chat is None else request.chat.template)
+    names = ("seq_len", "sources", "held_out_fraction", "max_bytes", "text_column")
+    check_request(manifest, out, {name: getattr(request, name) for name in names})
 
 
-def check_tokenizer(manifest: Manifest, folder: Path, tokenizer: Tokenizer, name: str) -> None:
+def check_tokenizer(manifest: Manifest, folder: str | Path, tokenizer: Tokenizer, name: str) -> None:
     """Raises ConfigError if `folder` was prepared with another tokenizer; `name` is what the user calls it."""
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         got = f"{tokenizer.name} (fingerprint {tokenizer.fingerprint[:12]})"
@@ -233,7 +247,7 @@ def check_tokenizer(manifest: Manifest, folder: Path, tokenizer: Tokenizer, name
         raise ConfigError(f"{field}: got {got} of {tokenizer.name}, allowed: {allowed}, {_remedy(folder)}")
 
 
-def check_chat(manifest: Manifest, folder: Path, chat: bool, template: str | None, prefix: str = "") -> None:
+def check_chat(manifest: Manifest, folder: str | Path, chat: bool, template: str | None, prefix: str = "") -> None:
     """Raises ConfigError if `folder` does not hold conversations although it should, or the other way round, or holds
     them as another chat template writes them. template: its hash; None: whatever it is."""
     holds = manifest.chat is not None
@@ -243,14 +257,14 @@ def check_chat(manifest: Manifest, folder: Path, chat: bool, template: str | Non
         raise ConfigError(f"{prefix}chat_template: got {got}")
 
 
-def check_request(manifest: Manifest, folder: Path, requested: Mapping[str, object], prefix: str = "") -> None:
+def check_request(manifest: Manifest, folder: str | Path, requested: Mapping[str, object], prefix: str = "") -> None:
     """Raises ConfigError if `folder` was prepared with other values; `prefix` precedes a field's name."""
     for name, value in requested.items():
         prepared_with = getattr(manifest, name)
         check_field(value == prepared_with, prefix + name, value, f"{prepared_with!r}, {_remedy(folder)}")
 
 
-def _remedy(folder: Path) -> str:
+def _remedy(folder: str | Path) -> str:
     return f"with which {folder} was prepared (or delete that folder, or choose another)"
 
 
@@ -278,7 +292,7 @@ def have_changed(manifest: Manifest, current: Manifest) -> bool:
 
 def _hash_request(request: Manifest, chats: ChatEncoder | None) -> str:
     """Identifies what the units in a work folder depend on, besides the text."""
-    parts = [request.tokenizer_fingerprint, request.dtype, UNIT_BYTES, "units 2"]
+    parts = [request.tokenizer_fingerprint, request.dtype, UNIT_BYTES, "units 3"]
     if chats is not None:
         # What was written on another day is not mixed with this if the template writes the date.
         day = date.today().isoformat() if chats.asks_the_time else ""
@@ -303,29 +317,3 @@ def _with_progress(units: Iterable[TokenUnit], stream: TextStream, progress: boo
         for unit in units:
             yield unit
             bar.update(int(unit.text_bytes.sum()))
-
-
-def _publish(rows: Path, out: Path, manifest: Manifest) -> Manifest:
-    """Renames the complete folder to `out`, unless the same data is there already.
-
-    It may be there from before (only the times of the inputs have changed), or from another process that was faster.
-    """
-    if not (out / MANIFEST_FILE).exists():
-        try:
-            rows.rename(os.path.abspath(out))
-            return manifest
-        except OSError:
-            if not (out / MANIFEST_FILE).exists():
-                raise
-    existing = load_manifest(out)
-    if existing.fingerprint != manifest.fingerprint:
-        raise _holds_other_data(out)
-    current = replace(existing, inputs=manifest.inputs, files=manifest.files, times=manifest.times)
-    if current != existing:
-        with contextlib.suppress(OSError):  # only so that the text need not be compared again
-            current.save(out)
-    return current
-
-
-def _holds_other_data(out: Path) -> ConfigError:
-    return ConfigError(f"{out}: holds different data (the sources have changed); delete it, or choose another")

@@ -39,12 +39,12 @@ class RowWriter(RowFile):
         """Appends the start of a document or the next part of the current one."""
         self.documents += piece.begins
         self.text_bytes += piece.text_bytes
-        self._append([self._end_of_document, piece.tokens] if piece.begins else [piece.tokens])
+        self.append([self._end_of_document, piece.tokens] if piece.begins else [piece.tokens])
 
     def close(self) -> Split:
         """Writes the last row and the last file. Raises ConfigError as `finish` does."""
         if self.documents:
-            self._append([self._end_of_document])
+            self.append([self._end_of_document])
         if len(self._pending) > 1:
             self._write(self._pending)
         return Split(
@@ -54,7 +54,7 @@ class RowWriter(RowFile):
             **self.finish(),
         )
 
-    def _append(self, parts: list[np.ndarray]) -> None:
+    def append(self, parts: list[np.ndarray]) -> None:
         stream = np.concatenate([self._pending, *(part.astype(self._pending.dtype) for part in parts)])
         complete_rows = max(len(stream) - 1, 0) // self.seq_len
         for start in range(0, complete_rows * self.seq_len, self.seq_len):

@@ -1,94 +1,43 @@
 """Tokenizes text in units: in parallel, and kept on disk so that a `prepare` that was stopped resumes where it was.
 
-The documents of all sources form one stream of text. It is cut into units of about `UNIT_BYTES` at positions that
-depend on the stream alone. Threads tokenize units (the tokenizer releases Python's lock), write each to `NNNNNN.npz`
-atomically, and yield them in order. The tokens therefore depend neither on the number of threads nor on interruptions,
-and only a few units are in memory at a time.
+Text is cut into units at places that depend on it alone (text_parts.py). Threads tokenize units (the tokenizer releases
+Python's lock), write each to `PPPPPP-NNNNNN.npz` (its part, and its number in it) atomically, and yield them in order.
+The tokens therefore depend neither on the number of threads nor on interruptions, and only a few units are in memory at
+a time.
 
-A stored unit knows the hash of its text and that of the files up to its end. While these files are as they were, it is
+A stored unit knows the hash of its text and that of the files of its part. While these files are as they were, it is
 used without reading them; if they have changed, they are read, and it is used if its text is the same.
 """
 
 import contextlib
-import hashlib
+import io
+import itertools
 import json
-import os
 import threading
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from mythos_jax.data.input_file import InputFile
 from mythos_jax.data.manifest import COUNTS
-from mythos_jax.data.readers import LeftOut, Piece, Reading, read_pieces, truncate_piece
+from mythos_jax.data.readers import LeftOut, Piece
 from mythos_jax.data.row_file import TokenPiece
-from mythos_jax.data.split import Division, draw
+from mythos_jax.data.split import draw
+from mythos_jax.data.text_parts import TextPart, TextStream, TextUnit, cut_units
 from mythos_jax.data.tokenizer import Tokenizer
+from mythos_jax.data.work_files import WorkFiles
 from mythos_jax.data.workers import Workers
 
-UNIT_BYTES = 16 << 20  # UTF-8 text per unit
 ENCODE_BYTES = 1 << 20  # text per call of the tokenizer
-LISTED = 1000  # things left out that a unit lists; of more it keeps the number
-
-
-@dataclass(frozen=True)
-class TextStream:
-    """The text of `inputs`. max_bytes: of it to read; 0: all. division: of its only document, if it has no other."""
-
-    inputs: Sequence[InputFile]
-    reading: Reading = field(default_factory=Reading)
-    max_bytes: int = 0
-    division: Division | None = None
-
-    @cached_property
-    def states(self) -> list[str]:
-        """For each number of files, a hash of the current state of that many, and at the end one of all of them."""
-        options = [self.reading.text_column, self.max_bytes, self.division and asdict(self.division)]
-        states = [_sha256(json.dumps(options).encode())]
-        for file in self.inputs:
-            state = [states[-1], file.name, file.location, file.size, file.modified, file.given]
-            states.append(_sha256(json.dumps(state).encode()))
-        return [*states, _sha256(f"{states[-1]} end".encode())]
-
-
-@dataclass(frozen=True)
-class TextUnit:
-    """Consecutive pieces of text, to be tokenized together.
-
-    left_out: what is left out between them. next_input: index of the input that follows if the unit ends with a file,
-    else -1. text_end: bytes of text from the start of the stream to the end of the unit. state: of the files up to
-    there (see `TextStream.states`).
-    """
-
-    number: int
-    pieces: tuple[Piece, ...]
-    left_out: tuple[LeftOut, ...]
-    next_input: int
-    text_end: int
-    state: str
-
-    @property
-    def text(self) -> str:
-        """A hash of everything that the tokens depend on, and of what is left out."""
-        content = hashlib.sha256()
-        for piece in self.pieces:
-            data = piece.text.encode()
-            content.update(json.dumps([piece.name, piece.begins, piece.held_out, len(data)]).encode())
-            content.update(data)
-        content.update(json.dumps([asdict(item) for item in self.left_out]).encode())
-        return content.hexdigest()
 
 
 @dataclass(frozen=True)
 class TokenUnit:
     """A tokenized unit of n pieces; of conversations, n samples. The field names are keys in the .npz file, where
-    `next_input` and `text_end` (see `TextUnit`) are int64 scalars, `state` and `text` hashes as ASCII text, and
+    `last` and `text_end` (see `TextUnit`) are a bool and an int64 scalar, `state` and `text` hashes as ASCII text, and
     `left_out` JSON."""
 
     tokens: np.ndarray  # of all pieces, in the dtype of the rows
@@ -96,7 +45,7 @@ class TokenUnit:
     text_bytes: np.ndarray  # int64 [n]: UTF-8 bytes per piece
     begins: np.ndarray  # bool [n]: whether a document starts with the piece
     draws: np.ndarray  # uint64 [n]: decides whether the document is held out (see `split.draw`)
-    next_input: np.ndarray
+    last: np.ndarray
     text_end: np.ndarray
     state: np.ndarray
     text: np.ndarray
@@ -130,19 +79,19 @@ class TokenUnit:
 
 @dataclass(frozen=True)
 class UnitTokenizer:
-    """Tokenizes units, and stores them in `folder`. encode: makes those fields of a `TokenUnit` that say no place.
-    skip_errors: a stored unit without what could not be read is used. stopped: when it is set, no longer."""
+    """Tokenizes units, and stores them in the folder `files`. encode: makes those fields of a `TokenUnit` that say no
+    place. skip_errors: a stored unit without what could not be read is used. stopped: when it is set, no longer."""
 
     encode: Callable[[TextUnit, threading.Event], dict[str, np.ndarray]]
-    folder: Path
+    files: WorkFiles
     skip_errors: bool = False
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, unit: TextUnit) -> TokenUnit:
-        """The unit's tokens, read from `folder` if they are stored there."""
-        stored = load_unit(self.folder, unit.number)
+        """The unit's tokens, read from the folder if they are stored there."""
+        stored = load_unit(self.files, unit.part, unit.number)
         position = {
-            "next_input": np.array(unit.next_input, np.int64),
+            "last": np.array(unit.last),
             "text_end": np.array(unit.text_end, np.int64),
             "state": np.array(unit.state),
         }
@@ -156,8 +105,21 @@ class UnitTokenizer:
             tokenized = replace(stored, **position)
         if self.stopped.is_set():
             raise CancelledError
-        _store_unit(self.folder, unit.number, tokenized)
+        if unit.pieces or unit.left_out:
+            _store_unit(self.files, unit.part, unit.number, tokenized)
         return tokenized
+
+    def stored(self, part: TextPart) -> Iterator[TokenUnit]:
+        """The first units of a part, as far as they are stored and its files are as they were."""
+        for number in itertools.count():
+            stored = load_unit(self.files, part.number, number)
+            if stored is None or str(stored.state) != part.state:
+                return
+            if not self.skip_errors and stored.has_errors():
+                return  # made by a run that skipped errors
+            yield stored
+            if stored.last:
+                return
 
 
 @dataclass(frozen=True)
@@ -189,115 +151,51 @@ def tokenize_units(stream: TextStream, tokenize: UnitTokenizer, workers: Workers
 
     Raises ConfigError: as `readers.read_pieces` does, or for text that the tokenizer cannot encode.
     """
-    # Units from an interrupted run come first. Reading resumes at the last file boundary among them, so that files
-    # which they cover completely are not read again.
-    stored_count, resume_at = 0, (0, 0, 0)
-    states = set(stream.states)
-    while (stored := load_unit(tokenize.folder, stored_count)) is not None and str(stored.state) in states:
-        if not stream.reading.skip_errors and stored.has_errors():
-            break  # made by a run that skipped errors
-        yield stored
-        stored_count += 1
-        if stored.next_input >= 0:
-            resume_at = (stored_count, int(stored.next_input), int(stored.text_end))
-
     pending: deque[Future[TokenUnit]] = deque()
-    for unit in cut_units(stream, *resume_at):
-        if unit.number < stored_count:
-            continue
-        pending.append(workers.submit(tokenize, unit))
-        if len(pending) > workers.count:  # bounds the units in memory
-            yield workers.result(pending.popleft())
+    text_before = 0
+    for number, inputs in enumerate(stream.groups()):
+        part = stream.part(number, inputs, text_before)
+        if part is None:
+            break
+        # Units from an interrupted run come first; a part that they cover completely is not read again.
+        count, complete, text_end = 0, False, 0
+        for stored in tokenize.stored(part):
+            while pending:
+                yield workers.result(pending.popleft())
+            yield stored
+            count, complete, text_end = count + 1, bool(stored.last), int(stored.text_end)
+        for unit in () if complete else cut_units(part):
+            text_end = unit.text_end
+            if unit.number < count:
+                continue
+            pending.append(workers.submit(tokenize, unit))
+            if len(pending) > workers.count:  # bounds the units in memory
+                yield workers.result(pending.popleft())
+        text_before += text_end
     while pending:
         yield workers.result(pending.popleft())
 
 
-def cut_units(stream: TextStream, number: int = 0, first_input: int = 0, text_end: int = 0) -> Iterator[TextUnit]:
-    """Cuts a stream of text into units.
-
-    To resume: `number` is that of the first unit, which starts with input `first_input`, after `text_end` bytes.
-    """
-    unit: list[Piece] = []
-    left_out: list[LeftOut] = []
-    unit_bytes = 0
-
-    def finish(next_input: int, state: str) -> TextUnit:
-        nonlocal number, unit, left_out, unit_bytes
-        finished = TextUnit(number, tuple(unit), tuple(left_out), next_input, text_end, state)
-        number, unit, left_out, unit_bytes = number + 1, [], [], 0
-        return finished
-
-    for index in range(first_input, len(stream.inputs)):
-        # The last unit of a file of several units ends with the file, so that a resumed run need not read the file
-        # again to continue after it.
-        spans_units, state = False, stream.states[index + 1]
-        for piece in _pieces(stream, index, text_end):
-            if isinstance(piece, LeftOut):
-                add_left_out(left_out, piece)
-                continue
-            if unit_bytes >= UNIT_BYTES:
-                yield finish(-1, state)
-                spans_units = True
-            piece_bytes = len(piece.text.encode())
-            if stream.max_bytes and text_end + piece_bytes >= stream.max_bytes:
-                piece = truncate_piece(piece, stream.max_bytes - text_end)
-            if piece.text:
-                unit.append(piece)
-            unit_bytes, text_end = unit_bytes + piece_bytes, text_end + piece_bytes
-            if stream.max_bytes and text_end >= stream.max_bytes:
-                break
-        if stream.max_bytes and text_end >= stream.max_bytes:
-            break
-        if unit and (spans_units or unit_bytes >= UNIT_BYTES):
-            yield finish(index + 1, state)
-    if unit or left_out:
-        yield finish(len(stream.inputs), stream.states[-1])
-
-
-def _pieces(stream: TextStream, index: int, offset: int) -> Iterator[Piece | LeftOut]:
-    """What one of the files contains, divided if it is the document to divide. offset: the text before it."""
-    for piece in read_pieces([stream.inputs[index]], stream.reading):
-        if isinstance(piece, LeftOut) or not stream.division:
-            yield piece
-            continue
-        yield from stream.division.divide(piece, offset)
-        offset += len(piece.text.encode())
-
-
-def add_left_out(left_out: list[LeftOut], item: LeftOut) -> None:
-    """Lists an item, or counts it if enough are listed."""
-    if len(left_out) <= LISTED:
-        left_out.append(item)
-    else:
-        last = left_out[-1]
-        left_out[-1] = LeftOut("and others", last.is_error or item.is_error, last.count + item.count)
-
-
-def load_unit(folder: Path, number: int) -> TokenUnit | None:
+def load_unit(files: WorkFiles, part: int, number: int) -> TokenUnit | None:
     """A stored unit; None if there is none or it is damaged (each array has a checksum)."""
-    file = _unit_file(folder, number)
+    name = _unit_file(part, number)
+    content = files.read(name)
+    if content is None:
+        return None
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return TokenUnit(**{name: arrays[name] for name in arrays.files})
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         with contextlib.suppress(OSError):
-            file.unlink()
+            files.delete(name)
         return None
 
 
-def _store_unit(folder: Path, number: int, unit: TokenUnit) -> None:
-    """Writes under a temporary name first: a unit that exists under its own name is complete."""
-    file = _unit_file(folder, number)
-    partial = file.with_suffix(".part")
-    try:
-        with open(partial, "wb") as stream:
-            np.savez(stream, allow_pickle=False, **unit.arrays())
-        os.replace(partial, file)
-    except OSError:  # such as a full disk
-        partial.unlink(missing_ok=True)
-        raise
+def _store_unit(files: WorkFiles, part: int, number: int, unit: TokenUnit) -> None:
+    """Raises OSError, such as for a full disk."""
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **unit.arrays())
+    files.write(_unit_file(part, number), content.getvalue())
 
 
 def _encode_batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
@@ -314,9 +212,5 @@ def _encode_batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _unit_file(folder: Path, number: int) -> Path:
-    return folder / f"{number:06}.npz"
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _unit_file(part: int, number: int) -> str:
+    return f"{part:06}-{number:06}.npz"

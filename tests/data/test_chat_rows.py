@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from mythos_jax.data import units
+from mythos_jax.data import text_parts, units
 from mythos_jax.data.chat_encoder import make_chat_encoder
 from mythos_jax.data.chat_record import parse_record
 from mythos_jax.data.chat_template import ChatTemplate
@@ -71,7 +71,7 @@ def test_every_conversation_is_in_one_row_as_it_is(tmp_path):
 
 
 def test_the_rows_do_not_depend_on_workers_nor_on_a_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(text_parts, "UNIT_BYTES", 2000)
     records, model = many(40), write_model(tmp_path / "model")
     whole = prepare(tmp_path, records, "--workers", 1, model=model, seq_len=150, out="whole")
     assert (
@@ -81,8 +81,8 @@ def test_the_rows_do_not_depend_on_workers_nor_on_a_kill(tmp_path, monkeypatch):
 
     store, stored = units._store_unit, []
 
-    def store_two(folder, number, unit):
-        store(folder, number, unit)
+    def store_two(files, part, number, unit):
+        store(files, part, number, unit)
         stored.append(number)
         if len(stored) == 2:
             raise KeyboardInterrupt
@@ -91,7 +91,7 @@ def test_the_rows_do_not_depend_on_workers_nor_on_a_kill(tmp_path, monkeypatch):
     words = ["data", "prepare", tmp_path / "chats.jsonl", "--chat", "--tokenizer", model, "--seq-len", 150]
     words += ["--held-out-fraction", 0, "--workers", 1]
     assert run(*words, "--out", tmp_path / "killed") == 130
-    monkeypatch.setattr(units, "_store_unit", lambda *a: stored.append(a[1]) or store(*a))
+    monkeypatch.setattr(units, "_store_unit", lambda *a: stored.append(a[2]) or store(*a))
     stored.clear()
     assert run(*words, "--out", tmp_path / "killed") == 0
     assert 0 not in stored  # the first unit was not tokenized again

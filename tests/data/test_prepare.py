@@ -17,11 +17,12 @@ from array_record.python.array_record_module import ArrayRecordReader
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from mythos_jax.config import Config, DataConfig, ModelConfig
-from mythos_jax.data import prepare as prepare_module
 from mythos_jax.data import readers as readers_module
 from mythos_jax.data import row_file as row_file_module
 from mythos_jax.data import sources as sources_module
+from mythos_jax.data import text_parts as text_parts_module
 from mythos_jax.data import units as units_module
+from mythos_jax.data.destination import Destination
 from mythos_jax.data.ensure import ensure_prepared
 from mythos_jax.data.manifest import check_sums, load_manifest
 from mythos_jax.data.prepare import prepare
@@ -140,7 +141,7 @@ def test_each_row_of_a_file_is_a_document(tmp_path):
 def test_long_documents_are_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(readers_module, "PIECE_CHARACTERS", 16)
     monkeypatch.setattr(units_module, "ENCODE_BYTES", 40)
-    monkeypatch.setattr(units_module, "UNIT_BYTES", 100)
+    monkeypatch.setattr(text_parts_module, "UNIT_BYTES", 100)
     text = "".join(f"line {i} ä\n" for i in range(30)) + "x" * 100
     (tmp_path / "long.txt").write_text(text)
     inputs = sources_module.find_inputs([str(tmp_path / "long.txt")]).files
@@ -455,17 +456,17 @@ def test_a_folder_prepared_by_0_1_0(corpus, tmp_path, capsys):
 
 def test_two_processes_at_once_make_one_folder(corpus, tmp_path, monkeypatch):
     """Another process finishes first: its folder stays, and is accepted if it holds the same data."""
-    publish = prepare_module._publish
+    publish = Destination.publish
 
     def publish_second(seq_len):
         """Makes the next `prepare` wait, when it is complete, for another one with this seq_len."""
 
-        def run_other(rows, out, manifest):
-            monkeypatch.setattr(prepare_module, "_publish", publish)
-            prepare([str(corpus)], out, seq_len=seq_len, held_out_fraction=0.2)
-            return publish(rows, out, manifest)
+        def run_other(self, rows, manifest):
+            monkeypatch.setattr(Destination, "publish", publish)
+            prepare([str(corpus)], self.out, seq_len=seq_len, held_out_fraction=0.2)
+            return publish(self, rows, manifest)
 
-        monkeypatch.setattr(prepare_module, "_publish", run_other)
+        monkeypatch.setattr(Destination, "publish", run_other)
 
     publish_second(seq_len=16)
     first = prepare([str(corpus)], tmp_path / "same", seq_len=16, held_out_fraction=0.2)

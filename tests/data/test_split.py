@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mythos_jax.data import readers as readers_module
-from mythos_jax.data import units as units_module
+from mythos_jax.data import text_parts as text_parts_module
 from mythos_jax.data.prepare import prepare
 from mythos_jax.data.readers import Reading
 from mythos_jax.data.rows import TokenRows
@@ -136,7 +136,7 @@ def test_with_max_bytes_the_text_that_is_read_is_divided(tmp_path):
 
 def test_a_long_document_is_divided_in_the_same_way_by_any_number_of_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(readers_module, "PIECE_CHARACTERS", 64)
-    monkeypatch.setattr(units_module, "UNIT_BYTES", 200)
+    monkeypatch.setattr(text_parts_module, "UNIT_BYTES", 200)
     (tmp_path / "a.txt").write_text(LINES)
 
     def run(out, **options):

@@ -17,15 +17,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mythos_jax.data import prepare as prepare_module
+from mythos_jax.data import text_parts as text_parts_module
 from mythos_jax.data import units as units_module
 from mythos_jax.data import work_folder as work_folder_module
+from mythos_jax.data.destination import Destination
 from mythos_jax.data.manifest import check_sums, load_manifest
 from mythos_jax.data.prepare import prepare
 from mythos_jax.data.rows import RowWriter
 from mythos_jax.data.sources import find_inputs
+from mythos_jax.data.text_parts import TextStream, cut_units
 from mythos_jax.data.tokenizer import ByteTokenizer
-from mythos_jax.data.units import TextStream, cut_units, load_unit
+from mythos_jax.data.units import load_unit
+from mythos_jax.data.work_files import WorkFiles
 from mythos_jax.errors import ConfigError
 
 ENCODE = ByteTokenizer.encode_batch
@@ -35,7 +38,7 @@ OPTIONS = {"seq_len": 16, "held_out_fraction": 0.2}
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """FineWeb-Edu's layout (folders of Parquet files with several row groups), a JSONL file, small and long texts."""
-    monkeypatch.setattr(units_module, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(text_parts_module, "UNIT_BYTES", 2000)
     monkeypatch.setattr(units_module, "ENCODE_BYTES", 300)
     random = np.random.default_rng(0)
 
@@ -85,22 +88,32 @@ def uninterrupted(corpus, tmp_path):
     return manifest, files(tmp_path / "uninterrupted")
 
 
+def units_of(stream):
+    """The units of each part, read from the start of the stream."""
+    before = 0
+    for number, inputs in enumerate(stream.groups()):
+        part = stream.part(number, inputs, before)
+        if part is not None:
+            yield list(cut_units(part))
+            before += text_parts_module.text_bytes(part)
+
+
 def test_units_contain_the_stream(corpus):
-    stream = TextStream(find_inputs([str(corpus)]).files)
-    units = list(cut_units(stream))
-    assert [unit.number for unit in units] == list(range(len(units)))
-    assert len(units) > 10
+    inputs = find_inputs([str(corpus)]).files
+    stream = TextStream(inputs)
+    parts = list(units_of(stream))
+    assert [file for group in stream.groups() for file in group] == inputs
+    assert [[unit.number for unit in units] for units in parts] == [list(range(len(units))) for units in parts]
+    assert [[unit.last for unit in units] for units in parts] == [[False] * (len(u) - 1) + [True] for u in parts]
+    units = [unit for units in parts for unit in units]
+    assert 5 < len(parts) < len(inputs) < len(units) + 20
     assert max(sum(len(p.text.encode()) for p in unit.pieces) for unit in units) < 2000 + 10_000  # long.txt is a piece
     text = "".join(piece.text for unit in units for piece in unit.pieces).encode()
-    assert len(text) == units[-1].text_end
-    # Reading can resume after any unit that ends with a file, and gives the same units.
-    resumable = [unit for unit in units if unit.next_input >= 0]
-    assert 3 < len(resumable) < len(units)
-    for unit in resumable:
-        assert list(cut_units(stream, unit.number + 1, unit.next_input, unit.text_end)) == units[unit.number + 1 :]
-    for limit in [1, 1999, 2000, 2001, 7777]:
-        limited = cut_units(dataclasses.replace(stream, max_bytes=limit))
-        assert "".join(piece.text for unit in limited for piece in unit.pieces) == text[:limit].decode(errors="ignore")
+    assert len(text) == sum(units[-1].text_end for units in parts)
+    for limit in [1, 1999, 2000, 2001, 7777, 30_000]:
+        limited = units_of(dataclasses.replace(stream, max_bytes=limit))
+        pieces = [piece.text for units in limited for unit in units for piece in unit.pieces]
+        assert "".join(pieces) == text[:limit].decode(errors="ignore")
 
 
 @pytest.mark.parametrize("workers", [2, 7])
@@ -164,11 +177,11 @@ def test_a_killed_run_resumes_and_gives_the_same_result(corpus, tmp_path, monkey
 def test_completed_files_are_not_read_again(corpus, tmp_path, monkeypatch):
     killed_run(corpus, tmp_path, monkeypatch, calls=60)
     kill_after(monkeypatch, None)
-    files_read, read_pieces = [], units_module.read_pieces
+    files_read, read_pieces = [], text_parts_module.read_pieces
     monkeypatch.setattr(
-        units_module,
+        text_parts_module,
         "read_pieces",
-        lambda inputs, reading: files_read.append(inputs[0].name) or read_pieces(inputs, reading),
+        lambda inputs, reading: files_read.extend(file.name for file in inputs) or read_pieces(inputs, reading),
     )
     prepare([str(corpus)], tmp_path / "out", workers=1, **OPTIONS)
     names = [file.name for file in find_inputs([str(corpus)]).files]
@@ -185,12 +198,12 @@ def test_damaged_units_are_made_again(corpus, uninterrupted, tmp_path, monkeypat
     stored[1].write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
     stored[2].write_bytes(content[:100])
     stored[4].unlink()
-    (units / "000005.part").write_bytes(b"half a unit")
+    (units / "000005-000000.npz.part").write_bytes(b"half a unit")
     calls = kill_after(monkeypatch, None)
     assert prepare([str(corpus)], tmp_path / "out", workers=2, **OPTIONS) == uninterrupted[0]
     assert files(tmp_path / "out") == uninterrupted[1]
     tokenized = {text for texts in calls for text in texts}
-    all_units = cut_units(TextStream(find_inputs([str(corpus)]).files))
+    all_units = [unit for units in units_of(TextStream(find_inputs([str(corpus)]).files)) for unit in units]
     made_again = [tokenized.issuperset(piece.text for piece in unit.pieces) for unit in all_units]
     assert made_again[: len(stored)] == [number in (1, 2, 4) for number in range(len(stored))]
     assert all(made_again[len(stored) :])
@@ -198,11 +211,11 @@ def test_damaged_units_are_made_again(corpus, uninterrupted, tmp_path, monkeypat
 
 def test_every_bit_of_a_unit_is_checked(corpus, tmp_path, monkeypatch):
     units = killed_run(corpus, tmp_path, monkeypatch, calls=12)
-    file = units / "000000.npz"
-    content, undamaged = file.read_bytes(), load_unit(units, 0)
+    file, stored = units / "000000-000000.npz", WorkFiles(units)
+    content, undamaged = file.read_bytes(), load_unit(stored, 0, 0)
     for i in range(0, len(content), 41):
         file.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
-        loaded = load_unit(units, 0)
+        loaded = load_unit(stored, 0, 0)
         assert loaded is None or all(
             np.array_equal(getattr(loaded, name), getattr(undamaged, name)) for name in vars(undamaged)
         )  # equal where the container does not use the bit
@@ -241,7 +254,8 @@ def test_a_broken_line_stops_and_keeps_what_was_done(corpus, tmp_path, monkeypat
         prepare([str(corpus)], tmp_path / "out", workers=2, **OPTIONS)
     done = len(calls)
     (work_folder,) = leftovers(tmp_path)
-    kept = [load_unit(tmp_path / work_folder / "units", i) for i in range(done)]
+    stored = WorkFiles(tmp_path / work_folder / "units")
+    kept = [load_unit(stored, 0, i) for i in range(done)]
     assert sum(unit is not None for unit in kept) == 2
     copy = tmp_path / work_folder.replace("out.", "skip.")
     shutil.copytree(tmp_path / work_folder, copy)
@@ -295,15 +309,15 @@ def test_an_interruption_does_not_wait_for_the_tokenizer(tmp_path, number):
 
 def test_work_in_progress_is_left_alone(corpus, uninterrupted, tmp_path, monkeypatch):
     """Two processes with the same request do not disturb each other; the first to finish provides the result."""
-    publish = prepare_module._publish
+    publish = Destination.publish
 
-    def run_other(rows, out, manifest):
-        monkeypatch.setattr(prepare_module, "_publish", publish)
-        assert prepare([str(corpus)], out, **OPTIONS) == uninterrupted[0]
-        assert (rows / "manifest.json").exists()
-        return publish(rows, out, manifest)
+    def run_other(self, rows, manifest):
+        monkeypatch.setattr(Destination, "publish", publish)
+        assert prepare([str(corpus)], self.out, **OPTIONS) == uninterrupted[0]
+        assert list(Path(rows).glob("train-*"))
+        return publish(self, rows, manifest)
 
-    monkeypatch.setattr(prepare_module, "_publish", run_other)
+    monkeypatch.setattr(Destination, "publish", run_other)
     assert prepare([str(corpus)], tmp_path / "out", **OPTIONS) == uninterrupted[0]
     assert not leftovers(tmp_path)
 
@@ -393,9 +407,9 @@ def start(tmp_path):
         (folder / f"{i:02}.txt").write_text(bytes(random.integers(97, 123, 100_000).tolist()).decode())
     code = (
         "import sys, time\n"
-        "from mythos_jax.data import units\n"
+        "from mythos_jax.data import text_parts\n"
         "from mythos_jax.data.tokenizer import ByteTokenizer\n"
-        "units.UNIT_BYTES = 100_000\n"
+        "text_parts.UNIT_BYTES = 100_000\n"
         "encode = ByteTokenizer.encode_batch\n"
         "ByteTokenizer.encode_batch = lambda self, texts: (time.sleep(0.05), encode(self, texts))[1]\n"
         "from mythos_jax.data.prepare import prepare\n"

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mythos_jax.cli import main
-from mythos_jax.data import readers, units
+from mythos_jax.data import readers, text_parts
 from tests.data.test_split import texts
 from tests.fuzz.budget import budget, no_hang
 
@@ -136,7 +136,7 @@ def run(*arguments):
 @budget(25, 300)
 def test_a_corpus_is_refused_in_one_line_or_its_rows_are_its_documents(corpus, fraction, on_error, seq_len):
     readers.PIECE_CHARACTERS, before = 16, readers.PIECE_CHARACTERS
-    units.UNIT_BYTES, unit_bytes = 64, units.UNIT_BYTES
+    text_parts.UNIT_BYTES, unit_bytes = 64, text_parts.UNIT_BYTES
     try:
         with tempfile.TemporaryDirectory() as name:
             root = Path(name)
@@ -168,4 +168,4 @@ def test_a_corpus_is_refused_in_one_line_or_its_rows_are_its_documents(corpus, f
                 file.bad or file.content.startswith(b'{"name"') for file in files
             )
     finally:
-        readers.PIECE_CHARACTERS, units.UNIT_BYTES = before, unit_bytes
+        readers.PIECE_CHARACTERS, text_parts.UNIT_BYTES = before, unit_bytes

@@ -1,0 +1,93 @@
+"""Where a folder is prepared: a path, where it appears when it is complete, or the URL of a folder in an object store,
+which is complete when it has its manifest."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from mythos_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest, parse_manifest
+from mythos_jax.data.work_files import WorkFiles
+from mythos_jax.data.work_folder import work_folder
+from mythos_jax.errors import ConfigError
+
+
+class Destination:
+    """request: a hash of what the work depends on, besides the text."""
+
+    def __init__(self, out: str | Path, request: str):
+        self.files = WorkFiles(out)
+        self.out = Path(out)
+        self._url = self.files.folder if self.files.remote else ""
+        self._request = request
+
+    def __str__(self) -> str:
+        return self._url or str(self.out)
+
+    def existing(self) -> Manifest | None:
+        """The manifest that is there; None for a new or empty folder, and for a store where this work was stopped.
+
+        Raises ConfigError: it holds something else.
+        """
+        if not self._url:
+            if (self.out / MANIFEST_FILE).exists():
+                return load_manifest(self.out)
+            is_new = not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
+        else:
+            content = self.files.read(MANIFEST_FILE)
+            if content is not None:
+                return parse_manifest(lambda: content, f"{self}/{MANIFEST_FILE}")
+            is_new = not self.files.names() or bool(WorkFiles(self._work).names())
+        if not is_new:
+            raise ConfigError(f"{self}: already exists and holds something else; allowed: a new folder")
+        return None
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[tuple[str, str]]:
+        """The work folder, and the folder for the rows. Raises ConfigError if they cannot be made."""
+        if self._url:
+            yield self._work, self._url
+            WorkFiles(self._work).delete_all()
+            return
+        absolute = Path(os.path.abspath(self.out))  # "." has no name for the work folder to derive its own from
+        if absolute.is_mount():
+            raise ConfigError(f"{self}: cannot be replaced, a disk is mounted there; allowed: a folder below it")
+        with work_folder(absolute, self._request) as folder:
+            yield str(folder), str(folder / "rows")
+
+    def publish(self, rows: str, manifest: Manifest) -> Manifest:
+        """Makes the folder of rows complete, and gives it its name, unless the same data is there already.
+
+        It may be there from before (only the times of the inputs have changed), or from another process that was
+        faster.
+        """
+        WorkFiles(rows).write(MANIFEST_FILE, manifest.to_json())
+        if self._url:
+            return manifest
+        if not (self.out / MANIFEST_FILE).exists():
+            try:
+                Path(rows).rename(os.path.abspath(self.out))
+                return manifest
+            except OSError:
+                if not (self.out / MANIFEST_FILE).exists():
+                    raise
+        existing = load_manifest(self.out)
+        if existing.fingerprint != manifest.fingerprint:
+            raise self.holds_other_data()
+        current = replace(existing, inputs=manifest.inputs, files=manifest.files, times=manifest.times)
+        if current != existing:
+            with contextlib.suppress(OSError):  # only so that the text need not be compared again
+                self.files.write(MANIFEST_FILE, current.to_json())
+        return current
+
+    def holds_other_data(self) -> ConfigError:
+        return ConfigError(f"{self}: holds different data (the sources have changed); delete it, or choose another")
+
+    @property
+    def remote(self) -> bool:
+        return bool(self._url)
+
+    @property
+    def _work(self) -> str:
+        return f"{self._url}.partial-{self._request}"

@@ -1,0 +1,119 @@
+"""Files of a folder on a disk or in an object store, which are written and read as a whole."""
+
+import contextlib
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mythos_jax.data.remote import asking
+from mythos_jax.data.storage import open_file_system
+from mythos_jax.paths import is_remote
+
+Result = TypeVar("Result")
+
+
+class WorkFiles:
+    """A folder, which need not exist. What fails in a store is tried again.
+
+    Methods raise OSError and, for a store that does not answer, StorageError.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = str(folder).rstrip("/")
+        self.remote = is_remote(folder)
+        self._files: Any = None
+        if self.remote:
+            self._files, self._root = open_file_system(self.folder)
+
+    def below(self, name: str) -> "WorkFiles":
+        return WorkFiles(f"{self.folder}/{name}")
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None if there is none."""
+        try:
+            if not self.remote:
+                return Path(self.folder, name).read_bytes()
+            content: bytes = self._ask(lambda: self._files.cat_file(f"{self._root}/{name}"))
+            return content
+        except FileNotFoundError:
+            return None
+
+    def size(self, name: str) -> int | None:
+        """The bytes of a file; None if there is none."""
+        try:
+            if not self.remote:
+                return Path(self.folder, name).stat().st_size
+            self._files.invalidate_cache()
+            return int(self._ask(lambda: self._files.info(f"{self._root}/{name}"))["size"])
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """A file that exists under its own name is complete."""
+        if self.remote:
+            self._ask(lambda: self._files.pipe_file(f"{self._root}/{name}", content))
+            return
+        with self._new_file(name) as partial:
+            partial.write_bytes(content)
+
+    def put(self, path: Path, name: str) -> None:
+        """Moves a file from the disk into the folder."""
+        if self.remote:
+            self._ask(lambda: self._files.put_file(str(path), f"{self._root}/{name}"))
+            path.unlink()
+            return
+        with self._new_file(name) as partial:
+            shutil.move(path, partial)
+
+    def put_all(self, folder: Path) -> None:
+        """Moves all files from a folder on the disk into the folder."""
+        for path in sorted(folder.iterdir()):
+            self.put(path, path.name)
+
+    def names(self) -> list[str]:
+        """The names of its files, sorted; of those in subfolders with the path."""
+        if self.remote:
+            self._files.invalidate_cache()
+            with contextlib.suppress(FileNotFoundError):
+                found = self._ask(lambda: self._files.find(self._root))
+                root = self._files.info(self._root)["name"].rstrip("/") if found else ""
+                return sorted(path[len(root) :].lstrip("/") for path in found)
+            return []
+        files = (path for path in Path(self.folder).rglob("*") if path.is_file())
+        return sorted(path.relative_to(self.folder).as_posix() for path in files)
+
+    def delete(self, name: str) -> None:
+        """Deletes a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.remote:
+                self._ask(lambda: self._files.rm_file(f"{self._root}/{name}"))
+            else:
+                Path(self.folder, name).unlink()
+
+    def delete_all(self) -> None:
+        """Deletes the folder, as far as that is possible."""
+        if self.remote:
+            with contextlib.suppress(FileNotFoundError):
+                self._ask(lambda: self._files.rm(self._root, recursive=True))
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _ask(self, call: Callable[[], Result]) -> Result:
+        return asking(self.folder, call)
+
+    @contextlib.contextmanager
+    def _new_file(self, name: str) -> Any:
+        """A path for a new file, which gets its name when it is complete."""
+        path = Path(self.folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}-{uuid.uuid4().hex[:4]}.part")
+        try:
+            yield partial
+            os.replace(partial, path)
+        except OSError:  # such as a full disk
+            partial.unlink(missing_ok=True)
+            raise
