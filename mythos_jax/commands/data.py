@@ -75,7 +75,7 @@ def _add_prepare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     prepare.add_argument(
         "--runner",
         nargs=argparse.REMAINDER,
-        metavar=("RUNNER", "FLAG"),
+        metavar="RUNNER …",
         help="do it on many machines, with this runner of Apache Beam (DirectRunner, DataflowRunner, FlinkRunner, "
         "SparkRunner) and its own flags; the last of the flags here, because all that follows is Beam's",
     )
