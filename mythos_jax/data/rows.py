@@ -78,17 +78,19 @@ class TokenRows:
 
     Rows of conversations always have segment_ids, the number of the sample that the token belongs to, and their mask,
     float32, is the weight of the target. `weighted` gives rows of text the same form: with a mask of float32, and, if
-    documents are not kept apart, one segment.
+    documents are not kept apart, one segment. patient: as of `Storage`.
     """
 
-    def __init__(self, folder: str | Path, split: str, document_mask: bool = False, weighted: bool = False):
+    def __init__(
+        self, folder: str | Path, split: str, document_mask: bool = False, weighted: bool = False, patient: bool = True
+    ):
         check_field(split in SPLITS, "split", split, ", ".join(SPLITS))
         self.manifest = load_manifest(folder)
         self.name = f"{folder}: {split}"
         self._document_mask, self._weighted = document_mask, weighted
         self._split = self.manifest.splits[split]
         self._dtype = np.dtype(self.manifest.dtype)
-        self._stored = open_stored_rows(folder, split, self.manifest)
+        self._stored = open_stored_rows(folder, split, self.manifest, patient)
 
     @property
     def remote(self) -> bool:

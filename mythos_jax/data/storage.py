@@ -61,10 +61,12 @@ class Part:
 
 
 class Storage:
-    """The files of a folder. Safe to share between threads. bytes_read: of the parts that have been read."""
+    """The files of a folder. Safe to share between threads. patient: whether its rows are worth as long a wait as a run
+    is; else all reads have the patience of opening. bytes_read: of the parts that have been read."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, patient: bool = True):
         self.folder, self.remote, self.bytes_read = str(folder), is_remote(folder), 0
+        self._patient = patient
         self._files: Any = None  # the file system of an object store
         self._root = self.folder
         if self.remote:
@@ -131,7 +133,9 @@ class Storage:
 
     def _patiently(self, what: str, work: Callable[[], Any], opening: bool, call: Call | None = None) -> Any:
         """The result of `work`, of which `call` may be the first call already."""
-        patience, lasting_patience = (OPEN_PATIENCE, 0.0) if opening else (PATIENCE, LASTING_PATIENCE)
+        patience, lasting_patience = (PATIENCE, LASTING_PATIENCE)
+        if opening or not self._patient:
+            patience, lasting_patience = OPEN_PATIENCE, 0.0
         begin, tries, pause = time.monotonic(), 0, FIRST_PAUSE
         lasting, since = 0, begin  # the number of lasting errors after the last other one; the time of the first
         try:

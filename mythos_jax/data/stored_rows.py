@@ -34,19 +34,20 @@ class StoredRows(Protocol):
     def close(self) -> None: ...
 
 
-def open_stored_rows(folder: str | Path, split: str, manifest: Manifest) -> StoredRows:
-    """The rows of a split of a prepared folder. Raises ConfigError if its file is damaged."""
+def open_stored_rows(folder: str | Path, split: str, manifest: Manifest, patient: bool = True) -> StoredRows:
+    """The rows of a split of a prepared folder. patient: as of `Storage`. Raises ConfigError if its file is damaged."""
     if manifest.version == 1:
         return OneFile(Path(folder) / f"{split}.array_record", manifest.splits[split].rows)
-    return Shards(folder, split, manifest)
+    return Shards(folder, split, manifest, patient)
 
 
 class Shards:
     """Rows in shards. Those of an object store are kept up to `CACHE_BYTES`, so that small data is read once."""
 
-    def __init__(self, folder: str | Path, split: str, manifest: Manifest):
+    def __init__(self, folder: str | Path, split: str, manifest: Manifest, patient: bool):
         pointer = Path(folder) / ROWS_AT_FILE
-        self.storage = Storage(pointer.read_text(encoding="utf-8").strip() if pointer.exists() else folder)
+        rows_at = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else folder
+        self.storage = Storage(rows_at, patient)
         found = manifest.splits[split]
         self._layout, self._shards, self._split = Layout(found.row_bytes), found.shards, split
         self._keys = [bytes.fromhex(shard.content) for shard in found.shards]

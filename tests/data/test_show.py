@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from mythos_jax.data import storage
 from tests.chats import dialogue, prepare, run, turn, write_model
 
 
@@ -91,7 +92,10 @@ def test_no_folder(tmp_path, capsys):
     )
 
 
-def test_a_damaged_row(chats, tmp_path, capsys):
+def test_a_damaged_row(chats, tmp_path, capsys, monkeypatch):
+    """Said at once: a run would look again for a minute, in case that storage is to blame."""
+    monkeypatch.setattr(storage, "LASTING_PATIENCE", 1e6)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
     folder = shutil.copytree(chats, tmp_path / "copy")
     file = folder / "train-00000-of-00001.array_record"
     content = bytearray(file.read_bytes())
