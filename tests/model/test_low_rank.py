@@ -101,30 +101,28 @@ def test_fresh_weights_change_nothing_and_are_drawn_as_in_peft():
     assert scaled(fresh, 2.0)["prelude_0"]["attention"]["out"]["kernel"]["a"] is out["a"]
 
 
-def loss_and_gradients(config, low_rank, base, scale=1.0, gather=None):
-    batch = {"tokens": some_tokens(), "targets": some_tokens(1), "mask": np.ones(some_tokens().shape, bool)}
+BATCH = {"tokens": some_tokens(), "targets": some_tokens(1), "mask": np.ones(some_tokens().shape, bool)}
+LEARNED = {name: replace(config, remat="full") for name, config in MODELS.items()}
 
-    @jax.jit
-    @jax.value_and_grad
-    def loss(low_rank):
-        arguments = {**base, LOW_RANK: scaled(low_rank, scale)}
-        if gather == "once":
-            arguments = gather_loop_weights(arguments, abstract_variables(config), jnp.dtype("float32"))
-        model, rngs = Mythos(config, gather_per_loop=gather == "per_loop"), {"state": jax.random.key(0)}
-        return token_loss(model, arguments, batch, loops=3, rngs=rngs)[0].mean()
 
-    return loss(low_rank)
+@partial(jax.jit, static_argnames=("config", "gather", "mesh"))  # mesh: that is in use
+@partial(jax.value_and_grad, argnums=1)
+def loss_and_gradients(config, low_rank, base, scale=1.0, gather=None, mesh=None):
+    arguments = {**base, LOW_RANK: scaled(low_rank, scale)}
+    if gather == "once":
+        arguments = gather_loop_weights(arguments, abstract_variables(config), jnp.dtype("float32"))
+    model, rngs = Mythos(config, gather_per_loop=gather == "per_loop"), {"state": jax.random.key(0)}
+    return token_loss(model, arguments, BATCH, loops=3, rngs=rngs)[0].mean()
 
 
 def dense_gradients(config, low_rank, base, scale=1.0):
     """Of a and b, in float64 from the gradients of the merged weights."""
-    batch = {"tokens": some_tokens(), "targets": some_tokens(1), "mask": np.ones(some_tokens().shape, bool)}
 
     @jax.jit
     @jax.grad
     def loss(params):
         rngs = {"state": jax.random.key(0)}
-        return token_loss(Mythos(config), {**base, "params": params}, batch, loops=3, rngs=rngs)[0].mean()
+        return token_loss(Mythos(config), {**base, "params": params}, BATCH, loops=3, rngs=rngs)[0].mean()
 
     dense = flatten_dict(loss(merged({**base, LOW_RANK: scaled(low_rank, scale)})["params"]), sep=".")
     flat, gradients = flatten_dict(low_rank, sep="."), {}
@@ -138,15 +136,14 @@ def dense_gradients(config, low_rank, base, scale=1.0):
 
 @pytest.mark.parametrize("name", ["mla", "huginn"])
 def test_gradients_are_those_through_the_merged_weights(name):
-    config = replace(MODELS[name], remat="full")
-    low_rank = low_rank_of(config)
+    config, low_rank = LEARNED[name], low_rank_of(LEARNED[name])
     _, got = loss_and_gradients(config, low_rank, variables(config), 0.5)
     jax.tree.map(partial(close, tolerance=1e-4), got, dense_gradients(config, low_rank, variables(config), 0.5))
 
 
 @pytest.mark.parametrize("storage", [Storage("bfloat16"), Storage(int8=True)], ids=str)
 def test_gradients_through_a_narrow_base(storage):
-    config, low_rank = MLA, low_rank_of(MLA)
+    config, low_rank = LEARNED["mla"], low_rank_of(MLA)
     base = storage.store_all(config, variables(config))
     loss, got = loss_and_gradients(config, low_rank, base)
     wide = merged({**base, LOW_RANK: jax.tree.map(np.zeros_like, low_rank)})
@@ -159,10 +156,9 @@ def test_nothing_of_the_size_of_a_matrix_is_made():
     """Neither W + a b nor a gradient of W: all that has a matrix's shape in the program is the matrix itself."""
     config = replace(DENSE, hidden_dim=56, n_heads=4, n_kv_heads=4, remat="full", loops=2)
     low_rank, base = init_low_rank(config, adaptable(config), RANK, jax.random.key(0)), variables(config)
-    batch = {"tokens": some_tokens(), "targets": some_tokens(1), "mask": np.ones(some_tokens().shape, bool)}
 
     def loss(trained, base):
-        return token_loss(Mythos(config), {**base, **trained}, batch, loops=2)[0].mean()
+        return token_loss(Mythos(config), {**base, **trained}, BATCH, loops=2)[0].mean()
 
     def products(trained, base):
         """How many products give something with as many elements as a feed-forward matrix."""
@@ -184,8 +180,8 @@ def test_decoding_gives_the_tokens_of_the_merged_weights():
 @pytest.mark.parametrize("gather", ["once", "per_loop"])
 def test_on_a_mesh(gather):
     """Cut as their matrices are, with the weights of the loop gathered once or in every loop."""
-    config = replace(MLA, dim=32, n_heads=4, remat="full")
-    low_rank, mesh = low_rank_of(config), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    config, low_rank = LEARNED["mla"], low_rank_of(MLA)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     stored = Storage("bfloat16" if gather == "once" else "float32").store_all(config, variables(config))
     wide = jax.tree.map(lambda x: np.asarray(x, np.float32), stored)
     expected = jax.device_get(loss_and_gradients(config, low_rank, wide))
@@ -197,6 +193,6 @@ def test_on_a_mesh(gather):
     put = placer(config, mesh)
     base = unflatten_dict({path: put(path, x) for path, x in flatten_dict(stored, sep=".").items()}, sep=".")
     with use_mesh(mesh):
-        got = loss_and_gradients(config, cut, base, gather=gather)
+        got = loss_and_gradients(config, cut, base, gather=gather, mesh=mesh)
     assert float(got[0]) == pytest.approx(float(expected[0]), abs=1e-5)
     jax.tree.map(partial(close, tolerance=1e-4), got[1], expected[1])
