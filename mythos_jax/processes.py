@@ -6,6 +6,7 @@ never connected. Work that touches shared files runs on process 0 first, then on
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import re
@@ -77,30 +78,51 @@ def process_zero_first(
         return work()
     key = _next_key()
     if is_process_zero():
-        try:
-            with _being_alone():
-                result = work()
-        except (ConfigError, TrainingError) as error:
-            kinds = (ConfigError, "wrong"), (StorageError, "away"), (TrainingError, "failed")
-            kind = next(kind for of, kind in kinds if isinstance(error, of))
-            client().key_value_set(key, f"{kind} {error}")
-            raise
-        client().key_value_set(key, f"done {identity(result)}")
-        return result
-    kind, _, text = client().blocking_key_value_get(key, _WEEK).partition(" ")
-    if kind == "wrong":
-        raise ConfigError(text)
-    if kind == "away":
-        raise StorageError(text)
-    if kind == "failed":
-        raise TrainingError(text)
-    result = work()
+        return _tell_others(key, work, identity)
+    text, result = _told(key), work()
     if identity(result) != text:
         raise ConfigError(
             f"{name}: process {jax.process_index()} finds something else than process 0; allowed: paths that all "
             "processes share"
         )
     return result
+
+
+def of_process_zero(work: Callable[[], Result]) -> Result:
+    """What `work` returns on process 0, the only one that runs it: whatever JSON can say. The others wait for it, and
+    it for none of them. Raises on all processes if it raises."""
+    if is_single_process():
+        return work()
+    key = _next_key()
+    if is_process_zero():
+        return _tell_others(key, work, json.dumps)
+    found: Result = json.loads(_told(key))
+    return found
+
+
+_KINDS = {"wrong": ConfigError, "away": StorageError, "failed": TrainingError}
+
+
+def _tell_others(key: str, work: Callable[[], Result], text: Callable[[Result], str]) -> Result:
+    """On process 0: the result of `work`. The others are told it as `text`, or how it fails."""
+    try:
+        with _being_alone():
+            result = work()
+    except Exception as error:
+        kind = next((kind for kind, of in _KINDS.items() if isinstance(error, of)), "")
+        message = str(error) if kind else f"process 0: {one_line(error, limit=200)}"
+        client().key_value_set(key, f"{kind or 'failed'} {message}")
+        raise
+    client().key_value_set(key, f"done {text(result)}")
+    return result
+
+
+def _told(key: str) -> str:
+    """On the others: what process 0 tells. Raises what it raises; errors that are not ours as TrainingError."""
+    kind, _, text = client().blocking_key_value_get(key, _WEEK).partition(" ")
+    if kind in _KINDS:
+        raise _KINDS[kind](text)
+    return str(text)
 
 
 @contextlib.contextmanager
@@ -153,18 +175,6 @@ def gathered(text: str) -> list[str]:
     del _keys[:-1]
     texts = {int(name.rpartition("/")[2]): found for name, found in client().key_value_dir_get(key)}
     return [texts[i] for i in range(jax.process_count())]
-
-
-def of_process_zero(number: Callable[[], int]) -> int:
-    """A number that process 0 computes, on all processes. The others wait for it, and it for none of them."""
-    if is_single_process():
-        return number()
-    key = _next_key()
-    if is_process_zero():
-        result = number()
-        client().key_value_set(key, str(result))
-        return result
-    return int(client().blocking_key_value_get(key, _WEEK))
 
 
 def client() -> Any:

@@ -31,9 +31,9 @@ from mythos_jax.config import (
     TrainingConfig,
     save_config,
 )
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, StorageError, TrainingError
 from mythos_jax.porting.pretrained import save_pretrained
-from mythos_jax.processes import process_zero_first, raise_together
+from mythos_jax.processes import of_process_zero, process_zero_first, raise_together
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.step import init_state
@@ -153,6 +153,35 @@ def test_what_needs_all_processes_is_refused_while_the_others_wait_for_process_0
     process_zero_first("a file", list)
     monkeypatch.undo()
     Checkpoints(tmp_path / "checkpoints").close()  # not after it
+
+
+def test_what_process_0_finds_is_told_to_the_others(monkeypatch):
+    """Flags, numbers and texts, and what fails."""
+    store = {}
+    told = SimpleNamespace(key_value_set=store.__setitem__, blocking_key_value_get=lambda key, _: store[key])
+    monkeypatch.setattr(processes, "is_single_process", lambda: False)
+    monkeypatch.setattr(processes, "client", lambda: told)
+    monkeypatch.setattr(processes, "_next_key", lambda: "key")
+
+    def both(work):
+        outcomes = []
+        for zero in (True, False):
+            monkeypatch.setattr(processes, "is_process_zero", lambda zero=zero: zero)
+            try:
+                outcomes.append(of_process_zero(work if zero else None))
+            except Exception as error:
+                outcomes.append((type(error), str(error)))
+        return outcomes
+
+    for value in (True, 7, "two words", None):
+        assert both(lambda value=value: value) == [value, value]
+
+    def fails(error):
+        raise error
+
+    for error in (ConfigError("no"), StorageError("gone"), TrainingError("nan")):
+        assert both(lambda error=error: fails(error)) == [(type(error), str(error))] * 2
+    assert both(lambda: fails(OSError("full"))) == [(OSError, "full"), (TrainingError, "process 0: full")]
 
 
 def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_passed_over(monkeypatch):

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 from mythos_jax.paths import expand, write_whole
-from mythos_jax.processes import gathered, is_process_zero, log0, raise_together
+from mythos_jax.processes import gathered, log0, of_process_zero, raise_together
 from mythos_jax.runs.checkpoints import abstract, check_sums, checked_meta, items_of, with_checksums, with_items
 from mythos_jax.runs.orbax_threads import in_daemon_thread, quiet_orbax
 from mythos_jax.runs.peers import copy_folders
@@ -61,7 +61,7 @@ class LocalCheckpoints:
         name = f"mythos-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
         self._root = raise_together(lambda: _made(Path(expand(folder)).absolute() / name))
         self._token_file = run_dir / TOKEN_FILE
-        self._token = _of_process_zero(self._read_token)
+        self._token = of_process_zero(self._read_token)
         ids = gathered(min(path.name for path in self._root.glob(f"{_ID}*")))
         self._here = [i for i, found in enumerate(ids) if found == ids[jax.process_index()]]  # who share the folder
         self.restored: int | None = None  # the step that the run goes on from, if `restore` found it
@@ -113,7 +113,7 @@ class LocalCheckpoints:
         """Before the first step: deletes what is not to be restored any more. Raises ConfigError if two checkpoints do
         not fit."""
         if self.restored is None:
-            self._token = _of_process_zero(self._new_token)
+            self._token = of_process_zero(self._new_token)
         raise_together(self._take_over)
         raise_together(self._delete_rest)
         self._check_space(like)
@@ -311,11 +311,6 @@ def _whole(folder: Path) -> dict[int, Path]:
     """The complete checkpoints in a folder, by step."""
     found = folder.iterdir() if folder.is_dir() else []
     return {int(path.name): path for path in found if path.name.isdecimal() and ocp.utils.is_checkpoint_finalized(path)}
-
-
-def _of_process_zero(work: Callable[[], str]) -> str:
-    """What `work` returns on process 0, the only one that does it."""
-    return gathered(raise_together(lambda: work() if is_process_zero() else ""))[0]
 
 
 def _made(root: Path) -> Path:

@@ -167,8 +167,7 @@ def test_a_folder_that_cannot_be_listed_is_told_to_the_others(tmp_path, told, mo
 
 def test_the_token_is_that_of_process_zero(home, monkeypatch):
     """Another process may not see the file of the token yet."""
-    monkeypatch.setattr(local_checkpoints, "is_process_zero", lambda: False)
-    monkeypatch.setattr(local_checkpoints, "gathered", lambda text: ["of process 0", text])
+    monkeypatch.setattr(local_checkpoints, "of_process_zero", lambda work: "of process 0")
     with contextlib.closing(LocalCheckpoints(str(home / "local"), home / "run")) as other:
         assert other._token == "of process 0"
 
