@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mythos_jax.chips import peak_flops
 from mythos_jax.config import Config, ModelConfig, mean_loops
-from mythos_jax.errors import one_line
+from mythos_jax.errors import TrainingError, one_line
 from mythos_jax.flops import training_flops
 from mythos_jax.processes import is_process_zero, log0
 from mythos_jax.progress import Progress
@@ -64,6 +64,11 @@ class RunLog:
             for logger in self._loggers:
                 stack.callback(_close, logger, error)
             stack.callback(self._bar.close)
+
+    def hangs(self, problem: str) -> None:
+        """The watchdog is about to end the process. Called in another thread."""
+        if self._events is not None:
+            self._events.end(self.last["step"], TrainingError(problem))
 
     def waiting(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
         """The same batches; the time until each is there is reported as `data_wait`."""

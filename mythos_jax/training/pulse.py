@@ -11,9 +11,8 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import jax
 
@@ -23,7 +22,7 @@ from mythos_jax.processes import client, is_process_zero, is_single_process, log
 PERIOD = 2.0  # seconds between two messages of a process
 COMPARED_EVERY = 30.0  # seconds between two comparisons by process 0
 ANSWER = 3.0  # seconds that process 0 is given to answer
-LAST_WORDS = 2 * (ANSWER + PERIOD)  # seconds that `suspects` takes at most
+LOOKS_APART = 2 * PERIOD  # seconds between the two looks at all messages that tell who is silent
 KEY = "mythos/pulse"
 # A process is slow if its own work takes this many times as long as that of the median process, and that fraction of a
 # step.
@@ -59,6 +58,7 @@ class Pulse:
         self._steps, self._waited, self._seconds = 0, 0.0, 0.0  # since the last message
         self._own = self._step_time = 0.0  # of the last message that had steps
         self._count, self._host_of_0, self._announced = 0, "", -ANNOUNCED_EVERY
+        self._first: tuple[str, float, Call] | None = None  # look: why, when it began, and its call
         self._stop = threading.Event()
 
     def __enter__(self) -> "Pulse":
@@ -96,16 +96,23 @@ class Pulse:
         own = {"slow_process_seconds": round(slowest.own, 6), "median_process_seconds": round(others, 6)}
         return {"slow_process": slowest.process, **own}
 
-    def suspects(self) -> str:
+    def look(self, why: str) -> None:
+        """Begins the first of the two looks that `suspects` compares, unless it has begun for the same reason. Called
+        `LOOKS_APART` before `suspects`, it spares the wait there."""
+        if not is_single_process() and (self._first is None or self._first[0] != why):
+            self._first = why, time.monotonic(), Call(_read)
+
+    def suspects(self, why: str) -> str:
         """In words, which processes do not answer, or do something else than the others; empty if none is known."""
-        if is_single_process():
+        self.look(why)
+        if self._first is None:
             return ""
-        first = _within(ANSWER, _read)
-        if first is None:
-            return f"process 0{self._host_of_0} does not answer"
-        time.sleep(2 * PERIOD)
-        second = _within(ANSWER, _read)
-        return f"process 0{self._host_of_0} does not answer" if second is None else blamed(first, second)
+        _, began, call = self._first
+        if first := _answer(call, began):
+            time.sleep(max(began + LOOKS_APART - time.monotonic(), 0))
+            if second := _answer(Call(_read), time.monotonic()):
+                return blamed(first, second)
+        return f"process 0{self._host_of_0} does not answer"
 
     def _send_until_stopped(self) -> None:
         compared = time.monotonic()
@@ -170,8 +177,7 @@ def _read() -> dict[int, Message]:
     return {message.process: message for message in found}
 
 
-def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """The result of `work`; None if it takes longer, or fails."""
-    call = Call(work)
-    call.ended.wait(seconds)
-    return call.result if call.succeeded else None
+def _answer(call: Call, began: float) -> dict[int, Message]:
+    """What a call of `_read` gives; nothing if it takes longer than `ANSWER`, or fails."""
+    call.ended.wait(max(began + ANSWER - time.monotonic(), 0))
+    return call.result if call.succeeded else {}

@@ -30,7 +30,7 @@ from mythos_jax.runs.local_checkpoints import TOKEN_FILE, LocalCheckpoints
 from mythos_jax.runs.lock import RunLock, locked
 from mythos_jax.runs.low_rank import abstract_base
 from mythos_jax.runs.owner import LOCK_FILE
-from mythos_jax.runs.records import METRICS_FILE, read_log
+from mythos_jax.runs.records import CONFIG_FILE, METRICS_FILE, read_log
 from mythos_jax.runs.state import Constants, TrainState
 from mythos_jax.sharding import check_sharded, make_mesh
 from mythos_jax.training.groups import rate_factors
@@ -105,7 +105,7 @@ def _check_run_dir(run_dir: Any) -> None:
     """Raises ConfigError rather than write a run among someone else's files."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: is a file; allowed: a run directory, or a path that does not exist")
-    if not run_dir.is_dir() or (run_dir / "config.yaml").is_file():
+    if not run_dir.is_dir() or (run_dir / CONFIG_FILE).is_file():
         return
     if any(not _is_left_over(path) for path in run_dir.iterdir()):
         raise ConfigError(

@@ -22,6 +22,7 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.paths import to_path
 from mythos_jax.processes import StopSignal, is_process_zero, of_process_zero, raise_together
 from mythos_jax.runs.low_rank import model_variables
+from mythos_jax.runs.records import CONFIG_FILE
 from mythos_jax.runs.source import keep_source
 from mythos_jax.runs.state import Constants, TrainState, eval_variables
 from mythos_jax.training.loggers import Logger
@@ -82,7 +83,7 @@ def train(
         state = starting_state(config, mesh, metadata, checkpoints, local, run_dir, initial)
 
         def save_files() -> None:
-            save_config(config, run_dir / "config.yaml")
+            save_config(config, run_dir / CONFIG_FILE)
             data.save_text(run_dir)
             if initial is not None or (config.training.lora.rank and int(state.step) == 0):
                 keep_source(config.training.init_from, run_dir, with_text=data.tokenizer is not None)
@@ -133,6 +134,7 @@ class _Loop:
             Profiler(t.profile_steps, self.run_dir / "profile") as profiler,
             contextlib.closing(log.waiting(self._batches(start))) as batches,
         ):
+            self.watchdog.tell(log.hangs)
             # Checkpoints are saved before the evaluation after the same step, which may have been cut short.
             owed = 0 < start < t.steps and self._evaluates(start)
             if owed and of_process_zero(lambda: "held_out_loss" not in log.restored):

@@ -8,6 +8,7 @@ library does.
 import contextlib
 import ctypes
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -15,12 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mythos_jax.calls import Call
 from mythos_jax.errors import RESTART
 from mythos_jax.processes import SHUTDOWN_GRACE, is_process_zero, is_single_process, log0, process_prefix
 from mythos_jax.streams import say
-from mythos_jax.training.pulse import LAST_WORDS, Pulse
+from mythos_jax.training.pulse import ANSWER, LOOKS_APART, Pulse
 
 TURNS = 60  # that the thread takes in a timeout, each of them a second or less
+LAST_WORDS = 1.0  # seconds that the stacks and the event take, about
 COMPILING = 3  # timeouts that the start and the first step may take, which compile
 
 
@@ -32,9 +35,10 @@ class Watchdog:
 
     def __init__(self, timeout: float) -> None:
         """timeout: seconds; 0: never."""
-        self._timeout = self._limit = timeout
+        self._timeout = timeout
         self.pulse = Pulse()
         self._turn = min(1.0, timeout / TURNS)
+        self._telling: Callable[[str], None] = lambda _: None
         self._beat: tuple[str, float] | None = None  # replaced by each beat, so that the thread can tell them apart
         self._writing: Callable[[], int | None] = lambda: None
         self._stop = threading.Event()
@@ -44,8 +48,9 @@ class Watchdog:
         self.pulse.__enter__()
         if self._timeout:
             self._alarm, self._prefix = _Alarm(), process_prefix()
-            if not is_single_process():  # within the timeout, it also finds out who is to blame
-                self._limit -= min(LAST_WORDS, self._timeout / 4)
+            # The process has ended within the timeout, having said its last words and found out who is to blame.
+            words = LAST_WORDS if is_single_process() else LAST_WORDS + ANSWER + SHUTDOWN_GRACE
+            self._limit = self._timeout - self._turn - min(words, self._timeout / 4)
             self._alarm.set(2 * self._timeout)
             self._thread.start()
         return self
@@ -75,6 +80,10 @@ class Watchdog:
         too; None if none is. The thread asks it."""
         self._writing = writing
 
+    def tell(self, telling: Callable[[str], None]) -> None:
+        """telling: writes why the process ends where `mythos watch` finds it."""
+        self._telling = telling
+
     def _watch(self) -> None:
         last, quiet, saving, saved_for, now = self._beat, 0.0, self._saving(), 0.0, time.monotonic()
         while not self._stop.wait(self._turn):
@@ -84,10 +93,16 @@ class Watchdog:
             last, quiet = self._beat, quiet + passed if last is self._beat else 0.0
             saved_before, saving = saving, self._saving()
             saved_for = saved_for + passed if saving == saved_before else 0.0
-            if last is not None and quiet >= self._limit * last[1]:
-                return self._end(last[0], quiet)
-            if saving is not None and saved_for >= self._limit:
-                return self._end(f"writing the checkpoint of step {saving}", saved_for)
+            left, doing, seconds = math.inf, "", 0.0
+            if last is not None:
+                left, doing, seconds = self._limit * last[1] - quiet, last[0], quiet
+            if saving is not None and self._limit - saved_for < left:
+                left, doing = self._limit - saved_for, f"writing the checkpoint of step {saving}"
+                seconds = saved_for
+            if left <= 0:
+                return self._end(doing, seconds)
+            if left <= LOOKS_APART:
+                self.pulse.look(doing)
 
     def _saving(self) -> int | None:
         with contextlib.suppress(Exception):  # must not end the thread: the timer would end the process
@@ -96,13 +111,13 @@ class Watchdog:
 
     def _end(self, doing: str, seconds: float) -> None:
         try:
-            say(
-                f"mythos: {self._prefix}{doing} has not ended for {seconds:.3g} s (training.hang_timeout); "
-                "the stacks of all threads:"
-            )
+            problem = f"{doing} has not ended for {seconds:.3g} s (training.hang_timeout)"
+            say(f"mythos: {self._prefix}{problem}; the stacks of all threads:")
+            told = Call(lambda: self._telling(problem))  # in a thread, because storage may be what hangs
             _print_stacks()
+            told.ended.wait(LAST_WORDS / 2)
             with contextlib.suppress(Exception):  # who is to blame is not known, then
-                if suspects := self.pulse.suspects():
+                if suspects := self.pulse.suspects(doing):
                     say(f"mythos: {self._prefix}{suspects}")
             say(f"mythos: {self._prefix}ends, because it hangs; run the same command again")
             if is_process_zero() and not is_single_process():

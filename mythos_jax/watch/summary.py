@@ -148,9 +148,11 @@ def _state(run: WatchedRun, steps: int | None) -> tuple[State, str]:
     last = run.events[-1] if run.events else {}
     is_done = steps is not None and run.history.step >= steps
     ended = last.get("event") == "end"
-    if run.owner is not None and not (ended and is_done):
-        return _held_state(run, run.owner, "starting" if ended else last.get("event", ""))
     how, message = last.get("how") if ended else None, str(last.get("message", ""))
+    if run.owner is not None and not (ended and is_done):
+        state = _held_state(run, run.owner, "starting" if ended else last.get("event", ""))
+        if state[0] != "lost" or how != "failed":  # a process that hangs says so, and ends without giving up the run
+            return state
     if how == "stopped":
         return "stopped", f"by {message}"
     if how == "failed":

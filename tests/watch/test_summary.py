@@ -70,6 +70,7 @@ ELSEWHERE = {"place": "another machine", "host": "there"}
         ({}, [("start", 900)], 300, ("silent", "no line for 5 min")),
         ({}, [("start", 900), ("end", 800, "stopped", "SIGTERM")], 810, ("starting", "")),
         (DEAD, [("start", 900)], 300, ("lost", "")),
+        (DEAD, [("start", 900), ("end", 300, "failed", "step 7 hangs")], 300, ("failed", "step 7 hangs")),
         (ELSEWHERE, [("start", 900)], 3, ("training", "")),
         (ELSEWHERE | {"renewed": 1.0}, [("start", 900)], 300, ("lost", "")),
         (None, [("start", 900), ("end", 300, "stopped", "SIGTERM")], 300, ("stopped", "by SIGTERM")),
