@@ -9,7 +9,6 @@ what they say, and where the run resumes.
 """
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from tests.survival import last_step  # noqa: E402
+
 LAUNCHER = ROOT / "launch" / "local_processes.py"
 PORT = 9124
 CONFIG = """
@@ -91,7 +93,6 @@ def emulate() -> int:
     from gcp_storage_emulator.handlers import objects
     from gcp_storage_emulator.server import create_server
 
-    sys.path.insert(0, str(ROOT))
     from launch.tests.gcs import with_generations
 
     with_generations(objects)
@@ -127,12 +128,6 @@ def report(log: Path, workdir: Path | None, command: list[str], code: int) -> in
     resumed = re.search(r"resuming .* after step (\d+)", log.read_text())
     print(f"exit code {code}; last logged step {before}; {resumed[0] if resumed else log.read_text()}\n", flush=True)
     return 0 if code == 42 and resumed else 1
-
-
-def last_step(workdir: Path) -> int:
-    log = workdir / "metrics.jsonl"
-    rows = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-    return int(json.loads(rows[-1])["step"]) if rows else 0
 
 
 def is_alive(pid: int) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mythos_jax.bounds import PositiveInt
 from mythos_jax.commands.arguments import of_type, path
 from mythos_jax.errors import DONE, ConfigError
+from mythos_jax.runs.records import CONFIG_FILE
 
 if TYPE_CHECKING:
     from mythos_jax.config import Config
@@ -38,8 +39,8 @@ def _config(source: str, overrides: list[str]) -> "Config":
     from mythos_jax.runs.configs import load_config
 
     directory = Path(source)
-    if directory.is_dir() and (directory / "config.yaml").is_file():
-        return load_run_config(directory / "config.yaml", overrides)
+    if directory.is_dir() and (directory / CONFIG_FILE).is_file():
+        return load_run_config(directory / CONFIG_FILE, overrides)
     is_word = "/" not in source and not directory.exists() and source not in PACKAGED
     if directory.suffix in (".yaml", ".yml") or named_config(source) or is_word:
         return load_config(source, overrides)

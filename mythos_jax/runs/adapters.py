@@ -13,6 +13,7 @@ from mythos_jax.porting.layouts import Shape
 from mythos_jax.porting.peft import family_for, is_adapter, write_adapter
 from mythos_jax.porting.writing import refuse_existing
 from mythos_jax.runs.configs import is_run
+from mythos_jax.runs.records import CONFIG_FILE
 from mythos_jax.runs.restore import mesh_of, restore_run
 
 FORMAT = "peft"
@@ -64,7 +65,7 @@ def export_adapter(run: str, target: str, overrides: Sequence[str] = ()) -> Adap
     matrix that PEFT does not know.
     """
     refuse_existing(target)
-    config = load_run_config(to_path(run) / "config.yaml", overrides) if is_run(run) else None
+    config = load_run_config(to_path(run) / CONFIG_FILE, overrides) if is_run(run) else None
     if config is None or not config.training.lora.rank:
         raise ConfigError(f"--to {FORMAT}: got {run}, allowed: a LoRA run, which has low-rank weights (training.lora)")
     _require_whole_base(run, config.training.init_from)
@@ -79,7 +80,7 @@ def export_adapter(run: str, target: str, overrides: Sequence[str] = ()) -> Adap
 
 def _require_whole_base(run: str, base: str) -> None:
     """Raises ConfigError if the base has low-rank weights of its own, beside which PEFT has no others."""
-    is_lora_run = is_run(base) and load_run_config(to_path(base) / "config.yaml").training.lora.rank > 0
+    is_lora_run = is_run(base) and load_run_config(to_path(base) / CONFIG_FILE).training.lora.rank > 0
     if is_lora_run or is_adapter(base):
         what = "a LoRA run" if is_lora_run else "an adapter"
         raise ConfigError(

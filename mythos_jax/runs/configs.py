@@ -8,6 +8,7 @@ from typing import Any
 from mythos_jax import config as files
 from mythos_jax.config import Config, DataConfig, ModelConfig, load_run_config
 from mythos_jax.paths import to_path
+from mythos_jax.runs.records import CONFIG_FILE
 from mythos_jax.typed import to_dict
 
 # Other rooms are imported where they are needed: most configs start from no model, and jax takes long to import.
@@ -79,7 +80,7 @@ def model_of(path: Any) -> ModelConfig:
 
 def is_run(path: str | Path) -> bool:
     """Whether this is the directory of a training run."""
-    return (to_path(path) / "config.yaml").is_file()
+    return (to_path(path) / CONFIG_FILE).is_file()
 
 
 def has_begun(run_dir: Any) -> bool:
@@ -92,7 +93,7 @@ def has_begun(run_dir: Any) -> bool:
 def _start_of_run(run_dir: Any) -> Start:
     from mythos_jax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer
 
-    config = load_run_config(run_dir / "config.yaml")
+    config = load_run_config(run_dir / CONFIG_FILE)
     data = config.data
     if not data.uses_tokenizer:
         return Start(config.model)

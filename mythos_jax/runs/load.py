@@ -40,6 +40,7 @@ from mythos_jax.runs.comparison import compared
 from mythos_jax.runs.configs import is_run
 from mythos_jax.runs.fingerprint import fingerprint
 from mythos_jax.runs.low_rank import STORAGE, with_low_rank
+from mythos_jax.runs.records import CONFIG_FILE
 from mythos_jax.runs.restore import mesh_of, restore_run
 from mythos_jax.runs.trained_on import TrainedOn
 from mythos_jax.sharding import RULES, default_mesh, make_mesh, partition_spec
@@ -259,7 +260,7 @@ def _load_run(
     with_predictor: bool = True,
     base: str | None = None,
 ) -> LoadedModel:
-    config = load_run_config(directory / "config.yaml", overrides)
+    config = load_run_config(directory / CONFIG_FILE, overrides)
     if base is not None:
         if not config.training.lora.rank:
             raise ConfigError(f"--base: got {base}, allowed only with a PEFT directory or a LoRA run, not {directory}")

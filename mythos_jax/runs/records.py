@@ -1,4 +1,5 @@
-"""What a run directory tells about the past of its run: the lines of metrics.jsonl and of events.jsonl.
+"""Names of the files of a run directory, and what it tells about the past of its run: the lines of metrics.jsonl and of
+events.jsonl.
 
 `events.jsonl` has one JSON object per line, with `event`, `time` (seconds since 1970) and whatever else belongs to it;
 `start`: the run begins or goes on after `step`, having logged up to `reached` before; `end`: it ends after `step`, and
@@ -12,7 +13,7 @@ from typing import Any
 from mythos_jax.json_text import parse_json
 from mythos_jax.paths import is_remote
 
-METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
+CONFIG_FILE, METRICS_FILE, EVENTS_FILE = "config.yaml", "metrics.jsonl", "events.jsonl"
 
 
 def read_log(path: Any) -> tuple[list[tuple[dict[str, Any], bytes]], list[int]]:

@@ -15,6 +15,7 @@ from mythos_jax.processes import log0
 from mythos_jax.runs.checkpoints import Checkpoints
 from mythos_jax.runs.comparison import check_trained
 from mythos_jax.runs.low_rank import abstract_low_rank
+from mythos_jax.runs.records import CONFIG_FILE
 from mythos_jax.sharding import default_mesh, make_mesh, placed_shapes, shardings
 
 
@@ -34,7 +35,7 @@ def restore_run(
     step = steps[-1] if step is None else step
     like = abstract_low_rank(config, mesh) if config.training.lora.rank else _abstract_on(mesh, config.model)
     variables, meta = checkpoints.restore_variables(
-        step, like, check=partial(check_trained, directory / "config.yaml", config.model)
+        step, like, check=partial(check_trained, directory / CONFIG_FILE, config.model)
     )
     checkpoints.close()
     return variables, meta, step

@@ -9,10 +9,9 @@ from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
 from mythos_jax.paths import is_remote, to_path
 from mythos_jax.runs.owner import LOCK_FILE, Owner, parse_owner
-from mythos_jax.runs.records import EVENTS_FILE, METRICS_FILE, parse_events
+from mythos_jax.runs.records import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, parse_events
 from mythos_jax.watch.history import History
 
-_CONFIG_FILE = "config.yaml"
 _CHUNK = 2**24  # bytes of a log that are read at a time
 _OVERLAP = 200  # bytes before the new ones, by which an appended file is told from a rewritten one
 # What experts get is shown of the last line alone, and is most of a long log: of lines before these it is not parsed.
@@ -62,8 +61,8 @@ class WatchedRun:
         allowed = "allowed: a run directory, which `mythos train` makes"
         if not self.path.exists():
             raise ConfigError(f"{self.path}: no such directory; {allowed}")
-        if not any((self.path / name).exists() for name in (_CONFIG_FILE, METRICS_FILE, LOCK_FILE)):
-            raise ConfigError(f"{self.path}: contains no run (no {_CONFIG_FILE}); {allowed}")
+        if not any((self.path / name).exists() for name in (CONFIG_FILE, METRICS_FILE, LOCK_FILE)):
+            raise ConfigError(f"{self.path}: contains no run (no {CONFIG_FILE}); {allowed}")
 
     def _look(self) -> None:
         self._read_config()
@@ -74,14 +73,14 @@ class WatchedRun:
         self.looked = time.time()
 
     def _read_config(self) -> None:
-        content = _content(self.path / _CONFIG_FILE)
+        content = _content(self.path / CONFIG_FILE)
         if content == self._config_bytes and not self.problem:
             return
         self._config_bytes, self.problem = content, ""
         if content is None:
             return
         try:
-            self.config = load_run_config(self.path / _CONFIG_FILE)
+            self.config = load_run_config(self.path / CONFIG_FILE)
         except ConfigError as error:  # of another version, or damaged: the log can be watched all the same
             self.problem = str(error)
 
