@@ -88,13 +88,33 @@ def test_what_clients_call_the_model(tmp_path, monkeypatch):
     assert serve._name("smollm2") == "smollm2"
 
 
+# `mythos`, whose engine makes no step while the file of the first argument is there.
+HELD = """
+import sys, time
+from pathlib import Path
+from mythos_jax.__main__ import main
+from mythos_jax.serving.programs import Programs
+
+steps, hold = Programs.steps, Path(sys.argv.pop(1))
+
+def held(*arguments):
+    while hold.exists():
+        time.sleep(0.01)
+    return steps(*arguments)
+
+Programs.steps = held
+sys.exit(main())
+"""
+
+
 @pytest.mark.slow
 def test_from_start_to_end(folder, tmp_path):
     """The address is printed when requests are answered; SIGTERM lets a stream end; the exit code is 0."""
     words = ["serve", folder, "--port", "0", "--places", "2", "--served-name", "mine", "--max-length", "256"]
     (tmp_path / "key").write_text("k")
     words += ["--api-key-file", tmp_path / "key", "--halting", "latent:0.5"]
-    command = [sys.executable, "-m", "mythos_jax", *map(str, words)]
+    hold = tmp_path / "hold"
+    command = [sys.executable, "-c", HELD, str(hold), *map(str, words)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -105,16 +125,21 @@ def test_from_start_to_end(folder, tmp_path):
             key = {"authorization": "Bearer k"}
             with httpx.Client(base_url=line.split()[-1], headers=key, timeout=60) as client:
                 assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["mine", "model"]
+                hold.touch()  # the first token follows from the prompt; the others come after the signal
                 body = {"model": "model", "prompt": "The lazy", "max_tokens": 245, "stream": True, "temperature": 0}
                 with client.stream("POST", "/v1/completions", json=body) as reply:
                     lines = reply.iter_lines()
                     assert next(lines).startswith("data: {")
                     process.send_signal(signal.SIGTERM)
+                    errors = [process.stderr.readline()]
+                    while errors[-1] and "mythos: SIGTERM: ending 1 requests" not in errors[-1]:
+                        errors.append(process.stderr.readline())
+                    hold.unlink()
                     assert [text for text in lines if text][-1] == "data: [DONE]"
             assert process.wait(30) == 0
         finally:
             process.kill()
-        errors = process.stderr.read()
+        errors = "".join([*errors, process.stderr.read()])
     assert "mythos: SIGTERM: ending 1 requests" in errors
     assert re.search(r"memory of a device: weights \d+ MiB, cache \d+ MiB, programs \d+ MiB", errors)
     assert "Traceback" not in errors
