@@ -44,7 +44,7 @@ def open_stored_rows(folder: str | Path, split: str, manifest: Manifest, patient
 class Shards:
     """Rows in shards. Those of an object store are kept up to `CACHE_BYTES`, so that small data is read once."""
 
-    def __init__(self, folder: str | Path, split: str, manifest: Manifest, patient: bool):
+    def __init__(self, folder: str | Path, split: str, manifest: Manifest, patient: bool = True):
         pointer = Path(folder) / ROWS_AT_FILE
         rows_at = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else folder
         self.storage = Storage(rows_at, patient)
