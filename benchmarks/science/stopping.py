@@ -37,9 +37,9 @@ def with_exits(rate: float) -> dict[str, tuple[str, ...]]:
     act = ("--model.readout=act", f"--training.objectives.ponder_prior={WEIGHT}")
     return {
         "gate, uniform prior": gate,
-        "gate, geometric prior": (*gate, f"--training.objectives.exit_prior_rate={rate}"),
         "ACT, uniform prior": (*act, "--training.objectives.ponder_prior_rate=0"),
         "ACT, geometric prior": (*act, f"--training.objectives.ponder_prior_rate={rate}"),
+        "gate, geometric prior": (*gate, f"--training.objectives.exit_prior_rate={rate}"),
     }
 
 
