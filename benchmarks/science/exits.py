@@ -24,7 +24,7 @@ from benchmarks.timing import print_header, print_row
 
 Runs = list[dict[str, Curve]]  # of one model: for each seed, the curve of each way to stop it
 Found = dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]]  # model, way -> for each budget, `values_at`
-LINES = {FIXED: "-", "kl": ":", "gate, stage I": "--", "gate, stages I + II": "-.", "predicted": (0, (4, 1, 1, 1))}
+LINES = {FIXED: "-", "kl": ":", "gate, stage I": "--", "gate, stages I + II": "-.", "predicted": (0, (1, 3))}
 LINES |= {"act": "--"}
 
 
