@@ -46,11 +46,13 @@ def train_models(arguments: argparse.Namespace, problem: Problem) -> dict[str, R
 
 def values_at(runs: Runs, way: str, loops: float, field: str) -> tuple[np.ndarray, np.ndarray]:
     """What a way gives at these mean loops, and that minus fixed depths of the same model at the mean loops that it has
-    run; one number for each seed with which it can."""
-    found = [(curves, point) for curves in runs if (point := curves[way].at(loops))]
-    values = np.array([getattr(point, field) for _, point in found])
-    fixed = np.array([getattr(fixed_at(curves[FIXED], point.loops), field) for curves, point in found])
-    return values, values - fixed
+    run; one number for each seed, or none at all if it cannot run so many with each."""
+    points = [point for curves in runs if (point := curves[way].at(loops))]
+    if len(points) < len(runs):
+        return np.array([]), np.array([])
+    fixed = [fixed_at(curves[FIXED], point.loops) for curves, point in zip(runs, points, strict=True)]
+    values, others = (np.array([getattr(point, field) for point in at]) for at in (points, fixed))
+    return values, values - others
 
 
 def mean_of(values: np.ndarray) -> tuple[float, float, float]:
@@ -81,7 +83,7 @@ def draw(axes: Any, models: Mapping[str, Runs], problem: Problem, budgets: Seque
     for i, (model, runs) in enumerate(models.items()):
         for way in [way for way in LINES if way in runs[0]]:
             values = [values_at(runs, way, loops, problem.field)[0] for loops in budgets]
-            means = [found.mean() if len(found) == len(runs) else np.nan for found in values]
+            means = [found.mean() if len(found) else np.nan for found in values]
             axes.plot(budgets, means, linestyle=LINES[way], color=f"C{i}", label=f"{model}; {way}")
     axes.set(xlabel="mean loops", ylabel=problem.field)
 
