@@ -9,11 +9,12 @@ on the frozen model too. What is measured, and how thresholds are chosen: benchm
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 
 from benchmarks.drawing import panels, save, tidy
 from benchmarks.runs import run_seeds
@@ -24,8 +25,15 @@ from benchmarks.timing import print_header, print_row
 
 Runs = list[dict[str, Curve]]  # of one model: for each seed, the curve of each way to stop it
 Found = dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]]  # model, way -> for each budget, `values_at`
-LINES = {FIXED: "-", "kl": ":", "gate, stage I": "--", "gate, stages I + II": "-.", "predicted": (0, (1, 3))}
-LINES |= {"act": "--"}
+LINES: dict[str, Any] = {
+    FIXED: "-",
+    "kl": ":",
+    "predicted": (0, (1, 3)),
+    "gate, stage I": "--",
+    "gate, stages I + II": "-.",
+    "gate, stage II alone": "-.",
+    "act": "--",
+}
 
 
 def train_models(arguments: argparse.Namespace, problem: Problem) -> dict[str, Runs]:
@@ -78,14 +86,19 @@ def print_tables(name: str, problem: Problem, models: Mapping[str, Runs]) -> Fou
     return found
 
 
-def draw(axes: Any, models: Mapping[str, Runs], problem: Problem, budgets: Sequence[float]) -> None:
+def draw(axes: Any, models: Mapping[str, Runs], problem: Problem) -> None:
     """A colour for each model, a kind of line for each way."""
-    for i, (model, runs) in enumerate(models.items()):
+    budgets = np.linspace(problem.budgets[0] - 0.5, problem.budgets[-1] + 0.5, 25).tolist()
+    ways: dict[str, Line2D] = {}
+    for i, runs in enumerate(models.values()):
         for way in [way for way in LINES if way in runs[0]]:
             values = [values_at(runs, way, loops, problem.field)[0] for loops in budgets]
             means = [found.mean() if len(found) else np.nan for found in values]
-            axes.plot(budgets, means, linestyle=LINES[way], color=f"C{i}", label=f"{model}; {way}")
+            axes.plot(budgets, means, linestyle=LINES[way], color=f"C{i}")
+            ways[way] = Line2D([], [], color="0.4", linestyle=LINES[way], label=way)
     axes.set(xlabel="mean loops", ylabel=problem.field)
+    colours = [Line2D([], [], color=f"C{i}", label=model) for i, model in enumerate(models)]
+    tidy(axes, handles=[*colours, *ways.values()], loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -103,8 +116,7 @@ def main(words: list[str] | None = None) -> None:
             "values": {"; ".join(key): [values.tolist() for values, _ in at] for key, at in found.items()},
             "minus fixed": {"; ".join(key): [more.tolist() for _, more in at] for key, at in found.items()},
         }
-        draw(ax, models, problem, np.linspace(problem.budgets[0] - 0.5, problem.budgets[-1] + 0.5, 25).tolist())
-        tidy(ax)
+        draw(ax, models, problem)
     save(figure, folder(arguments) / "exits.png")
     save_json(arguments, "exits", results)
 
