@@ -177,6 +177,7 @@ def mesh_axes(spec: Sequence[Any] | PartitionSpec) -> set[str]:
 
 def initialise(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
     """Runs `make` under jit with sharded outputs, so that no device ever holds a full copy. Returns unboxed arrays."""
+    make = jax.jit(make, inline=True)  # so that it is traced once
     with use_mesh(mesh):
         out_shardings = shardings(mesh, jax.eval_shape(make, *arguments))
         return jax.jit(lambda *a: nn.unbox(make(*a)), out_shardings=out_shardings)(*arguments)
@@ -184,6 +185,7 @@ def initialise(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
 
 def abstract(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
     """What `initialise` would return, as shapes and dtypes with shardings; nothing runs."""
+    make = jax.jit(make, inline=True)  # so that it is traced once
     with use_mesh(mesh):
         out_shardings = shardings(mesh, jax.eval_shape(make, *arguments))
         arrays = jax.eval_shape(lambda *a: nn.unbox(make(*a)), *arguments)

@@ -3,9 +3,13 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
+import pytest
 
 SETTINGS = {
     "jax_platforms": "cpu",
@@ -28,11 +32,36 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]
 # Tracing leaves many objects behind: Python looks through them less often, and never again through those of imports.
 gc.set_threshold(50_000, 20, 20)
 
+from mythos_jax.config import Config, TrainingConfig  # noqa: E402
+from mythos_jax.training import step  # noqa: E402
+
 # A suite that is started in the background, or under nohup, inherits signals that are ignored, and so would the
 # programs that tests start and then interrupt.
 for number, handler in [(signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)]:
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_step_per_config() -> Iterator[None]:
+    """Runs of this process whose steps are the same share one program: to trace it takes most of their time."""
+    made: dict[str, Any] = {}
+    make = step.jitted_step
+
+    def jitted_step(config: Config, options: Any = None) -> Any:
+        rest = TrainingConfig()  # what only the host looks at
+        same = {name: getattr(rest, name) for name in ("checkpoint_every", "keep_checkpoints", "log_every")}
+        training = replace(config.training, **same, evaluate_every=0)
+        if training.schedule == "constant" and not training.depth.curriculum_fraction:
+            training = replace(training, steps=rest.steps)
+        key = repr((replace(config, name="", training=training), options))
+        if key not in made:
+            made[key] = make(config, options)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "jitted_step", jitted_step)
+        yield
 
 
 def pytest_collection_finish() -> None:

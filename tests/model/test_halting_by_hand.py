@@ -15,7 +15,7 @@ from mythos_jax.model.mythos import Mythos
 from mythos_jax.model.predictor import predicted_loops
 from tests.model.test_cache import CUTS, LENGTHS, LOOPS
 from tests.model.test_predictor import with_predictor
-from tests.tiny import GQA, MLA, OURO, B, T, V, halting, run, some_tokens, variables
+from tests.tiny import GQA, MLA, OURO, B, T, V, halting, run_traced, some_tokens, variables
 
 MANUAL = Halting("manual")
 
@@ -104,7 +104,8 @@ def test_the_rule_of_the_documentation():
     exec(code, printed)
     tokens, sure = np.arange(V)[:, None], 0.4
     call = jax.jit(lambda: printed["think_until_sure"](Mythos(MLA).bind(variables(MLA)), tokens, LOOPS, sure))
-    best = np.stack([sureness(run(MLA, variables(MLA), tokens, loops=t + 1).logits)[:, 0] for t in range(LOOPS)])
+    outs = [run_traced(MLA, variables(MLA), tokens, jnp.int32(t + 1)) for t in range(LOOPS)]
+    best = np.stack([sureness(out.logits)[:, 0] for out in outs])
     assert np.abs(best - sure).min() > 1e-4
     expected = np.where((best >= sure).any(0), (best >= sure).argmax(0) + 1, LOOPS)
     out = call()

@@ -1,5 +1,7 @@
 """The implementations of routed experts on one device against each other: values and gradients."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -25,13 +27,12 @@ def random_inputs():
 
 @pytest.mark.parametrize("implementation", [grouped_experts, blocked_experts])
 def test_equals_dense_over_all_experts(implementation):
-    x, gates, chosen, weights, cotangent = random_inputs()
-
-    def value_and_gradients(implementation):
+    @partial(jax.jit, static_argnums=0)
+    def value_and_gradients(implementation, x, gates, chosen, weights, cotangent):
         out, vjp = jax.vjp(lambda x, gates, weights: implementation(x, gates, chosen, weights), x, gates, weights)
         return out, vjp(cotangent)
 
-    actual, expected = value_and_gradients(implementation), value_and_gradients(dense_over_all_experts)
+    actual, expected = (value_and_gradients(x, *random_inputs()) for x in (implementation, dense_over_all_experts))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), actual, expected)
 
 

@@ -134,7 +134,7 @@ def test_our_format_keeps_every_config(config, tmp_path):
 
 def test_boxed_variables_are_unboxed(tmp_path):
     config = tiny.HUGINN
-    boxed = Mythos(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    boxed = jax.jit(Mythos(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     save_pretrained(tmp_path / "model", config, boxed)
     _, loaded = load_pretrained(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, loaded, nn.unbox(boxed))

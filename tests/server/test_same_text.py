@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(model):
-    engine = Engine(model.loaded, EngineOptions(places=4, max_length=128))
+    engine = Engine(model.loaded, EngineOptions(places=4, max_length=128, prefill_chunk=16))
     engine.warm_up()
     service = Service(engine, served_model(model.loaded, [NAME], max_length=128))
     with running(service) as server:

@@ -12,6 +12,6 @@ from tests.tiny import OURO
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    engine = started(OURO, EngineOptions(places=8, prefill_chunk=16, queue=300))
+    engine = started(OURO, EngineOptions(places=4, prefill_chunk=16, queue=300))
     yield engine
     engine.close(drain=False)

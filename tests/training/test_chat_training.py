@@ -39,7 +39,7 @@ def test_a_packed_row_is_the_sum_of_its_conversations(model, tmp_path):
     folder = prepare(tmp_path, questions(9), model=model, seq_len=120)
     config = dataclasses.replace(MODEL, vocab_size=load_tokenizer(model).vocab_size)
     made = Mythos(config)
-    variables = made.init({"params": jax.random.key(0), "state": jax.random.key(0)}, np.zeros((1, 1), int))
+    variables = jax.jit(made.init)({"params": jax.random.key(0), "state": jax.random.key(0)}, np.zeros((1, 1), int))
     loss_of = jax.jit(lambda batch: token_loss(made, variables, batch)[0] * batch["mask"])
     rows = TokenRows(folder, "train")
     packed = rows.read(range(len(rows)))

@@ -262,7 +262,7 @@ class Counted(NoInjection):
 def test_only_the_loops_that_a_row_runs_are_computed():
     register_injection("counted", Counted)
     config = dataclasses.replace(GQA_LAST, injection="counted", initial_state="injected")
-    held = Mythos(config).init(jax.random.key(0), TOKENS)
+    held = jax.jit(Mythos(config).init)(jax.random.key(0), TOKENS)
 
     @partial(jax.jit, static_argnums=1)
     def features(loops, skip):

@@ -94,7 +94,9 @@ def test_small_weights_are_not_rounded(step):
 
 
 def test_evaluation_weighs_tokens_as_training_does():
-    variables = Mythos(MODEL).init({"params": jax.random.key(0), "state": jax.random.key(0)}, np.zeros((1, 1), int))
+    variables = jax.jit(Mythos(MODEL).init)(
+        {"params": jax.random.key(0), "state": jax.random.key(0)}, np.zeros((1, 1), int)
+    )
 
     def measured(weights):
         settings = fixed([3])
