@@ -61,25 +61,10 @@ def render_page(runs: Sequence[WatchedRun], command: str, every: float, refresh:
 
 
 def _overview(summaries: Sequence[Summary]) -> str:
-    columns = {
-        "run": [s.name for s in summaries],
-        "state": [words.state(s) for s in summaries],
-        "step": [words.step(s) for s in summaries],
-        "time left": [words.time_left(s) for s in summaries],
-        "loss": [words.number(s, "loss", ".4f") for s in summaries],
-        "held-out loss": [words.number(s, "held_out_loss", ".4f") for s in summaries],
-        "loops": [words.number(s, "mean_loops", ".2f") for s in summaries],
-        "tokens/s": [words.number(s, "tokens_per_second", ",.0f") for s in summaries],
-        "model FLOPs": [words.flops(s) for s in summaries],
-        "MFU": [words.number(s, "mfu", ".1%") for s in summaries],
-        "step time": [words.step_time(s, brief=len(summaries) > 1) for s in summaries],
-        "data wait": [words.data_wait(s) for s in summaries],
-        "HBM": [words.memory(s) for s in summaries],
-        "goodput": [words.goodput(s) for s in summaries],
-        "restarts": [words.restarts(s) for s in summaries],
-        "steps lost": [words.lost(s) for s in summaries],
-        "skipped": [words.number(s, "skipped", ".0f") for s in summaries],
-    }
+    columns = {"run": [s.name for s in summaries], "state": [words.state(s) for s in summaries]}
+    columns |= {name: [text(s) for s in summaries] for name, text in words.NUMBERS.items()}
+    if len(summaries) > 1:
+        columns["step time"] = [words.step_time(s, brief=True) for s in summaries]
     known = {name: cells for name, cells in columns.items() if any(cell != words.NONE for cell in cells)}
     said = " ".join(f"{s.name}: {words.details(s)}." for s in summaries if words.details(s))
     if len(summaries) == 1:

@@ -26,6 +26,9 @@ _STATES = {
 _MOST_EXPERTS = 64  # bars; more are averaged
 _LEAST_CHART, _MOST_CHART = 5, 16  # lines
 _GAP = 2  # between columns of a table
+# Of the table of several runs: names that are shorter than on the page, and what only the page has room for.
+_SHORT = {"time left": "left", "held-out loss": "held out", "steps lost": "lost"}
+_LEFT_OUT = {"model FLOPs", "step time", "data wait", "HBM", "skipped"}
 # Columns of the table of several runs in the order in which they are left out of a narrow terminal.
 _LESS_TELLING = ("lost", "held out", "left", "restarts", "MFU", "tokens/s", "loops", "goodput")
 
@@ -103,19 +106,9 @@ def _pairs(s: Summary) -> list[tuple[str, str]]:
 
 def _several(summaries: Sequence[Summary], width: int) -> RenderableType:
     """A line for each run; columns that no run has a number for are left out, and those that there is no room for."""
-    columns: dict[str, Sequence[str | Text]] = {
-        "state": [_state(s) for s in summaries],
-        "step": [words.step(s) for s in summaries],
-        "left": [words.time_left(s) for s in summaries],
-        "loss": [words.number(s, "loss", ".4f") for s in summaries],
-        "held out": [words.number(s, "held_out_loss", ".4f") for s in summaries],
-        "loops": [words.number(s, "mean_loops", ".2f") for s in summaries],
-        "tokens/s": [words.number(s, "tokens_per_second", ",.0f") for s in summaries],
-        "MFU": [words.number(s, "mfu", ".1%") for s in summaries],
-        "goodput": [words.goodput(s) for s in summaries],
-        "restarts": [words.restarts(s) for s in summaries],
-        "lost": [words.lost(s) for s in summaries],
-    }
+    columns: dict[str, Sequence[str | Text]] = {"state": [_state(s) for s in summaries]}
+    columns |= {_SHORT.get(name, name): [text(s) for s in summaries] for name, text in words.NUMBERS.items()}
+    columns = {name: cells for name, cells in columns.items() if name not in _LEFT_OUT}
     shown = {name: cells for name, cells in columns.items() if any(str(cell) != words.NONE for cell in cells)}
     longest = max(len(summary.name) for summary in summaries) + 2  # with the number before it
     for name in _LESS_TELLING:

@@ -1,5 +1,7 @@
 """The numbers of a summary as people read them, in the terminal and on the page."""
 
+from collections.abc import Callable
+
 from mythos_jax.watch.summary import Summary, duration
 
 _GIB = 2**30
@@ -101,3 +103,27 @@ def where_time_went(summary: Summary) -> str:
         (times.rest, "compiling, waiting, evaluating, saving"),
     ]
     return ", ".join(f"{duration(value)} {words}" for value, words in parts if value >= 0.5)
+
+
+def _last(name: str, form: str) -> Callable[[Summary], str]:
+    return lambda summary: number(summary, name, form)
+
+
+# What is shown of runs side by side, by name, in this order.
+NUMBERS: dict[str, Callable[[Summary], str]] = {
+    "step": step,
+    "time left": time_left,
+    "loss": _last("loss", ".4f"),
+    "held-out loss": _last("held_out_loss", ".4f"),
+    "loops": _last("mean_loops", ".2f"),
+    "tokens/s": _last("tokens_per_second", ",.0f"),
+    "model FLOPs": flops,
+    "MFU": _last("mfu", ".1%"),
+    "step time": step_time,
+    "data wait": data_wait,
+    "HBM": memory,
+    "goodput": goodput,
+    "restarts": restarts,
+    "steps lost": lost,
+    "skipped": _last("skipped", ".0f"),
+}

@@ -442,6 +442,7 @@ def units_stored(tmp_path):
     return len(list(tmp_path.glob("out.partial-*/units/*.npz")))
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_time(tmp_path, start):
     """SIGKILL, when 0, 2, 4 and 7 of about 40 units are stored."""
     assert start(tmp_path / "uninterrupted", 1)[0].wait() == 0
@@ -459,6 +460,7 @@ def test_a_process_killed_at_any_time(tmp_path, start):
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.slow
 def test_three_processes_at_once(tmp_path, start):
     """One is killed, the others succeed, and there is one folder."""
     assert start(tmp_path / "uninterrupted", 1)[0].wait() == 0

@@ -67,7 +67,9 @@ def test_continuations_equal_those_of_single_prompts(loaded):
     prompts = [rng.integers(0, 40, n).tolist() for n in (3, 5, 12, 2)]  # the third is truncated by four tokens
     alone = []
     for prompt in prompts:
-        result = generate(loaded.model, loaded.variables, np.array([prompt[-8:]]), max_new_tokens=8, loops=3)
+        tokens_1T, lengths = np.zeros((1, 8), np.int32), [len(prompt[-8:])]  # of one shape, so that all share programs
+        tokens_1T[0, : lengths[0]] = prompt[-8:]
+        result = generate(loaded.model, loaded.variables, tokens_1T, lengths, max_new_tokens=8, loops=3)
         alone.append((result.tokens[0].tolist(), int(result.loops.sum())))
     stop = alone[1][0][3]
     continuations = generate_until(loaded, prompts, Setting(3), max_new_tokens=8, stop_tokens=(stop,), progress=False)
