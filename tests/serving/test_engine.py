@@ -294,7 +294,7 @@ def test_a_full_queue_refuses():
         ({"stop_tokens": [1] * 9}, "stop_tokens: got 9 of them, allowed: at most 8"),
         ({"logprobs": 21}, "logprobs: got 21"),
         ({"draft_loops": 0}, "draft_loops: got 0"),
-        ({"draft_loops": 1, "draft_tokens": 8}, "draft_tokens: got 8, allowed: 1 to 7"),
+        ({"draft_loops": 1, "draft_tokens": 8}, "draft_tokens: got 8, allowed: 1 to 3"),
         ({"draft_loops": 1, "halting": Halting("kl")}, "halting criterion: got 'kl'"),
     ],
 )
