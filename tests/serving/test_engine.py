@@ -122,6 +122,7 @@ def test_families(config, criteria, rule):
         ask(engine, requests[0])
 
 
+@pytest.mark.slow
 def test_a_mesh_of_four_devices():
     config = replace(OURO, loop_layers=1)
     engine = started(config, EngineOptions(places=4, max_length=32, prefill_chunk=16), fsdp=2, tensor=2)

@@ -227,6 +227,7 @@ def test_checksums_detect_every_flipped_bit_on_any_sharding():
     assert np.asarray(checksums(swapped))[0] != truth[0]
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_one_two_and_eight_devices(config, tmp_path, monkeypatch):
     """Same global batches; the loss equals that of a run on one device to 1e-5 over the first six steps, which include
     a restore on two devices, and to 1e-4 throughout."""
