@@ -1,4 +1,4 @@
-"""`mythos data prepare` and `mythos data show`."""
+"""`mythos data prepare`, `mythos data show` and `mythos data shard`."""
 
 import argparse
 import json
@@ -17,11 +17,14 @@ SUMMARY = "Prepare text or conversations for training, and look at what came out
 PREPARE = "Turn text files, folders, JSON, CSV and Parquet into token rows."
 SHOW = "Show one row of a prepared folder: its text, with what is trained on in [[ ]], sample by sample."
 
+SHARD = "Write the rows of a prepared folder again, in files of another size."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_prepare(subparsers)
     _add_show(subparsers)
+    _add_shard(subparsers)
 
 
 def _add_prepare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -72,6 +75,7 @@ def _add_prepare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         help="a file or record that cannot be read: stop, and keep the finished work (default), or leave it out",
     )
     _add_sizes(prepare)
+    _add_shard_bytes(prepare)
     prepare.add_argument(
         "--runner",
         nargs=argparse.REMAINDER,
@@ -96,7 +100,10 @@ def _add_sizes(prepare: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads that tokenize (default 0: one per core)",
     )
-    prepare.add_argument(
+
+
+def _add_shard_bytes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--shard-bytes",
         type=of_type(Annotated[int, Ge(1), Wide()]),
         default=SHARD_BYTES,
@@ -128,8 +135,28 @@ def _add_show(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add_json(show)
 
 
+def _add_shard(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    shard = subparsers.add_parser("shard", help=SHARD, description=SHARD, allow_abbrev=False)
+    shard.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    shard.add_argument(
+        "folder", type=path, metavar="DIR", help="a folder made by `mythos data prepare`, also of an earlier version"
+    )
+    shard.add_argument("--out", type=path, required=True, metavar="DIR", help="a new folder for the rows")
+    _add_shard_bytes(shard)
+
+
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    return _show(arguments) if arguments.data_command == "show" else _prepare(arguments)
+    return {"prepare": _prepare, "show": _show, "shard": _shard}[arguments.data_command](arguments)
+
+
+def _shard(arguments: argparse.Namespace) -> int:
+    from mythos_jax.data.reshard import reshard
+
+    manifest = reshard(arguments.folder, arguments.out, arguments.shard_bytes)
+    for name, split in manifest.splits.items():
+        print(f"{name}: {counted(split.rows, 'row')} in {counted(len(split.shards), 'file')}")
+    print(f"prepared: {arguments.out}")
+    return DONE
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from mythos_jax.processes import process_prefix
 from mythos_jax.streams import log
 
 CACHE_VARIABLE = "MYTHOS_DATA_CACHE"
-_SMALL_FILES = (MANIFEST_FILE, TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE)  # what `prepare` writes besides rows
+SMALL_FILES = (MANIFEST_FILE, TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE)  # what `prepare` writes besides rows
 _PIECE = 32 << 20  # bytes that are copied at once
 
 
@@ -88,7 +88,7 @@ def _make(storage: Storage, sizes: dict[str, int], folder: Path, manifest: Manif
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
-        for name in (*(name for name in _SMALL_FILES if name in sizes), *rows):
+        for name in (*(name for name in SMALL_FILES if name in sizes), *rows):
             _copy(storage, name, sizes[name], partial / name)
         if copy:
             check_sums(manifest, partial, storage.folder)

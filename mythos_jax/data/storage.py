@@ -35,6 +35,7 @@ _PACKAGES = {
     **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
     **dict.fromkeys(("http", "https"), "aiohttp requests"),
 }
+_FILE = "file_in_folder"  # the attribute of an error that says which file it is about
 _WAKE = 0.2  # how often one who waits looks whether the rows are still wanted
 
 
@@ -100,7 +101,14 @@ class Storage:
         return found
 
     def _reading(self, parts: list[Part]) -> Callable[[], list[Any]]:
-        return lambda: [part.parse(self._bytes(part)) for part in parts]
+        def read(part: Part) -> Any:
+            try:
+                return part.parse(self._bytes(part))
+            except Exception as error:
+                setattr(error, _FILE, part.file)
+                raise
+
+        return lambda: [read(part) for part in parts]
 
     def _bytes(self, part: Part) -> bytes:
         path = f"{self._root}/{part.file}"
@@ -148,7 +156,8 @@ class Storage:
                 tries, now = tries + 1, time.monotonic()
                 lasting = lasting + 1 if isinstance(error, _LASTING) else 0
                 since = now if lasting <= 1 else since
-                reason, place = one_line(error, limit=200) or type(error).__name__, f"{self.folder}: {what}"
+                reason = one_line(error, limit=200) or type(error).__name__
+                place = f"{self.folder}: {getattr(error, _FILE, what)}"
                 if lasting >= LASTING_TRIES and now - since >= lasting_patience:
                     if isinstance(error, FileNotFoundError):
                         raise MissingError(f"{place}: missing")

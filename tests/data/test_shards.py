@@ -18,6 +18,7 @@ from mythos_jax.data.fetch import local_folder
 from mythos_jax.data.manifest import Manifest, Shard, Split, check_sums, load_manifest, shards_sha256
 from mythos_jax.data.pipeline import eval_batches, open_rows, row_order, train_batches
 from mythos_jax.data.prepare import prepare
+from mythos_jax.data.reshard import reshard
 from mythos_jax.data.shards import Layout, padded, sealed, shard_name
 from mythos_jax.data.tokenizer import ByteTokenizer
 from mythos_jax.errors import RESTART, ConfigError, StorageError
@@ -153,6 +154,35 @@ def test_the_order_depends_neither_on_shards_nor_processes_nor_storage(old, tmp_
     assert local_folder(tmp_path / "new") == tmp_path / "new"
     with pytest.raises(ConfigError, match="gs://bucket/new: rows are prepared on a disk"):
         prepare([str(old / "text.jsonl")], "gs://bucket/new", seq_len=8, held_out_fraction=0.3)
+
+
+@pytest.mark.parametrize("name", ["text", "chat"])
+def test_rows_are_written_again_in_other_shards(old, tmp_path, bucket, name):
+    """From one shard, also in a bucket, and from an old folder: the files that `prepare` makes in this size."""
+
+    def content(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    train = prepared(old, name, tmp_path / "expected", 3).splits["train"]
+    size = train.shards[0].rows * Layout(train.row_bytes).stride
+    prepared(old, name, tmp_path / "one", 1)
+    for i, source in enumerate([tmp_path / "one", bucket(tmp_path / "one")]):
+        reshard(source, tmp_path / str(i), size)
+        assert content(tmp_path / str(i)) == content(tmp_path / "expected")
+    assert main(["data", "shard", str(old / name), "--out", str(tmp_path / "new"), "--shard-bytes", str(size)]) == 0
+    check_batches(old, name, tmp_path / "new")
+    assert {k: v for k, v in content(tmp_path / "new").items() if not k.endswith(".json")} == {
+        k: v for k, v in content(tmp_path / "expected").items() if not k.endswith(".json")
+    }
+    with pytest.raises(ConfigError, match="new: already holds prepared data; allowed: a new folder"):
+        reshard(old / name, tmp_path / "new", size)
+    file = tmp_path / "0" / shard_name("train", 1, 3)
+    content_of_file = bytearray(file.read_bytes())
+    content_of_file[Layout(train.row_bytes).span(2, 1)[0]] ^= 1
+    file.write_bytes(content_of_file)
+    with pytest.raises(ConfigError, match=r"train-00001-of-00003\.array_record: row 2: damaged"):
+        reshard(tmp_path / "0", tmp_path / "damaged", size)
+    assert not list(tmp_path.glob("damaged*"))
 
 
 def test_an_old_folder_in_a_bucket_is_copied(old, tmp_path, bucket, capsys):
