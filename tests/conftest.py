@@ -37,7 +37,8 @@ from mythos_jax.training import step  # noqa: E402
 
 # A suite that is started in the background, or under nohup, inherits signals that are ignored, and so would the
 # programs that tests start and then interrupt.
-for number, handler in [(signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)]:
+DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+for number, handler in DEFAULTS.items():
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
