@@ -49,10 +49,24 @@ def run(parts: Sequence[TextPart], job: Job, runner: str, flags: Sequence[str], 
     logging.getLogger("apache_beam").setLevel(logging.WARNING)
     pipeline = _pipeline(runner, flags)
     build(pipeline, parts, job)
-    result = pipeline.run()
-    state = result.wait_until_finish() or result.state
+    try:
+        result = pipeline.run()
+        state = result.wait_until_finish() or result.state
+    except (ConfigError, TrainingError):
+        raise
+    except Exception as error:  # of a worker, or of what the runner asks: no permission, no connection
+        problem = f"the pipeline failed ({_reason(error)})"
+        raise TrainingError(f"{runner}: {problem}; the same command goes on from there") from error
     if state != PipelineState.DONE:
         raise TrainingError(f"{runner}: the pipeline ended as {state}; the same command goes on from there")
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line. That of a worker in another process is text, with the calls that led to it before it."""
+    lines = str(error).splitlines()
+    calls = [number for number, line in enumerate(lines) if line.startswith(" ")]
+    text = "\n".join(lines[calls[-1] + 1 :] if calls else lines)
+    return one_line(text, limit=300) or type(error).__name__
 
 
 def _pipeline(runner: str, flags: Sequence[str]) -> beam.Pipeline:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from mythos_jax.data.fetch import SMALL_FILES
 from mythos_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest, parse_manifest
 from mythos_jax.data.work_files import WorkFiles
 from mythos_jax.data.work_folder import work_folder
-from mythos_jax.errors import ConfigError
+from mythos_jax.errors import ConfigError, StorageError, one_line
+from mythos_jax.streams import log
 
 
 class Destination:
@@ -48,7 +50,10 @@ class Destination:
         """The work folder, and the folder for the rows. Raises ConfigError if they cannot be made."""
         if self._url:
             yield self._work, self._url
-            WorkFiles(self._work).delete_all()
+            try:
+                WorkFiles(self._work).delete_all()
+            except (OSError, StorageError, ConfigError) as error:
+                log(f"{self._work}: no longer needed, but cannot be deleted ({one_line(error)})")
             return
         absolute = Path(os.path.abspath(self.out))  # "." has no name for the work folder to derive its own from
         if absolute.is_mount():
@@ -62,17 +67,18 @@ class Destination:
         It may be there from before (only the times of the inputs have changed), or from another process that was
         faster.
         """
-        WorkFiles(rows).write(MANIFEST_FILE, manifest.to_json())
-        if self._url:
-            return manifest
-        if not (self.out / MANIFEST_FILE).exists():
+        existing = self.existing() if self._url or (self.out / MANIFEST_FILE).exists() else None
+        if existing is None:
+            _complete(WorkFiles(rows), manifest)
+            if self._url:
+                return manifest
             try:
                 Path(rows).rename(os.path.abspath(self.out))
                 return manifest
             except OSError:
                 if not (self.out / MANIFEST_FILE).exists():
                     raise
-        existing = load_manifest(self.out)
+            existing = load_manifest(self.out)
         if existing.fingerprint != manifest.fingerprint:
             raise self.holds_other_data()
         current = replace(existing, inputs=manifest.inputs, files=manifest.files, times=manifest.times)
@@ -91,3 +97,13 @@ class Destination:
     @property
     def _work(self) -> str:
         return f"{self._url}.partial-{self._request}"
+
+
+def _complete(rows: WorkFiles, manifest: Manifest) -> None:
+    """Deletes what earlier tries have left, with other shards or half a file, and writes the manifest."""
+    keep = {name for split in manifest.splits for name in manifest.row_files(split)} | set(SMALL_FILES)
+    for name in rows.names():
+        # The folder on a disk is a work folder of its own; in a store others may have put something beside the rows.
+        if name not in keep and (not rows.remote or name.endswith(".array_record")):
+            rows.delete(name)
+    rows.write(MANIFEST_FILE, manifest.to_json())

@@ -80,6 +80,11 @@ def part_from_json(text: str) -> TextPart:
     return TextPart(tree["number"], inputs, Reading(**tree["reading"]), tree["max_bytes"], division)
 
 
+def part_key(part: TextPart, request: Manifest) -> str:
+    """A hash of what the counts of a part depend on, besides the tokenizer."""
+    return hashlib.sha256(json.dumps([part.state, request.held_out_fraction]).encode()).hexdigest()
+
+
 def part_file(number: int) -> str:
     return f"parts/{number:06}.json"
 
@@ -87,8 +92,9 @@ def part_file(number: int) -> str:
 def tokenize_part(part_json: str, job: Job) -> str:
     """Tokenizes a part: the counts of its units."""
     part = part_from_json(part_json)
-    key = _key(part.state, job.request.held_out_fraction)
-    return _result(job, part_file(part.number), key, lambda: {"units": list(_count_units(part, job))})
+    return _result(
+        job, part_file(part.number), part_key(part, job.request), lambda: {"units": list(_count_units(part, job))}
+    )
 
 
 def _count_units(part: TextPart, job: Job) -> Iterator[dict[str, Any]]:
@@ -124,13 +130,16 @@ def _tokenizer(work: str, end_of_document: int) -> Tokenizer:
 
 def plan_shards(results: Iterable[str], job: Job) -> list[str]:
     """What workers are to write once all parts are tokenized; nothing if a part has an error, or nothing can be
-    written. The rows of conversations depend on all that came before, so they are none of workers'."""
+    written. The rows of conversations depend on all that came before, so they are none of workers'.
+
+    Raises OSError and StorageError: a unit cannot be read now.
+    """
     trees = [json.loads(text) for text in results]
     if job.request.chat is not None or any("error" in tree for tree in trees):
         return []
     try:
         return [json.dumps(asdict(shard)) for shard in plan(trees, job).shards]
-    except (ConfigError, StorageError, OSError):
+    except ConfigError:
         return []  # the command itself finds it as well
 
 
@@ -192,13 +201,11 @@ def _result(
 ) -> str:
     """The result of `work`, as it is stored, or stored now. key: of what it depends on. is_there: whether what it says
     still holds."""
-    content = job.files.read(name)
-    if content is not None:
-        tree = json.loads(content)
-        usable = tree["key"] == key and "error" not in tree
-        left_out = (item for unit in tree.get("units", ()) for item in unit["left_out"])
-        if usable and is_there(tree) and (job.skip_errors or not any(item["is_error"] for item in left_out)):
-            return content.decode()
+    stored = stored_result(job, name, key)
+    if stored is not None and "error" not in stored:
+        left_out = (item for unit in stored.get("units", ()) for item in unit["left_out"])
+        if is_there(stored) and (job.skip_errors or not any(item["is_error"] for item in left_out)):
+            return json.dumps(stored)
     try:
         tree = work()
     except ConfigError as error:
@@ -212,5 +219,10 @@ def _result(
     return text
 
 
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def stored_result(job: Job, name: str, key: str) -> dict[str, Any] | None:
+    """The result in a file; None if there is none, or a damaged one, or one of something else."""
+    try:
+        tree: dict[str, Any] = json.loads(job.files.read(name) or b"")
+        return tree if tree["key"] == key else None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -5,23 +5,24 @@ pipeline of Apache Beam (beam_pipeline.py). All of them share a work folder, OUT
 a disk that all see. A pipeline that was stopped goes on from what is in it, and so does a command without a runner.
 """
 
-import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mythos_jax.data.manifest import SPLITS
+from mythos_jax.data.manifest import SPLITS, shards_sha256
 from mythos_jax.data.part_worker import (
     Job,
     content_file,
     part_file,
+    part_key,
     plan,
     shard_file,
     split_shards,
+    stored_result,
     unit_counts,
 )
 from mythos_jax.data.shard_plan import finish_split
@@ -72,7 +73,7 @@ def write_on_workers(stream: TextStream, job: Job, runner: Runner, encoder: Toke
         job.files.below("tokenizer").put_all(Path(folder))
     log(f"{runner.name}: {counted(len(parts), 'part')} of {counted(len(stream.inputs), 'file')}; work in {job.work}")
     run(parts, job, runner.name, runner.flags, runner.workers)
-    results = _read(job, [part_file(part.number) for part in parts])
+    results = _read(job, {part_file(part.number): part_key(part, job.request) for part in parts})
     return _collect(job, results) if job.conventions is None else _pack(job, results)
 
 
@@ -92,16 +93,12 @@ def _parts(stream: TextStream) -> list[TextPart]:
 def _collect(job: Job, results: list[dict[str, Any]]) -> Written:
     """What the workers have written."""
     planned = plan(results, job)
-    shards = _read(job, [shard_file(shard) for shard in planned.shards])
+    shards = _read(job, {shard_file(shard): shard.key(job.request) for shard in planned.shards})
     written = planned.written
     for split in SPLITS:
-        content = _read(job, [content_file(split)])[0]["content"]
         own = split_shards(split, shards)
+        content = _read(job, {content_file(split): shards_sha256(own)})[0]["content"]
         written.splits[split] = finish_split(written.splits[split], own, content, job.request)
-    rows, names = WorkFiles(job.rows), {shard.name for shard in planned.shards}
-    for name in rows.names():  # of an earlier try, with other shards
-        if name.endswith(".array_record") and name not in names:
-            rows.delete(name)
     return written
 
 
@@ -115,11 +112,13 @@ def _pack(job: Job, results: list[dict[str, Any]]) -> Written:
     return written
 
 
-def _read(job: Job, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The results in these files. Raises the error that is the result of the first that has one, and says the rest."""
+def _read(job: Job, keys: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The results in these files, by their keys. Raises the error that is the result of the first that has one, and
+    says the rest."""
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        contents = list(pool.map(job.files.read, names))
-    trees = [json.loads(content) if content else {"error": "no result", "kind": "OSError"} for content in contents]
+        stored = list(pool.map(lambda name: stored_result(job, name, keys[name]), keys))
+    names_and_trees = zip(keys, stored, strict=True)
+    trees = [tree or {"error": f"{name}: no result", "kind": "OSError"} for name, tree in names_and_trees]
     errors = [tree for tree in trees if "error" in tree]
     for tree in errors[1:10]:
         log(f"also: {tree['error']}")

@@ -33,7 +33,8 @@ def find_remote(
     """
     files, path = open_file_system(url)
     try:
-        if wildcards := [path.index(character) for character in "*?[" if character in path]:
+        wildcards = [path.index(character) for character in "*?[" if character in path]
+        if wildcards and not _exists(url, files, path):
             folder = path[: min(wildcards)].rpartition("/")[0]
             found = asking(url, lambda: files.glob(path, detail=True)).values()
             named = {relative(info["name"], folder): info for info in found if info["type"] == "file"}
@@ -52,6 +53,15 @@ def find_remote(
     named = {relative(info["name"], top["name"].rstrip("/")): info for info in infos}
     names, left_out = _read(list(named), wanted, is_prepared)
     return [_input(files, named[name], name, given=False) for name in names], left_out
+
+
+def _exists(url: str, files: Any, path: str) -> bool:
+    """Whether there is something with the name of a pattern, such as `a[1].jsonl`."""
+    try:
+        asking(url, lambda: files.info(path))
+    except (FileNotFoundError, PermissionError, ConfigError):  # a store may have no such names
+        return False
+    return True
 
 
 def _read(
@@ -97,7 +107,11 @@ class _RemoteFile(io.RawIOBase):
         self._url, self._at = url, 0
         self._files, self._path = open_file_system(url)
         self._file: Any = None
-        self._size: int = asking(url, self._open).size
+        size: int | None = asking(url, self._open).size
+        if size is None:
+            self.close()
+            raise OSError("its server does not say how long it is, or sends it only as a whole; download it first")
+        self._size = size
 
     def readable(self) -> bool:
         return True
@@ -141,8 +155,8 @@ class _RemoteFile(io.RawIOBase):
             raise
 
 
-def asking(url: str, call: Callable[[], Result]) -> Result:
-    """What a call returns, which is made again if it fails.
+def asking(url: str, call: Callable[[], Result], verb: str = "read", kind: str = "source ") -> Result:
+    """What a call returns, which is made again if it fails. verb, kind: for messages, what it does to which URL.
 
     Raises FileNotFoundError and PermissionError at once, ConfigError for what is no trouble of a connection, and
     StorageError.
@@ -153,9 +167,9 @@ def asking(url: str, call: Callable[[], Result]) -> Result:
         except _LASTING:
             raise
         except Exception as error:
-            problem = f"{one_line_path(url)}: cannot be read ({one_line(error, limit=200) or type(error).__name__})"
+            problem = f"{one_line_path(url)}: cannot be {verb} ({one_line(error, limit=200) or type(error).__name__})"
             if isinstance(error, _MISTAKES) and not isinstance(error, OSError):
-                raise ConfigError(f"source {problem}") from None
+                raise ConfigError(f"{kind}{problem}") from None
             if number == TRIES - 1:
                 raise StorageError(f"{problem}; the same command goes on from here") from None
             if number == 0:
@@ -173,5 +187,5 @@ def _input(files: Any, info: dict[str, Any], name: str, given: bool) -> InputFil
 
 
 def relative(name: str, folder: str) -> str:
-    """The name of a file in a folder, from there."""
-    return name[len(folder) :].lstrip("/") if name.startswith(folder) else name.rpartition("/")[2]
+    """The name of a file in a folder, from there; the whole name if the store has another one for the folder."""
+    return name.lstrip("/").removeprefix(f"{folder.strip('/')}/".lstrip("/"))

@@ -4,6 +4,7 @@ The tokens of a split are one stream (rows.py), to which every unit adds a stret
 unit in the stream is a sum over those before it, and a worker with a few of the units writes a shard.
 """
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -121,10 +122,11 @@ def make_plan(counts: Sequence[UnitCount], request: Manifest, shard_bytes: int, 
         for number in range(number_of_shards):
             start = number * shard_rows * request.seq_len
             end = min(start + shard_rows * request.seq_len, targets) + 1
+            first, after = bisect.bisect_right(starts, start) - 1, bisect.bisect_left(starts, end)
             units = [
                 [count.part, count.number, count.text, starts[i], documents[i]]
-                for i, count in enumerate(counts)
-                if lengths[i] and starts[i] < end and starts[i + 1] > start
+                for i, count in enumerate(counts[first:after], start=first)
+                if lengths[i]
             ]
             shards.append(ShardPlan(split, number, number_of_shards, start, end, end > targets, moved, units))
     return Plan(written, shards)

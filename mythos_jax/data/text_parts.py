@@ -1,8 +1,8 @@
 """Cuts text into parts and these into units, at places that depend on the text and its files alone.
 
 The documents of all sources form one stream of text. A part is some consecutive files of it, about `UNIT_BYTES` of them
-or one larger file. A part is cut into units of about `UNIT_BYTES` of text. Parts can be read at the same time, also on
-many machines (beam_prepare.py).
+(but at most `PART_FILES` files), or one larger file. A part is cut into units of about `UNIT_BYTES` of text. Parts can
+be read at the same time, also on many machines (prepare_beam.py).
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from mythos_jax.data.readers import LeftOut, Piece, Reading, read_pieces, trunca
 from mythos_jax.data.split import Division
 
 UNIT_BYTES = 16 << 20  # UTF-8 text per unit
+PART_FILES = 1 << 14  # at most, in a part: files may be empty, and some stores do not say how large they are
 LISTED = 1000  # things left out that a unit lists; of more it keeps the number
 
 
@@ -49,11 +50,13 @@ class TextStream:
     def groups(self) -> Iterator[tuple[InputFile, ...]]:
         """The inputs of each part."""
         group: list[InputFile] = []
+        size = 0
         for file in self.inputs:
             group.append(file)
-            if sum(member.size for member in group) >= UNIT_BYTES:
+            size += file.size
+            if size >= UNIT_BYTES or len(group) == PART_FILES:
                 yield tuple(group)
-                group = []
+                group, size = [], 0
         if group:
             yield tuple(group)
 

@@ -55,7 +55,7 @@ class WorkFiles:
     def write(self, name: str, content: bytes) -> None:
         """A file that exists under its own name is complete."""
         if self.remote:
-            self._ask(lambda: self._files.pipe_file(f"{self._root}/{name}", content))
+            self._ask(lambda: self._files.pipe_file(f"{self._root}/{name}", content), "written")
             return
         with self._new_file(name) as partial:
             partial.write_bytes(content)
@@ -63,7 +63,7 @@ class WorkFiles:
     def put(self, path: Path, name: str) -> None:
         """Moves a file from the disk into the folder."""
         if self.remote:
-            self._ask(lambda: self._files.put_file(str(path), f"{self._root}/{name}"))
+            self._ask(lambda: self._files.put_file(str(path), f"{self._root}/{name}"), "written")
             path.unlink()
             return
         with self._new_file(name) as partial:
@@ -90,7 +90,7 @@ class WorkFiles:
         """Deletes a file, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             if self.remote:
-                self._ask(lambda: self._files.rm_file(f"{self._root}/{name}"))
+                self._ask(lambda: self._files.rm_file(f"{self._root}/{name}"), "deleted")
             else:
                 Path(self.folder, name).unlink()
 
@@ -98,12 +98,12 @@ class WorkFiles:
         """Deletes the folder, as far as that is possible."""
         if self.remote:
             with contextlib.suppress(FileNotFoundError):
-                self._ask(lambda: self._files.rm(self._root, recursive=True))
+                self._ask(lambda: self._files.rm(self._root, recursive=True), "deleted")
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _ask(self, call: Callable[[], Result]) -> Result:
-        return asking(self.folder, call)
+    def _ask(self, call: Callable[[], Result], verb: str = "read") -> Result:
+        return asking(self.folder, call, verb, kind="")
 
     @contextlib.contextmanager
     def _new_file(self, name: str) -> Any:

@@ -37,7 +37,8 @@ def work_folder(out: Path, request: str) -> Iterator[Path]:
         yield folder
     except BaseException as error:
         units = len(list(folder.glob("units/*.npz")))
-        shutil.rmtree(folder / "rows", ignore_errors=True)
+        if not any(folder.glob("shards/*.json")):  # what workers have written is used again (part_worker.py)
+            shutil.rmtree(folder / "rows", ignore_errors=True)
         if units:
             log(f"{units} tokenized unit{'s' * (units > 1)} kept in {folder}; the same command goes on from there")
         elif isinstance(error, Exception):

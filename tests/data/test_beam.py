@@ -16,10 +16,12 @@ from mythos_jax.cli import main
 from mythos_jax.data import part_worker as part_worker_module
 from mythos_jax.data import text_parts as text_parts_module
 from mythos_jax.data import units as units_module
-from mythos_jax.data.manifest import SPLITS
+from mythos_jax.data.destination import Destination
+from mythos_jax.data.manifest import SPLITS, Manifest, parse_manifest
 from mythos_jax.data.part_worker import hash_split, part_to_json, plan_shards, tokenize_part, write_planned
 from mythos_jax.data.prepare import prepare
-from mythos_jax.errors import ConfigError
+from mythos_jax.data.shard_plan import UnitCount, make_plan
+from mythos_jax.errors import ConfigError, StorageError, TrainingError
 from tests.data.test_chat_rows import many, write_model
 from tests.data.test_prepare import words_tokenizer
 from tests.data.test_units import Killed, kill_after
@@ -229,3 +231,139 @@ def test_what_a_user_can_correct(corpus, tmp_path, monkeypatch, capsys):
         ]:
             assert main([*command, *words]) == 2
             assert message in capsys.readouterr().err
+
+
+class TestWhatIsLeftOfAnEarlierTry:
+    """On a disk, after a command that stopped when all shards were written."""
+
+    @pytest.fixture
+    def work(self, corpus, tmp_path, monkeypatch):
+        """Its work folder."""
+        run_without_beam(monkeypatch)
+        prepare([str(corpus)], tmp_path / "alone", **OPTIONS)
+        with monkeypatch.context() as patch:
+            killing(patch, part_worker_module, "split_content", 0)
+            with pytest.raises(Killed):
+                self.again(corpus, tmp_path)
+        (work,) = tmp_path.glob("out.partial-*")
+        return work
+
+    def again(self, corpus, tmp_path):
+        return prepare([str(corpus)], tmp_path / "out", runner="DirectRunner", **OPTIONS)
+
+    def test_shards_are_kept_after_an_error(self, corpus, tmp_path, monkeypatch, work):
+        with monkeypatch.context() as patch:
+            patch.setattr(part_worker_module, "split_content", failing(OSError("no answer")))
+            with pytest.raises(ConfigError, match=r"out: cannot be written \(no answer\)"):
+                self.again(corpus, tmp_path)
+        assert list((work / "rows").glob("train-*"))
+        calls = killing(monkeypatch, part_worker_module, "write_shard", 0)
+        self.again(corpus, tmp_path)
+        assert calls == []
+        assert content(tmp_path / "out") == content(tmp_path / "alone")
+
+    def test_other_files_are_not_published(self, corpus, tmp_path, work):
+        for name in ["train-00000-of-00099.array_record", "train-00000-of-00004.array_record.7-8-abcd.part", "x.part"]:
+            (work / "rows" / name).write_text("half")
+        self.again(corpus, tmp_path)
+        assert content(tmp_path / "out") == content(tmp_path / "alone")
+
+    @pytest.mark.parametrize("damage", [b"", b'{"key": "', b"\xff\0", b"[]", b"{}", b'{"key": "of something else"}'])
+    def test_damaged_results_are_made_again(self, corpus, tmp_path, work, damage):
+        for path in [*work.glob("parts/*.json"), *work.glob("shards/*.json"), work / "contents" / "train.json"]:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(damage)
+        self.again(corpus, tmp_path)
+        assert content(tmp_path / "out") == content(tmp_path / "alone")
+
+    def test_results_of_other_text_are_not_published(self, corpus, tmp_path, monkeypatch, work):
+        (corpus / "1.jsonl").write_text((corpus / "1.jsonl").read_text().replace("w", "v", 1))
+        with monkeypatch.context() as patch:
+            patch.setattr("tests.data.test_beam.write_planned", lambda plan, job: '{"error": ""}')  # is lost
+            with pytest.raises(ConfigError, match=r"out: cannot be written \(shards/.*\.json: no result\)"):
+                self.again(corpus, tmp_path)
+            patch.setattr(part_worker_module, "make_plan", failing(StorageError("no answer")))
+            with pytest.raises(StorageError, match=r"^no answer$"):
+                self.again(corpus, tmp_path)
+        prepare([str(corpus)], tmp_path / "changed", **OPTIONS)
+        self.again(corpus, tmp_path)
+        assert content(tmp_path / "out") == content(tmp_path / "changed")
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("other", [{}, {"shard_bytes": 9000}, {"seq_len": 8}])
+def test_two_commands_at_once_in_a_store(corpus, tmp_path, monkeypatch, other):
+    run_without_beam(monkeypatch)
+    out, publish = f"memory://{tmp_path.name}/out", Destination.publish
+    options, folder = OPTIONS | {"runner": "DirectRunner"}, f"/{tmp_path.name}/out"
+    made = []
+
+    def be_second(self, rows, manifest):
+        monkeypatch.setattr(Destination, "publish", publish)
+        made.append(prepare([str(corpus)], out, **options | other))
+        return publish(self, rows, manifest)
+
+    monkeypatch.setattr(Destination, "publish", be_second)
+    if "seq_len" in other:
+        with pytest.raises(ConfigError, match="out: holds different data"):
+            prepare([str(corpus)], out, **options)
+    else:
+        assert prepare([str(corpus)], out, **options) == made[0]
+    assert parse_manifest(lambda: stored(folder)["manifest.json"], out) == made[0]
+
+
+def test_a_finished_folder_in_a_store(corpus, tmp_path, monkeypatch, capsys):
+    """What others have put there stays, and it is no failure if the work folder does."""
+    run_without_beam(monkeypatch)
+    prepare([str(corpus)], tmp_path / "alone", **OPTIONS)
+    bucket = f"/{tmp_path.name}"
+    with monkeypatch.context() as patch:
+        killing(patch, part_worker_module, "split_content", 0)
+        with pytest.raises(Killed):
+            prepare([str(corpus)], f"memory:/{bucket}/out", runner="DirectRunner", **OPTIONS)
+    MEMORY.pipe_file(f"{bucket}/out/train-00000-of-00099.array_record", b"of another try")
+    MEMORY.pipe_file(f"{bucket}/out/README.md", b"of others")
+    monkeypatch.setattr(MEMORY, "rm", failing(PermissionError("not allowed")))
+    prepare([str(corpus)], f"memory:/{bucket}/out", runner="DirectRunner", **OPTIONS)
+    assert stored(f"{bucket}/out") == content(tmp_path / "alone") | {"README.md": b"of others"}
+    assert "no longer needed, but cannot be deleted (not allowed)\n" in capsys.readouterr().err
+
+
+def test_the_units_of_each_shard():
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 60, 400) * random.integers(0, 2, 400)
+    counts = [UnitCount(i, 0, "", {"train": [1, 9, int(n)] if n else [0, 0, 0]}, {}, []) for i, n in enumerate(tokens)]
+    for count in counts:
+        count.splits["held_out"] = [0, 0, 0]
+    request = Manifest(16, "<u2", "bytes", "", 258, 257, {}, ("a",), 0.0, 0)
+    shards = make_plan(counts, request, 1, None).shards
+    places = [place for i, n in enumerate(tokens) for place in [i] * (n + 1 if n else 0)]  # the unit of each token
+    assert len(shards) == -(-len(places) // 16)
+    for shard in shards:
+        assert [unit[0] for unit in shard.units] == sorted(set(places[shard.start : shard.end]))
+        assert all(unit[3] == places.index(unit[0]) for unit in shard.units)
+
+
+@pytest.mark.skipif(not HAS_BEAM, reason="no apache-beam")
+def test_a_pipeline_that_fails(monkeypatch):
+    from mythos_jax.data import beam_pipeline
+
+    failed = "Traceback (most recent call last):\n  File 'a', line 1\nOSError: disk\ngone [while running 'hash']\n"
+    assert beam_pipeline._reason(RuntimeError(failed)) == "OSError: disk gone [while running 'hash']"
+    for error, kind, message in [
+        (
+            PermissionError("no\ncredentials"),
+            TrainingError,
+            r"^DirectRunner: the pipeline failed \(no credentials\); the ",
+        ),
+        (StorageError("no answer"), StorageError, "^no answer$"),
+    ]:
+        monkeypatch.setattr(beam_pipeline.FnApiRunner, "run_pipeline", failing(error))
+        with pytest.raises(kind, match=message):
+            beam_pipeline.run([], None, "DirectRunner", [], 1)

@@ -21,6 +21,7 @@ from mythos_jax.data import text_parts as text_parts_module
 from mythos_jax.data import units as units_module
 from mythos_jax.data import work_folder as work_folder_module
 from mythos_jax.data.destination import Destination
+from mythos_jax.data.input_file import InputFile
 from mythos_jax.data.manifest import check_sums, load_manifest
 from mythos_jax.data.prepare import prepare
 from mythos_jax.data.rows import RowWriter
@@ -114,6 +115,17 @@ def test_units_contain_the_stream(corpus):
         limited = units_of(dataclasses.replace(stream, max_bytes=limit))
         pieces = [piece.text for units in limited for unit in units for piece in unit.pieces]
         assert "".join(pieces) == text[:limit].decode(errors="ignore")
+
+
+def test_many_small_files_are_grouped_at_once():
+    files = [InputFile(Path("a"), "a", size) for size in [*([0] * 40_000), *([1 << 10] * 40_000)]]
+    begin = time.process_time()
+    groups = list(TextStream(files).groups())
+    assert time.process_time() - begin < 2  # about 0.02 s; many seconds if all of a group is added up for each file
+    assert [file for group in groups for file in group] == files
+    assert [len(group) for group in groups] == [1 << 14] * 4 + [80_000 - (4 << 14)]
+    last = [InputFile(Path("b"), "b", 1 << 30)] * 2
+    assert [len(group) for group in TextStream([*files[:9], *last]).groups()] == [10, 1]
 
 
 @pytest.mark.parametrize("workers", [2, 7])
