@@ -69,7 +69,9 @@ class Destination:
         """
         existing = self.existing() if self._url or (self.out / MANIFEST_FILE).exists() else None
         if existing is None:
-            _complete(WorkFiles(rows), manifest)
+            files = WorkFiles(rows)
+            _delete_leftovers(files, manifest)
+            files.write(MANIFEST_FILE, manifest.to_json())
             if self._url:
                 return manifest
             try:
@@ -81,9 +83,11 @@ class Destination:
             existing = load_manifest(self.out)
         if existing.fingerprint != manifest.fingerprint:
             raise self.holds_other_data()
+        if self._url:
+            _delete_leftovers(self.files, existing)
         current = replace(existing, inputs=manifest.inputs, files=manifest.files, times=manifest.times)
         if current != existing:
-            with contextlib.suppress(OSError):  # only so that the text need not be compared again
+            with contextlib.suppress(OSError, StorageError):  # only so that the text need not be compared again
                 self.files.write(MANIFEST_FILE, current.to_json())
         return current
 
@@ -99,11 +103,10 @@ class Destination:
         return f"{self._url}.partial-{self._request}"
 
 
-def _complete(rows: WorkFiles, manifest: Manifest) -> None:
-    """Deletes what earlier tries have left, with other shards or half a file, and writes the manifest."""
+def _delete_leftovers(rows: WorkFiles, manifest: Manifest) -> None:
+    """Deletes what other tries have left: other shards, or half a file."""
     keep = {name for split in manifest.splits for name in manifest.row_files(split)} | set(SMALL_FILES)
     for name in rows.names():
         # The folder on a disk is a work folder of its own; in a store others may have put something beside the rows.
         if name not in keep and (not rows.remote or name.endswith(".array_record")):
             rows.delete(name)
-    rows.write(MANIFEST_FILE, manifest.to_json())

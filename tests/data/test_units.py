@@ -118,7 +118,7 @@ def test_units_contain_the_stream(corpus):
 
 
 def test_many_small_files_are_grouped_at_once():
-    files = [InputFile(Path("a"), "a", size) for size in [*([0] * 40_000), *([1 << 10] * 40_000)]]
+    files = [*[InputFile(Path("a"), "a", 0)] * 40_000, *[InputFile(Path("a"), "a", 1 << 10)] * 40_000]
     begin = time.process_time()
     groups = list(TextStream(files).groups())
     assert time.process_time() - begin < 2  # about 0.02 s; many seconds if all of a group is added up for each file
