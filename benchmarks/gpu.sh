@@ -22,9 +22,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-DEVICE=gpu FLAGS=() SIZE=gpu LIMIT=${LIMIT:-530}
+DEVICE=gpu FLAGS=() LIMIT=${LIMIT:-530}
 if [ "${1:-}" = --dry-run ]; then
-    DEVICE=cpu FLAGS=(--small --repeats 1) SIZE=cpu
+    DEVICE=cpu FLAGS=(--small --repeats 1)
     shift
 fi
 PIECE=${1:-} PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu-results} DONE=${DONE:-.gpu}
@@ -56,7 +56,7 @@ for step in $STEPS; do
         echo "$step: done before"
         continue
     fi
-    if [ "$DEVICE" = cpu ] && [[ $step = compare_* ]]; then
+    if [ "$DEVICE" = cpu ] && [[ $step = compare_* || $step = science_* ]]; then
         echo "$step: has no toy size"
         continue
     fi
@@ -72,7 +72,7 @@ for step in $STEPS; do
         utilisation) command+=(benchmarks.roofline utilisation "${FLAGS[@]}") ;;
         compare_*) command+=(benchmarks.compare_openmythos --config "${step#compare_}" --repeats 3) ;;
         # shellcheck disable=SC2206  # seeds are words
-        science_*) command+=("benchmarks.science.${step#science_}" --size "$SIZE" --seeds ${SEEDS:-0}) result=() ;;
+        science_*) command+=("benchmarks.science.${step#science_}" --size gpu --seeds ${SEEDS:-0}) result=() ;;
         *) command+=(benchmarks.gpu "$step" "${FLAGS[@]}") ;;
     esac
     echo "## $step"
@@ -83,7 +83,7 @@ for step in $STEPS; do
         mv "$OUT/$step.part" "$OUT/$step.md"
         rm "$OUT/$step.log"
         if [[ $step = science_* ]]; then
-            cp "runs/science/$SIZE/${step#science_}".{json,png} "$OUT"
+            cp "runs/science/gpu/${step#science_}".{json,png} "$OUT"
         fi
     else
         echo "$step: ended with code $code; the end of $OUT/$step.log:"

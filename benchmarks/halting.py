@@ -6,7 +6,7 @@ Feeds held-out text through decoding, one token at a time, as if each token had 
 those of the computation that is timed, also for criteria that read the logits. Thresholds are chosen on every other
 row: for each policy, the one with the fewest loops whose loss is within 0.4 % of the loss at full depth. All reported
 numbers are from the other rows: loss, mean loops, the loss of fixed depths at the same mean loops (between two depths,
-by interpolation: some tokens run one, the rest the other), and the time per token at batch 1, measured in turn.
+by interpolation: some rows run one, the rest the other), and the time per token at batch 1, measured in turn.
 """
 
 import argparse

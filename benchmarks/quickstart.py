@@ -21,15 +21,13 @@ FIXED = ["--training.depth.distribution=fixed", "--training.depth.backprop_loops
 VARIANTS: dict[str, list[str]] = {
     "quickstart": [],
     "AdamW, learning rate 2e-3": ["--training.optimizer=adamw", "--training.learning_rate=2e-3"],
-    "batches of 16": ["--training.batch_size=16"],
+    "fixed depth 3, all loops with gradient": FIXED,
     "mean depth 4": ["--model.loops=4"],
     "mean depth 2": ["--model.loops=2"],
-    "fixed depth 3, all loops with gradient": FIXED,
-    "fixed depth 8, all loops with gradient": ["--model.loops=8", *FIXED],
-    "last learning rate a tenth of the peak": ["--training.final_learning_rate_fraction=0.1"],
-    "Muon's learning rate 0.04": ["--training.muon_learning_rate=0.04"],
     "initialisation, std 0.02": ["--model.init_std=0.02"],
-    "Parcae's injection": ["--model.injection=parcae"],
+    "Muon's learning rate 0.04": ["--training.muon_learning_rate=0.04"],
+    "batches of 16": ["--training.batch_size=16"],
+    "last learning rate a tenth of the peak": ["--training.final_learning_rate_fraction=0.1"],
 }
 
 

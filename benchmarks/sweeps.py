@@ -4,7 +4,7 @@
 
 Feeds held-out rows (for a task, of each of its difficulties in training) through decoding, token by token with the
 cache, under every policy that the run can follow and at many thresholds; trains the run's predictor if it has none.
-Thresholds are chosen on every other row: those two whose mean loops are next to a budget, and the fractions of tokens
+Thresholds are chosen on every other row: those two whose mean loops are next to a budget, and the fractions of rows
 that get the one and the other so that the budget is met. All reported numbers are of the other rows.
 """
 
@@ -116,7 +116,7 @@ def curve(loaded: LoadedModel, rows: Batch, depth: int, criterion: str) -> Curve
 
 
 def fixed_at(fixed: Curve, loops: float) -> Point:
-    """What fixed depths give at these mean loops on the reported rows: some tokens run one depth, the rest the next."""
+    """What fixed depths give at these mean loops on the reported rows: some rows run one depth, the rest the next."""
     means = [point.loops for point in fixed.report]
     return Point(*(float(np.interp(loops, means, values)) for values in zip(*fixed.report, strict=True)))
 
@@ -147,9 +147,9 @@ def main(words: list[str] | None = None) -> None:
         print(f"\n{field}; mean loops that were asked for:\n")
         print_header("policy", *map(str, budgets), f"all {depth}")
         full = getattr(curves[FIXED].report[-1], field)
-        for name, curve in curves.items():
-            found = [curve.at(budget) for budget in budgets]
-            print_row(name, *("" if p is None else f"{getattr(p, field):.4f}" for p in found), f"{full:.4f}")
+        for name, found in curves.items():
+            points = [found.at(budget) for budget in budgets]
+            print_row(name, *("" if p is None else f"{getattr(p, field):.4f}" for p in points), f"{full:.4f}")
 
 
 if __name__ == "__main__":

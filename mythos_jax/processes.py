@@ -108,12 +108,13 @@ def _tell_others(key: str, work: Callable[[], Result], text: Callable[[Result], 
     try:
         with _being_alone():
             result = work()
+        told = f"done {text(result)}"
     except Exception as error:
         kind = next((kind for kind, of in _KINDS.items() if isinstance(error, of)), "")
         message = str(error) if kind else f"process 0: {one_line(error, limit=200)}"
         client().key_value_set(key, f"{kind or 'failed'} {message}")
         raise
-    client().key_value_set(key, f"done {text(result)}")
+    client().key_value_set(key, told)
     return result
 
 

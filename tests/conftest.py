@@ -45,7 +45,10 @@ for number, handler in DEFAULTS.items():
 
 @pytest.fixture(scope="session", autouse=True)
 def one_step_per_config() -> Iterator[None]:
-    """Runs of this process whose steps are the same share one program: to trace it takes most of their time."""
+    """Runs of this process whose steps are the same share one program: to trace it takes most of their time.
+
+    A test that patches what a step reads while it is traced needs a config that no other test has.
+    """
     made: dict[str, Any] = {}
     make = step.jitted_step
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +106,28 @@ def test_the_tables_of_exits(monkeypatch, tmp_path, capsys):
     assert json.loads((tmp_path / "cpu" / "exits.json").read_text())["text"]["loops"] == [1.5, 2, 2.5, 3]
     exits.main([*words, "--finished", "--problems", "group"])
     assert len(trained) == 2 * 2 * (5 + 3)
+
+
+def test_the_table_of_a_run(monkeypatch, capsys):
+    """Of a task: nats and right answers at the mean loops that are asked for."""
+    points = [Point(n, 3 - n / 10, n / 8) for n in range(1, 5)]
+    run = SimpleNamespace(
+        config=SimpleNamespace(
+            model=SimpleNamespace(loops=4, readout="act"), data=SimpleNamespace(task=SimpleNamespace(name="group"))
+        )
+    )
+    monkeypatch.setattr(sweeps, "load_model", lambda path: run)
+    monkeypatch.setattr(sweeps, "evaluation_rows", lambda loaded, rows: None)
+    monkeypatch.setattr(
+        sweeps, "curve", lambda loaded, rows, depth, way: Curve(points[way == "act" :], points[way == "act" :])
+    )
+    sweeps.main(["run", "--budgets", "1.5", "3", "6"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows == [
+        "| policy | 1.5 | 3.0 | all 4 |",
+        "| fixed depth | 2.8500 | 2.7000 | 2.6000 |",
+        "| act |  | 2.7000 | 2.6000 |",
+        "| policy | 1.5 | 3.0 | all 4 |",
+        "| fixed depth | 0.1875 | 0.3750 | 0.5000 |",
+        "| act |  | 0.3750 | 0.5000 |",
+    ]

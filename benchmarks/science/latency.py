@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.drawing import panels, save
+from benchmarks.drawing import panels, save, tidy
 from benchmarks.halting import choose_policies, measure
 from benchmarks.science.decoding import Side
 from benchmarks.science.frame import Arm, folder, parser_of, run_arms, save_json, workdir
@@ -78,7 +78,7 @@ def show(found: dict[str, dict[str, Any]], path: Path) -> None:
     plain = [(r["nats"], np.median(r["token_ms"])) for name, r in found.items() if name.startswith("plain")]
     plain_nats, plain_ms = np.array(plain).T
     print_header(*COLUMNS)
-    figure, (axes,) = panels(1)
+    (figure, (axes,)), marks = panels(1), iter("ov^D*PXp<>")
     for name, r in found.items():
         middle = float(np.median(r["token_ms"]))
         cells = [
@@ -89,18 +89,14 @@ def show(found: dict[str, dict[str, Any]], path: Path) -> None:
         ]
         cells += [f"{1e3 / middle:.0f}", f"{middle / cost_at(r['nats'], plain_ms, plain_nats):.2f}"]
         print_row(name, *cells, median_and_range(r["first_ms"], digits=2), f"{r['kilobytes']:.0f}")
-        colour = "C1" if name.startswith("plain") else "C0"
-        axes.errorbar(
-            [middle],
-            [r["nats"]],
-            xerr=[[middle - min(r["token_ms"])], [max(r["token_ms"]) - middle]],
-            fmt="o",
-            color=colour,
-        )
-        axes.annotate(name.split("; ")[-1].removesuffix(" layers"), (middle, r["nats"]), fontsize=6)
-    axes.set_xlabel("milliseconds per generated token (orange: plain, blue: looped)")
-    axes.set_ylabel("held-out nats per byte")
-    axes.grid(alpha=0.25)
+        label = name.removesuffix(" layers") if name.startswith("plain") else name.partition("; ")[2] or "looped"
+        bars = [[middle - min(r["token_ms"])], [max(r["token_ms"]) - middle]]
+        look = {"fmt": "s", "color": "0.4"} if name.startswith("plain") else {"fmt": next(marks), "label": label}
+        axes.errorbar([middle], [r["nats"]], xerr=bars, capsize=2, **look)
+        if name.startswith("plain"):
+            axes.annotate(label, (middle, r["nats"]), (5, 5), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="milliseconds per generated token (grey: plain)", ylabel="held-out nats per byte")
+    tidy(axes)
     save(figure, path)
 
 

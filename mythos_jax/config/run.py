@@ -48,7 +48,7 @@ class Config(Section):
         super().__post_init__()
         longest = self.model.max_seq_len
         self.data.check(self.data.seq_len <= longest, "seq_len", f"at most model.max_seq_len, {longest}")
-        self._check_act()
+        self._check_gradients()
         self._check_exit_gate()
         self._check_lora()
         self._check_distillation()
@@ -58,15 +58,19 @@ class Config(Section):
             "auto or once with model.remat none (the backward pass would keep the gathered weights of every loop)",
         )
 
-    def _check_act(self) -> None:
-        """ACT weighs the outputs of all loops; without it, there are no weights that an objective could act on."""
+    def _check_gradients(self) -> None:
+        """ACT weighs the outputs of all loops, so that all need gradients; without it, there are no weights that an
+        objective could act on. Keys and values that are the first loop's get their gradient there alone."""
         depth, objectives, act = self.training.depth, self.training.objectives, self.model.readout == "act"
+        first, needs_first = self.model.loop_kv == "first", "with model.loop_kv first, whose first loop needs gradients"
         truncated = depth.backprop_loops is not None and depth.backprop_loops < max_loops(self)
         allowed = "null with readout act, which needs the output of every loop"
         depth.check(not (act and truncated), "backprop_loops", allowed)
+        depth.check(not (first and truncated), "backprop_loops", f"null {needs_first}")
         every_exit = act or objectives.exit_loss != "none"
         allowed = "false with readout act and with an exit_loss, which need the output of every loop"
         depth.check(not (every_exit and depth.backprop_up_to_mean), "backprop_up_to_mean", allowed)
+        depth.check(not (first and depth.backprop_up_to_mean), "backprop_up_to_mean", f"false {needs_first}")
         for name in ["ponder_cost", "ponder_prior"]:
             objectives.check(act or not getattr(objectives, name), name, "0 unless model.readout is act")
 

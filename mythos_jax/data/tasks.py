@@ -24,6 +24,7 @@ from mythos_jax.errors import ConfigError
 from mythos_jax.typed import check_field, to_dict
 
 VERSION = 1  # of the examples: increased whenever the same seed and index come to mean another problem
+_REVISIONS = {"boolean": 1}  # since then has answers in training that it had not
 EVALUATION_ROWS = 1024  # default number of examples per difficulty
 MAX_ATTEMPTS = 10_000  # consecutive rejected draws before giving up
 
@@ -58,7 +59,7 @@ class TaskData:
             "task": to_dict(config.data.task),
             "seq_len": config.data.seq_len,
             "held_out": config.data.held_out_fraction,
-            "version": VERSION,
+            "version": VERSION + _REVISIONS.get(config.data.task.name, 0),
         }
 
     def text(self, tokens: Sequence[int]) -> str:

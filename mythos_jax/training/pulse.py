@@ -97,10 +97,13 @@ class Pulse:
         return {"slow_process": slowest.process, **own}
 
     def look(self, why: str) -> None:
-        """Begins the first of the two looks that `suspects` compares, unless it has begun for the same reason. Called
-        `LOOKS_APART` before `suspects`, it spares the wait there."""
-        if not is_single_process() and (self._first is None or self._first[0] != why):
-            self._first = why, time.monotonic(), Call(_read)
+        """Begins the first of the two looks that `suspects` compares, unless it has just begun for the same reason.
+        Called `LOOKS_APART` before `suspects`, it spares the wait there."""
+        if is_single_process():
+            return
+        first, now = self._first, time.monotonic()
+        if first is None or first[0] != why or now - first[1] > 2 * LOOKS_APART:
+            self._first = why, now, Call(_read)
 
     def suspects(self, why: str) -> str:
         """In words, which processes do not answer, or do something else than the others; empty if none is known."""

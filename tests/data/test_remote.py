@@ -119,9 +119,13 @@ def test_a_parquet_file_is_in_memory_row_group_by_row_group(tmp_path):
     documents = [random.bytes(5000).hex() for _ in range(1600)]  # 16 MB, in groups of 0.4 MB
     pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "a.parquet", row_group_size=40)
     inputs = find_inputs([str(tmp_path / "a.parquet")]).files
+    arrow, pool = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
+    pyarrow.set_memory_pool(pool)
     tracemalloc.start()
     try:
         assert sum(len(piece.text) for piece in read_pieces(inputs, Reading())) == 16_000_000
         assert tracemalloc.get_traced_memory()[1] < 4_000_000
+        assert 0 < pool.max_memory() < 4_000_000
     finally:
         tracemalloc.stop()
+        pyarrow.set_memory_pool(arrow)

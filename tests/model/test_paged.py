@@ -99,10 +99,15 @@ def step(config, tokens, pool, pages_BN, loop_B, policy):
     return apply(config, forward)
 
 
-def test_rows_that_share_pages_see_each_other():
+@pytest.mark.parametrize(
+    ("config", "threshold"),
+    [pytest.param(MOE_LAST, 0.25, marks=pytest.mark.slow), (MLA, 0.1)],
+    ids=["moe", "mla"],
+)
+def test_rows_that_share_pages_see_each_other(config, threshold):
     """A draft begins while the token before it is still in its loops: two rows, one behind the other in depth, on the
     same pages. Both get what they get when one follows the other in a row of its own."""
-    config, policy, row, behind = MLA, halting("latent", 0.1), some_tokens()[:1], 2
+    policy, row, behind = halting("latent", threshold), some_tokens()[:1], 2
     logits, ran, _ = run_in_pieces(config, row, [0, 4, 5, 6, 7], lengths=np.array([7]), halting=policy)
     table, empty = jnp.asarray(TABLE[:1]), jnp.zeros(1, jnp.int32)
     prompt = run_in_pieces(

@@ -144,6 +144,12 @@ def test_act_needs_every_loop():
     act = ModelConfig(readout="act")
     with pytest.raises(ConfigError, match=r"training\.depth\.backprop_loops: got 4, allowed: null with readout act"):
         with_depth(act, distribution="poisson", backprop_loops=4)
+    shared = ModelConfig(loop_kv="first")  # keys and values of the first loop would have no gradient
+    with_depth(shared, distribution="poisson")
+    with pytest.raises(ConfigError, match=r"backprop_loops: got 4, allowed: null with model\.loop_kv first"):
+        with_depth(shared, distribution="poisson", backprop_loops=4)
+    with pytest.raises(ConfigError, match=r"backprop_up_to_mean: got True, allowed: false with model\.loop_kv first"):
+        with_depth(shared, distribution="poisson", backprop_up_to_mean=True)
 
 
 TOKENS = jax.random.randint(jax.random.key(7), (3, 8), 0, 40)

@@ -61,15 +61,22 @@ def dense_loss(config, params, teacher, batch):
     return loss, (mean(nats), mean(kl))
 
 
-def test_a_step_is_that_of_full_logits():
+@pytest.mark.parametrize(
+    ("mesh", "weight", "temperature"),
+    [
+        (MeshConfig(fsdp=2, tensor=2), 0.3, 2.0),
+        pytest.param(MeshConfig(), 1.0, 0.5, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_is_that_of_full_logits(mesh, weight, temperature):
     """At random depth with truncated backpropagation, in two parts, with weights of the tokens, on a mesh."""
-    config = config_of(MeshConfig(fsdp=2, tensor=2), weight=0.3, temperature=2.0)
+    config = config_of(mesh, weight=weight, temperature=temperature)
     teacher, batch = Teacher(tiny.variables(TEACHER, seed=1), TEACHER), batch_of(0)
     params = tiny.variables(STUDENT)["params"]
     (_, (nats, kl)), expected = jax.jit(jax.value_and_grad(partial(dense_loss, config), has_aux=True))(
         params, teacher, batch
     )
-    device_mesh = make_mesh(config.mesh, jax.local_devices()[:4])
+    device_mesh = make_mesh(mesh, jax.local_devices()[: 4 if mesh.tensor > 1 else 1])
     with use_mesh(device_mesh):
         placed = to_global(batch_sharding(device_mesh), B, np.arange(B), batch)
         state = init_state(config, device_mesh).replace(variables={"params": params, "balance": {}})
