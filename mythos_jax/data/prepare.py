@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mythos_jax.data.chat_counts import say_chats
 from mythos_jax.data.chat_encoder import ChatEncoder, make_chat_encoder
@@ -67,10 +67,10 @@ def prepare(
     text; 0: all. text_column: of records; several with commas are joined. chat: the records are conversations
     (chat_record.py), and written as the model that the tokenizer is from does it, or as a Jinja file `chat_template`
     says. on_error: whether a file or record that cannot be read stops everything or is left out and listed in the
-    manifest. workers: threads that tokenize (with the direct runner of Beam: processes); 0: one per core; the result
-    does not depend on it. shard_bytes: how large a file of rows may become, more or less. progress: show a progress bar
-    on a terminal. runner: of Apache Beam, to do the work on many machines (prepare_beam.py); runner_flags: its own
-    flags. Then `out` may be the URL of a folder in an object store.
+    manifest. workers: threads that tokenize (with Beam's direct runner: processes); 0: one per core; the result is the
+    same. shard_bytes: how large a file of rows may become, more or less. progress: show a progress bar on a terminal.
+    runner: of Apache Beam, to work on many machines (prepare_beam.py), with its own runner_flags; `out` may then be the
+    URL of a folder in an object store.
 
     `out` appears only when it is complete; after a kill or an error, the same call resumes. An existing `out` is never
     overwritten: it is returned if it holds the same data.
@@ -79,23 +79,12 @@ def prepare(
     """
     reading = Reading(text_column, on_error == "skip", chat)
     _check_arguments(sources, reading, seq_len, held_out_fraction, max_bytes, workers, shard_bytes, on_error)
-    threads = workers or _available_cores()
-    where = Runner(runner, tuple(runner_flags), threads) if runner else threads
-    if isinstance(where, Runner):
-        check_runner(where, sources, out)
-    elif is_remote(out):
-        allowed = "allowed: a local folder, which you then copy there, or --runner"
-        raise ConfigError(f"{out}: rows are prepared on a disk; {allowed}")
+    where = _where(out, sources, workers or _available_cores(), runner, runner_flags)
     encoder = load_tokenizer(tokenizer, end_of_document)
     chats = make_chat_encoder(tokenizer, encoder, chat_template, seq_len) if chat else None
     request = Manifest(
+        **_said_by(encoder),
         seq_len=seq_len,
-        dtype="<u2" if encoder.vocab_size <= 1 << 16 else "<u4",
-        tokenizer=encoder.name,
-        tokenizer_fingerprint=encoder.fingerprint,
-        vocab_size=encoder.vocab_size,
-        end_of_document=encoder.end_of_document,
-        splits={},
         sources=tuple(str(source) for source in sources),
         held_out_fraction=held_out_fraction,
         max_bytes=max_bytes,
@@ -103,18 +92,48 @@ def prepare(
         chat=None if chats is None else Chats(chats.fingerprint),
     )
     place = Destination(out, _hash_request(request, chats))
-    existing = place.existing()
-    if existing is not None:
+    if (existing := place.existing()) is not None:
         _check_same(existing, str(place), request, encoder)
     found = _find(request, reading)
     request = with_inputs(request, found)
-    if existing is not None and existing.inputs == request.inputs:
+    if existing is not None and _is_current(existing, request, place):
         return existing
-    if existing is not None and (have_changed(existing, request) or place.remote):
-        raise place.holds_other_data()
     division = None if chat else find_division(found.files, reading, max_bytes, held_out_fraction)
     stream = TextStream(found.files, reading, max_bytes, division)
     return _prepare(stream, place, encoder, chats, request, shard_bytes, where, progress)
+
+
+def _where(out: str | Path, sources: Sequence[str], threads: int, runner: str, flags: Sequence[str]) -> Runner | int:
+    """What does the work: a runner of Beam, or this number of threads. Raises ConfigError if it cannot write `out`."""
+    if runner:
+        chosen = Runner(runner, tuple(flags), threads)
+        check_runner(chosen, sources, out)
+        return chosen
+    if is_remote(out):
+        allowed = "allowed: a local folder, which you then copy there, or --runner"
+        raise ConfigError(f"{out}: rows are prepared on a disk; {allowed}")
+    return threads
+
+
+def _said_by(encoder: Tokenizer) -> dict[str, Any]:
+    """What a manifest has of its tokenizer, before there are rows."""
+    return {
+        "dtype": "<u2" if encoder.vocab_size <= 1 << 16 else "<u4",
+        "tokenizer": encoder.name,
+        "tokenizer_fingerprint": encoder.fingerprint,
+        "vocab_size": encoder.vocab_size,
+        "end_of_document": encoder.end_of_document,
+        "splits": {},
+    }
+
+
+def _is_current(existing: Manifest, request: Manifest, place: Destination) -> bool:
+    """Whether a folder is of the files that there are now. Raises ConfigError if it is of others and stays."""
+    if existing.inputs == request.inputs:
+        return True
+    if have_changed(existing, request) or place.remote:
+        raise place.holds_other_data()
+    return False
 
 
 def _find(request: Manifest, reading: Reading) -> Found:

@@ -25,7 +25,7 @@ STALL = 30.0  # seconds after which a call that has not returned is made again
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # between calls
 # A missing file or wrong content, which the storage will not mend, in this many calls one after the other ...
 LASTING_TRIES = 3
-LASTING_PATIENCE = 60.0  # ... and, once rows are read, for so many seconds: passing trouble may look like that
+LASTING_PATIENCE = 60.0  # ... and, once rows are read, for this many seconds: passing trouble may look like that
 CONCURRENT = 32  # calls at once to an object store
 QUIET = 60.0  # seconds after a line about reads that fail in which there is no other
 # What fsspec needs besides.

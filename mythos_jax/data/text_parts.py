@@ -61,7 +61,7 @@ class TextStream:
             yield tuple(group)
 
     def part(self, number: int, inputs: tuple[InputFile, ...], text_before: int) -> TextPart | None:
-        """A part, before which the stream has so many bytes of text; None if no more is to be read."""
+        """A part, before which the stream has this many bytes of text; None if no more is to be read."""
         left = self.max_bytes - text_before if self.max_bytes else 0
         return None if self.max_bytes and left <= 0 else TextPart(number, inputs, self.reading, left, self.division)
 
