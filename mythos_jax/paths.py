@@ -1,7 +1,10 @@
 """Paths on a disk or in an object store, such as `gs://bucket/runs/a`."""
 
+import contextlib
 import os
 import re
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,29 @@ def write_whole(path: Any, content: bytes) -> None:
     if is_remote(path):
         path.write_bytes(content)  # an object appears when it is complete
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Where to write a file on a disk, which gets its name after the block; nothing stays if that raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
         os.replace(temporary, path)
-    except OSError:
+    except OSError:  # such as a full disk
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_if_there(path: Any) -> bytes | None:
+    """The content of a file; None if there is none."""
+    try:
+        content: bytes = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return content
 
 
 def expand(path: str) -> str:

@@ -49,6 +49,11 @@ def split_suffix(path: Path) -> tuple[str, str]:
     return (Path(path.stem).suffix.lower(), suffix) if suffix in COMPRESSIONS else (suffix, "")
 
 
+def kind_left_out(path: Path) -> str:
+    """What a file that is not read is counted as."""
+    return "".join(split_suffix(path)) or "file without a suffix"
+
+
 def one_line_path(path: str | Path) -> str:
     """The path as it can be shown: a file's name may contain line breaks and bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from mythos_jax.data.input_file import InputFile, one_line_path, split_suffix
+from mythos_jax.data.input_file import InputFile, kind_left_out, one_line_path
 from mythos_jax.data.storage import open_file_system
 from mythos_jax.errors import ConfigError, StorageError, one_line
 from mythos_jax.streams import log
@@ -81,7 +81,7 @@ def _read(
         if any(part.startswith((".", "__pycache__")) for part in name.split("/")):
             left_out["hidden file"] += 1
         elif not wanted(Path(name)):
-            left_out["".join(split_suffix(Path(name))) or "file without a suffix"] += 1
+            left_out[kind_left_out(Path(name))] += 1
         else:
             read.append(name)
     return read, +left_out

@@ -1,7 +1,6 @@
 """Writes the rows of a prepared folder again, in files of another size, without the text or its tokenizer."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +10,10 @@ from mythos_jax.data.destination import Destination
 from mythos_jax.data.fetch import SMALL_FILES, local_folder
 from mythos_jax.data.manifest import MANIFEST_FILE, VERSION, Manifest, Split, load_manifest
 from mythos_jax.data.row_file import RowFile
-from mythos_jax.data.stored_rows import open_stored_rows
+from mythos_jax.data.stored_rows import all_rows, open_stored_rows
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_remote
 from mythos_jax.progress import Progress
-
-_ROWS_AT_ONCE = 4096
 
 
 def reshard(source: str | Path, out: str | Path, shard_bytes: int, *, progress: bool = True) -> Manifest:
@@ -57,7 +54,7 @@ def _write(folder: Path, manifest: Manifest, rows: Path, shard_bytes: int, progr
         for name, split in manifest.splits.items():
             writer = RowFile(rows, name, _row_bytes(manifest), shard_bytes)
             try:
-                for row in _rows(folder, name, manifest):
+                for row in all_rows(open_stored_rows(folder, name, manifest), split.rows):
                     writer.write(row)
                     bar.update()
                 splits[name] = Split(**vars(split) | writer.finish())
@@ -71,12 +68,3 @@ def _row_bytes(manifest: Manifest) -> int:
     """Of the longest row; of conversations it also has weights and numbers of samples."""
     per_token = np.dtype(manifest.dtype).itemsize + (8 if manifest.chat is not None else 0)
     return (manifest.seq_len + 1) * per_token
-
-
-def _rows(folder: Path, split: str, manifest: Manifest) -> Iterator[bytes]:
-    stored, count = open_stored_rows(folder, split, manifest), manifest.splits[split].rows
-    try:
-        for first in range(0, count, _ROWS_AT_ONCE):
-            yield from stored.read(range(first, min(first + _ROWS_AT_ONCE, count)))
-    finally:
-        stored.close()

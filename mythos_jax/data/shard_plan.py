@@ -20,14 +20,13 @@ from mythos_jax.data.manifest import SPLITS, Manifest, Shard, Split, shards_sha2
 from mythos_jax.data.readers import LeftOut
 from mythos_jax.data.rows import RowWriter
 from mythos_jax.data.shards import Layout, shard_name
-from mythos_jax.data.stored_rows import Shards
+from mythos_jax.data.stored_rows import Shards, all_rows
 from mythos_jax.data.units import TokenUnit
 from mythos_jax.data.work_files import WorkFiles
 from mythos_jax.data.write_rows import Choice, Written, check_not_empty, document_to_move
 
 LoadUnit = Callable[[int, int], TokenUnit]  # by the numbers of its part, and of the unit in it
 _ONE_FILE = 1 << 62  # bytes
-_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -214,10 +213,6 @@ def split_content(split: str, shards: Sequence[Shard], request: Manifest, folder
     written = finish_split(empty, shards, "", request)
     rows = Shards(folder, split, Manifest(**vars(request) | {"splits": {split: written}}))
     content = hashlib.sha256()
-    try:
-        for first in range(0, written.rows, _ROWS_AT_ONCE):
-            for row in rows.read(range(first, min(first + _ROWS_AT_ONCE, written.rows))):
-                content.update(row)
-    finally:
-        rows.close()
+    for row in all_rows(rows, written.rows):
+        content.update(row)
     return content.hexdigest()

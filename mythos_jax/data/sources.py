@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mythos_jax.data.input_file import COMPRESSIONS, SUFFIXES, InputFile, one_line_path, split_suffix
+from mythos_jax.data.input_file import COMPRESSIONS, SUFFIXES, InputFile, kind_left_out, one_line_path, split_suffix
 from mythos_jax.data.remote import find_remote
 from mythos_jax.errors import ConfigError
 from mythos_jax.paths import is_remote
@@ -173,7 +173,7 @@ class _Walk:
             self.left_out["hidden file"] += 1
             return
         if not self._wanted(path):
-            self.left_out["".join(split_suffix(path)) or "file without a suffix"] += 1
+            self.left_out[kind_left_out(path)] += 1
             return
         try:
             info = path.stat()

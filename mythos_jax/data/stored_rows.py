@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from mythos_jax.errors import ConfigError
 
 CACHE_BYTES = 256 << 20  # of rows from an object store that this process keeps
 _RUN_BYTES = 8 << 20  # of neighbouring rows that are read at once
+_ROWS_AT_ONCE = 4096  # of all rows
 _OVERHEAD = 256  # bytes that an entry of the cache takes besides the row
 
 
@@ -39,6 +40,15 @@ def open_stored_rows(folder: str | Path, split: str, manifest: Manifest, patient
     if manifest.version == 1:
         return OneFile(Path(folder) / f"{split}.array_record", manifest.splits[split].rows)
     return Shards(folder, split, manifest, patient)
+
+
+def all_rows(rows: StoredRows, count: int) -> Iterator[bytes]:
+    """All rows of a split in order, which are closed after that."""
+    try:
+        for first in range(0, count, _ROWS_AT_ONCE):
+            yield from rows.read(range(first, min(first + _ROWS_AT_ONCE, count)))
+    finally:
+        rows.close()
 
 
 class Shards:

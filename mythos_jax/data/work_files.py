@@ -1,17 +1,14 @@
 """Files of a folder on a disk or in an object store, which are written and read as a whole."""
 
 import contextlib
-import os
 import shutil
-import threading
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mythos_jax.data.remote import asking
+from mythos_jax.data.remote import asking, relative
 from mythos_jax.data.storage import open_file_system
-from mythos_jax.paths import is_remote
+from mythos_jax.paths import is_remote, new_file, write_whole
 
 Result = TypeVar("Result")
 
@@ -57,8 +54,7 @@ class WorkFiles:
         if self.remote:
             self._ask(lambda: self._files.pipe_file(f"{self._root}/{name}", content), "written")
             return
-        with self._new_file(name) as partial:
-            partial.write_bytes(content)
+        write_whole(self._place(name), content)
 
     def put(self, path: Path, name: str) -> None:
         """Moves a file from the disk into the folder."""
@@ -66,7 +62,7 @@ class WorkFiles:
             self._ask(lambda: self._files.put_file(str(path), f"{self._root}/{name}"), "written")
             path.unlink()
             return
-        with self._new_file(name) as partial:
+        with new_file(self._place(name)) as partial:
             shutil.move(path, partial)
 
     def put_all(self, folder: Path) -> None:
@@ -81,7 +77,7 @@ class WorkFiles:
             with contextlib.suppress(FileNotFoundError):
                 found = self._ask(lambda: self._files.find(self._root))
                 root = self._files.info(self._root)["name"].rstrip("/") if found else ""
-                return sorted(path[len(root) :].lstrip("/") for path in found)
+                return sorted(relative(path, root) for path in found)
             return []
         files = (path for path in Path(self.folder).rglob("*") if path.is_file())
         return sorted(path.relative_to(self.folder).as_posix() for path in files)
@@ -105,15 +101,8 @@ class WorkFiles:
     def _ask(self, call: Callable[[], Result], verb: str = "read") -> Result:
         return asking(self.folder, call, verb, kind="")
 
-    @contextlib.contextmanager
-    def _new_file(self, name: str) -> Any:
-        """A path for a new file, which gets its name when it is complete."""
+    def _place(self, name: str) -> Path:
+        """Where a file is on the disk; its folder is made."""
         path = Path(self.folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}-{uuid.uuid4().hex[:4]}.part")
-        try:
-            yield partial
-            os.replace(partial, path)
-        except OSError:  # such as a full disk
-            partial.unlink(missing_ok=True)
-            raise
+        return path

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from mythos_jax.errors import ConfigError, LockError
-from mythos_jax.paths import is_remote, write_whole
+from mythos_jax.paths import is_remote, read_if_there, write_whole
 from mythos_jax.processes import log0
 from mythos_jax.runs.owner import LOCK_FILE, PATIENCE, RENEW, Owner, parse_owner
 
@@ -97,7 +97,8 @@ class RunLock:
 
     def _create(self, path: Any) -> bool:
         """Makes a file that names this process in one go, so that nobody sees it empty; False if it exists."""
-        temporary = self._write_aside()
+        temporary = self._run_dir / f".{LOCK_FILE}.{self._me.token}"
+        temporary.write_bytes(self._content())
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -108,11 +109,6 @@ class RunLock:
             temporary.unlink()
         return True
 
-    def _write_aside(self) -> Any:
-        aside = self._run_dir / f".{LOCK_FILE}.{self._me.token}"
-        aside.write_bytes(self._content())
-        return aside
-
     def _create_exclusively(self, path: Any) -> bool:
         try:
             with open(path, "xb") as file:
@@ -122,17 +118,17 @@ class RunLock:
         return True
 
     def _create_remote(self) -> bool:
-        if _read(self._file) is None:
+        if read_if_there(self._file) is None:
             self._file.write_bytes(self._content())
             time.sleep(self._timing.settle)
-        return _read(self._file) == self._content()
+        return read_if_there(self._file) == self._content()
 
     def _wait_for_death(self, path: Any) -> bytes | None:
         """Returns what a file held last when its owner is dead; None if it has another owner, or none, by now.
 
         Raises LockError if the owner is alive.
         """
-        found = _read(path)
+        found = read_if_there(path)
         if found is None:
             return None
         owner = parse_owner(found)
@@ -155,7 +151,7 @@ class RunLock:
             if now > begin + self._timing.ending:
                 raise self._in_use(owner)
             time.sleep(self._timing.patience / 35)
-            content = _read(path)
+            content = read_if_there(path)
             if content is None:
                 return None
             if content != found:
@@ -179,7 +175,7 @@ class RunLock:
         in the same way. Such a file counts only while the lock is still the dead owner's.
         """
         if is_remote(self._file):
-            if _read(self._file) == dead:
+            if read_if_there(self._file) == dead:
                 self._file.unlink()
             return False
         claims = [self._claim(dead)]
@@ -188,9 +184,9 @@ class RunLock:
             if died is None:
                 return False
             claims.append(self._claim(died))
-        is_successor = _read(self._file) == dead
+        is_successor = read_if_there(self._file) == dead
         if is_successor:
-            os.replace(self._write_aside(), self._file)
+            write_whole(self._file, self._content())
         for claim in claims:
             claim.unlink(missing_ok=True)
         return is_successor
@@ -216,17 +212,9 @@ class RunLock:
 
     def _owner(self) -> Owner | None:
         """The owner that the file names, if it is another process."""
-        found = _read(self._file)
+        found = read_if_there(self._file)
         owner = None if found is None else parse_owner(found)
         return None if owner is None or owner.token == self._me.token else owner
 
     def _content(self) -> bytes:
         return json.dumps(asdict(self._me)).encode()
-
-
-def _read(path: Any) -> bytes | None:
-    try:
-        content: bytes = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    return content

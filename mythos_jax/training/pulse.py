@@ -102,7 +102,7 @@ class Pulse:
         if is_single_process():
             return
         first, now = self._first, time.monotonic()
-        if first is None or first[0] != why or now - first[1] > 2 * LOOKS_APART:
+        if first is None or first[0] != why or now - first[1] > 4 * LOOKS_APART:
             self._first = why, now, Call(_read)
 
     def suspects(self, why: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from mythos_jax.config import Config, load_run_config
 from mythos_jax.errors import ConfigError, one_line
 from mythos_jax.json_text import parse_json
-from mythos_jax.paths import is_remote, to_path
+from mythos_jax.paths import is_remote, read_if_there, to_path
 from mythos_jax.runs.owner import LOCK_FILE, Owner, parse_owner
 from mythos_jax.runs.records import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, parse_events
 from mythos_jax.watch.history import History
@@ -66,14 +66,14 @@ class WatchedRun:
 
     def _look(self) -> None:
         self._read_config()
-        self.events = parse_events(_content(self.path / EVENTS_FILE) or b"")
-        lock = _content(self.path / LOCK_FILE)
+        self.events = parse_events(read_if_there(self.path / EVENTS_FILE) or b"")
+        lock = read_if_there(self.path / LOCK_FILE)
         self.owner = None if lock is None else parse_owner(lock)
         self._log.read()
         self.looked = time.time()
 
     def _read_config(self) -> None:
-        content = _content(self.path / CONFIG_FILE)
+        content = read_if_there(self.path / CONFIG_FILE)
         if content == self._config_bytes and not self.problem:
             return
         self._config_bytes, self.problem = content, ""
@@ -129,14 +129,6 @@ class _Log:
                 self.history.add(line)
         self._end += sum(map(len, lines)) + len(lines)
         self._before = b"".join([self._before, *(line + b"\n" for line in lines[-_OVERLAP:])])[-_OVERLAP:]
-
-
-def _content(path: Any) -> bytes | None:
-    try:
-        content: bytes = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    return content
 
 
 def _reason(error: Exception) -> str:

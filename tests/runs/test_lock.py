@@ -225,7 +225,7 @@ def test_a_lock_that_somebody_deleted_is_made_again(run_dir):
 
 
 def test_an_object_store_that_fails_for_a_moment_does_not_end_the_renewals(run_dir, monkeypatch):
-    fails, read = [True], lock_module._read
+    fails, read = [True], lock_module.read_if_there
 
     def reading(path):
         if not fails:
@@ -234,7 +234,7 @@ def test_an_object_store_that_fails_for_a_moment_does_not_end_the_renewals(run_d
         raise RuntimeError("503")  # as gcsfs: no OSError
 
     with locked(run_dir, FAST) as lock:
-        monkeypatch.setattr(lock_module, "_read", reading)
+        monkeypatch.setattr(lock_module, "read_if_there", reading)
         lock.check()
         while len(fails) < 3 and lock._renewing.is_alive():
             time.sleep(0.01)
