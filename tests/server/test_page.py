@@ -230,7 +230,7 @@ def test_a_server_that_starts_and_one_that_is_gone(visit):
     reader.server.thread.join()  # a server without an engine ends
     reader.hears("?")
     assert reader.page.locator(".error").last.inner_text() == "The server cannot be reached."
-    assert reader.page.inner_text("#status") == "The server cannot be reached."
+    reader.wait("#status:has-text('The server cannot be reached.')")  # it asks again, and is refused
 
 
 def test_drafts_are_grey_until_they_are_confirmed_or_taken_back(visit):

@@ -21,15 +21,15 @@ let following = true; // the reader is at the end, so the text may scroll
 let lastTop = 0; // where the reader was last
 let drawing = null; // the answer whose numbers the next frame shows
 
-// Drawing waits for the next frame: many tokens may come within one.
+// For an answer that is being written: many tokens may come within one frame.
 function drawSoon(answer) {
-  if (!drawing) requestAnimationFrame(drawNow);
+  if (!drawing) requestAnimationFrame(() => drawing && draw(drawing));
   drawing = answer;
 }
 
-function drawNow() {
-  numbers.draw(drawing);
+function draw(answer) {
   drawing = null;
+  numbers.draw(answer);
   if (following) talk.scrollTop = talk.scrollHeight;
 }
 
@@ -74,7 +74,7 @@ async function run(turn) {
   running = new AbortController();
   following = true;
   busy(true);
-  drawSoon(turn.answer);
+  draw(turn.answer);
   const say = speaker();
   const end = await reply(turn, chat ? "v1/chat/completions" : "v1/completions", say);
   running = null;
@@ -124,7 +124,7 @@ function finish(turn, foot, { note, error }) {
   const again = button(error ? "Try again" : "Regenerate", () => running || run(turn));
   again.classList.add("again");
   foot.append(again);
-  drawSoon(answer);
+  draw(answer);
 }
 
 function fail(turn, error) {
@@ -170,7 +170,7 @@ function clear() {
   forgotten = 0;
   card.hide();
   busy(false);
-  drawSoon(new Answer(null, 1, 1));
+  draw(new Answer(null, 1, 1));
   $("prompt").focus();
 }
 
