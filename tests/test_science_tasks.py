@@ -73,7 +73,7 @@ def test_the_table_of_mano(monkeypatch, tmp_path, capsys):
     for _ in range(2):  # finished runs are not repeated
         mano.main(["--out", str(tmp_path), "--seeds", "0", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(asked) == 2 * 7
-    row = next(line for line in lines if line.startswith("| 3 x 1 |"))
+    assert len(asked) == 2 * 5
+    row = next(line for line in lines if line.startswith("| 2 x 1 |"))
     assert "| 97.0 ± 0.0 | 5.0 ± 0.0 |" in row
     assert (tmp_path / "cpu" / "mano.png").stat().st_size > 10_000

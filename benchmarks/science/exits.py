@@ -98,7 +98,7 @@ def draw(axes: Any, models: Mapping[str, Runs], problem: Problem) -> None:
             ways[way] = Line2D([], [], color="0.4", linestyle=LINES[way], label=way)
     axes.set(xlabel="mean loops", ylabel=problem.field)
     colours = [Line2D([], [], color=f"C{i}", label=model) for i, model in enumerate(models)]
-    tidy(axes, handles=[*colours, *ways.values()], loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
+    tidy(axes, handles=[*colours, *ways.values()], loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def main(words: list[str] | None = None) -> None:

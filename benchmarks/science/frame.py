@@ -40,9 +40,21 @@ _GPU = {
     "training.steps": 1000,
     "training.warmup_steps": 100,
 }
+_SMOKE = {
+    "model.max_seq_len": 32,
+    "model.n_heads": 2,
+    "model.n_kv_heads": 1,
+    "data.seq_len": 32,
+    "data.max_bytes": 100_000,
+    "training.batch_size": 4,
+    "training.steps": 4,
+    "training.warmup_steps": 2,
+    "evaluation.max_rows": 16,
+}
 SIZES = {
     "cpu": Size(16),
     "gpu": Size(128, tuple(f"--{name}={value}" for name, value in _GPU.items())),
+    "smoke": Size(8, tuple(f"--{name}={value}" for name, value in _SMOKE.items())),  # tries a script, shows nothing
 }
 
 

@@ -15,12 +15,13 @@ from mythos_jax.flops import count_parameters
 
 # Executed layers D, numbers of layers k, and overrides.
 SIZES: dict[str, tuple[int, tuple[int, ...], tuple[str, ...]]] = {
-    "cpu": (6, (1, 2, 3, 6), ()),
+    "cpu": (4, (1, 2, 4), ()),
     "gpu": (
         12,
         (2, 3, 6, 12),
         (
             *("--data.task.alphabet=23", "--data.task.difficulty=[1,2,3,4,5,6,7,8,9,10]", "--data.seq_len=22"),
+            "--model.max_seq_len=32",
             *("--evaluation.difficulties=[4,6,8,10]", "--data.task.answers=last", "--model.dim=256"),
             *("--model.hidden_dim=688", "--model.n_heads=8", "--model.n_kv_heads=8", "--training.steps=6000"),
             *("--training.batch_size=512", "--evaluation.batch_size=512", "--training.warmup_steps=300"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.exact_match import TASKS
+from benchmarks.science import positions
 from benchmarks.science.frame import TEXT
 from benchmarks.science.sampled_depth import FIXED as ARM
 from benchmarks.science.sampled_depth import SAMPLED
@@ -49,11 +50,17 @@ def text_models(size: str) -> Models:
     return {name: (arm.name(size), arm.words(size)) for name, arm in arms.items()}
 
 
+# Of configs/tasks/group.yaml.
+GROUP = {
+    "cpu": (),
+    "gpu": ("--model.dim=128", "--model.n_heads=4", "--model.n_kv_heads=4", "--model.hidden_dim=352"),
+    "smoke": positions.SIZES["smoke"][2],
+}
+
+
 def group_models(size: str) -> Models:
     """With a layer before the loop: a predictor sees nothing else."""
-    shape = ["--model.prelude_layers=1"]
-    if size == "gpu":
-        shape += ["--model.dim=128", "--model.n_heads=4", "--model.n_kv_heads=4", "--model.hidden_dim=352"]
+    shape = ["--model.prelude_layers=1", *GROUP[size]]
     models: Models = {"last loop": ("group", shape)}
     return models | {name: (f"group, {name}", [*shape, *words]) for name, words in with_exits(0.2).items()}
 
