@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.p_hop
 
 Trains configs/tasks/p_hop.yaml as it is and with one loop. Prints exact match by difficulty, and draws it against
-loops. Finished runs are not repeated. A run takes five to ten minutes on two cores.
+loops. Finished runs are not repeated. A run takes a minute on one core.
 """
 
 import argparse
