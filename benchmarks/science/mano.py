@@ -57,7 +57,7 @@ def main(words: list[str] | None = None) -> None:
     runs = run_arms(arguments, "arithmetic", named, folder(arguments))
     arms = list(runs)
     difficulties = config_of(size, *arms[0]).evaluation.difficulties
-    heads = [f"{n} operations" for n in difficulties]
+    heads = [f"{n} operation{'s' if n > 1 else ''}" for n in difficulties]
     print(f"| layers x loops | parameters | {' | '.join(heads)} |\n" + "|---" * (2 + len(heads)) + "|")
     for layers, loops in arms:
         cells = [spread(exact_match(runs[layers, loops], n, loops), 1) for n in difficulties]
