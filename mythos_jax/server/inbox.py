@@ -42,7 +42,7 @@ class Inbox:
         self._bell, self._most = bell, most + choices * MOST_FOR_EACH
         self._batches: deque[tuple[int, Sequence[Event]]] = deque()  # appended in one thread, taken in the other
         self._ready = asyncio.Event()
-        self._waiting = 0
+        self._came = self._taken = 0  # events; each number is written in one thread alone
         self._woken = self._closed = False
 
     def listener(self, choice: int) -> Listener:
@@ -51,8 +51,8 @@ class Inbox:
         def listen(events: Sequence[Event]) -> None:
             if self._closed:
                 return
-            self._waiting += len(events)
-            if self._waiting > self._most:
+            self._came += len(events)
+            if self._came - self._taken > self._most:
                 self._closed = True  # what follows is of no use; the reader finds out by `Overflow`
             self._batches.append((choice, events))
             self._wake()
@@ -85,9 +85,9 @@ class Inbox:
         taken = []
         while self._batches:
             taken.append(self._batches.popleft())
-        if self._waiting > self._most:
+        if self._came - self._taken > self._most:
             raise Overflow
-        self._waiting = 0
+        self._taken += sum(len(events) for choice, events in taken if choice >= 0)
         return taken
 
     def _wake(self) -> None:

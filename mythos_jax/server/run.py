@@ -112,6 +112,9 @@ class Server(uvicorn.Server):
             return
         if self._service.state == "starting":
             self._service.state = "ready"
+            if self._drain_until is not None:  # a signal came just before
+                self._service.state = "draining"
+                return
             print_result(f"mythos: serving {self._service.model.names[0]} at {self._address}")
 
     async def on_tick(self, counter: int) -> bool:

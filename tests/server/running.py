@@ -67,24 +67,25 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    service: Service, drain_seconds: float = 5, port: int = 0, limits: ConnectionLimits | None = None
+    service: Service, drain_seconds: float = 60, port: int = 0, limits: ConnectionLimits | None = None
 ) -> Iterator[Running]:
     """The server's own loop, in a thread; it ends with the block."""
     engine: Any = service.engine
     listener: socket.socket = bind("127.0.0.1", port)
     server = Server(service, limits or ConnectionLimits(), engine.start, drain_seconds, address_of(listener))
+    server.config.timeout_graceful_shutdown = 30  # a busy machine may take its time for the last answers
     service.state = "starting"
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     address = listener.getsockname()[:2]
     found = Running(service, engine, server, address_of(listener), address, thread)
     thread.start()
     try:
-        while service.state == "starting" and thread.is_alive():
+        while (service.state == "starting" or server.is_starting) and thread.is_alive():  # it has said so, too
             thread.join(0.005)
         yield found
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         engine.close(drain=False)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import httpx
 import openai
@@ -134,11 +135,14 @@ def test_depth_and_halting(client):
 
 def test_provisional(client, server, monkeypatch):
     """Drafts come first, and the final text is the same; a client that does not know of them sees that only."""
-    monkeypatch.setattr(server.engine, "delay", 0.02)  # so that steps do not come together
     fields = {"model": NAME, "messages": QUESTION, "max_tokens": 12, "seed": 2}
     whole = client.chat.completions.create(**fields)
     extra = {"provisional": True, "draft_tokens": 4}
-    chunks = list(client.chat.completions.create(**fields, stream=True, extra_body=extra))
+    monkeypatch.setattr(server.engine, "turns", threading.Semaphore(0))
+    chunks = []
+    for chunk in client.chat.completions.create(**fields, stream=True, extra_body=extra):
+        chunks.append(chunk)
+        server.engine.let()  # steps do not come together
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
     shown: dict[int, str] = {}
     final = {}

@@ -141,7 +141,8 @@ def test_the_page_asks_nothing_of_the_network():
 
 def test_full():
     """The queue, and memory for bodies; nothing of a request that is refused stays behind."""
-    with running(fake_service(FakeEngine(places=1, queue=2, delay=0.05))) as server:
+    with running(fake_service(FakeEngine(places=1, queue=2))) as server:
+        server.engine.turns = threading.Semaphore(0)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.RateLimitError) as error:
             client.completions.create(**PROMPT, n=4)
@@ -149,6 +150,7 @@ def test_full():
         assert error.value.code == "queue_full"
         while server.engine.counters.occupied or server.engine.counters.queued:
             time.sleep(0.01)
+        server.engine.turns = None
         assert client.completions.create(**PROMPT, n=3).choices[2].finish_reason == "length"
     service = fake_service(limits=Limits(buffered=100))
     large, small = ask(service, completion(prompt="x" * (2**16 + 100)), completion())
@@ -277,20 +279,21 @@ def test_metrics():
 
 def test_a_signal_drains():
     """What is under way ends; what comes is told that the server stops; then the server ends by itself."""
-    with running(fake_service(FakeEngine(delay=0.2))) as server:
+    with running(fake_service()) as server:
+        server.engine.turns = threading.Semaphore(9)  # some tokens may be parts of a character
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(**PROMPT | {"max_tokens": 30}, stream=True)
         first = next(stream)
         server.server.handle_exit(signal.SIGTERM, None)
-        ready = httpx.get(f"{server.url}/ready")
-        assert (ready.status_code, httpx.get(f"{server.url}/health").status_code) == (503, 200)
+        ready, health = (httpx.get(f"{server.url}/{path}", timeout=60) for path in ("ready", "health"))
+        assert (ready.status_code, health.status_code) == (503, 200)
         with pytest.raises(openai.InternalServerError) as error:
             client.completions.create(**PROMPT)
         assert error.value.status_code == 503
-        server.engine.delay = 0
+        server.engine.let(30)
         chunks = [first, *stream]
         assert chunks[-1].choices[0].finish_reason == "length"
-        server.thread.join(5)
+        server.thread.join(60)
         assert not server.thread.is_alive()
         assert server.server.code == DONE
 
@@ -298,33 +301,33 @@ def test_a_signal_drains():
 def test_a_request_that_is_being_tokenized_is_under_way(monkeypatch, capsys):
     begun, go_on = threading.Event(), threading.Event()
     with running(fake_service()) as server:
-        monkeypatch.setattr(type(server.service.model), "encode", lambda self, text: begun.set() or [go_on.wait(5)])
+        monkeypatch.setattr(type(server.service.model), "encode", lambda self, text: begun.set() or [go_on.wait(60)])
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         chunks = []
         fields = PROMPT | {"prompt": ["a", "b"], "stream": True}
         reader = threading.Thread(target=lambda: chunks.extend(client.completions.create(**fields)), daemon=True)
         reader.start()
-        assert begun.wait(5)
+        assert begun.wait(60)
         server.server.handle_exit(signal.SIGTERM, None)
         server.thread.join(0.5)
         assert server.thread.is_alive()
         assert not server.server.should_exit
         go_on.set()
-        reader.join(5)
+        reader.join(60)
         assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"] * 2
-        server.thread.join(5)
+        server.thread.join(60)
         assert not server.thread.is_alive()
     assert "mythos: SIGTERM: ending 1 requests" in capsys.readouterr().err
 
 
-def test_a_body_that_arrives_after_a_signal_is_refused():
+def test_a_body_that_arrives_after_a_signal_is_refused(monkeypatch):
     body = b'{"model": "tiny", "prompt": [1], "stream": true}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with running(fake_service()) as server, socket.create_connection(server.address, timeout=5) as client:
+    with running(fake_service()) as server, socket.create_connection(server.address, timeout=60) as client:
+        found_ready, require = threading.Event(), server.service.require_ready
+        monkeypatch.setattr(server.service, "require_ready", lambda: (require(), found_ready.set()))
         client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body[:10])
-        while not server.server.server_state.tasks:
-            time.sleep(0.01)
-        time.sleep(0.1)  # it has found the server ready
+        assert found_ready.wait(60)
         server.server.handle_exit(signal.SIGTERM, None)
         client.sendall(body[10:])
         answer = b""
@@ -338,7 +341,8 @@ def test_a_body_that_arrives_after_a_signal_is_refused():
 def test_a_second_signal_ends_at_once(monkeypatch, number, code):
     ended = []
     monkeypatch.setattr("os._exit", ended.append)
-    with running(fake_service(FakeEngine(delay=0.1))) as server:
+    with running(fake_service()) as server:
+        server.engine.turns = threading.Semaphore(9)  # some tokens may be parts of a character
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(**PROMPT | {"max_tokens": 100}, stream=True)
         next(stream)
@@ -350,16 +354,15 @@ def test_a_second_signal_ends_at_once(monkeypatch, number, code):
 
 
 def test_what_does_not_end_in_time_is_cut_off():
-    with running(fake_service(FakeEngine(delay=0.03)), drain_seconds=0.2) as server:
+    with running(fake_service(), drain_seconds=0.2) as server:
+        server.engine.turns = threading.Semaphore(9)  # some tokens may be parts of a character
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(**PROMPT | {"max_tokens": 200}, stream=True)
         next(stream)
-        started = time.monotonic()
         server.server.handle_exit(signal.SIGTERM, None)
         with pytest.raises(openai.APIError, match="the server is stopping"):
             list(stream)
-        server.thread.join(5)
-        assert time.monotonic() - started < 3
+        server.thread.join(60)
         assert not server.thread.is_alive()
         assert server.server.code == DONE
         assert server.engine.cancelled
@@ -370,14 +373,15 @@ def test_an_engine_that_fails(capsys, monkeypatch, says_so):
     """Every request hears of it, also if the engine could not say it, and the server ends with an error."""
     if not says_so:
         monkeypatch.setattr(FakeEngine, "_end_all", lambda self, event: None)
-    with running(fake_service(FakeEngine(delay=0.02))) as server:
+    with running(fake_service()) as server:
+        server.engine.turns = threading.Semaphore(9)  # some tokens may be parts of a character
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(**PROMPT | {"max_tokens": 200}, stream=True)
         next(stream)
         server.engine.fail = MemoryError("no room\nfor it")
         with pytest.raises(openai.APIError, match=r"the engine has failed: .*no room for it"):
             list(stream)
-        server.thread.join(5)
+        server.thread.join(60)
         assert not server.thread.is_alive()
         assert server.server.code == FAILED
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mythos:")]
@@ -388,7 +392,7 @@ def test_a_start_that_fails(capsys):
     engine = FakeEngine()
     engine.start = lambda: 1 / 0
     with running(fake_service(engine)) as server:
-        server.thread.join(5)
+        server.thread.join(60)
         assert server.server.code == FAILED
     assert "mythos: the engine has failed: ZeroDivisionError: division by zero" in capsys.readouterr().err
 
@@ -399,25 +403,25 @@ def test_the_end_does_not_wait_for_texts_that_are_tokenized(monkeypatch, busy):
     monkeypatch.setattr("os._exit", ended.append)
     monkeypatch.setattr("mythos_jax.server.run._GRACE", 0.1)
     service = fake_service(state="starting")
-    monkeypatch.setattr(type(service.model), "encode", lambda self, text: begun.set() or go_on.wait(20))
+    monkeypatch.setattr(type(service.model), "encode", lambda self, text: begun.set() or go_on.wait(120))
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
     words = (service, listener, service.engine.start, 0.1)
     server = threading.Thread(target=lambda: codes.append(serve(*words)), daemon=True)
     server.start()
-    while service.state == "starting":
+    while service.state == "starting" or any(thread.name == "starting" for thread in threading.enumerate()):
         time.sleep(0.01)
 
     def ask_for_text():
         with contextlib.suppress(httpx.HTTPError):
-            httpx.post(url, json=PROMPT | {"prompt": "hi"})
+            httpx.post(url, json=PROMPT | {"prompt": "hi"}, timeout=60)
 
     clients = [threading.Thread(target=ask_for_text, daemon=True) for _ in range(2 if busy else 0)]
     for client in clients:
         client.start()
-    assert not busy or begun.wait(5)
+    assert not busy or begun.wait(60)
     service.engine.error = RuntimeError("no more")
-    server.join(5)
+    server.join(60)
     assert (codes, ended) == ([FAILED], [FAILED] if busy else [])
     go_on.set()
     for client in clients:
@@ -444,7 +448,7 @@ def test_an_inbox_has_an_end():
         thread.start()
         taken = 0
         while taken < 5:
-            batches = await inbox.take(1)
+            batches = await inbox.take(60)
             assert {choice for choice, _ in batches} == {3}
             taken += len(batches)
         thread.join()
@@ -453,7 +457,7 @@ def test_an_inbox_has_an_end():
             listen_to([event])
         assert len(inbox._batches) == 10 + MOST_FOR_EACH + 1
         with pytest.raises(Overflow):
-            await inbox.take(1)
+            await inbox.take(60)
 
     asyncio.run(fill())
 
@@ -497,9 +501,9 @@ def test_no_event_waits_for_the_next():
 
         inbox._batches = Batches()
         listen_to(first)
-        assert [events for _, events in await inbox.take(5)] == [first, second]
+        assert [events for _, events in await inbox.take(60)] == [first, second]
         await asyncio.sleep(0.01)
-        waiting = asyncio.create_task(inbox.take(5))
+        waiting = asyncio.create_task(inbox.take(60))
         await asyncio.sleep(0.01)
         listen_to(third)
         assert await waiting == [(0, third)]

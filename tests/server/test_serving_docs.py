@@ -32,14 +32,14 @@ def test_the_example_with_the_openai_client(server, capsys):
 
 
 def test_the_metrics(server):
-    text = httpx.get(f"{server.url}/metrics", trust_env=False).text
+    text = httpx.get(f"{server.url}/metrics", trust_env=False, timeout=60).text
     kinds = dict(re.findall(r"^# TYPE (mythos_\w+) (\w+)", text, re.MULTILINE))
     known = {name for name, kind in kinds.items() if not name.endswith("_created")}
     assert set(re.findall(r"mythos_(?!jax)\w+", PAGE.partition("## Metrics")[2].partition("##")[0])) == known
 
 
 def test_the_paths(server):
-    paths = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()["paths"]
+    paths = httpx.get(f"{server.url}/openapi.json", trust_env=False, timeout=60).json()["paths"]
     assert set(re.findall(r"`(?:GET|POST) (/\S*)`", PAGE)) | {"/v1/models/{name}"} == {*paths, "/openapi.json", "/"}
 
 

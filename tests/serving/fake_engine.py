@@ -31,6 +31,7 @@ def some_answer(request: Request, vocabulary: int = 256) -> list[int]:
 
 class FakeEngine:
     """answer: the tokens that follow a request. delay: seconds for each step, in which every place gets a token.
+    turns: with a semaphore, each step takes one from it, and waits for one; what is cancelled leaves without.
 
     Depths go from 1 to the request's in turn. Every fifth draft is wrong.
     """
@@ -49,6 +50,7 @@ class FakeEngine:
         self.error: BaseException | None = None
         self.fail: BaseException | None = None  # what the engine's thread is to fail with, in its next step
         self.cancelled: list[Ticket] = []
+        self.turns: threading.Semaphore | None = None
         self._queue_limit, self._queue, self._active = queue, deque[Ticket](), list[Ticket]()
         self._lock, self._wake, self._closing, self._drain = threading.Lock(), threading.Event(), False, True
         self._thread: threading.Thread | None = None
@@ -85,6 +87,12 @@ class FakeEngine:
     def cancel(self, ticket: Ticket) -> None:
         ticket.cancelled = True
         self.cancelled.append(ticket)
+        self._wake.set()
+
+    def let(self, steps: int = 1) -> None:
+        """Gives it so many turns."""
+        assert self.turns is not None
+        self.turns.release(steps)
         self._wake.set()
 
     def start(self) -> None:
@@ -128,16 +136,20 @@ class FakeEngine:
             ticket.listener([Finished("cancelled")])
         if not self._active:
             return bool(waiting)
-        time.sleep(self.delay)
-        self.counters.steps += 1
+        held = self.turns is not None and not self.turns.acquire(blocking=False)
+        if not held:
+            time.sleep(self.delay)
+            self.counters.steps += 1
         for ticket in list(self._active):
+            if held and not ticket.cancelled:
+                continue
             events = self._events(ticket)
             if isinstance(events[-1], Finished):
                 self._active.remove(ticket)
                 self.counters.requests_finished += 1
                 self.counters.occupied = len(self._active)
             ticket.listener(events)
-        return True
+        return not held
 
     def _events(self, ticket: Ticket) -> list[Event]:
         if ticket.cancelled:
