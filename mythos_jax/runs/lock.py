@@ -144,13 +144,18 @@ class RunLock:
         return found
 
     def _watch(self, path: Any, found: bytes) -> bytes | None:
-        """`_wait_for_death` of an owner elsewhere."""
-        begin = renewed = time.monotonic()
-        while (now := time.monotonic()) < renewed + self._timing.patience:
+        """`_wait_for_death` of an owner elsewhere. Time in which this process does not look does not count: it may be
+        suspended, and the owner with it."""
+        turn = self._timing.patience / 35
+        watched, quiet, now = 0.0, 0.0, time.monotonic()
+        while quiet < self._timing.patience:
             owner = parse_owner(found)
-            if now > begin + self._timing.ending:
+            if watched > self._timing.ending:
                 raise self._in_use(owner)
-            time.sleep(self._timing.patience / 35)
+            time.sleep(turn)
+            before, now = now, time.monotonic()
+            passed = min(now - before, 5 * turn)
+            watched, quiet = watched + passed, quiet + passed
             content = read_if_there(path)
             if content is None:
                 return None
@@ -158,7 +163,7 @@ class RunLock:
                 after = parse_owner(content)
                 if owner is None or after is None or owner.token != after.token:
                     return None
-                found, renewed = content, time.monotonic()
+                found, quiet = content, 0.0
         return found
 
     def _in_use(self, owner: Owner | None) -> LockError:

@@ -20,6 +20,7 @@ from mythos_jax.runs.lock import RunLock, Timing, locked
 from mythos_jax.runs.owner import LOCK_FILE, Owner, parse_owner
 
 FAST = Timing(renew=0.02, patience=0.6, ending=1.0, settle=0.05)
+NEVER_RENEWED = dataclasses.replace(FAST, renew=1e6)  # so that no new file is about to replace the lock
 
 
 def owner(**fields):
@@ -101,25 +102,51 @@ def test_where_processes_cannot_be_seen_only_their_numbers_count(monkeypatch):
 
 @pytest.mark.parametrize("content", ["foreign", "damaged", "empty"])
 def test_an_owner_elsewhere_that_renews_nothing_is_replaced(run_dir, content, capsys):
-    write(run_dir, owner(host="elsewhere", place="elsewhere", token="theirs", renewed=time.time() - 60))
+    write(run_dir, owner(host="elsewhere", place="elsewhere", token="theirs", renewed=time.time() - 600))
     if content != "foreign":
         (run_dir / LOCK_FILE).write_bytes(b"\xff{" if content == "damaged" else b"")
     begin = time.monotonic()
     with locked(run_dir, FAST) as lock:
         assert time.monotonic() - begin >= FAST.patience
         lock.check()
-    name = f"process {os.getpid()} on elsewhere, seen 6. s ago" if content == "foreign" else "an unknown process"
+    name = f"process {os.getpid()} on elsewhere, seen 6.. s ago" if content == "foreign" else "an unknown process"
     assert re.search(f"run: in use by {name}; waiting until that ends, or does not answer", capsys.readouterr().err)
 
 
-def test_an_owner_elsewhere_that_renews_is_left_alone(run_dir):
-    theirs = RunLock(run_dir, FAST)
+class Clock:
+    """Time that passes while somebody sleeps. each: is called after each sleep."""
+
+    def __init__(self, each):
+        self.now, self.each, self.time = 0.0, each, time.time
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.each(self)
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+def test_an_owner_elsewhere_that_renews_is_left_alone(run_dir, monkeypatch, suspended):
+    """Also if both were suspended for an hour, and the start goes on first."""
+    theirs, renewed = RunLock(run_dir, Timing(renew=1e6, settle=0.0)), [0.0]
+
+    def each(clock):
+        if suspended and 25 < clock.now < 3600:
+            clock.now += 3600
+        elif clock.now >= renewed[-1] + 10:
+            theirs.check()
+            renewed.append(clock.now)
+
+    monkeypatch.setattr(lock_module, "time", Clock(each))
     theirs._me = owner(host="elsewhere", place="elsewhere", token="theirs")
     run_dir.mkdir(parents=True, exist_ok=True)
     theirs.acquire()
     try:
         with pytest.raises(LockError, match=r"in use by process .* on elsewhere"):
-            locked(run_dir, FAST).__enter__()
+            locked(run_dir, Timing()).__enter__()
+        assert len(renewed) > 15
         theirs.check()
     finally:
         theirs.release()
@@ -171,7 +198,7 @@ def test_one_of_many_starts_wins(tmp_path):
 
 def test_a_start_that_was_held_up_does_not_take_over_from_the_one_that_was_faster(tmp_path, monkeypatch):
     """It has found the owner dead; before it acts, another start has replaced that owner, or come and gone."""
-    late, fast, next_one = (RunLock(tmp_path, FAST) for _ in range(3))
+    late, fast, next_one = (RunLock(tmp_path, NEVER_RENEWED) for _ in range(3))
     write(tmp_path, owner(started="1"))
     wait, calls = late._wait_for_death, []
 
@@ -197,7 +224,7 @@ def test_a_start_that_was_held_up_does_not_take_over_from_the_one_that_was_faste
 def test_a_successor_that_died_before_it_replaced_the_lock_has_a_successor(tmp_path):
     dead = [owner(started="1"), owner(started="2"), owner(started="3")]
     write(tmp_path, dead[0])
-    lock = RunLock(tmp_path, FAST)
+    lock = RunLock(tmp_path, NEVER_RENEWED)
     claims = [lock._claim(json.dumps(dataclasses.asdict(each)).encode()) for each in dead]
     for claim, claimant in zip(claims, dead[1:], strict=False):
         claim.write_text(json.dumps(dataclasses.asdict(claimant)))
@@ -239,8 +266,9 @@ def test_an_object_store_that_fails_for_a_moment_does_not_end_the_renewals(run_d
         while len(fails) < 3 and lock._renewing.is_alive():
             time.sleep(0.01)
         fails.clear()
-        before = lock._me.renewals
-        time.sleep(0.2)
+        before, end = lock._me.renewals, time.monotonic() + 60
+        while lock._me.renewals == before and time.monotonic() < end:
+            time.sleep(0.01)
         assert lock._renewing.is_alive()
         assert lock._me.renewals > before
 

@@ -11,6 +11,8 @@ import time
 import pytest
 
 from mythos_jax.config import TrainingConfig
+from mythos_jax.training import pulse as pulse_module
+from mythos_jax.training import watchdog as watchdog_module
 from mythos_jax.training.pulse import Message, Pulse, blamed, slow_process
 from mythos_jax.training.saving import SaveTimes
 from mythos_jax.training.watchdog import Watchdog
@@ -29,7 +31,9 @@ with Watchdog(0.2) as watchdog:
 def ended(monkeypatch):
     """Exit codes of the processes that would have ended here."""
     codes, happened = [], threading.Event()
-
+    # A machine that stands still for a moment must not end the process of the tests.
+    monkeypatch.setattr(watchdog_module._Alarm, "_start", lambda self, seconds: None)
+    monkeypatch.setattr(watchdog_module, "LAST_WORDS", 60)
     monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), happened.set()))
     return lambda seconds: codes if happened.wait(seconds) else []
 
@@ -53,45 +57,105 @@ def test_a_step_that_does_not_end_ends_the_process_after_the_stacks(ended, capfd
 def test_a_save_in_the_background_must_end_too(ended, capfd):
     with Watchdog(0.3) as watchdog:
         watchdog.watch_saves(lambda: 5)
-        for step in range(1000):
-            watchdog.beat(f"step {step}")
+        for step in range(6000):
+            watchdog.beat(f"step {step}", patience=1000)
             if ended(0.01):
                 break
         assert ended(0) == [42]
     assert "mythos: writing the checkpoint of step 5 has not ended" in capfd.readouterr().err
 
 
-def test_it_leaves_a_process_alone_that_gets_on_or_has_not_begun(ended):
-    with Watchdog(1) as watchdog:
-        assert ended(0.2) == []
+class Looks:
+    """The clock and the turns of a watchdog, of which the test gives each one."""
+
+    def __init__(self, monkeypatch, watchdog):
+        self.now, self.watchdog, self.left = 0.0, watchdog, 0
+        monkeypatch.setattr(watchdog_module, "time", self)
+        watchdog._stop, watchdog._thread = self, self
+        self.go_on, self.looked = threading.Semaphore(0), threading.Semaphore(0)
+        self.thread = threading.Thread(target=watchdog._watch, daemon=True)
+
+    def monotonic(self):
+        return self.now
+
+    def start(self):
+        self.thread.start()
+        assert self.looked.acquire(timeout=60)
+
+    def wait(self, turn):
+        self.looked.release()
+        self.go_on.acquire()
+        self.now += turn
+        return self.left < 0
+
+    def pass_by(self, seconds):
+        """As many turns as this takes."""
+        end = self.now + seconds
+        while self.now < end and self.thread.is_alive():
+            self.go_on.release()
+            while not self.looked.acquire(timeout=0.02) and self.thread.is_alive():
+                pass
+
+    def set(self):
+        self.left = -1
+        self.go_on.release()
+
+    def join(self):
+        self.thread.join(60)
+
+
+@pytest.fixture
+def watched(ended, monkeypatch):
+    """watched(timeout): a watchdog, and its time."""
+
+    def make(timeout):
+        watchdog = Watchdog(timeout)
+        return watchdog, Looks(monkeypatch, watchdog)
+
+    return make
+
+
+def test_it_leaves_a_process_alone_that_gets_on_or_has_not_begun(ended, watched):
+    watchdog, looks = watched(100)
+    with watchdog:
+        looks.pass_by(200)
         steps = [0]  # one save after the other
         watchdog.watch_saves(lambda: steps[-1] // 4 if steps[-1] < 20 else None)
         for step in range(24):
             steps.append(step)
             watchdog.beat(f"step {step}")
-            assert ended(0.05) == []
+            looks.pass_by(15)
         watchdog.beat("step 30", patience=100)
-        assert ended(1.2) == []
+        looks.pass_by(200)
+        assert ended(0) == []
     with Watchdog(0) as watchdog:
         watchdog.beat("step 1")
         assert ended(0.1) == []
 
 
-def test_a_save_that_has_ended_during_a_long_evaluation_is_not_held_against_it(ended):
+def test_a_save_that_has_ended_during_a_long_evaluation_is_not_held_against_it(ended, watched):
     writing = [5]
-    with Watchdog(0.6) as watchdog:
+    watchdog, looks = watched(60)
+    with watchdog:
         watchdog.watch_saves(lambda: writing[0])
         watchdog.beat("the evaluation after step 5", patience=100)
-        assert ended(0.2) == []
+        looks.pass_by(20)
         writing[0] = None
-        assert ended(0.8) == []
+        looks.pass_by(80)
+        assert ended(0) == []
 
 
-def test_it_rests_while_data_is_prepared_and_watches_again_after(ended, capfd):
-    with Watchdog(0.2) as watchdog:
+def test_it_rests_while_data_is_prepared_and_watches_again_after(ended, watched, capfd):
+    watchdog, looks = watched(60)
+    with watchdog:
         watchdog.beat("the start", patience=1)
+        looks.pass_by(20)
         with watchdog.resting():
-            assert ended(0.5) == []
+            looks.pass_by(150)
+            assert ended(0) == []
+        looks.pass_by(20)
+        assert ended(0) == []
+        looks.pass_by(60)
         assert ended(60) == [42]
     assert "mythos: the start has not ended" in capfd.readouterr().err
 
@@ -148,16 +212,18 @@ def test_a_process_is_slow_if_its_own_work_is_what_a_step_takes():
     assert slow_process([*even, message(7, own=0.5), message(8, own=0.0, step_time=0.0)]) is None  # 8 has not begun
 
 
-def test_waiting_for_a_device_is_not_a_process_own_work():
-    pulse = Pulse()
+def test_waiting_for_a_device_is_not_a_process_own_work(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(pulse_module.time, "monotonic", clock)
+    clock.seconds, pulse = 5.0, Pulse()
     pulse.step()  # the first one does not count
     for _ in range(2):
-        time.sleep(0.01)
+        clock.seconds += 1
         with pulse.waiting():
-            time.sleep(0.04)
+            clock.seconds += 4
         pulse.step()
     told = pulse._message()
-    assert 0.01 <= told.own < 0.03 < 0.05 <= told.step_time
+    assert (told.own, told.step_time) == (1, 5)
     assert (pulse._message().own, pulse._message().count) == (told.own, 3)  # no step since
 
 
