@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import threading
 import time
 
 import pytest
@@ -12,8 +13,9 @@ from mythos_jax.server.protocol import ConnectionLimits
 from tests.server.running import NAME, fake_service, running
 from tests.serving.fake_engine import FakeEngine
 
-LIMITS = Limits(body=20_000, body_seconds=0.4, keep_alive_seconds=0.1)
-CONNECTION = ConnectionLimits(connections=40, header_seconds=0.4, stall_seconds=0.5, idle_seconds=1)
+LIMITS = Limits(body=20_000, body_seconds=60, keep_alive_seconds=0.1)
+CONNECTION = ConnectionLimits(connections=40, header_seconds=60, stall_seconds=0.5, idle_seconds=60)
+SECONDS = 60  # for what must happen, on a busy machine
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -23,12 +25,20 @@ def server():
         yield found
 
 
+@pytest.fixture(scope="module")
+def impatient():
+    """With short limits for what a client sends, which a client that a busy machine holds up may miss."""
+    connection = ConnectionLimits(header_seconds=0.4, idle_seconds=1)
+    with running(fake_service(limits=Limits(body_seconds=0.4)), limits=connection) as found:
+        yield found
+
+
 @contextlib.contextmanager
 def connected(server, receive_buffer=None):
     with socket.socket() as client:
         if receive_buffer:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        client.settimeout(5)
+        client.settimeout(SECONDS)
         client.connect(server.address)
         yield client
 
@@ -188,8 +198,8 @@ def test_chunked_bodies_are_read(server):
     assert status_and_error(talk(server, endless + (b"1000\r\n" + b" " * 4096 + b"\r\n") * 100))[0] == 413
 
 
-def dribble(client, data, seconds):
-    """Sends a byte now and then; how long the other side let it go on, and what it said."""
+def dribble(client, data):
+    """Sends a byte now and then until the other side ends it; what that said."""
     started = time.monotonic()
     client.setblocking(False)
     answer = b""
@@ -203,51 +213,50 @@ def dribble(client, data, seconds):
             pass
         except OSError:
             break
-        if time.monotonic() - started > seconds:
+        if time.monotonic() - started > SECONDS:
             pytest.fail("still connected")
         time.sleep(0.03)
-    return time.monotonic() - started, answer
+    else:
+        pytest.fail("still connected")
+    return answer
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize(
-    ("data", "seconds"),
+    "data",
     [
-        (b"GET /health HTTP/1.1\r\n" + b"X-A: b\r\n" * 1000, 0.4),  # headers without end
-        (b"\r\n" * 1000, 0.4),
-        (HEAD + b"Content-Length: 3000\r\n\r\n" + b" " * 3000, 5),  # a body without end: after its headers
+        b"GET /health HTTP/1.1\r\n" + b"X-A: b\r\n" * 1000,  # headers without end
+        b"\r\n" * 4000,
+        HEAD + b"Content-Length: 8000\r\n\r\n" + b" " * 8000,  # a body without end: after its headers
     ],
 )
-def test_slow_requests_end(server, data, seconds):
+def test_slow_requests_end(impatient, data):
     head, separator, body = data.partition(b"\r\n\r\n")
-    with connected(server) as client:
+    with connected(impatient) as client:
         if body.strip(b"\r\n") or b"Content-Length" in head:
             client.sendall(head + separator)
             data = body
-        took, answer = dribble(client, data, 3)
-        assert took < 2
+        answer = dribble(client, data)
     assert not answer or answer[9:12] in (b"408", b"400")
-    assert_serves(server)
+    assert_serves_soon(impatient)
 
 
-def test_a_connection_that_says_nothing_ends(server):
-    with connected(server) as client:
-        started = time.monotonic()
-        assert status_and_error(read_all(client))[0] == 408
-        assert time.monotonic() - started < 2
+def test_a_connection_that_says_nothing_ends(impatient):
+    with connected(impatient) as client:
+        status, error = status_and_error(read_all(client))
+    assert (status, error["message"]) == (408, "headers: not here after 0.4 seconds")
 
 
-def test_a_body_that_dribbles_after_its_answer_ends(server):
+def test_a_body_that_dribbles_after_its_answer_ends(impatient):
     """The request was refused before its body came; the connection does not stay for it."""
-    with connected(server) as client:
+    with connected(impatient) as client:
         client.sendall(b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n")
-        took, _ = dribble(client, b" " * 5000, 4)
-        assert took < 3
+        dribble(client, b" " * 5000)
 
 
-def test_a_connection_is_used_again(server):
+def test_a_connection_is_used_again(server, impatient):
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with connected(server) as client:
         for _ in range(3):
@@ -256,12 +265,15 @@ def test_a_connection_is_used_again(server):
             assert answer.startswith(b"HTTP/1.1 200 ")
             if not answer.endswith(b'{"status":"ok"}'):  # it may come in two pieces
                 assert client.recv(65536) == b'{"status":"ok"}'
-            time.sleep(0.5)  # longer than headers may take
+            (connection,) = [c for c in server.server.server_state.connections if c.client == client.getsockname()]
+            assert connection._headers_timer is None  # it may be idle for longer than headers may take
         client.sendall(request * 3)  # all at once
         answers = b""
         while answers.count(b'{"status":"ok"}') < 3:
             answers += client.recv(65536)
-        assert read_all(client) == b""  # it ends when nothing comes
+    with connected(impatient) as client:
+        client.sendall(request)
+        assert read_all(client).endswith(b'{"status":"ok"}')  # it ends when nothing comes
 
 
 @pytest.mark.parametrize(
@@ -292,7 +304,8 @@ def test_too_many_connections(server):
 
 
 def assert_serves_soon(server):
-    for _ in range(100):
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
         with contextlib.suppress(AssertionError):
             return assert_serves(server)
         time.sleep(0.02)
@@ -301,7 +314,8 @@ def assert_serves_soon(server):
 
 
 def wait_for(condition):
-    for _ in range(300):
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
         if condition():
             return
         time.sleep(0.01)
@@ -310,7 +324,7 @@ def wait_for(condition):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_client_that_leaves_frees_its_place(server, monkeypatch, streaming):
-    monkeypatch.setattr(server.engine, "delay", 0.02)
+    monkeypatch.setattr(server.engine, "turns", threading.Semaphore(9))
     before = len(server.engine.cancelled)
     with connected(server) as client:
         client.sendall(post(asked(max_tokens=200, stream=streaming)))
@@ -324,7 +338,7 @@ def test_a_client_that_leaves_frees_its_place(server, monkeypatch, streaming):
 
 def test_a_client_that_leaves_the_queue_is_forgotten(server, monkeypatch):
     """And who waits in a stream hears that the connection lives."""
-    monkeypatch.setattr(server.engine, "delay", 0.02)
+    monkeypatch.setattr(server.engine, "turns", threading.Semaphore(9))
     with connected(server) as first, connected(server) as second:
         first.sendall(post(asked(max_tokens=100, n=2)))
         wait_for(lambda: server.engine.counters.occupied == 2)
@@ -341,11 +355,12 @@ def test_a_client_that_leaves_the_queue_is_forgotten(server, monkeypatch):
 
 
 def test_a_client_that_does_not_read_is_cut_off(server, monkeypatch):
-    monkeypatch.setattr(server.engine, "delay", 0.001)
+    monkeypatch.setattr(server.engine, "turns", threading.Semaphore(0))
     with connected(server, receive_buffer=1024) as client:
         # Replies of some megabytes, more than the buffers of two sockets hold.
         client.sendall(post(asked(max_tokens=240, n=4, logprobs=20, stream=True)))
         wait_for(lambda: server.engine.counters.occupied == 2)
+        server.engine.let(1000)
         wait_for(lambda: not server.service.inboxes)
     wait_for(lambda: server.engine.counters.occupied == 0)
     assert_serves(server)

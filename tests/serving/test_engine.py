@@ -1,5 +1,6 @@
 """Many requests at once against `generate`, one at a time."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -81,12 +82,23 @@ def test_two_hundred_mixed_requests(engine, compiled):
 
 def assert_idle(engine: Engine) -> None:
     """No place and no page is lost."""
-    until = time.monotonic() + 10
-    while engine.counters.occupied and time.monotonic() < until:
+    until, counters = time.monotonic() + 60, engine.counters
+    while (counters.occupied or counters.pages_used) and time.monotonic() < until:
         time.sleep(0.005)
-    counters = engine.counters
     assert (counters.occupied, counters.queued, counters.pages_used) == (0, 0, 0)
     assert counters.requests_started == counters.requests_finished
+
+
+@contextlib.contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """The engine's thread stands still in the block: what is asked for there comes at once for it."""
+    stands, go_on = threading.Event(), threading.Event()
+    engine.submit(Request(PROMPT, 1), lambda events: stands.set() or go_on.wait(120) and None)
+    assert stands.wait(60)
+    try:
+        yield
+    finally:
+        go_on.set()
 
 
 @pytest.mark.parametrize(
@@ -134,6 +146,7 @@ def test_a_mesh_of_four_devices():
 
 
 def test_loops_that_are_executed_are_those_that_the_policies_ask_for(engine):
+    assert ask(engine, Request(PROMPT, 3))[1].reason == "length"  # what was under way before has been counted
     before = replace(engine.counters)
     requests = [
         replace(request, draft_loops=None)
@@ -178,9 +191,20 @@ def test_log_probabilities(engine):
 
 
 def test_cancelled_requests_leave(engine):
-    waiting = [ask(engine, Request(PROMPT, 40, seed=i)) for i in range(20)]
+    stands, go_on = threading.Event(), threading.Event()
+    first = Heard()
+
+    def hear(events):  # the engine has begun, and goes on when all are cancelled
+        first(events)
+        stands.set()
+        go_on.wait(120)
+
+    waiting = [(engine.submit(Request(PROMPT, 40), hear), first)]
+    waiting += [ask(engine, Request(PROMPT, 40, seed=i)) for i in range(1, 20)]
+    assert stands.wait(60)
     for ticket, _ in waiting:
         engine.cancel(ticket)
+    go_on.set()
     assert [heard.reason for _, heard in waiting] == ["cancelled"] * 20
     assert_idle(engine)
     engine.cancel(waiting[0][0])  # again, for nothing
@@ -188,10 +212,13 @@ def test_cancelled_requests_leave(engine):
     assert heard.reason == "length"
 
 
-def test_cancelled_while_it_is_read_and_while_it_shows_drafts(engine):
-    reading, heard = ask(engine, Request(PROMPT * 2, 20))
-    engine.cancel(reading)
-    assert heard.reason == "cancelled"
+def test_cancelled_while_it_is_read_and_while_it_shows_drafts(engine, monkeypatch):
+    read_chunk = engine._read_chunk
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_read_chunk", lambda live, size: (read_chunk(live, size), engine.cancel(live.ticket)))
+        _, heard = ask(engine, Request([7, *PROMPT, *PROMPT], 20))
+        assert heard.reason == "cancelled"
+        assert not heard.final
     shown = threading.Event()
     with_drafts = Heard()
 
@@ -227,8 +254,9 @@ def test_a_listener_may_submit_and_cancel(engine):
 
 def test_prompts_are_read_in_turn(engine):
     """A short prompt that comes later is read before the end of a long one."""
-    before = [ask(engine, Request(list(range(i, i + 20)) * 2, 2)) for i in range(6)]  # they keep it busy
-    long, short = ask(engine, Request([5] * 62, 1))[1], ask(engine, Request([6] * 2, 1))[1]
+    with held(engine):
+        before = [ask(engine, Request(list(range(i, i + 20)) * 2, 2)) for i in range(6)]  # they keep it busy
+        long, short = ask(engine, Request([5] * 62, 1))[1], ask(engine, Request([6] * 2, 1))[1]
     assert [heard.reason for heard in (long, short)] == ["length"] * 2
     assert short.final[0].seconds < long.final[0].seconds
     assert [heard.reason for _, heard in before] == ["length"] * 6
