@@ -30,7 +30,9 @@ function drawSoon(answer) {
 function draw(answer) {
   drawing = null;
   numbers.draw(answer);
-  if (following) talk.scrollTop = talk.scrollHeight;
+  if (!following || talk.scrollTop < lastTop) return; // the reader has just scrolled up, and the event is to come
+  talk.scrollTop = talk.scrollHeight;
+  lastTop = talk.scrollTop;
 }
 
 function body(turn) {
@@ -71,15 +73,16 @@ async function run(turn) {
   turn.element.append(text, foot);
   document.querySelectorAll("#talk footer .again").forEach((old) => old.remove());
   card.hide();
-  running = new AbortController();
+  const mine = (running = new AbortController());
   following = true;
+  lastTop = 0;
   busy(true);
   draw(turn.answer);
   const say = speaker();
-  const end = await reply(turn, chat ? "v1/chat/completions" : "v1/completions", say);
+  const end = await reply(turn, chat ? "v1/chat/completions" : "v1/completions", say, mine.signal);
+  if (!turns.includes(turn)) return; // cleared, and another one may be running
   running = null;
   busy(false);
-  if (!turns.includes(turn)) return; // cleared
   turn.answer.end();
   text.classList.remove("waiting");
   say(turn.answer.text, true);
@@ -87,19 +90,20 @@ async function run(turn) {
 }
 
 // As `follow`. A conversation that is too long for the model loses its first turns, one after the other.
-async function reply(turn, path, say) {
+async function reply(turn, path, say, signal) {
   for (;;) {
-    const end = await follow(turn.answer, path, body(turn), say);
+    const end = await follow(turn.answer, path, body(turn), say, signal);
     if (end.error?.code !== "context_length_exceeded" || forgotten >= turns.indexOf(turn)) return end;
     forgotten += 1;
   }
 }
 
 // Takes a streamed answer in; returns how it ended.
-async function follow(answer, path, content, say) {
+async function follow(answer, path, content, say, signal) {
   let reason = "";
   try {
-    for await (const { choices } of api.stream(path, content, running.signal)) {
+    for await (const { choices } of api.stream(path, content, signal)) {
+      signal.throwIfAborted(); // what had come before
       if (!choices?.length) continue; // usage
       answer.take(choices[0]);
       reason = choices[0].finish_reason ?? reason;
@@ -165,6 +169,7 @@ function send(question) {
 
 function clear() {
   running?.abort();
+  running = null;
   turns.forEach(({ element }) => element.remove());
   turns = [];
   forgotten = 0;
