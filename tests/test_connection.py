@@ -10,6 +10,7 @@ import pytest
 
 from mythos_jax.cluster import find_cluster
 from mythos_jax.errors import ConfigError
+from tests.ports import free_port
 from tests.test_multihost import STEP
 
 JOIN = """
@@ -44,11 +45,7 @@ def end(process):
 
 
 def free_addresses(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    addresses = [f"127.0.0.1:{server.getsockname()[1]}" for server in sockets]
-    for server in sockets:
-        server.close()
-    return addresses
+    return [f"127.0.0.1:{free_port()}" for _ in range(count)]
 
 
 def test_processes_that_do_not_meet_say_why_in_one_line():
@@ -75,8 +72,11 @@ def test_processes_that_do_not_meet_say_why_in_one_line():
 
 def test_a_process_that_loses_another_ends_with_42_and_one_line_of_ours():
     (address,) = free_addresses(1)
-    first = start(0, address, timeout=60, then="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    second = start(1, address, timeout=60, then="time.sleep(100)")
+    both_are_there = "connection._state().client.wait_at_barrier('both are there', 60_000);"
+    first = start(
+        0, address, timeout=60, then=f"{both_are_there} import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    second = start(1, address, timeout=60, then=f"{both_are_there} time.sleep(100)")
     assert end(first)[0] == -signal.SIGKILL
     code, lines = end(second)
     assert code == 42

@@ -30,7 +30,7 @@ COMPILING = 3  # timeouts that the start and the first step may take, which comp
 class Watchdog:
     """Used as a context: inside, each call of `beat` says that the main thread gets on, and with what.
 
-    Time in which the process itself does not run (Ctrl-Z, a suspended machine) does not count.
+    Time in which the process itself does not run (Ctrl-Z, a suspended machine) does not count, up to twice the timeout.
     """
 
     def __init__(self, timeout: float) -> None:

@@ -293,7 +293,7 @@ def test_a_broken_line_stops_and_keeps_what_was_done(corpus, tmp_path, monkeypat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_does_not_wait_for_the_tokenizer(tmp_path, number):
-    """The tokenizer is in a call of a minute that does not look at signals; the exit code is as documented."""
+    """The tokenizer is in a call of an hour that does not look at signals; the exit code is as documented."""
     (tmp_path / "a.txt").write_text("text")
     code = (
         "import signal, subprocess, sys\n"
@@ -302,7 +302,7 @@ def test_an_interruption_does_not_wait_for_the_tokenizer(tmp_path, number):
         "def encode(self, texts):\n"
         "    print('tokenizing', flush=True)\n"
         "    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])\n"
-        "    subprocess.run(['sleep', '60'])\n"
+        "    subprocess.run(['sleep', '3600'])\n"
         "ByteTokenizer.encode_batch = encode\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))  # as `mythos train` does\n"
         "sys.exit(main(['data', 'prepare', sys.argv[1], '--out', sys.argv[2]]))\n"
@@ -310,11 +310,9 @@ def test_an_interruption_does_not_wait_for_the_tokenizer(tmp_path, number):
     command = [sys.executable, "-c", code, str(tmp_path / "a.txt"), str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
     assert process.stdout.readline() == "tokenizing\n"
-    start = time.monotonic()
     process.send_signal(number)
-    try:
-        assert process.wait(timeout=10) == {signal.SIGINT: 130, signal.SIGTERM: 42}[number]
-        assert time.monotonic() - start < 5  # about 1.2 on an idle machine
+    try:  # it takes about 1.2 s on an idle machine
+        assert process.wait(timeout=100) == {signal.SIGINT: 130, signal.SIGTERM: 42}[number]
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # `sleep`
 
@@ -411,7 +409,9 @@ def test_what_was_written_is_read_back(corpus, tmp_path, monkeypatch):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts `prepare` of 4 MB of text, in about 40 units, in `count` processes at once: start(out, workers, count)."""
+    """Starts `prepare` of 4 MB of text, in about 40 units, in `count` processes at once: start(out, workers, count).
+
+    While the file `hold` is there, they stand still when so many units are stored as it says."""
     folder = tmp_path / "text"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -419,13 +419,26 @@ def start(tmp_path):
         (folder / f"{i:02}.txt").write_text(bytes(random.integers(97, 123, 100_000).tolist()).decode())
     code = (
         "import sys, time\n"
+        "from pathlib import Path\n"
         "from mythos_jax.data import text_parts\n"
         "from mythos_jax.data.tokenizer import ByteTokenizer\n"
         "text_parts.UNIT_BYTES = 100_000\n"
         "encode = ByteTokenizer.encode_batch\n"
-        "ByteTokenizer.encode_batch = lambda self, texts: (time.sleep(0.05), encode(self, texts))[1]\n"
+        "def slowly(self, texts):\n"
+        "    time.sleep(0.05)\n"
+        "    while is_held():\n"
+        "        time.sleep(0.01)\n"
+        "    return encode(self, texts)\n"
+        "def is_held():\n"
+        "    stored = len(list(Path(out).parent.glob('out.partial-*/units/*.npz')))\n"
+        "    try:\n"
+        "        return stored >= int(hold.read_text())\n"
+        "    except FileNotFoundError:\n"
+        "        return False\n"
+        "ByteTokenizer.encode_batch = slowly\n"
         "from mythos_jax.data.prepare import prepare\n"
         "source, out, workers = sys.argv[1:]\n"
+        "hold = Path(out).parent / 'hold'\n"
         "print('ready', flush=True)\n"
         "sys.stdin.read()\n"
         "prepare([source], out, seq_len=64, held_out_fraction=0.1, workers=int(workers), progress=False)\n"
@@ -459,6 +472,7 @@ def test_a_process_killed_at_any_time(tmp_path, start):
     """SIGKILL, when 0, 2, 4 and 7 of about 40 units are stored."""
     assert start(tmp_path / "uninterrupted", 1)[0].wait() == 0
     for count in [0, 2, 4, 7]:
+        (tmp_path / "hold").write_text(str(count + 9))
         (process,) = start(tmp_path / "out", 2)
         while units_stored(tmp_path) < count and process.poll() is None:
             time.sleep(0.01)
@@ -466,6 +480,7 @@ def test_a_process_killed_at_any_time(tmp_path, start):
         assert process.wait() == -signal.SIGKILL
         assert len(leftovers(tmp_path)) <= 1
         assert units_stored(tmp_path) >= count
+    (tmp_path / "hold").unlink()
     assert start(tmp_path / "out", 2)[0].wait() == 0
     assert files(tmp_path / "out") == files(tmp_path / "uninterrupted")
     check_same(tmp_path / "out", tmp_path / "uninterrupted")
@@ -476,10 +491,12 @@ def test_a_process_killed_at_any_time(tmp_path, start):
 def test_three_processes_at_once(tmp_path, start):
     """One is killed, the others succeed, and there is one folder."""
     assert start(tmp_path / "uninterrupted", 1)[0].wait() == 0
+    (tmp_path / "hold").write_text("9")
     processes = start(tmp_path / "out", 2, count=3)
     while not units_stored(tmp_path):
         time.sleep(0.01)
     os.kill(processes[0].pid, signal.SIGKILL)
+    (tmp_path / "hold").unlink()
     assert [process.wait() for process in processes] == [-signal.SIGKILL, 0, 0]
     check_same(tmp_path / "out", tmp_path / "uninterrupted")
     assert start(tmp_path / "out", 1)[0].wait() == 0  # finds the data, and does nothing

@@ -79,7 +79,7 @@ def assert_answered(status, kind, content, service):
         assert content.endswith(b"\n\n")  # schemathesis reads so many events only
     else:
         assert kind.partition(";")[0] in ("application/json", "text/plain")
-    for _ in range(200):  # the answer may be here before its sender has cleaned up
+    for _ in range(6000):  # the answer may be here before its sender has cleaned up
         if service.inboxes:
             time.sleep(0.01)
     assert not service.inboxes

