@@ -72,11 +72,12 @@ def test_processes_that_do_not_meet_say_why_in_one_line():
 
 def test_a_process_that_loses_another_ends_with_42_and_one_line_of_ours():
     (address,) = free_addresses(1)
-    both_are_there = "connection._state().client.wait_at_barrier('both are there', 60_000);"
-    first = start(
-        0, address, timeout=60, then=f"{both_are_there} import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    second = start(1, address, timeout=60, then=f"{both_are_there} time.sleep(100)")
+    # The first ends when the second has joined it, too, and may not live to answer that.
+    joined = "connection._state().client.wait_at_barrier('joined', 60_000)"
+    ends = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    waits = f"try:\n    {joined}\nexcept Exception:\n    pass\ntime.sleep(100)"
+    first = start(0, address, timeout=60, then=f"{joined}; {ends}")
+    second = start(1, address, timeout=60, then=waits)
     assert end(first)[0] == -signal.SIGKILL
     code, lines = end(second)
     assert code == 42

@@ -162,7 +162,7 @@ class Storage:
                     if isinstance(error, FileNotFoundError):
                         raise MissingError(f"{place}: missing")
                     raise ConfigError(f"{place}: {reason}")
-                if now - begin > patience:
+                if now - begin > patience and tries >= LASTING_TRIES:  # this process may have been suspended meanwhile
                     raise StorageError(f"{place}: cannot be read for {patience:g} s ({reason}); is the storage there?")
                 if tries == 1:
                     self._begins_to_fail(f"{place}: cannot be read ({reason}); trying again for up to {patience:g} s")

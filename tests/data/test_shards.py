@@ -336,6 +336,7 @@ def test_a_file_that_changes_under_a_run_ends_it(remote, change, message):
 def test_the_end_when_storage_stays_away(remote, monkeypatch, capsys):
     monkeypatch.setattr(storage, "PATIENCE", 0.2)
     monkeypatch.setattr(storage, "OPEN_PATIENCE", 0.2)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.05)
 
     def fail(number):
         raise OSError("503: try later")

@@ -90,6 +90,12 @@ def test_a_mount_that_is_gone_is_waited_for_and_a_missing_file_is_not(store, tmp
         Storage(tmp_path / "mount").read([Part("a", 0, 4)])
 
 
+def test_a_process_that_was_suspended_during_a_call_that_failed_asks_again(store, monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)  # as if all of it were over
+    store.files["a"], store.errors = b"1234", iter([AWAY, AWAY])
+    assert Storage(URL).read([Part("a", 0, 4)]) == [b"1234"]
+
+
 def test_lines_of_a_process_name_it(store, monkeypatch, capsys):
     monkeypatch.setattr(storage, "process_prefix", lambda: "process 3: ")
     store.files["a"], store.errors = b"1234", iter([AWAY])

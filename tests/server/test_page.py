@@ -156,10 +156,8 @@ def test_stop_keeps_the_text_and_frees_the_place(visit):
     assert len(text) < 700
     assert "stopped" in reader.page.inner_text("article footer")
     assert reader.run("document.activeElement.id") == "prompt"
-    deadline = time.monotonic() + 60
-    while not reader.server.engine.cancelled and time.monotonic() < deadline:
+    while not reader.server.engine.cancelled:  # up to pytest's limit
         time.sleep(0.01)
-    assert reader.server.engine.cancelled
     reader.server.engine.turns = None
     # The page goes on, and what it has is part of the conversation.
     reader.server.engine.answer = lambda request: letters(reader.server.service, "fast")
