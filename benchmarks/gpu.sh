@@ -10,7 +10,7 @@
 #   utilisation   train step and decode bandwidth of models of 1 B parameters (benchmarks/roofline.py)
 #   compare       beside the PyTorch original (benchmarks/compare_openmythos.py)
 #   science       what a loop is worth (docs/science.md), at the size that is meant for a GPU; $SEEDS (default: 0). Its
-#                 runs stay in runs/science/SIZE, and those that are finished are not repeated
+#                 runs stay in runs/science/gpu, and those that are finished are not repeated
 #   all           all but `check`, `science` and the small comparison, in the order of their worth
 #
 # Each step of a piece leaves STEP.md, and STEP.json with the name of the device, in $OUT (default: gpu-results). Steps
@@ -22,12 +22,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-DEVICE=gpu SIZE=gpu FLAGS=() LIMIT=${LIMIT:-530}
+DEVICE=gpu FLAGS=() LIMIT=${LIMIT:-530}
 if [ "${1:-}" = --dry-run ]; then
-    DEVICE=cpu SIZE=smoke FLAGS=(--small --repeats 1)
+    DEVICE=cpu FLAGS=(--small --repeats 1)
     shift
 fi
-PIECE=${1:-} PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu-results} DONE=${DONE:-.gpu}
+PIECE=${1:-} PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu-results} DONE=${DONE:-.gpu} SIZE=gpu RUNS=runs/science
+if [ "$DEVICE" = cpu ]; then
+    SIZE=smoke RUNS=$OUT/runs DONE=$OUT # runs of other code show nothing
+fi
 case $PIECE in
     check) STEPS="check" ;;
     correctness) STEPS="golden gradients" ;;
@@ -72,7 +75,7 @@ for step in $STEPS; do
         utilisation) command+=(benchmarks.roofline utilisation "${FLAGS[@]}") ;;
         compare_*) command+=(benchmarks.compare_openmythos --config "${step#compare_}" --repeats 3) ;;
         # shellcheck disable=SC2206  # seeds are words
-        science_*) command+=("benchmarks.science.${step#science_}" --size "$SIZE" --seeds ${SEEDS:-0}) result=() ;;
+        science_*) command+=("benchmarks.science.${step#science_}" --size "$SIZE" --out "$RUNS" --seeds ${SEEDS:-0}) result=() ;;
         *) command+=(benchmarks.gpu "$step" "${FLAGS[@]}") ;;
     esac
     echo "## $step"
@@ -83,7 +86,7 @@ for step in $STEPS; do
         mv "$OUT/$step.part" "$OUT/$step.md"
         rm "$OUT/$step.log"
         if [[ $step = science_* ]]; then
-            cp "runs/science/$SIZE/${step#science_}".{json,png} "$OUT"
+            cp "$RUNS/$SIZE/${step#science_}".{json,png} "$OUT"
         fi
     else
         echo "$step: ended with code $code; the end of $OUT/$step.log:"

@@ -25,6 +25,7 @@ from benchmarks.timing import print_header, print_row
 
 Runs = list[dict[str, Curve]]  # of one model: for each seed, the curve of each way to stop it
 Found = dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]]  # model, way -> for each budget, `values_at`
+LABELS = {"nats": "nats per byte", "right": "fraction of answers that are right"}
 LINES: dict[str, Any] = {
     FIXED: "-",
     "kl": ":",
@@ -96,7 +97,7 @@ def draw(axes: Any, models: Mapping[str, Runs], problem: Problem) -> None:
             means = [found.mean() if len(found) else np.nan for found in values]
             axes.plot(budgets, means, linestyle=LINES[way], color=f"C{i}")
             ways[way] = Line2D([], [], color="0.4", linestyle=LINES[way], label=way)
-    axes.set(xlabel="mean loops", ylabel=problem.field)
+    axes.set(xlabel="mean loops", ylabel=LABELS[problem.field])
     colours = [Line2D([], [], color=f"C{i}", label=model) for i, model in enumerate(models)]
     tidy(axes, handles=[*colours, *ways.values()], loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 

@@ -50,7 +50,7 @@ def text_models(size: str) -> Models:
     return {name: (arm.name(size), arm.words(size)) for name, arm in arms.items()}
 
 
-# Of configs/tasks/group.yaml.
+# Overrides of configs/tasks/group.yaml, by size.
 GROUP = {
     "cpu": (),
     "gpu": ("--model.dim=128", "--model.n_heads=4", "--model.n_kv_heads=4", "--model.hidden_dim=352"),
