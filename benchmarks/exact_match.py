@@ -15,6 +15,11 @@ from mythos_jax.runs.load import load_model
 from mythos_jax.training.train import train
 
 TASKS = Path(__file__).parents[1] / "configs" / "tasks"
+# Overrides with which a run on any task takes a moment and shows nothing.
+SMOKE = (
+    *("--model.dim=16", "--model.hidden_dim=16", "--training.steps=2", "--training.warmup_steps=1"),
+    *("--training.batch_size=4", "--evaluation.batch_size=4", "--evaluation.max_rows=4"),
+)
 Results = list[dict[str, Any]]  # of one run
 Arm = TypeVar("Arm")
 

@@ -8,7 +8,7 @@ operations, in percent.
 """
 
 from benchmarks.drawing import panels, save, tidy
-from benchmarks.exact_match import TASKS, exact_match, run_arms
+from benchmarks.exact_match import SMOKE, TASKS, exact_match, run_arms
 from benchmarks.science.frame import folder, parser_of, save_json, spread
 from mythos_jax.config import Config, load_config
 from mythos_jax.flops import count_parameters
@@ -27,14 +27,7 @@ SIZES: dict[str, tuple[int, tuple[int, ...], tuple[str, ...]]] = {
             *("--training.batch_size=512", "--evaluation.batch_size=512", "--training.warmup_steps=300"),
         ),
     ),
-    "smoke": (
-        2,
-        (1, 2),
-        (
-            *("--model.dim=16", "--model.hidden_dim=16", "--training.steps=2", "--training.warmup_steps=1"),
-            *("--training.batch_size=4", "--evaluation.batch_size=4", "--evaluation.max_rows=4"),
-        ),
-    ),
+    "smoke": (2, (1, 2), SMOKE),
 }
 
 

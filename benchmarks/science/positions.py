@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.drawing import band, loops_axis, panels, save, tidy
-from benchmarks.exact_match import Results, exact_match, run_arms
+from benchmarks.exact_match import SMOKE, Results, exact_match, run_arms
 from benchmarks.science.frame import bracket, folder, interval, parser_of, save_json, spread
 
 THRESHOLD = 90.0
@@ -30,14 +30,7 @@ SIZES: dict[str, tuple[int, tuple[int, ...], tuple[str, ...]]] = {
             *("--training.steps=6000", "--training.batch_size=512", "--evaluation.batch_size=512"),
         ),
     ),
-    "smoke": (
-        4,
-        (1, 2),
-        (
-            *("--model.dim=16", "--model.hidden_dim=16", "--training.steps=2", "--training.warmup_steps=1"),
-            *("--training.batch_size=4", "--evaluation.batch_size=4", "--evaluation.max_rows=4"),
-        ),
-    ),
+    "smoke": (4, (1, 2), SMOKE),
 }
 
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.exact_match import TASKS
-from benchmarks.science import positions
+from benchmarks.exact_match import SMOKE, TASKS
 from benchmarks.science.frame import TEXT
 from benchmarks.science.sampled_depth import FIXED as ARM
 from benchmarks.science.sampled_depth import SAMPLED
@@ -54,7 +53,7 @@ def text_models(size: str) -> Models:
 GROUP = {
     "cpu": (),
     "gpu": ("--model.dim=128", "--model.n_heads=4", "--model.n_kv_heads=4", "--model.hidden_dim=352"),
-    "smoke": positions.SIZES["smoke"][2],
+    "smoke": SMOKE,
 }
 
 
