@@ -76,7 +76,7 @@ class WorkFiles:
             self._files.invalidate_cache()
             with contextlib.suppress(FileNotFoundError):
                 found = self._ask(lambda: self._files.find(self._root))
-                root = self._files.info(self._root)["name"].rstrip("/") if found else ""
+                root = self._ask(lambda: self._files.info(self._root))["name"].rstrip("/") if found else ""
                 return sorted(relative(path, root) for path in found)
             return []
         files = (path for path in Path(self.folder).rglob("*") if path.is_file())

@@ -52,11 +52,14 @@ def test_what_cannot_be_written_is_no_source(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_module, "FIRST_PAUSE", 0.001)
     files = WorkFiles(f"memory:/{bucket}/out")
     (tmp_path / "a").write_text("a")
+    files.write("b", b"")
     for method, call, verb in [
         ("pipe_file", lambda: files.write("a", b""), "written"),
         ("put_file", lambda: files.put(tmp_path / "a", "a"), "written"),
         ("rm_file", lambda: files.delete("a"), "deleted"),
         ("cat_file", lambda: files.read("a"), "read"),
+        ("info", lambda: files.size("b"), "read"),
+        ("info", files.names, "read"),
     ]:
         for error, kind in [(OSError("reset"), StorageError), (ValueError("bad name"), ConfigError)]:
 
