@@ -70,7 +70,8 @@ def plain_checksums(tree):
 @pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_and_they_resume(tmp_path, monkeypatch):
     file, workdir = tmp_path / "two.yaml", tmp_path / "run"
-    save_config(CONFIG, file)
+    config = with_training(CONFIG, steps=24)  # time for the signal to come before the last
+    save_config(config, file)
     command = [sys.executable, str(LAUNCHER), "--processes", "2", "--devices", "4", "--restarts", "1"]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         process = subprocess.Popen([*command, "train", str(file), "--workdir", str(workdir)], stdout=out, stderr=err)
@@ -87,18 +88,18 @@ def test_sigterm_to_one_process_stops_both_and_they_resume(tmp_path, monkeypatch
     assert "restart 1 of at most 1" in errors
     steps = Checkpoints(workdir / "checkpoints", read_only=True).steps()
     assert len(steps) == 2
-    assert 1 < steps[0] < steps[1] == CONFIG.training.steps
+    assert 1 < steps[0] < steps[1] == config.training.steps
     assert f"stopped by SIGTERM after step {steps[0]}; checkpoint saved" in errors
     assert f"resuming {workdir} after step {steps[0]}" in errors
     assert "Traceback" not in errors
     # Only process 0 prints.
-    assert output.count("trained to step 8") == 1
+    assert output.count("trained to step 24") == 1
     assert errors.count("resuming") == 1
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == list(range(1, 9))
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 25))
 
     use_devices(monkeypatch, 1)
-    train(CONFIG, tmp_path / "alone", progress=False)  # one process, one device, uninterrupted
+    train(config, tmp_path / "alone", progress=False)  # one process, one device, uninterrupted
     pairs = zip(losses(workdir).values(), losses(tmp_path / "alone").values(), strict=True)
     assert max(abs(a - b) for a, b in pairs) < 1e-5
 
@@ -107,9 +108,9 @@ def test_sigterm_to_one_process_stops_both_and_they_resume(tmp_path, monkeypatch
     for count in (2, 1):
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:count])
         checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-        like = init_state(CONFIG, mesh)
+        like = init_state(config, mesh)
         state, meta = checkpoints.restore_newest(like, check=lambda _: None)
-        assert int(state.step) == 8
+        assert int(state.step) == 24
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(state.variables)} == {count}
         restored.append(jax.device_get(state))
         assert plain_checksums(state.variables) == meta["checksums"]["model"]
