@@ -22,15 +22,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-DEVICE=gpu FLAGS=() LIMIT=${LIMIT:-530}
+DEVICE=gpu FLAGS=() SIZE=gpu RUNS=runs/science
+PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-530} OUT=${OUT:-gpu-results} DONE=${DONE:-.gpu}
 if [ "${1:-}" = --dry-run ]; then
-    DEVICE=cpu FLAGS=(--small --repeats 1)
+    DEVICE=cpu FLAGS=(--small --repeats 1) SIZE=smoke RUNS=$OUT/runs DONE=$OUT # runs of other code show nothing
     shift
 fi
-PIECE=${1:-} PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu-results} DONE=${DONE:-.gpu} SIZE=gpu RUNS=runs/science
-if [ "$DEVICE" = cpu ]; then
-    SIZE=smoke RUNS=$OUT/runs DONE=$OUT # runs of other code show nothing
-fi
+PIECE=${1:-}
 case $PIECE in
     check) STEPS="check" ;;
     correctness) STEPS="golden gradients" ;;

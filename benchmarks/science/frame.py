@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ Rows = dict[str, list[Losses]]
 
 @dataclass(frozen=True)
 class Size:
-    """unit: channels; widths are multiples of it. overrides: of text.yaml."""
+    """unit: channels; widths are multiples of it. fields: of text.yaml that are changed."""
 
     unit: int
-    overrides: tuple[str, ...] = ()
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 _GPU = {
@@ -53,8 +53,8 @@ _SMOKE = {
 }
 SIZES = {
     "cpu": Size(16),
-    "gpu": Size(128, tuple(f"--{name}={value}" for name, value in _GPU.items())),
-    "smoke": Size(8, tuple(f"--{name}={value}" for name, value in _SMOKE.items())),  # tries a script, shows nothing
+    "gpu": Size(128, _GPU),
+    "smoke": Size(8, _SMOKE),  # tries a script, shows nothing
 }
 
 
@@ -106,11 +106,8 @@ class Arm:
         if self.experts:
             fields |= {"model.feed_forward": "moe", "model.n_experts": self.experts, "model.experts_per_token": 2}
             fields |= {"model.expert_dim": hidden // 2}
-        return [
-            *SIZES[size].overrides,
-            *(f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in fields.items()),
-            *self.more[1],
-        ]
+        fields = SIZES[size].fields | fields
+        return [*(f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in fields.items()), *self.more[1]]
 
     def config(self, size: str) -> Config:
         return load_config(TEXT, self.words(size))

@@ -250,7 +250,7 @@ def test_a_week_long_index_opens_at_once(tmp_path):
 
     begin, before = time.process_time(), peak_memory()
     batches = list(itertools.islice(train_batches(tmp_path, batch_size=8, seed=0, threads=0), 4))
-    assert time.process_time() - begin < 30  # to look at all 5 * 10^8 rows takes longer
+    assert time.process_time() - begin < 5
     assert peak_memory() - before < 100 << 20
     for g, row in wanted.items():
         np.testing.assert_array_equal(batches[g // 8]["tokens"][g % 8], row[:-1])
